@@ -1,0 +1,94 @@
+"""Subject learnt against knowledge lost: LoRA, OFT, COFT and full fine-tuning at equal steps, on pocket-sd.
+
+    python benchmarks/evidence/personalise.py
+
+Three subjects, three seeds, the catalogue's recipes as they are; their learning rates were chosen on another subject and
+another seed (``--tune``). Finished runs are kept in ``--work``, so the command goes on where it stopped. Writes
+``benchmarks/results/personalise.json`` and ``personalise.md``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+
+from visiontune import config
+from visiontune.data.readers import read
+from visiontune.evaluation.personalise import measure
+from visiontune.files import write_json
+from visiontune.models import load
+
+METHODS = ("lora", "oft", "coft", "full")
+SUBJECTS = ("bumble", "domino", "lagoon")
+SEEDS = (0, 1, 2)
+TUNING = ("mallow", 7)
+RESULTS = Path(__file__).parents[1] / "results"
+SCORES = ("subject_oracle", "subject_known", "subject_clip", "prompt_accuracy", "class_kept")
+
+
+def train_and_measure(method: str | None, subject: str, seed: int, work: Path, overrides: list[str]) -> dict:
+    """Scores of one run; ``method`` None measures the base model."""
+    name = f"{method or 'base'}-{subject}-{seed}"
+    file = work / f"{name}.json"
+    if file.exists():
+        return json.loads(file.read_text())
+    recipe = config.load_run(
+        f"personalise/{method or 'lora'}",
+        [f"out={work}", f"name={name}", f"data.root=pocket/{subject}", f"seed={seed}", "preview.prompts=[]", *overrides],
+    )
+    references = np.stack([np.asarray(sample.open()) for sample in read(recipe.data)])
+    if method is None:
+        model, trained = load("pocket/sd"), 0
+    else:
+        shutil.rmtree(recipe.folder, ignore_errors=True)
+        trainer = config.assemble(recipe)
+        trainer.fit()
+        model = trainer.model
+        trained = sum(p.numel() for p in trainer.parameters())
+        shutil.rmtree(recipe.folder, ignore_errors=True)
+    scores = measure(model, subject, recipe.data.trigger, references).scores()
+    row = {"method": method or "base", "subject": subject, "seed": seed, "parameters": trained, **scores}
+    write_json(file, row)
+    print(json.dumps(row), flush=True)
+    return row
+
+
+def table(rows: list[dict]) -> str:
+    """Mean and standard deviation over runs, one method a line."""
+    lines = ["| method | parameters | runs | " + " | ".join(SCORES) + " |", "|---" * (3 + len(SCORES)) + "|"]
+    for method in ("base", *METHODS):
+        own = [row for row in rows if row["method"] == method]
+        if own:
+            cells = [f"{np.mean([r[s] for r in own]):.3f} ± {np.std([r[s] for r in own]):.3f}" for s in SCORES]
+            lines.append(f"| {method} | {own[0]['parameters']:,} | {len(own)} | " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--work", type=Path, default=Path("runs/evidence/personalise"))
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--tune", nargs="*", metavar="METHOD:LR", help="try learning rates on the tuning subject only")
+    args = parser.parse_args()
+    args.work.mkdir(parents=True, exist_ok=True)
+    if args.tune is not None:
+        for trial in args.tune:
+            method, _, lr = trial.partition(":")
+            row = train_and_measure(method, *TUNING, args.work / f"tune-{lr}", [f"train.lr={lr}"])
+            print(trial, {s: row[s] for s in SCORES}, flush=True)
+        return
+    rows = [train_and_measure(None, subject, 0, args.work, []) for subject in SUBJECTS]
+    for seed in SEEDS:
+        rows += [train_and_measure(method, s, seed, args.work, []) for s in SUBJECTS for method in METHODS]
+        args.out.mkdir(parents=True, exist_ok=True)
+        write_json(args.out / "personalise.json", rows)
+        (args.out / "personalise.md").write_text(table(rows))
+    print(table(rows))
+
+
+if __name__ == "__main__":
+    main()

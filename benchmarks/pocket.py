@@ -1,0 +1,107 @@
+"""Measure the pocket world's oracle and the shipped pocket models against their bars.
+
+    python benchmarks/pocket.py
+
+Writes ``benchmarks/results/pocket.json`` and ``pocket.md``. Seeds and prompts are fixed; no prompt was trained on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+
+import visiontune
+from visiontune.data import oracle
+from visiontune.data.pocket_world import SUBJECTS, caption, held_out, render, sample_scene, stream, subject_scene
+from visiontune.evaluation.metrics import psnr, retrieval_top1
+from visiontune.rewards.clip_score import load_clip
+from visiontune.sampling.generate import images
+
+RESULTS = Path(__file__).parent / "results"
+KINDS = ("one", "two", "many", "three")
+CFG_SCALE = 4.0
+Codec = Callable[[np.ndarray], np.ndarray]
+
+
+def codec(model: visiontune.DiffusionModel) -> Codec:
+    """VAE round trip of ``uint8 [n, 64, 64, 3]``."""
+
+    def round_trip(pictures: np.ndarray) -> np.ndarray:
+        x = torch.from_numpy(pictures).permute(0, 3, 1, 2).float() / 127.5 - 1
+        with torch.no_grad():
+            parts = [model.decode(model.encode(part)) for part in x.split(100)]
+        y = torch.cat(parts).clamp(-1, 1).add(1).mul(127.5).round()
+        return y.permute(0, 2, 3, 1).byte().numpy()
+
+    return round_trip
+
+
+def oracle_rows(through: Codec, n: int) -> Iterator[dict]:
+    """Oracle accuracy on ground truth and after the VAE: captions of each kind, then subject identity."""
+    for kind in KINDS:
+        pairs = list(itertools.islice(stream(900, kind), n))
+        pictures = np.stack([render(scene) for scene, _ in pairs])
+        for name, seen in (("ground truth", pictures), ("after the VAE", through(pictures))):
+            right = [oracle.matches(image, text) for image, (_, text) in zip(seen, pairs, strict=True)]
+            yield {"what": f"oracle reads '{kind}', {name}", "value": float(np.mean(right)), "n": n}
+    rng = np.random.default_rng(901)
+    names = [name for name in SUBJECTS for _ in range(n // len(SUBJECTS))]
+    pictures = np.stack([render(subject_scene(SUBJECTS[name], rng)) for name in names])
+    for label, seen in (("ground truth", pictures), ("after the VAE", through(pictures))):
+        right = [oracle.recognise(image) == name for image, name in zip(seen, names, strict=True)]
+        yield {"what": f"oracle knows the subject, {label}", "value": float(np.mean(right)), "n": len(names)}
+
+
+def sampling_rows(model: visiontune.DiffusionModel, n: int) -> Iterator[dict]:
+    """Prompt accuracy of pocket-sd with and without classifier-free guidance, 25 DDIM steps."""
+    for cfg_scale, kinds in ((CFG_SCALE, KINDS), (1.0, ("one", "two"))):
+        for kind in kinds:
+            prompts = [text for _, text in itertools.islice(stream(902, kind, holdout=True), n)]
+            pictures = images(model, prompts, [0] * n, steps=25, cfg_scale=cfg_scale, batch_size=50)
+            right = [oracle.matches(image, text) for image, text in zip(pictures, prompts, strict=True)]
+            yield {"what": f"pocket-sd draws '{kind}', cfg {cfg_scale:g}", "value": float(np.mean(right)), "n": n}
+
+
+def clip_retrieval(rounds: int) -> float:
+    """Mean image-to-text top-1 among 100 fully detailed held-out captions."""
+    clip, rng, scores = load_clip("pocket/clip"), np.random.default_rng(903), []
+    for _ in range(rounds):
+        scenes = {}
+        while len(scenes) < 100:
+            scene = sample_scene(rng)
+            text = caption(scene, rng, detail=1.0)
+            if held_out(text):
+                scenes[text] = scene
+        pictures = np.stack([render(scene) for scene in scenes.values()])
+        pixels = torch.from_numpy(pictures).permute(0, 3, 1, 2).float() / 255
+        scores.append(retrieval_top1(clip.embed_images(pixels), clip.embed_texts(list(scenes))))
+    return float(np.mean(scores))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--n", type=int, default=500, help="pictures or prompts a row")
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    args = parser.parse_args()
+    model = visiontune.load_model("pocket/sd")
+    through = codec(model)
+    rows = list(oracle_rows(through, args.n))
+    pictures = np.stack([render(scene) for scene, _ in itertools.islice(stream(904), args.n)])
+    rows.append({"what": "VAE round trip, PSNR in dB", "value": psnr(through(pictures), pictures), "n": args.n})
+    rows.append({"what": "pocket-clip image-to-text top-1 of 100", "value": clip_retrieval(5), "n": 500})
+    rows += sampling_rows(model, args.n)
+    args.out.mkdir(parents=True, exist_ok=True)
+    (args.out / "pocket.json").write_text(json.dumps(rows, indent=1) + "\n")
+    lines = ["| what | value | n |", "|---|---|---|", *(f"| {r['what']} | {r['value']:.3f} | {r['n']} |" for r in rows)]
+    (args.out / "pocket.md").write_text("\n".join(lines) + "\n")
+    print("\n".join(lines))
+
+
+if __name__ == "__main__":
+    main()

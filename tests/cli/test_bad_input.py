@@ -1,0 +1,178 @@
+"""Every mistake a user can make is one readable line and status 2, with nothing half-written."""
+
+from __future__ import annotations
+
+import errno
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+
+def refused(result, *words: str) -> None:
+    """Assert status 2 and that the last line, which is the only one of the error, has all the words."""
+    assert result.code == 2, result
+    assert "Traceback" not in result.err
+    last = result.err.rstrip("\n").split("\n")[-1].split("\r")[-1]
+    assert last.startswith("visiontune"), last
+    for word in words:
+        assert word in last
+    lines = [line for line in result.err.splitlines() if line.startswith("visiontune")]
+    assert lines == [last]
+
+
+def test_a_missing_folder(cli, recipe, unchanged):
+    with unchanged:
+        refused(cli("train", recipe, "data.root=./no_such_folder"), "./no_such_folder", "does not exist")
+
+
+def test_a_folder_without_images(cli, recipe, tmp_path, unchanged):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "empty" / "notes.pdf").write_text("")
+    with unchanged:
+        refused(cli("train", recipe, "data.root=empty"), "no images in empty")
+
+
+def test_a_corrupt_image(cli, recipe, photos, unchanged):
+    whole = (photos / "1.png").read_bytes()
+    (photos / "1.png").write_bytes(whole[: len(whole) // 2])
+    with unchanged:
+        refused(cli("train", recipe), "1.png", "unreadable")
+
+
+def test_a_caption_without_its_image(cli, recipe, photos, unchanged):
+    (photos / "9.txt").write_text("a photo of nothing")
+    with unchanged:
+        refused(cli("check", recipe), "9.txt", "captions without an image")
+
+
+def test_an_image_without_a_caption(cli, recipe, photos, unchanged):
+    (photos / "2.txt").unlink()
+    with unchanged:
+        refused(cli("train", recipe), "2.png", "data.prompt")
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("train.stepz=3", ("train.stepz", "did you mean 'steps'?")),
+        ("trian.steps=3", ("trian", "did you mean 'train'?")),
+        ("adapter.rnk=3", ("adapter.rnk", "did you mean 'rank'?")),
+        ("adapter=lorra", ("adapter.name", "'lorra'", "did you mean 'lora'?")),
+        ("objective=denoisin", ("objective.name", "did you mean 'denoising'?")),
+        ("train.steps=many", ("train.steps must be a whole number", "'many'")),
+        ("train.steps=0", ("train: steps must be 1 or more",)),
+        ("train.schedule=cosin", ("train.schedule", "did you mean 'cosine'?")),
+        ("adapter.targets=to_qq", ("adapter: target 'to_qq' matches no layer", "did you mean 'to_q'?")),
+        ("name=../elsewhere", ("name '../elsewhere'",)),
+        ("data.class_noun=null", ("[class]", "data.class_noun")),
+        ("model=./no_such_model", ("./no_such_model",)),
+        ("train.steps", ("one recipe at a time",)),
+        ("=3", ("not an override",)),
+    ],
+)
+def test_options(cli, recipe, unchanged, override, words):
+    more = ["preview.prompts=['a [class]']"] if "class_noun" in override else []
+    with unchanged:
+        refused(cli("train", recipe, override, *more), *words)
+
+
+def test_a_hub_id_that_cannot_be_reached(cli, recipe, monkeypatch, unchanged):
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
+    with unchanged:
+        refused(cli("train", recipe, "model=nobody/no-such-model"), "nobody/no-such-model", "hf download")
+
+
+def test_a_hub_dataset_that_cannot_be_reached(cli, recipe, monkeypatch, unchanged):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
+    with unchanged:
+        refused(cli("train", recipe, "data.root=nobody/no-such-data"), "nobody/no-such-data")
+
+
+def test_a_folder_that_holds_another_run(cli, recipe, unchanged):
+    assert cli("train", recipe).code == 0
+    with unchanged:
+        refused(cli("train", recipe, "adapter.rank=1"), "runs/tiny", "name=", "train.resume=true")
+        refused(cli("check", recipe, "adapter.rank=1"), "runs/tiny", "name=", "train.resume=true")
+
+
+def test_an_adapter_of_another_base(cli, recipe, tiny_folder, tmp_path, unchanged):
+    import torch
+    from diffusers import StableDiffusionPipeline
+
+    assert cli("train", recipe).code == 0
+    other = StableDiffusionPipeline.from_pretrained(tiny_folder)
+    with torch.no_grad():
+        for parameter in other.unet.parameters():
+            parameter.mul_(1.5)
+    other.save_pretrained(tmp_path / "other")
+    words = ["adapter=runs/tiny/adapter.safetensors", "prompts=a circle", "device=cpu", "steps=1"]
+    refused(cli("sample", "model=other", *words, "out=images"), "base")
+    assert not list(tmp_path.glob("images/*.png"))
+
+
+def test_an_adapter_file_that_is_missing_or_something_else(cli, tiny_folder, tmp_path, unchanged):
+    (tmp_path / "notes.safetensors").write_bytes(b"not safetensors at all")
+    words = [f"model={tiny_folder}", "prompts=a circle", "steps=1", "out=images"]
+    refused(cli("sample", *words, "adapter=nowhere.safetensors"), "nowhere.safetensors")
+    refused(cli("sample", *words, "adapter=notes.safetensors"), "notes.safetensors")
+    assert not list(tmp_path.glob("images/*.png"))
+
+
+def test_a_recipe_that_is_missing_misspelt_or_for_another_verb(cli, recipe, unchanged):
+    with unchanged:
+        refused(cli("train", "nowhere.yaml"), "nowhere.yaml", "No such file")
+        refused(cli("train", "personalise/lorra"), "did you mean 'personalise/lora'?")
+        refused(cli("train", "sample/prompts"), "visiontune sample sample/prompts")
+        refused(cli("train"), "name a recipe")
+    recipe.write_text(recipe.read_text() + "train: {}\n")
+    refused(cli("train", recipe), "'train' is given twice")
+
+
+def test_the_command_line_itself(cli, unchanged):
+    with unchanged:
+        refused(cli("trian"), "invalid choice: 'trian'")
+        refused(cli("train", "personalise/lora", "--steps", "3"), "unknown argument: --steps")
+        refused(cli("show", "ltora"), "did you mean 'lora'?")
+        refused(cli("list", "adaptors"), "invalid choice: 'adaptors'")
+        refused(cli("copy", "personalise/lorra"), "did you mean 'personalise/lora'?")
+        refused(cli("score", "nowhere", "oracle"), "no folder nowhere")
+
+
+def test_score_refuses_unknown_rewards_options_and_formats(cli, photos, unchanged):
+    with unchanged:
+        refused(cli("score", photos), "at least one reward")
+        refused(cli("score", photos, "oracel"), "oracel.name", "did you mean 'oracle'?")
+        refused(cli("score", photos, "oracle", "oracle.subjekt=bumble"), "did you mean 'subject'?")
+        refused(cli("score", photos, "oracle", "orakle.subject=bumble"), "'orakle'")
+        refused(cli("score", photos, "oracle", "--out", "scores.txt"), "scores.txt")
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EACCES])
+def test_a_disk_that_cannot_be_written(cli, recipe, monkeypatch, code):
+    def full(*_):
+        raise OSError(code, "no room", "runs/tiny/recipe.yaml")
+
+    monkeypatch.setattr("visiontune.assemble.write_text", full)
+    refused(cli("train", recipe), "runs/tiny/recipe.yaml", "no room")
+    assert not (recipe.parent / "runs/tiny/recipe.yaml").exists()
+
+
+def test_interruption_is_not_an_error_report(cli, recipe, monkeypatch):
+    def stop(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("visiontune.config.assemble", stop)
+    result = cli("train", recipe)
+    assert result.code == 130 and "Traceback" not in result.err
+
+
+def test_the_installed_command_reports_without_a_traceback(tmp_path):
+    command = [sys.executable, "-m", "visiontune", "train", "personalise/nothing"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr.startswith("visiontune: ") and done.stderr.count("\n") == 1

@@ -1,0 +1,99 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+from safetensors.torch import load_file
+
+from visiontune import adapters, config
+
+
+def test_train_writes_the_adapter_the_recipe_and_what_it_was_trained_with(cli, recipe):
+    result = cli(
+        "train", recipe, "train.lr=1e-2", "seed=7", "preview.prompts=['a [trigger] circle']", "preview.steps=1"
+    )
+    assert result.code == 0, result.err
+    assert "runs/tiny/adapter.safetensors" in result.out
+    resolved = yaml.safe_load(Path("runs/tiny/recipe.yaml").read_text())
+    assert resolved["train"]["lr"] == 0.01 and resolved["seed"] == 7 and resolved["adapter"]["rank"] == 2
+    header = adapters.read_header("runs/tiny/adapter.safetensors")
+    assert header["trigger"] == "sks" and header["class_noun"] == "circle" and header["method"] == "lora"
+    assert all(layer.split(".")[0] == "unet" for layer in header["layers"])
+    assert Path("runs/tiny/samples/step-000000/grid.png").is_file()
+
+
+def test_the_resolved_recipe_repeats_the_run(cli, recipe):
+    assert cli("train", recipe).code == 0
+    again = cli("train", "runs/tiny/recipe.yaml", "name=again")
+    assert again.code == 0, again.err
+    first, second = (load_file(f"runs/{name}/adapter.safetensors") for name in ("tiny", "again"))
+    assert first.keys() == second.keys()
+    assert all((first[k] == second[k]).all() for k in first)
+    assert config.load_run("runs/tiny/recipe.yaml") == config.load_run(recipe)
+
+
+def test_a_run_goes_on_only_when_told_and_only_as_the_same_run(cli, recipe, unchanged):
+    assert cli("train", recipe).code == 0
+    with unchanged:
+        refused = cli("train", recipe)
+        assert refused.code == 2 and "already holds a run" in refused.err and "train.resume=true" in refused.err
+        other = cli("train", recipe, "train.resume=true", "adapter.rank=4")
+        assert other.code == 2 and "adapter.rank=2, not 4" in other.err
+    longer = cli("train", recipe, "train.resume=true", "train.steps=3")
+    assert longer.code == 0, longer.err
+    steps = [json.loads(line)["step"] for line in Path("runs/tiny/metrics.jsonl").read_text().splitlines()]
+    assert steps[-1] == 3 and sorted(set(steps)) == steps
+
+
+def test_a_trained_text_encoder_is_adapted_too(cli, recipe):
+    assert cli("train", recipe, "train.text_encoder=true").code == 0
+    layers = adapters.read_header("runs/tiny/adapter.safetensors")["layers"]
+    assert {layer.split(".")[0] for layer in layers} == {"unet", "text_encoder"}
+
+
+def test_full_fine_tuning_saves_a_model_that_loads(cli, recipe):
+    result = cli("train", recipe, "adapter=none")
+    assert result.code == 0, result.err
+    from visiontune import models
+
+    assert models.load("runs/tiny/model").fingerprint("denoiser")
+    assert yaml.safe_load(Path("runs/tiny/recipe.yaml").read_text())["adapter"] == "none"
+
+
+def test_dreambooth_prior_images_are_made_once_and_cached(cli, recipe):
+    options = ["objective.name=dreambooth", "objective.prior_images=2", "objective.prior_steps=1"]
+    assert cli("train", recipe, *options).code == 0
+    folders = list((recipe.parent / "runs/.cache").glob("prior-*"))
+    assert len(folders) == 1 and len(list(folders[0].glob("*.png"))) == 2
+
+
+@pytest.mark.parametrize("words", [["adapter=none"], ["train.text_encoder=true"], ["train.ema=0.9"]])
+def test_check_reports_the_cost_and_writes_nothing(cli, recipe, unchanged, words):
+    with unchanged:
+        result = cli("check", recipe, *words)
+    assert result.code == 0, result.err
+    for word in ("data: 3 images", "trainable:", "s/step on this cpu", "memory:", "optimiser", "activations"):
+        assert word in result.out
+
+
+def test_sample_uses_the_adapter_and_its_trigger_and_score_reads_the_folder(cli, recipe, tiny_folder):
+    assert cli("train", recipe, "train.lr=0.1").code == 0
+    words = ["model=" + str(tiny_folder), "prompts=a photo of a [trigger] circle", "steps=2", "seeds=2", "device=cpu"]
+    result = cli("sample", *words, "adapter=runs/tiny", "out=with")
+    assert result.code == 0, result.err
+    rows = [json.loads(line) for line in Path("with/manifest.jsonl").read_text().splitlines()]
+    assert [row["prompt"] for row in rows] == ["a photo of a sks circle"] * 2
+    assert cli("sample", *words, "adapter=runs/tiny", "adapter_scale=0", "out=without").code == 0
+    assert Path("with", rows[0]["file"]).read_bytes() != Path("without", rows[0]["file"]).read_bytes()
+    reward = recipe.parent / "brightness.py"
+    reward.write_text(
+        "from dataclasses import dataclass\nfrom visiontune.schema import option\n"
+        "@dataclass(frozen=True, kw_only=True)\nclass Config:\n    gain: float = option(1.0, help='factor')\n"
+        "def build(config):\n    return lambda images, prompts, meta: config.gain * images.mean((1, 2, 3))\n"
+    )
+    scored = cli("score", "with", reward.name, "--out", "scores.json")
+    assert scored.code == 0, scored.err
+    assert "brightness" in scored.out
+    assert len(json.loads(Path("scores.json").read_text())["images"]) == 2

@@ -1,0 +1,110 @@
+"""Scoring of folders."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from visiontune.errors import UserError
+from visiontune.evaluation.score import build_rewards, read_folder, score
+from visiontune.rewards.base import as_reward
+from visiontune.sampling.writer import write_image
+
+
+def _red(images: torch.Tensor, prompts: list[str], meta: object) -> torch.Tensor:
+    return images[:, 0].mean((1, 2))
+
+
+def _length(images: torch.Tensor, prompts: list[str], meta: object) -> torch.Tensor:
+    return torch.tensor([float(len(p)) for p in prompts])
+
+
+REWARDS = {"red": as_reward(_red, "red"), "length": as_reward(_length, "length")}
+
+
+def _fill(folder: Path, reds: list[int], side: int = 8) -> Path:
+    for i, red in enumerate(reds):
+        write_image(folder / f"{i}.png", np.full((side + 8 * (i % 2), side, 3), (red, 0, 0), np.uint8))
+        (folder / f"{i}.txt").write_text("p" * (i + 1) + "\n")
+    return folder
+
+
+def test_scores_stay_with_their_images_over_batches_and_sizes(tmp_path: Path) -> None:
+    result = score(_fill(tmp_path, [0, 51, 102, 153, 255]), REWARDS, batch_size=2)
+    assert [item.path.name for item in result.items] == [f"{i}.png" for i in range(5)]
+    assert result.values["red"] == pytest.approx([0, 0.2, 0.4, 0.6, 1.0])
+    assert result.values["length"] == [1, 2, 3, 4, 5]
+    summary = result.summary()["length"]
+    assert (summary["mean"], summary["min"], summary["max"], summary["images"]) == (3, 1, 5, 5)
+    assert summary["std"] == pytest.approx(2.5**0.5)
+    assert summary["sem"] == pytest.approx(0.5**0.5)
+
+
+def test_manifest_prompts_win_and_reach_the_reward_as_meta(tmp_path: Path) -> None:
+    _fill(tmp_path, [0, 0])
+    rows = [{"file": f"{i}.png", "prompt": "long prompt", "seed": i} for i in (1, 0)]
+    (tmp_path / "manifest.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    def seed(images: torch.Tensor, prompts: list[str], meta: list[dict]) -> list[int]:
+        return [m["seed"] for m in meta]
+
+    result = score(tmp_path, {"seed": as_reward(seed, "seed")})
+    assert [(item.path.name, item.prompt) for item in result.items] == [
+        ("1.png", "long prompt"),
+        ("0.png", "long prompt"),
+    ]
+    assert result.values["seed"] == [1, 0]
+
+
+def test_table_json_and_csv_hold_the_same_numbers(tmp_path: Path) -> None:
+    result = score(_fill(tmp_path / "in", [255, 0]), REWARDS)
+    lines = result.table().splitlines()
+    assert lines[0].split() == ["reward", "images", "mean", "std", "min", "max"]
+    assert lines[1].split() == ["red", "2", "0.5000", "0.7071", "0.0000", "1.0000"]
+    written = json.loads(result.write(tmp_path / "s.json").read_text())
+    assert written["summary"]["red"]["mean"] == 0.5
+    assert written["images"][0] == {"file": "0.png", "prompt": "p", "red": 1.0, "length": 1.0}
+    with result.write(tmp_path / "s.csv").open() as file:
+        assert [row["red"] for row in csv.DictReader(file)] == ["1.0", "0.0"]
+    with pytest.raises(UserError, match=r"\.json or \.csv"):
+        result.write(tmp_path / "s.xlsx")
+
+
+def test_rewards_are_built_from_specs_and_from_a_file(tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text(
+        "from dataclasses import dataclass\n"
+        "@dataclass(frozen=True, kw_only=True)\nclass Config:\n    scale: float = 2.0\n"
+        "def build(config):\n    return lambda images, prompts, meta: [config.scale] * len(images)\n"
+    )
+    built = build_rewards(["oracle", {"name": "oracle", "subject": "bumble"}, str(tmp_path / "mine.py")])
+    assert list(built) == ["oracle", "oracle(subject=bumble)", "mine"]
+    assert built["mine"](torch.zeros(1, 3, 2, 2), [""]).tolist() == [2.0]
+    with pytest.raises(UserError, match="oracle is named twice"):
+        build_rewards(["oracle", "oracle"])
+    with pytest.raises(UserError, match="did you mean 'oracle'"):
+        build_rewards(["oracel"])
+
+
+def test_folders_that_cannot_be_scored_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="there is no folder"):
+        read_folder(tmp_path / "gone")
+    with pytest.raises(UserError, match="holds no images"):
+        read_folder(tmp_path)
+    _fill(tmp_path, [0, 0])
+    (tmp_path / "1.txt").unlink()
+    with pytest.raises(UserError, match=r"1 images of .*: 1\.png: each has no \.txt"):
+        read_folder(tmp_path)
+    (tmp_path / "1.txt").write_text("b")
+    (tmp_path / "1.png").write_bytes(b"no image")
+    with pytest.raises(UserError, match=r"1\.png is not a readable image"):
+        score(tmp_path, REWARDS)
+    (tmp_path / "manifest.jsonl").write_text('{"file": "9.png", "prompt": "a"}\n')
+    with pytest.raises(UserError, match=r"9\.png: each is in the manifest but absent"):
+        read_folder(tmp_path)
+    with pytest.raises(UserError, match="no rewards"):
+        score(tmp_path, {})

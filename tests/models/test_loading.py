@@ -1,0 +1,215 @@
+"""Opening a model by name, folder or Hub id, and every way in which that can go wrong."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import huggingface_hub
+import pytest
+import torch
+from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
+from tiny import remade, save_tiny_sd, tiny_model, tiny_sd, tiny_sdxl
+
+from visiontune import models
+from visiontune.errors import UserError
+from visiontune.models import pocket
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    return save_tiny_sd(tmp_path_factory.mktemp("models") / "tiny")
+
+
+@pytest.fixture
+def folder(saved, tmp_path):
+    return shutil.copytree(saved, tmp_path / "model")
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    """What the Hub answers: set `hub["error"]`. No test reaches the network."""
+    answer = {"error": ConnectionError("[Errno -2] Name or service not known\nand a second line")}
+
+    def model_info(self, repo_id, **kwargs):
+        raise answer["error"]
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", model_info)
+    return answer
+
+
+def refusal(source, **options) -> str:
+    with pytest.raises(UserError) as caught:
+        models.load(str(source), **options)
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+def test_a_folder_gives_the_model_that_was_saved(saved):
+    model, original = models.load(str(saved)), tiny_model("sd")
+    assert (model.family, model.source, model.dtype) == ("sd", str(saved), torch.float32)
+    prompts = ["a red circle", "sks!"]
+    cond = model.embed(prompts)
+    torch.testing.assert_close(cond.tokens, original.embed(prompts).tokens)
+    x_t, t = torch.ones(2, 4, 8, 8), torch.tensor([3, 900])
+    torch.testing.assert_close(model.predict(x_t, t, cond), original.predict(x_t, t, cond), rtol=0, atol=1e-5)
+    for part in ("vae", "text", "denoiser"):
+        assert model.fingerprint(part) == original.fingerprint(part)
+    for module in (model.vae, model.denoiser, *model.text_encoders.values()):
+        assert not module.training
+        assert not any(p.requires_grad for p in module.parameters())
+    assert (model.resolution, model.downsample, model.latent_channels, model.max_tokens) == (16, 2, 4, 32)
+
+
+def test_the_pipeline_class_chooses_the_family(tmp_path):
+    tiny_sdxl().save_pretrained(tmp_path)
+    model, original = models.load(str(tmp_path)), tiny_model("sdxl")
+    assert model.family == "sdxl"
+    torch.testing.assert_close(model.embed(["a red circle"]).pooled, original.embed(["a red circle"]).pooled)
+    assert not model.unconditional(1).tokens.any()
+
+
+def test_prediction_type_comes_with_the_folder(tmp_path):
+    assert models.load(str(save_tiny_sd(tmp_path / "v", "v_prediction"))).schedule.prediction == "v"
+
+
+def test_dtype_is_that_of_every_part(saved):
+    model = models.load(str(saved), dtype=torch.bfloat16)
+    modules = [model.vae, *model.components().values()]
+    assert {p.dtype for module in modules for p in module.parameters()} == {torch.bfloat16}
+
+
+def test_home_is_expanded(folder, monkeypatch):
+    monkeypatch.setenv("HOME", str(folder.parent))
+    assert models.load("~/model").source == "~/model"
+
+
+def test_pocket_names_are_folders_of_the_package(saved, tmp_path, monkeypatch):
+    monkeypatch.setattr(pocket, "_assets", lambda: tmp_path)
+    assert "there is no pocket model 'pocket/sd': this installation lacks its assets" in refusal("pocket/sd")
+    shutil.copytree(saved, tmp_path / "pocket-sd")
+    (tmp_path / "pocket-clip").mkdir()  # no pipeline, so not a model to fine-tune
+    assert pocket.names() == ["pocket/sd"]
+    assert models.load("pocket/sd").source == "pocket/sd"
+    message = refusal("pocket/ds")
+    assert "there is no pocket model 'pocket/ds'" in message
+    assert "pocket/sd" in message
+
+
+def test_pocket_assets_lie_in_the_package():
+    from pathlib import Path
+
+    import visiontune
+
+    assert pocket._assets() == Path(visiontune.__file__).parent / "assets"
+
+
+@pytest.mark.parametrize("source", ["nothing", "./nothing", "../no/such/folder", "/no/such/folder", "a/b/c", ""])
+def test_a_name_that_can_be_nothing_is_refused_without_the_network(source, hub):
+    hub["error"] = AssertionError("asked the Hub")
+    assert "is neither a folder nor a Hub id (owner/name)" in refusal(source)
+
+
+def test_a_checkpoint_file_is_refused(saved):
+    assert "is a file: give a folder in the diffusers layout" in refusal(saved / "model_index.json")
+
+
+def test_a_folder_without_index_is_refused(folder):
+    (folder / "model_index.json").unlink()
+    assert "has no model_index.json: give a model in the diffusers layout" in refusal(folder)
+
+
+@pytest.mark.parametrize("content", [b"{", b"", b"\xff\xfe\x00"])
+def test_a_broken_index_is_refused(folder, content):
+    (folder / "model_index.json").write_bytes(content)
+    assert "has a broken model_index.json" in refusal(folder)
+
+
+@pytest.mark.parametrize(
+    ("index", "name"),
+    [({"_class_name": "FluxPipeline"}, "FluxPipeline"), ({"_class_name": ["a"]}, "['a']"), ({}, "None"), ([], "None")],
+)
+def test_another_pipeline_class_is_refused_with_those_that_work(folder, index, name):
+    (folder / "model_index.json").write_text(json.dumps(index))
+    message = refusal(folder)
+    assert f"has the pipeline class {name}; supported: " in message
+    assert "StableDiffusionPipeline, StableDiffusionXLPipeline" in message
+
+
+def test_truncated_weights_are_refused(folder):
+    weights = folder / "unet" / "diffusion_pytorch_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    assert "cannot be read (" in refusal(folder)
+
+
+@pytest.mark.parametrize("part", ["unet", "vae", "text_encoder", "scheduler"])
+def test_a_missing_part_is_refused(folder, part):
+    shutil.rmtree(folder / part)
+    message = refusal(folder)
+    assert "cannot be read (" in message
+    assert "give a complete diffusers folder with safetensors weights" in message
+
+
+def test_a_tokenizer_without_vocabulary_is_refused(folder):
+    shutil.rmtree(folder / "tokenizer")
+    assert "has no vocabulary in its tokenizer folder" in refusal(folder)
+
+
+def test_pickled_weights_are_refused(folder):
+    weights = folder / "unet" / "diffusion_pytorch_model.safetensors"
+    torch.save({}, folder / "unet" / "diffusion_pytorch_model.bin")
+    weights.unlink()
+    assert "safetensors weights" in refusal(folder)
+
+
+def test_an_inpainting_unet_is_refused(tmp_path):
+    pipe = tiny_sd()
+    pipe.unet = remade(pipe.unet, in_channels=9)
+    pipe.save_pretrained(tmp_path / "inpaint")
+    assert "its UNet takes 9 channels; give a text-to-image checkpoint" in refusal(tmp_path / "inpaint")
+
+
+def test_a_guidance_distilled_unet_is_refused(tmp_path):
+    pipe = tiny_sd()
+    pipe.unet = remade(pipe.unet, time_cond_proj_dim=8)
+    pipe.save_pretrained(tmp_path / "lcm")
+    assert "its guidance is distilled into the UNet" in refusal(tmp_path / "lcm")
+
+
+def test_an_absent_device_is_refused(saved):
+    if torch.cuda.is_available():
+        pytest.skip("this machine has one")
+    assert "device 'cuda:0' is not available" in refusal(saved, device="cuda:0")
+
+
+def test_an_unreachable_hub_tells_how_to_bring_the_model(hub):
+    message = refusal("owner/some-model", revision="v2")
+    assert "model 'owner/some-model' at revision 'v2'" in message
+    assert "Name or service not known" in message
+    assert "run `hf download owner/some-model` where there is a network and give the folder" in message
+
+
+@pytest.mark.parametrize(
+    ("kind", "mend"), [(RepositoryNotFoundError, "correct the name"), (GatedRepoError, "accept its terms")]
+)
+def test_what_the_hub_refuses_is_told_apart(hub, kind, mend):
+    hub["error"] = kind.__new__(kind)  # the constructors differ between versions of the Hub's library
+    assert mend in refusal("owner/some-model")
+
+
+def test_a_cached_hub_model_opens_without_the_network(saved, tmp_path, monkeypatch, hub):
+    cached = tmp_path / "models--owner--name"
+    shutil.copytree(saved, cached / "snapshots" / "abc")
+    (cached / "refs").mkdir()
+    (cached / "refs" / "main").write_text("abc")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    assert models.load("owner/name").source == "owner/name"
+
+
+def test_families_are_found_by_their_files():
+    found = models.families()
+    assert {"sd", "sdxl"} <= set(found)
+    assert all(cls.family == name and cls.__module__ == f"visiontune.models.{name}" for name, cls in found.items())
+    classes = [name for cls in found.values() for name in cls.pipeline_classes]
+    assert len(classes) == len(set(classes))

@@ -1,0 +1,268 @@
+"""Generation into a folder: complete, resumable after any kill, the same on several processes."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from tiny import save_tiny_sd, tiny_model
+
+from visiontune import adapters
+from visiontune.errors import UserError
+from visiontune.sampling import generate as module
+from visiontune.sampling.config import SampleConfig
+from visiontune.sampling.generate import generate
+from visiontune.schema import from_mapping
+
+PROMPTS = ["a red circle", "a blue square", "a green triangle"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny_sd(tmp_path_factory.mktemp("tiny-sd"))
+
+
+def _config(folder: Path, out: Path, **options: object) -> SampleConfig:
+    given = {"model": str(folder), "out": str(out), "prompts": PROMPTS, "seeds": 2, "steps": 2, "batch_size": 4}
+    return from_mapping(SampleConfig, {**given, "device": "cpu", **options})
+
+
+def _rows(out: Path) -> list[dict]:
+    return [json.loads(line) for line in (out / "manifest.jsonl").read_text().splitlines()]
+
+
+def _bytes(out: Path) -> dict[str, bytes]:
+    return {p.name: p.read_bytes() for p in out.iterdir()}
+
+
+@pytest.fixture(scope="module")
+def finished(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("finished")
+    assert generate(_config(folder, out)) == out / "manifest.jsonl"
+    return out
+
+
+def test_every_image_once_with_a_line_and_a_grid(finished: Path) -> None:
+    rows = _rows(finished)
+    names = [f"{i:05d}_seed{s}.png" for i in range(3) for s in range(2)]
+    assert [row["file"] for row in rows] == names
+    assert [(row["prompt"], row["seed"]) for row in rows] == [(p, s) for p in PROMPTS for s in range(2)]
+    assert all(row["settings"]["steps"] == 2 for row in rows)
+    assert sorted(_bytes(finished)) == sorted([*names, "manifest.jsonl", "grid.png"])
+    with Image.open(finished / "grid.png") as sheet:
+        # Three rows of two 128-pixel cells.
+        assert sheet.width > 256 and sheet.height > 384
+
+
+def test_images_are_those_of_the_library_function(finished: Path) -> None:
+    prompts, seeds = [p for p in PROMPTS for _ in range(2)], [0, 1] * 3
+    expected = module.images(tiny_model("sd"), prompts, seeds, steps=2, batch_size=4)
+    for row, image in zip(_rows(finished), expected, strict=True):
+        with Image.open(finished / row["file"]) as read:
+            np.testing.assert_array_equal(np.asarray(read), image)
+
+
+def test_a_finished_folder_costs_nothing(folder: Path, finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = _bytes(finished)
+    monkeypatch.setattr(module, "images", lambda *_, **__: pytest.fail("sampled again"))
+    monkeypatch.setattr("visiontune.models.load", lambda *_, **__: pytest.fail("loaded the model"))
+    generate(_config(folder, finished))
+    assert _bytes(finished) == before
+
+
+def test_resume_fills_every_kind_of_gap_bit_for_bit(folder: Path, finished: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    whole = _bytes(finished)
+    lines = whole["manifest.jsonl"].splitlines(keepends=True)
+    for i in (0, 1, 2, 4):
+        (out / _rows(finished)[i]["file"]).write_bytes(whole[_rows(finished)[i]["file"]])
+    # Image 0 lost its line, the file of line 3 is gone, line 4 was cut, image 5 was never made.
+    (out / "manifest.jsonl").write_bytes(lines[1] + lines[2] + lines[3] + lines[4][:-30])
+    (out / ".00002_seed1.77.tmp.png").write_bytes(b"half")
+    kept = (out / "00000_seed1.png").stat().st_mtime_ns
+    generate(_config(folder, out))
+    assert _bytes(out) == whole
+    assert (out / "00000_seed1.png").stat().st_mtime_ns == kept
+
+
+def test_adding_prompts_and_seeds_keeps_what_is_there(folder: Path, finished: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    generate(_config(folder, out, prompts=PROMPTS[:1], seeds=1, batch_size=1))
+    kept = (out / "00000_seed0.png").stat().st_mtime_ns
+    generate(_config(folder, out))
+    assert (out / "00000_seed0.png").stat().st_mtime_ns == kept
+    assert [row["file"] for row in _rows(out)] == [row["file"] for row in _rows(finished)]
+
+
+def test_other_settings_in_the_same_folder_are_refused(folder: Path, finished: Path) -> None:
+    before = _bytes(finished)
+    with pytest.raises(UserError) as caught:
+        generate(_config(folder, finished, steps=3, cfg_scale=7.5, format="webp"))
+    for words in ("steps was 2 and is 3", "cfg_scale was 4.0 and is 7.5", "format was 'png' and is 'webp'"):
+        assert words in str(caught.value)
+    with pytest.raises(UserError, match=r"prompts\[0\] was 'a red circle' and is 'x'"):
+        generate(_config(folder, finished, prompts=["x", *PROMPTS[1:]]))
+    assert _bytes(finished) == before
+
+
+def test_webp_holds_the_same_pixels(folder: Path, finished: Path, tmp_path: Path) -> None:
+    generate(_config(folder, tmp_path, format="webp", grid=0))
+    assert not (tmp_path / "grid.png").exists()
+    for row in _rows(finished):
+        with (
+            Image.open(finished / row["file"]) as png,
+            Image.open((tmp_path / row["file"]).with_suffix(".webp")) as webp,
+        ):
+            np.testing.assert_array_equal(np.asarray(webp.convert("RGB")), np.asarray(png))
+
+
+def _adapter(path: Path, seed: int = 0, **metadata: str) -> Path:
+    made = adapters.attach({"unet": tiny_model("sd").denoiser}, "lora", targets=["to_q", "to_v"])
+    for parameter in made.parameters():
+        torch.nn.init.normal_(parameter, std=0.5, generator=torch.Generator().manual_seed(seed))
+    return made.save(path, metadata)
+
+
+def test_adapters_scale_trigger_and_retraining(folder: Path, finished: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    _adapter(run / "adapter.safetensors", trigger="sks", class_noun="circle")
+    first = {"adapter": str(run), "prompts": ["a [trigger] [class]"], "seeds": 1}
+    generate(_config(folder, tmp_path / "a", **first))
+    assert _rows(tmp_path / "a")[0]["prompt"] == "a sks circle"
+    generate(_config(folder, tmp_path / "plain", adapter=str(run)))
+    generate(_config(folder, tmp_path / "zero", adapter=[str(run)], adapter_scale=0.0))
+    images = {n: (tmp_path / n / "00000_seed0.png").read_bytes() for n in ("plain", "zero")}
+    base = (finished / "00000_seed0.png").read_bytes()
+    assert images["plain"] != base
+    assert images["zero"] == base
+    _adapter(run / "adapter.safetensors", seed=1)
+    with pytest.raises(UserError, match="adapter was"):
+        generate(_config(folder, tmp_path / "plain", adapter=str(run)))
+    with pytest.raises(UserError, match=r"a prompt has \[trigger\]"):
+        generate(_config(folder, tmp_path / "b", **first))
+    with pytest.raises(UserError, match="there is no adapter"):
+        generate(_config(folder, tmp_path / "b", adapter=str(tmp_path)))
+
+
+def test_a_given_model_gets_its_adapters_taken_off_again(folder: Path, tmp_path: Path) -> None:
+    model = tiny_model("sd")
+    path = _adapter(tmp_path / "adapter.safetensors")
+    generate(_config(folder, tmp_path / "out", adapter=str(path)), model)
+    assert not adapters.attached(model.components())
+    assert _rows(tmp_path / "out")[0]["settings"]["model"] == "tiny-sd"
+
+
+def test_a_full_disk_is_the_users_error_and_loses_nothing(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write, calls = module.write_image, []
+
+    def filling(path: Path, image: np.ndarray) -> str:
+        calls.append(path)
+        if len(calls) == 3:
+            raise OSError(28, "No space left on device")
+        return write(path, image)
+
+    monkeypatch.setattr(module, "write_image", filling)
+    with pytest.raises(UserError, match="is full"):
+        generate(_config(folder, tmp_path))
+    assert len(_rows(tmp_path)) == 2
+    monkeypatch.undo()
+    generate(_config(folder, tmp_path))
+    assert len(_rows(tmp_path)) == 6
+
+
+def test_bad_options(tmp_path: Path) -> None:
+    for options, words in [
+        ({"steps": 0}, "steps must be"),
+        ({"seeds": 0}, "names no seed"),
+        ({"seeds": []}, "names no"),
+    ]:
+        with pytest.raises(UserError, match=words):
+            _config(tmp_path, tmp_path, **options)
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="is a file"):
+        generate(_config(tmp_path, tmp_path / "file"))
+
+
+# Sampling of one or two configs, slowed down, with a log of every file written and every error raised.
+_SCRIPT = """
+import json, os, sys, time
+from pathlib import Path
+from visiontune.errors import UserError
+from visiontune.schema import from_mapping
+from visiontune.sampling import generate as module
+from visiontune.sampling.config import SampleConfig
+
+write, rank = module.write_image, os.environ.get("RANK", "0")
+
+def log(text):
+    with Path(__file__).with_name(f"log{rank}").open("a") as file:
+        file.write(text + "\\n")
+
+def slow(path, image):
+    time.sleep(float(sys.argv[1]))
+    log(path.name)
+    return write(path, image)
+
+module.write_image = slow
+for options in sys.argv[2:]:
+    try:
+        module.generate(from_mapping(SampleConfig, json.loads(options)))
+    except UserError as error:
+        log(str(error))
+"""
+
+
+def _command(processes: int, script: Path, pause: float, *configs: SampleConfig) -> list[str]:
+    script.write_text(_SCRIPT)
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    options = [json.dumps(vars(config)) for config in configs]
+    return [sys.executable, *(launch if processes > 1 else []), str(script), str(pause), *options]
+
+
+_ENV = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(module.__file__).parents[2])}
+
+
+def test_two_processes_leave_no_gap_no_duplicate_and_the_same_bits(folder: Path, tmp_path: Path) -> None:
+    # Batches of two give three batches: rank 0 has two of them, rank 1 one.
+    one, two = tmp_path / "one", tmp_path / "two"
+    generate(_config(folder, one, batch_size=2))
+    config, changed = _config(folder, two, batch_size=2), _config(folder, two, batch_size=2, steps=3)
+    command = _command(2, tmp_path / "run.py", 0.0, config, changed)
+    subprocess.run(command, env=_ENV, check=True, timeout=280, capture_output=True)
+    assert _bytes(two) == _bytes(one)
+    logs = [(tmp_path / f"log{rank}").read_text().splitlines() for rank in range(2)]
+    names = [row["file"] for row in _rows(one)]
+    assert logs[0][:-1] == [*names[:2], *names[4:], "grid.png"]
+    assert logs[1][:-1] == names[2:4]
+    # A refusal is every process's, and none is left waiting for another.
+    assert all("steps was 2 and is 3" in log[-1] for log in logs)
+
+
+def test_kill_at_any_moment_then_run_again(folder: Path, finished: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    command = _command(1, tmp_path / "run.py", 0.3, _config(folder, out))
+    process = subprocess.Popen(command, env=_ENV, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while not (out / "manifest.jsonl").exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    time.sleep(0.4)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    done = _rows(out)
+    assert 1 <= len(done) < 6
+    for path in out.glob("0*.png"):
+        Image.open(path).load()
+    generate(_config(folder, out))
+    assert _bytes(out) == _bytes(finished)

@@ -1,0 +1,58 @@
+"""Prompt lists from files, and what is said of files that are wrong."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from visiontune.errors import UserError
+from visiontune.sampling.prompts import read_prompts
+
+
+def test_text_file_is_one_prompt_a_line(tmp_path: Path) -> None:
+    file = tmp_path / "p.txt"
+    file.write_text("\ufeffa red circle\r\n  a blue\u2028star \n\n\n", encoding="utf-8")
+    assert read_prompts(str(file)) == ["a red circle", "a blue\u2028star"]
+
+
+def test_jsonl_takes_prompt_text_or_bare_and_allows_an_empty_prompt(tmp_path: Path) -> None:
+    file = tmp_path / "p.jsonl"
+    file.write_text('{"prompt": "a"}\n{"text": "b", "id": 3}\n"c"\n{"prompt": ""}\n')
+    assert read_prompts(str(file)) == ["a", "b", "c", ""]
+
+
+def test_one_prompt_and_a_list() -> None:
+    assert read_prompts("a red circle. And a star") == ["a red circle. And a star"]
+    assert read_prompts(("x", "y")) == ["x", "y"]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("p.txt", "", "is empty"),
+        ("p.txt", " \n\n", "is empty"),
+        ("p.txt", "a\n\nb\n \nc", r"empty lines \(2, 4\)"),
+        ("p.jsonl", '{"prompt": "a"}\n{"prompt": ', "line 2 is not JSON"),
+        ("p.jsonl", '{"caption": "a"}', 'line 1 must be a text or an object with "prompt"'),
+        ("p.csv", "a", r"must end in \.txt or \.jsonl"),
+    ],
+)
+def test_bad_files_are_refused_in_one_line(tmp_path: Path, name: str, content: str, words: str) -> None:
+    file = tmp_path / name
+    file.write_text(content)
+    with pytest.raises(UserError, match=words) as caught:
+        read_prompts(str(file))
+    assert str(file) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_missing_file_binary_file_and_empty_list(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="there is no prompts file"):
+        read_prompts(str(tmp_path / "gone.txt"))
+    (tmp_path / "b.txt").write_bytes(b"\xff\xfe\x00\x80")
+    with pytest.raises(UserError, match="UTF-8"):
+        read_prompts(str(tmp_path / "b.txt"))
+    for nothing in ([], " "):
+        with pytest.raises(UserError, match="list of prompts is empty"):
+            read_prompts(nothing)

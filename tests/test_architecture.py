@@ -1,0 +1,181 @@
+"""The shape of the project: who may import whom, what start-up costs, and what stands in the root folders."""
+
+from __future__ import annotations
+
+import ast
+import functools
+import importlib
+import os
+import resource
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from visiontune import catalogue
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "visiontune"
+
+GROUND = {"errors", "files", "schema", "plugin", "catalogue"}
+LIBRARY = {"core", "diffusion", "models", "adapters", "objectives", "rewards", "data", "ops"}
+# What a module, or the modules of a folder, may import from the package. A longer name wins over a shorter one.
+MAY_IMPORT = {
+    "errors": set(),
+    "files": {"errors"},
+    "schema": {"errors"},
+    "plugin": {"errors", "schema"},
+    "catalogue": {"errors", "schema"},
+    "core": {"errors", "files", "schema"},
+    "ops": {"errors", "core"},
+    "diffusion": {"errors", "files", "schema", "core"},
+    "models": {"errors", "files", "schema", "core", "diffusion"},
+    "adapters": {"errors", "files", "schema", "plugin", "core", "ops"},
+    "rewards": {"errors", "files", "schema", "plugin", "core", "ops", "data.oracle", "data.pocket_world"},
+    "data": {"errors", "files", "schema", "catalogue", "core", "ops"},
+    "objectives": {"errors", "files", "schema", "core", "diffusion", "models.base", "data.base"},
+    "sampling": GROUND | LIBRARY - {"objectives", "rewards"},
+    "training": GROUND | LIBRARY - {"rewards"} | {"sampling"},
+    "evaluation": GROUND | LIBRARY - {"objectives"} | {"sampling"},
+    "config": GROUND | LIBRARY | {"sampling", "training", "assemble"},
+    "assemble": GROUND | LIBRARY | {"sampling", "training", "config"},
+    "estimate": GROUND | LIBRARY | {"sampling", "training", "config", "assemble"},
+    "demo": GROUND | LIBRARY | {"sampling", "training", "evaluation", "config"},
+    "cli": GROUND | LIBRARY | {"sampling", "training", "evaluation", "config", "estimate", "demo", "__version__"},
+    "__main__": {"cli"},
+    "__init__": {"errors"},
+}
+# Nothing here may cost the import of torch and its like before it is asked for.
+LIGHT = {*GROUND, "__init__", "config", "assemble", "cli", "data.base", "training.config", "sampling.config"}
+HEAVY = {"torch", "torchvision", "numpy", "scipy", "PIL", "diffusers", "transformers", "accelerate", "datasets"}
+
+
+@functools.cache
+def modules() -> list[tuple[str, ast.Module]]:
+    """Every module's name within the package and its syntax tree."""
+    files = sorted(f for f in PACKAGE.rglob("*.py") if "_catalogue" not in f.parts)
+    return [(_name(f), ast.parse(f.read_text(encoding="utf-8"))) for f in files]
+
+
+def _name(file: Path) -> str:
+    parts = file.relative_to(PACKAGE).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" and len(parts) > 1 else parts)
+
+
+def imports(node: ast.AST, lazy: bool = True) -> Iterator[str]:
+    """Modules that ``node`` imports when it runs (not for type checkers); ``lazy``: inside functions too."""
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, ast.If) and "TYPE_CHECKING" in ast.unparse(child.test):
+            continue
+        if isinstance(child, (ast.FunctionDef, ast.AsyncFunctionDef)) and not lazy:
+            continue
+        if isinstance(child, ast.Import):
+            yield from (alias.name for alias in child.names)
+        elif isinstance(child, ast.ImportFrom):
+            assert child.level == 0, "imports are absolute"
+            yield from (f"{child.module}.{alias.name}" for alias in child.names)
+        else:
+            yield from imports(child, lazy)
+
+
+def _within(name: str, allowed: set[str]) -> bool:
+    return any(name == a or name.startswith(f"{a}.") for a in allowed)
+
+
+def violations(name: str, tree: ast.Module) -> list[str]:
+    """Imports of the package that the module ``name`` may not have."""
+    parts = name.split(".")
+    rule = next(".".join(parts[:n]) for n in range(len(parts), -1, -1) if ".".join(parts[:n]) in MAY_IMPORT)
+    own = parts[0] if (PACKAGE / parts[0]).is_dir() else name
+    used = {i.removeprefix("visiontune.") for i in imports(tree) if i.startswith("visiontune.")}
+    return sorted(f"{name} -> {i}" for i in used if not _within(i, MAY_IMPORT[rule] | {own}))
+
+
+def test_every_module_has_a_rule():
+    assert {name.split(".")[0] for name, _ in modules()} - {"assets"} <= MAY_IMPORT.keys()
+
+
+def test_imports_follow_the_dependency_direction():
+    assert [v for name, tree in modules() for v in violations(name, tree)] == []
+
+
+def test_the_check_sees_a_wrong_import():
+    assert violations("core", ast.parse("def f():\n    from visiontune.models import load")) == ["core -> models.load"]
+    assert violations("adapters.x", ast.parse("import visiontune.cli.main")) == ["adapters.x -> cli.main"]
+    assert violations("objectives.x", ast.parse("from visiontune.models.sd import A")) == [
+        "objectives.x -> models.sd.A"
+    ]
+    typing_only = "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from visiontune.cli import main"
+    assert violations("core", ast.parse(typing_only)) == []
+
+
+def test_light_modules_import_nothing_heavy_at_the_top():
+    heavy = {
+        f"{name} -> {i}"
+        for name, tree in modules()
+        if _within(name, LIGHT)
+        for i in imports(tree, lazy=False)
+        if i.split(".")[0] in HEAVY
+    }
+    assert heavy == set()
+
+
+def _run(code: str, **options) -> subprocess.CompletedProcess:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    return subprocess.run([sys.executable, *code], capture_output=True, text=True, env=environment, **options)
+
+
+def test_importing_the_package_and_reading_a_recipe_costs_no_torch(tmp_path):
+    code = "import sys, visiontune, visiontune.config, visiontune.cli.main as m; m.parser(); print(*sys.modules)"
+    loaded = set(_run(["-c", code], cwd=tmp_path).stdout.split())
+    assert "visiontune.cli.demo" in loaded
+    assert not loaded & HEAVY
+
+
+def test_help_takes_less_than_half_a_second():
+    """In processor time, which a busy machine does not change."""
+
+    def seconds() -> float:
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        assert _run(["-m", "visiontune", "--help"], cwd=ROOT).returncode == 0
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+
+    assert min(seconds() for _ in range(3)) < 0.5
+
+
+def test_the_public_names_are_the_real_ones():
+    import visiontune
+
+    for name in visiontune.__all__:
+        assert getattr(visiontune, name).__module__.startswith("visiontune"), name
+        assert name in dir(visiontune)
+    assert visiontune.__version__ == "0.1.0"
+    with pytest.raises(AttributeError, match="atach"):
+        _ = visiontune.atach
+
+
+def test_datasets_is_hugging_face_from_the_root_too():
+    """A package of ours in the folder ``datasets`` would stand before the library, and transformers would break."""
+    found = _run(["-c", "import importlib.util as u; print(u.find_spec('datasets').origin)"], cwd=ROOT)
+    assert found.stdout.strip().endswith("-packages/datasets/__init__.py"), found
+
+
+@pytest.mark.parametrize("folder", [*catalogue.KINDS, "samples", "benchmarks", "docs", "tests"])
+def test_root_folders_are_not_packages(folder):
+    assert list((ROOT / folder).rglob("__init__.py")) == []
+
+
+def test_tests_mirror_the_package():
+    """A folder of tests is a folder of the package, or one of the kinds of tests that belong to no module."""
+    folders = {f.name for f in (ROOT / "tests").iterdir() if f.is_dir() and list(f.glob("*.py"))}
+    assert folders - {"contracts", "benchmarks"} <= {f.name for f in PACKAGE.iterdir() if f.is_dir()}
+
+
+@pytest.mark.parametrize("name", [n for n, _ in modules() if not n.startswith(("assets", "__main__"))])
+def test_every_module_imports_and_says_what_it_is(name):
+    module = importlib.import_module(f"visiontune.{name}" if name != "__init__" else "visiontune")
+    empty_package = not Path(str(module.__file__)).read_text(encoding="utf-8").strip()
+    assert module.__doc__ or empty_package

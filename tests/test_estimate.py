@@ -1,0 +1,98 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from visiontune import config
+from visiontune.estimate import Estimate, Kept, measure, size
+
+
+@pytest.fixture(scope="module")
+def tiny_run(tmp_path_factory):
+    from tiny import save_tiny_sd
+
+    folder = tmp_path_factory.mktemp("estimate")
+    recipe = {
+        "name": "tiny",
+        "out": str(folder / "runs"),
+        "model": str(save_tiny_sd(folder / "tiny-sd")),
+        "adapter": {"name": "lora", "rank": 2},
+        "data": {"root": "pocket/bumble", "resolution": 16},
+        "train": {"batch_size": 2, "trackers": [], "device": "cpu", "steps": 50},
+    }
+    return lambda *overrides: config.parse_run(config.apply(recipe, overrides))
+
+
+def test_counts_are_those_of_the_adapter_and_adamw(tiny_run):
+    estimate = measure(tiny_run())
+    assert estimate.samples == 5 and estimate.prior_samples == 0
+    assert len(estimate.layers) > 0 and all(layer.startswith("unet.") for layer in estimate.layers)
+    assert estimate.gradient_bytes == 4 * estimate.trained
+    # AdamW keeps two moments of every value, and a step counter of every tensor.
+    assert 0 <= estimate.optimizer_bytes - 8 * estimate.trained <= 4 * 4 * len(estimate.layers)
+    assert estimate.parameter_bytes >= 4 * estimate.total
+    assert estimate.step_seconds > 0 and estimate.steps == 50
+    double = measure(tiny_run("adapter.rank=4"))
+    assert double.trained == 2 * estimate.trained
+    assert double.layers == estimate.layers
+
+
+def test_an_average_costs_the_weights_once_more(tiny_run):
+    plain, averaged = measure(tiny_run()), measure(tiny_run("train.ema=0.9"))
+    assert averaged.optimizer_bytes - plain.optimizer_bytes == 4 * plain.trained
+
+
+def test_activations_grow_with_the_batch_and_shrink_with_checkpointing(tiny_run):
+    one, four = (measure(tiny_run(f"train.batch_size={n}")).activation_bytes for n in (1, 4))
+    assert 3.5 < four / one < 4.5
+    saved = measure(tiny_run("train.batch_size=4", "train.gradient_checkpointing=true")).activation_bytes
+    assert saved < 0.7 * four
+
+
+def test_prior_rows_are_counted_but_no_prior_image_is_drawn(tiny_run, monkeypatch):
+    def never(*_, **__):
+        raise AssertionError("drew an image")
+
+    monkeypatch.setattr("visiontune.sampling.pipeline.images", never)
+    run = tiny_run("objective.name=dreambooth", "objective.prior_images=3")
+    estimate = measure(run)
+    assert estimate.prior_samples == 3
+    assert estimate.activation_bytes > 1.5 * measure(tiny_run()).activation_bytes
+    assert not run.folder.exists() and not run.folder.parent.exists()
+
+
+def test_full_fine_tuning_trains_the_whole_denoiser(tiny_run):
+    estimate = measure(tiny_run("adapter=none"))
+    assert estimate.layers == [] and 0.2 < estimate.trained / estimate.total < 1
+    assert "all weights are trained" in estimate.text()
+
+
+def test_kept_counts_each_storage_once_and_no_weights():
+    weight = torch.randn(64, 64, requires_grad=True)
+    x = torch.randn(8, 64)
+    kept = Kept([weight])
+    with kept:
+        hidden = torch.tanh(x @ weight)  # keeps x for the product and its own result for tanh
+        result = hidden * hidden  # keeps hidden, which is counted already
+    assert kept.bytes == x.nbytes + hidden.nbytes
+    result.sum().backward()
+    assert weight.grad is not None
+
+
+@pytest.mark.parametrize(
+    ("count", "text"), [(512, "512 B"), (2048, "2.0 KiB"), (3 * 2**20, "3.0 MiB"), (5 * 2**30, "5.0 GiB")]
+)
+def test_sizes_are_readable(count, text):
+    assert size(count) == text
+
+
+def test_text_says_everything_in_words():
+    facts = {"samples": 5, "prior_samples": 2, "trained": 10, "total": 1000, "step_seconds": 0.5, "steps": 20000}
+    memory = {"parameter_bytes": 1, "gradient_bytes": 2, "optimizer_bytes": 3, "activation_bytes": 4}
+    layers = [f"unet.layer{i}" for i in range(20)]
+    text = Estimate(device="cuda", layers=layers, peak_bytes=2**20, **facts, **memory).text()
+    assert "trainable: 10 of 1,000 parameters (1.00%)" in text
+    assert "adapted layers: 20" in text and "unet.layer0" in text and "and 8 more" in text
+    assert "0.5 s/step on this cuda, 2.8 h for 20000 steps" in text
+    assert "memory: 10 B" in text and "peak of the measured step: 1.0 MiB" in text
+    assert "5 images, and 2 of prior preservation" in text

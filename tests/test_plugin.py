@@ -1,0 +1,79 @@
+from __future__ import annotations
+
+import pytest
+
+from visiontune import plugin
+from visiontune.errors import UserError
+
+METHOD = """
+from __future__ import annotations
+from dataclasses import dataclass
+from visiontune.schema import option
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    gain: float = option(1.0, help="a factor")
+
+def build(config):
+    return config.gain
+"""
+
+
+def test_names_are_the_methods_and_not_their_helpers():
+    assert {"denoising", "dreambooth"} <= set(plugin.names("objectives"))
+    assert {"base", "__init__"}.isdisjoint(plugin.names("objectives"))
+    assert "_clip" not in plugin.names("rewards")
+
+
+@pytest.mark.parametrize("kind", ["adapters", "objectives", "rewards"])
+def test_every_method_has_a_config_and_a_builder(kind):
+    for name in plugin.names(kind):
+        module = plugin.load(kind, name)
+        assert module.__doc__ and module.Config.__doc__, name
+        assert callable(module.build), name
+
+
+def test_a_file_and_a_dotted_path_are_methods_too(tmp_path, monkeypatch):
+    (tmp_path / "outside_method.py").write_text(METHOD)
+    monkeypatch.chdir(tmp_path)
+    for name in (str(tmp_path / "outside_method.py"), "outside_method.py"):
+        module, config = plugin.configure("rewards", {"name": name, "gain": "2"}, "reward")
+        assert module.build(config) == 2.0
+    package = tmp_path / "outside_package"
+    package.mkdir()
+    (package / "method.py").write_text(METHOD)
+    module, config = plugin.configure("rewards", "outside_package.method", "reward")
+    assert module.build(config) == 1.0
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ("dreambooht", "here.name: 'dreambooht' is not one of the objectives; did you mean 'dreambooth'?"),
+        (
+            {"name": "denoising", "snr_gama": 5},
+            "here.snr_gama is not an option of denoising; did you mean 'snr_gamma'?",
+        ),
+        ({"name": "denoising", "snr_gamma": -1}, "here: snr_gamma must be above 0"),
+        ({"snr_gamma": 5}, "here.name is missing"),
+        (["denoising"], "here must be a name or a mapping"),
+        ("no_such_package.method", "here.name: there is no module 'no_such_package'"),
+        ("missing.py", "here.name: there is no file 'missing.py'"),
+        ("visiontune.files", "here.name: 'visiontune.files' defines no Config"),
+    ],
+)
+def test_what_is_wrong_is_said_with_the_path(spec, message):
+    with pytest.raises(UserError) as error:
+        plugin.configure("objectives", spec, "here")
+    assert str(error.value).startswith(message)
+
+
+def test_a_method_that_needs_another_package_names_it(tmp_path, monkeypatch):
+    (tmp_path / "needy_method.py").write_text("import package_that_is_not_there")
+    package = tmp_path / "needy"
+    package.mkdir()
+    (package / "method.py").write_text("import package_that_is_not_there")
+    monkeypatch.chdir(tmp_path)
+    for name in ("needy.method", "needy_method.py"):
+        with pytest.raises(UserError, match="package_that_is_not_there"):
+            plugin.load("adapters", name)

@@ -1,0 +1,176 @@
+"""Tiny random pipelines of the real diffusers classes, for tests.
+
+Every call gives an independent copy of a pipeline that is built once per session from a fixed seed. Images are 16x16
+pixels, latents [4, 8, 8], prompts at most 32 tokens.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    EulerDiscreteScheduler,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+
+WORDS = "a an of the in on photo picture circle square triangle red green blue small large left right above below"
+CHARACTERS = "abcdefghijklmnopqrstuvwxyz0123456789.,:;!?'-_()[]<>"
+MAX_TOKENS = 32
+SIZE = 16  # pixels per side
+
+
+def tiny_sd(prediction_type: str = "epsilon") -> StableDiffusionPipeline:
+    """A Stable Diffusion pipeline, with a DDIM scheduler configured as that of SD 1.5."""
+    return _copy(_sd(prediction_type))
+
+
+def tiny_sdxl() -> StableDiffusionXLPipeline:
+    """A Stable Diffusion XL pipeline, with an Euler scheduler as the published one has."""
+    return _copy(_sdxl())
+
+
+def tiny_model(family: str = "sd", **options: Any) -> Any:
+    """The DiffusionModel of a tiny pipeline: `tiny_model("sd", prediction_type="v_prediction")`."""
+    from visiontune.models import families
+
+    pipe = {"sd": tiny_sd, "sdxl": tiny_sdxl}[family](**options)
+    return families()[family](pipe, source=f"tiny-{family}")
+
+
+def save_tiny_sd(folder: str | Path, prediction_type: str = "epsilon") -> Path:
+    """Write `tiny_sd` in the diffusers layout, for whatever opens a model by its folder."""
+    _sd(prediction_type).save_pretrained(folder)
+    return Path(folder)
+
+
+def remade(module: Any, **changes: Any) -> Any:
+    """A module of the same class with some options of its config changed, randomly initialised from seed 0."""
+    options = {key: value for key, value in module.config.items() if not key.startswith("_")}
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return type(module)(**{**options, **changes}).eval()
+
+
+def tokenizer() -> CLIPTokenizer:
+    """A CLIP tokenizer whose merges make one token of each of WORDS and one of each character elsewhere."""
+    merges, pieces = [], [*CHARACTERS, *(f"{c}</w>" for c in CHARACTERS)]
+    for word in WORDS.split():
+        letters = [*word[:-1], f"{word[-1]}</w>"]
+        for end in range(1, len(letters)):
+            merges.append(("".join(letters[:end]), letters[end]))
+            pieces.append("".join(letters[: end + 1]))
+    tokens = dict.fromkeys([*pieces, "<|startoftext|>", "<|endoftext|>"])
+    vocab = {token: i for i, token in enumerate(tokens)}
+    return CLIPTokenizer(vocab=vocab, merges=list(dict.fromkeys(merges)), model_max_length=MAX_TOKENS)
+
+
+def _copy(pipe: Any) -> Any:
+    parts = {k: copy.deepcopy(v) if isinstance(v, torch.nn.Module) else v for k, v in pipe.components.items()}
+    parts["scheduler"] = type(pipe.scheduler).from_config(pipe.scheduler.config)
+    options = {"requires_safety_checker": False} if isinstance(pipe, StableDiffusionPipeline) else {}
+    made = type(pipe)(**parts, **options)
+    made.set_progress_bar_config(disable=True)
+    return made
+
+
+@functools.cache
+def _sd(prediction_type: str) -> StableDiffusionPipeline:
+    scheduler = DDIMScheduler(
+        beta_schedule="scaled_linear",
+        beta_start=0.00085,
+        beta_end=0.012,
+        clip_sample=False,
+        set_alpha_to_one=False,
+        steps_offset=1,
+        prediction_type=prediction_type,
+    )
+    words = tokenizer()
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return StableDiffusionPipeline(
+            vae=_vae(),
+            text_encoder=CLIPTextModel(_text_config(words)).eval(),
+            tokenizer=words,
+            unet=_unet(cross_attention_dim=32),
+            scheduler=scheduler,
+            safety_checker=None,
+            feature_extractor=None,
+            requires_safety_checker=False,
+        )
+
+
+@functools.cache
+def _sdxl() -> StableDiffusionXLPipeline:
+    words = tokenizer()
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        return StableDiffusionXLPipeline(
+            vae=_vae(),
+            text_encoder=CLIPTextModel(_text_config(words)).eval(),
+            text_encoder_2=CLIPTextModelWithProjection(_text_config(words)).eval(),
+            tokenizer=words,
+            tokenizer_2=tokenizer(),
+            unet=_unet(
+                cross_attention_dim=64,
+                addition_embed_type="text_time",
+                addition_time_embed_dim=8,
+                projection_class_embeddings_input_dim=6 * 8 + 32,
+                use_linear_projection=True,
+            ),
+            scheduler=EulerDiscreteScheduler(
+                beta_schedule="scaled_linear",
+                beta_start=0.00085,
+                beta_end=0.012,
+                steps_offset=1,
+                timestep_spacing="leading",
+            ),
+            add_watermarker=False,
+        )
+
+
+def _text_config(words: CLIPTokenizer) -> CLIPTextConfig:
+    return CLIPTextConfig(
+        vocab_size=len(words),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        max_position_embeddings=MAX_TOKENS,
+        projection_dim=32,
+        bos_token_id=words.bos_token_id,
+        eos_token_id=words.eos_token_id,
+        pad_token_id=words.pad_token_id,
+    )
+
+
+def _unet(**options: Any) -> UNet2DConditionModel:
+    return UNet2DConditionModel(
+        sample_size=8,
+        block_out_channels=(16, 32),
+        layers_per_block=1,
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        attention_head_dim=2,
+        norm_num_groups=8,
+        **options,
+    ).eval()
+
+
+def _vae() -> AutoencoderKL:
+    return AutoencoderKL(
+        block_out_channels=(8, 16),
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        norm_num_groups=4,
+        sample_size=SIZE,
+        scaling_factor=0.18215,
+    ).eval()

@@ -1,0 +1,142 @@
+"""A denoiser of two layers with everything a trainer asks of a model, and batches for it; runs in milliseconds."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+import torch.utils.checkpoint
+from diffusers import DDPMScheduler
+from safetensors.torch import save_file
+from torch import nn
+
+from visiontune.core import Batch, Condition
+from visiontune.diffusion.schedule import Schedule
+from visiontune.objectives import denoising
+from visiontune.training.config import TrainConfig
+from visiontune.training.loop import Trainer
+
+PREDICTIONS = {"eps": "epsilon", "v": "v_prediction", "x0": "sample"}
+
+
+class TinyDenoiser(nn.Module):
+    """Two convolutions around a timestep and text shift; [b, 4, 8, 8] -> the same."""
+
+    def __init__(self, width: int = 16, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.dropout = nn.Dropout(dropout)
+        self.first, self.last = nn.Conv2d(4, width, 3, padding=1), nn.Conv2d(width, 4, 3, padding=1)
+        self.time, self.text = nn.Linear(2, width), nn.Linear(8, width)
+        self.checkpointing = False
+
+    def enable_gradient_checkpointing(self) -> None:
+        self.checkpointing = True
+
+    def forward(self, x, t, tokens):
+        level = (t.to(tokens.dtype) / 1000)[:, None]
+        shift = self.time(torch.cat([level, level.square()], 1)) + self.text(tokens.mean(1))
+        if self.checkpointing and torch.is_grad_enabled():
+            return torch.utils.checkpoint.checkpoint(self._body, x, shift, use_reentrant=False)
+        return self._body(x, shift)
+
+    def _body(self, x, shift):
+        return self.last(self.dropout(torch.tanh(self.first(x) + shift[:, :, None, None])))
+
+
+class TinyModel:
+    """Duck-typed `DiffusionModel`: 4x8x8 latents, a table of word vectors as its text encoder."""
+
+    source = "tiny"
+
+    def __init__(self, prediction: str = "eps", seed: int = 0, denoiser: nn.Module | None = None, **options) -> None:
+        torch.manual_seed(seed)
+        self.denoiser = denoiser or TinyDenoiser(**options)
+        self.encoder = nn.Embedding(64, 8)
+        self.vae = nn.Linear(1, 1)
+        self.schedule = Schedule.from_scheduler(
+            DDPMScheduler(
+                beta_start=0.00085,
+                beta_end=0.012,
+                beta_schedule="scaled_linear",
+                prediction_type=PREDICTIONS[prediction],
+                clip_sample=False,
+            )
+        )
+        self.pipe = SimpleNamespace(save_pretrained=self._save)
+        for module in (self.denoiser, self.encoder, self.vae):
+            module.requires_grad_(False).eval()
+
+    @property
+    def text_encoders(self):
+        return {"text_encoder": self.encoder}
+
+    def components(self):
+        return {"unet": self.denoiser, **self.text_encoders}
+
+    def to(self, device):
+        for module in (self.denoiser, self.encoder, self.vae):
+            module.to(device)
+        return self
+
+    def fingerprint(self, part: str) -> str:
+        return f"tiny-{part}"
+
+    def embed(self, prompts) -> Condition:
+        words = [
+            [int(hashlib.sha256(w.encode()).hexdigest(), 16) % 64 for w in (p.split() + [""] * 6)[:6]] for p in prompts
+        ]
+        return Condition(tokens=self.encoder(torch.tensor(words)))
+
+    def predict(self, x_t, t, cond):
+        return self.denoiser(x_t, t, cond.tokens).to(x_t.dtype)
+
+    def _save(self, folder, safe_serialization: bool) -> None:
+        assert safe_serialization
+        Path(folder).mkdir()
+        save_file(self.denoiser.state_dict(), Path(folder) / "weights.safetensors")
+
+
+def tiny_batch(model, seed: int, instance: int, prior: int = 0, weight: float = 1.0, embedded: bool = True) -> Batch:
+    """Instance rows, then prior rows of the given weight."""
+    rows = instance + prior
+    prompts = ["a photo of a sks dog"] * instance + ["a photo of a dog"] * prior
+    rng = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        cond = model.embed(prompts) if embedded else None
+    return Batch(
+        latents=torch.randn(rows, 4, 8, 8, generator=rng),
+        cond=cond,
+        prompts=prompts,
+        weight=torch.tensor([1.0] * instance + [weight] * prior),
+        prior=torch.tensor([False] * instance + [True] * prior),
+        ids=[f"{seed}-{i}" for i in range(rows)],
+    )
+
+
+class TinyRows:
+    """Batch `k` is a function of `k`."""
+
+    def __init__(self, model, batch_size: int = 2, prior: int = 0, embedded: bool = True) -> None:
+        self.model, self.batch_size, self.prior, self.embedded = model, batch_size, prior, embedded
+
+    def batch(self, step: int) -> Batch:
+        return tiny_batch(self.model, step, self.batch_size, self.prior, embedded=self.embedded)
+
+
+def tiny_trainer(
+    out, *, objective=None, model=None, rows=None, adapters=None, seed=0, preview=None, **train
+) -> Trainer:
+    """A CPU run that writes no events unless asked."""
+    model = model or TinyModel()
+    return Trainer(
+        model=model,
+        adapters=adapters,
+        objective=objective or denoising.build(denoising.Config()),
+        rows=rows or TinyRows(model),
+        train=TrainConfig(**{"steps": 4, "trackers": [], "device": "cpu", **train}),
+        out=Path(out),
+        preview=preview,
+        seed=seed,
+    )

@@ -1,0 +1,225 @@
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from tiny import tiny_model
+from tiny_training import TinyModel, TinyRows, tiny_trainer
+from torch.nn import Parameter
+
+from visiontune import adapters
+from visiontune.errors import UserError
+from visiontune.schema import from_mapping
+from visiontune.training import optim, preview
+from visiontune.training.config import PreviewConfig, TrainConfig
+from visiontune.training.ema import Average
+
+
+def test_the_average_follows_its_formula():
+    parameter = Parameter(torch.tensor([1.0]))
+    average, expected = Average([parameter], 0.5), 1.0
+    for n, value in enumerate([2.0, 3.0, 5.0, 8.0, -1.0, 4.0, 0.0, 7.0, 2.0, 9.0, 3.0, 1.0]):
+        parameter.data.fill_(value)
+        average.update()
+        decay = min(0.5, (1 + n) / (10 + n)) if n else 0.0
+        expected = decay * expected + (1 - decay) * value
+        assert average.model.shadow_params[0].item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_the_average_is_only_looked_through():
+    parameter = Parameter(torch.randn(5))
+    average = Average([parameter], 0.9)
+    parameter.data += 1
+    before = parameter.detach().clone()
+    with average.applied():
+        assert torch.allclose(parameter, before - 1)
+    assert torch.equal(parameter, before)
+
+
+def test_no_average_is_the_weights():
+    parameter = Parameter(torch.ones(1))
+    average = Average([parameter], None)
+    average.update()
+    with average.applied():
+        assert parameter.item() == 1
+    assert average.state_dict() is None
+
+
+# ---------------------------------------------------------------------------------------------------- optimiser
+
+
+def rates(train, steps=10):
+    optimizer = optim.make_optimizer({"x": Parameter(torch.ones(1))}, train, set())
+    schedule, found = optim.make_schedule(optimizer, train), []
+    for _ in range(steps):
+        found.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        schedule.step()
+    return found
+
+
+def test_learning_rate_schedules():
+    assert rates(TrainConfig(steps=10, lr=1.0)) == [1.0] * 10
+    assert rates(TrainConfig(steps=10, lr=1.0, warmup=4))[:6] == [0.0, 0.25, 0.5, 0.75, 1.0, 1.0]
+    assert rates(TrainConfig(steps=10, lr=1.0, schedule="linear")) == pytest.approx([1 - k / 10 for k in range(10)])
+    cosine = [(1 + math.cos(math.pi * k / 10)) / 2 for k in range(10)]
+    assert rates(TrainConfig(steps=10, lr=1.0, schedule="cosine")) == pytest.approx(cosine)
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"), [("adamw", "AdamW"), ("sgd", "SGD"), ("adafactor", "Adafactor"), ("torch.optim.RAdam", "RAdam")]
+)
+def test_optimisers_by_name_or_path_lower_a_loss(name, kind):
+    parameter = Parameter(torch.full((4, 4), 2.0))
+    optimizer = optim.make_optimizer({"x": parameter}, TrainConfig(optimizer=name, lr=0.05, weight_decay=0.0), set())
+    assert type(optimizer).__name__ == kind
+    for _ in range(30):
+        optimizer.zero_grad()
+        parameter.square().mean().backward()
+        optimizer.step()
+    assert parameter.abs().mean() < 1.95
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"optimizer": "adamv"}, "adamw"),
+        ({"optimizer": "torch.optim.Nothing"}, "cannot be loaded"),
+        ({"optimizer_options": {"speed": 3}}, "speed"),
+    ],
+)
+def test_bad_optimisers_are_named(options, message):
+    with pytest.raises(UserError, match=message):
+        optim.make_optimizer({"x": Parameter(torch.ones(1))}, TrainConfig(**options), set())
+
+
+@pytest.mark.parametrize("with_adapter", [True, False])
+def test_the_text_encoder_has_its_own_learning_rate(tmp_path, with_adapter):
+    model = tiny_model("sd")
+    found = adapters.attach(model.components(), "lora", targets=["to_q", "q_proj"]) if with_adapter else None
+    rows = TinyRows(model, embedded=False)
+    options = {"text_encoder": True, "text_encoder_lr": 1e-5, "lr": 1e-3}
+    trainer = tiny_trainer(tmp_path, model=model, adapters=found, rows=rows, **options)
+    groups = trainer.optimizer.param_groups
+    assert [group["lr"] for group in groups] == [1e-3, 1e-5]
+    text = sum(p.numel() for n, p in trainer.parameters.items() if "text_encoder" in n)
+    assert sum(p.numel() for p in groups[1]["params"]) == text > 0
+    assert sum(p.numel() for g in groups for p in g["params"]) == sum(p.numel() for p in trainer.parameters.values())
+
+
+def test_a_text_encoder_without_adapter_layers_is_refused(tmp_path):
+    model = tiny_model("sd")
+    found = adapters.attach({"unet": model.denoiser}, "lora", targets=["to_q"])
+    with pytest.raises(UserError, match=r"train\.text_encoder"):
+        tiny_trainer(tmp_path, model=model, adapters=found, rows=TinyRows(model), text_encoder=True)
+
+
+def test_half_precision_weights_are_not_trained(tmp_path):
+    model = TinyModel()
+    model.denoiser.bfloat16()
+    with pytest.raises(UserError, match=r"model\.dtype=fp32"):
+        tiny_trainer(tmp_path, model=model)
+
+
+# ---------------------------------------------------------------------------------------------------- options
+
+
+@pytest.mark.parametrize(
+    "options", [{"steps": 0}, {"lr": 0}, {"ema": 1.0}, {"max_grad_norm": -1}, {"precision": "fp8"}]
+)
+def test_impossible_training_options_are_refused(options):
+    with pytest.raises(UserError, match=f"train.*{next(iter(options))}"):
+        from_mapping(TrainConfig, options, "train")
+
+
+def test_unknown_trackers_are_refused(tmp_path):
+    with pytest.raises(UserError, match="'tensorboard'"):
+        tiny_trainer(tmp_path, trackers=["tensorbord"])
+
+
+def test_events_reach_tensorboard(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    tiny_trainer(tmp_path, trackers=["tensorboard"], log_every=2).fit()
+    events = EventAccumulator(str(tmp_path / "tensorboard" / "visiontune"))
+    events.Reload()
+    assert [e.step for e in events.Scalars("loss")] == [2, 4]
+
+
+# ---------------------------------------------------------------------------------------------------- previews
+
+
+def previewed(out, **train):
+    model = tiny_model("sd")
+    torch.manual_seed(0)
+    found = adapters.attach({"unet": model.denoiser}, "lora", targets=["to_q", "to_v"])
+    config = PreviewConfig(prompts=["a red circle", "a square"], seeds=[3, 4], every=2, steps=2, cfg_scale=2.0)
+    options = {"model": model, "adapters": found, "rows": TinyRows(model), "preview": config, "lr": 0.3, "steps": 5}
+    return tiny_trainer(out, **options | train)
+
+
+def test_previews_are_drawn_before_the_first_step_and_after_the_last(tmp_path):
+    previewed(tmp_path, trackers=["tensorboard"]).fit()
+    folders = sorted(p.name for p in (tmp_path / "samples").iterdir())
+    assert folders == ["step-000000", "step-000002", "step-000004", "step-000005"]
+    names = {p.name for p in (tmp_path / "samples" / "step-000000").iterdir()}
+    assert names == {"00_seed3.png", "00_seed4.png", "01_seed3.png", "01_seed4.png", "grid.png"}
+    card = (tmp_path / "README.md").read_text()
+    assert "samples/step-000005/00_seed3.png" in card and "a red circle" in card
+
+
+def test_previews_show_the_base_at_first_and_the_training_later(tmp_path):
+    from visiontune.sampling.pipeline import images
+
+    previewed(tmp_path).fit()
+    first, last = (
+        np.asarray(Image.open(tmp_path / "samples" / s / "00_seed3.png")) for s in ("step-000000", "step-000005")
+    )
+    stock = images(tiny_model("sd"), ["a red circle"], [3], steps=2, cfg_scale=2.0)[0]
+    assert np.abs(first.astype(int) - stock).max() <= 1
+    assert np.abs(first.astype(int) - last).max() > 1
+
+
+def test_previews_do_not_change_the_training(tmp_path):
+    plain = previewed(tmp_path / "plain", preview=None)
+    plain.fit()
+    watched = previewed(tmp_path / "watched", ema=None)
+    watched.fit()
+    assert all(torch.equal(plain.parameters[k], p) for k, p in watched.parameters.items())
+
+
+def test_previews_show_the_averaged_weights(tmp_path):
+    from visiontune.sampling.pipeline import images
+
+    trainer = previewed(tmp_path, ema=0.5)
+    path = trainer.fit()
+    model = tiny_model("sd")
+    adapters.load({"unet": model.denoiser}, path)
+    again = images(model, ["a red circle"], [3], steps=2, cfg_scale=2.0)[0]
+    shown = np.asarray(Image.open(tmp_path / "samples" / "step-000005" / "00_seed3.png"))
+    assert np.abs(shown.astype(int) - again).max() <= 1
+
+
+def test_previews_of_lost_steps_are_forgotten(tmp_path):
+    for name in ("step-000000", "step-000002", "step-000004", ".step-000006.1.tmp"):
+        (tmp_path / "samples" / name).mkdir(parents=True)
+    preview.forget_after(tmp_path, 2)
+    assert sorted(p.name for p in (tmp_path / "samples").iterdir()) == ["step-000000", "step-000002"]
+
+
+def test_an_average_that_starts_late_begins_at_the_weights():
+    parameter = Parameter(torch.ones(1))
+    average = Average([parameter], 0.9)
+    parameter.data.fill_(5.0)
+    average.load_state_dict(None)
+    assert average.model.shadow_params[0].item() == 5.0
+    other = Average([Parameter(torch.zeros(1))], 0.3)
+    other.load_state_dict(average.state_dict())
+    assert other.model.shadow_params[0].item() == 5.0 and other.model.decay == 0.3
+
+
+def test_no_prompts_no_previews():
+    assert not preview.due(0, 10, PreviewConfig())

@@ -1,0 +1,168 @@
+"""From packed skew-symmetric parameters to rotations, once per parameter version for many layers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.optim.optimizer import register_optimizer_step_post_hook
+
+
+def skew(v: Tensor, b: int) -> Tensor:
+    """Q = U - U^T [n, b, b] whose strict upper triangle U is filled row by row from ``v`` [n, b (b - 1) / 2]."""
+    row, column = torch.triu_indices(b, b, 1, device=v.device)
+    q = v.new_zeros(v.shape[0], b, b)
+    q[:, row, column] = v
+    return q - q.mT
+
+
+def packed(s: Tensor) -> Tensor:
+    """The gradient of ``v`` for a gradient ``s`` [n, b, b] of ``skew(v)``: the triangle of s - s^T."""
+    row, column = torch.triu_indices(s.shape[1], s.shape[2], 1, device=s.device)
+    return s[:, row, column] - s[:, column, row]
+
+
+def cayley(q: Tensor) -> tuple[Tensor, Tensor]:
+    """Exact rotation R = (I + Q)(I - Q)^-1 = 2 M - I and M = (I - Q)^-1, for skew-symmetric Q [n, b, b].
+
+    I - Q is never singular, the eigenvalues of Q being imaginary. R has determinant 1 and no eigenvalue -1.
+    """
+    identity = torch.eye(q.shape[-1], device=q.device, dtype=q.dtype)
+    # inv_ex does not wait for the device to report a singular matrix.
+    m = torch.linalg.inv_ex(identity - q).inverse
+    return 2 * m - identity, m
+
+
+def neumann(q: Tensor, terms: int) -> Tensor:
+    """The Cayley transform with a truncated series: (I + Q)(I + Q + ... + Q^(terms - 2)).
+
+    That is I + 2 Q + ... + 2 Q^(terms - 2) + Q^(terms - 1); the error is of the order of Q^(terms - 1).
+    """
+    identity = torch.eye(q.shape[-1], device=q.device, dtype=q.dtype)
+    series = identity
+    for _ in range(terms - 2):
+        series = identity + q @ series
+    return (identity + q) @ series
+
+
+class _Rotations(torch.autograd.Function):
+    """v [n, b (b - 1) / 2] -> R [n, b, b].
+
+    What the backward pass needs is an attribute of the context, not a saved tensor. Saved tensors are freed by the
+    first backward pass, while R serves every micro-batch of an optimiser step; and a checkpoint counts the saved
+    tensors of its region, which must not depend on whether R was in the cache.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, v: Tensor, b: int, scale: float, terms: int) -> Tensor:
+        ctx.b, ctx.scale, ctx.terms = b, scale, terms
+        q = skew(scale * v, b)
+        if terms:
+            ctx.q = q
+            return neumann(q, terms)
+        rotation, ctx.m = cayley(q)
+        return rotation
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None, None, None]:
+        with _plain(g.device):
+            if ctx.terms:
+                with torch.enable_grad():
+                    q = ctx.q.detach().requires_grad_()
+                    (s,) = torch.autograd.grad(neumann(q, ctx.terms), q, g)
+            else:
+                # dR = 2 dM = 2 M dQ M.
+                s = 2 * ctx.m.mT @ g @ ctx.m.mT
+            return ctx.scale * packed(s), None, None, None
+
+
+def rotations(v: Tensor, b: int, scale: float = 1.0, terms: int = 0) -> Tensor:
+    """R [n, b, b] for ``scale * Q(v)``, differentiable in ``v``; exact for ``terms=0``, else :func:`neumann`."""
+    # Whatever mode the caller is in, the result may serve a later forward pass that needs its graph.
+    with torch.inference_mode(False), torch.enable_grad(), _plain(v.device):
+        return _Rotations.apply(v, b, scale, terms)
+
+
+def _plain(device: torch.device) -> torch.autocast:
+    return torch.autocast(device.type, enabled=False)
+
+
+class _Steps:
+    """Counts the steps of every optimiser: fused ones change parameters without a new tensor version."""
+
+    count = 0
+
+    @classmethod
+    def add(cls, *_: Any) -> None:
+        cls.count += 1
+
+
+register_optimizer_step_post_hook(_Steps.add)
+
+
+class Cache:
+    """The last value computed for a key. Copies and pickles are empty: the value is cheap and may carry a graph."""
+
+    def __init__(self) -> None:
+        self.key: Hashable = None
+        self.value: Any = None
+
+    def get(self, key: Hashable, make: Callable[[], Any]) -> Any:
+        if self.key != key:
+            self.value = None
+            self.key, self.value = key, make()
+        return self.value
+
+    def clear(self) -> None:
+        self.key = self.value = None
+
+    def __reduce__(self) -> tuple[type[Cache], tuple[()]]:
+        return Cache, ()
+
+
+class Bank(nn.Module):
+    """All blocks of one size: one parameter, one inverse and one cat of gradients for all layers.
+
+    Args:
+        b: block size. counts: number of blocks of each layer. place: device and dtype. terms: see :func:`rotations`.
+    """
+
+    def __init__(self, b: int, counts: Sequence[int], place: dict[str, Any], terms: int) -> None:
+        super().__init__()
+        self.b, self.counts, self.terms = b, list(counts), terms
+        self.v = nn.Parameter(torch.zeros(sum(counts), b * (b - 1) // 2, **place))
+        self._exact, self._cast = Cache(), Cache()
+        self.on_made: Callable[[Tensor], None] | None = None
+
+    def key(self, scale: float) -> tuple[Hashable, ...]:
+        """Changes whenever the rotations do, other than by writes through ``.data`` outside an optimiser."""
+        return _Steps.count, self.v._version, self.v.data_ptr(), self.v.requires_grad, scale
+
+    def rotations(self, scale: float, dtype: torch.dtype) -> tuple[Tensor, ...]:
+        """R [blocks, b, b] of each layer."""
+        key = self.key(scale)
+        return self._cast.get((key, dtype), lambda: self._split(key, scale, dtype))
+
+    def refresh(self) -> None:
+        self._exact.clear()
+        self._cast.clear()
+
+    def triangles(self) -> tuple[Tensor, ...]:
+        """Each layer's part of the parameter."""
+        return self.v.detach().split(self.counts)
+
+    def _split(self, key: Hashable, scale: float, dtype: torch.dtype) -> tuple[Tensor, ...]:
+        r = self._exact.get(key, lambda: self._make(scale))
+        with torch.inference_mode(False), torch.enable_grad():
+            # Split once: the gradients of all layers are then joined once, and a slice each would be a full bank each.
+            return r.to(dtype).split(self.counts)
+
+    def _make(self, scale: float) -> Tensor:
+        r = rotations(self.v, self.b, scale, self.terms)
+        if self.on_made is not None:
+            self.on_made(r.detach())
+        return r

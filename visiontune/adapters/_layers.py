@@ -1,0 +1,161 @@
+"""Layers that know their adapters.
+
+A layer is adapted by giving the *instance* a subclass of its own class. Names of submodules, state-dict keys,
+``isinstance`` checks and ``save_pretrained`` therefore stay those of the base model, and several sets share one layer.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from visiontune.adapters.base import Adapter, AdapterSet, Method
+
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
+
+@dataclass
+class Entry:
+    """One adapter of one layer, and where it belongs."""
+
+    owner: AdapterSet
+    method: Method
+    adapter: Adapter
+
+
+class Beneath:
+    """A layer as one of its adapters sees it: the frozen layer with the adapters under that one applied."""
+
+    def __init__(self, layer: Any, entries: Sequence[Entry]) -> None:
+        self.layer = layer
+        self.entries = entries
+
+    @property
+    def frozen(self) -> bool:
+        """Whether nothing beneath is trained, so that no gradient of the weight is wanted."""
+        return not self.entries and not any(p.requires_grad for p in self.layer.parameters(recurse=False))
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """The layer's output for the input ``x``."""
+        if not self.entries:
+            return self.layer.frozen_forward(x)
+        *below, top = self.entries
+        return top.adapter.forward(x, Beneath(self.layer, below), top.owner.scale)
+
+    def weight(self) -> Tensor:
+        """The layer's weight, in its own dtype."""
+        weight = self.layer.weight
+        for entry in self.entries:
+            weight = entry.adapter.weight(weight, entry.owner.scale)
+        return weight
+
+    def using(self, x: Tensor, weight: Tensor) -> Tensor:
+        """The output of the layer if ``weight`` were its weight."""
+        return run(self.layer, x, weight)
+
+
+class Adapted:
+    """What :func:`adopt` mixes into a layer's class."""
+
+    entries: list[Entry]
+    weight: nn.Parameter
+
+    def forward(self, x: Tensor) -> Tensor:
+        return Beneath(self, [entry for entry in self.entries if entry.owner.active])(x)
+
+    def frozen_forward(self, x: Tensor) -> Tensor:
+        return super().forward(x)  # type: ignore[misc]
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        # The sets are not submodules, so `model.to(device)` would leave them behind; their dtype stays float32.
+        result = super()._apply(fn, recurse)  # type: ignore[misc]
+        if self.weight.device.type != "meta":
+            for entry in self.entries:
+                if next(entry.method.parameters()).device != self.weight.device:
+                    entry.method.to(self.weight.device)
+        return result
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        # The class is made at run time, so pickle must be told how to make it again.
+        return _empty, (type(self).__mro__[2],), self.__dict__
+
+
+@functools.cache
+def _adapted(cls: Any) -> Any:
+    return type(f"Adapted{cls.__name__}", (Adapted, cls), {"__module__": cls.__module__})
+
+
+def _empty(cls: Any) -> Any:
+    made = _adapted(cls)
+    return made.__new__(made)
+
+
+def adopt(layer: nn.Module, entry: Entry) -> None:
+    """Put an adapter on top of those that the layer has."""
+    if not isinstance(layer, Adapted):
+        cls: Any = type(layer)
+        layer.__class__ = _adapted(cls)
+        layer.__dict__["entries"] = []
+    layer.__dict__["entries"].append(entry)
+
+
+def release(layer: nn.Module, owner: AdapterSet) -> None:
+    """Take the adapter of the set ``owner`` off the layer; without adapters it has its own class again."""
+    entries = layer.__dict__["entries"]
+    entries[:] = [entry for entry in entries if entry.owner is not owner]
+    if not entries:
+        del layer.__dict__["entries"]
+        layer.__class__ = type(layer).__mro__[2]
+
+
+def entries_of(layer: nn.Module) -> list[Entry]:
+    """The adapters of a layer, the lowest first."""
+    return layer.__dict__.get("entries", []) if isinstance(layer, Adapted) else []
+
+
+def run(layer: Any, x: Tensor, weight: Tensor) -> Tensor:
+    """The output of a layer with another weight of the same shape."""
+    if isinstance(layer, nn.Linear):
+        return F.linear(x, weight, layer.bias)
+    if isinstance(layer, nn.Embedding):
+        return F.embedding(x, weight, layer.padding_idx, None, 2.0, layer.scale_grad_by_freq, layer.sparse)
+    return layer._conv_forward(x, weight, layer.bias)
+
+
+def fan_in(layer: Any) -> int:
+    """Inputs of one output: in features of a linear layer, in / groups x kernel of a convolution."""
+    return math.prod(layer.weight.shape[1:])
+
+
+def masters(layer: Any) -> dict[str, Any]:
+    """Device and dtype of trainable parameters for a layer: float32, or float64 where the layer is."""
+    weight = layer.weight
+    dtype = torch.promote_types(weight.dtype, torch.float32) if weight.is_floating_point() else torch.float32
+    return {"device": weight.device, "dtype": dtype}
+
+
+def swap_weights(layers: Mapping[str, nn.Module], weights: Mapping[str, Tensor]) -> dict[str, nn.Parameter]:
+    """Give layers other weights and return the parameters they had.
+
+    The parameter is replaced rather than written to: a weight that another module shares stays as it is.
+    """
+    before = {}
+    for name, layer in layers.items():
+        old = layer.weight
+        assert isinstance(old, nn.Parameter)
+        before[name], new = old, weights[name]
+        if not isinstance(new, nn.Parameter):
+            new = nn.Parameter(new, requires_grad=old.requires_grad)
+        elif new.device != old.device or new.dtype != old.dtype:
+            # The model was moved or cast while its originals were laid aside.
+            new.data = new.data.to(old.device, old.dtype)
+        layer.weight = new
+    return before

@@ -1,0 +1,230 @@
+"""The set of adapters that one call attached: how much it acts, merging, saving."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from visiontune.adapters import _header, _layers, _storage
+from visiontune.adapters._layers import Beneath, Entry
+from visiontune.adapters._method import Adapter, Method
+from visiontune.errors import UserError
+
+
+class AdapterSet(nn.Module):
+    """All adapters that one :func:`attach` made. The base model holds none of their parameters.
+
+    Component methods are submodules under the component's name (``model`` for a single module), so parameter names
+    start with it. Parameters are float32 whatever the base's dtype. Changing them through ``.data`` needs
+    :meth:`refresh`, or a switch between ``train()`` and ``eval()``, before the next forward pass.
+
+    Args:
+        name: tells the sets of one model apart.
+        method: the plug-in's name; config: its ``Config``; build: its ``build``; targets: as the user named them.
+        layers: component -> layer name -> layer.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        method: str,
+        config: Any,
+        build: Any,
+        targets: Sequence[str],
+        layers: Mapping[str, Mapping[str, nn.Module]],
+    ) -> None:
+        super().__init__()
+        self.name, self.method, self.config, self.targets = name, method, config, list(targets)
+        self._scale, self._enabled, self._originals = 1.0, True, dict[str, nn.Parameter]()
+        self._layers: dict[str, nn.Module] = {}
+        self._adapters: dict[str, Adapter] = {}
+        for component, found in layers.items():
+            built = build(config, found)
+            self.add_module(component or "model", built)
+            for layer_name, layer in found.items():
+                full = f"{component}.{layer_name}" if component else layer_name
+                self._layers[full], self._adapters[full] = layer, built.adapters[layer_name]
+        self.base = _storage.fingerprint(self._layers)
+        for component, found in layers.items():
+            built = self.get_submodule(component or "model")
+            for layer_name, layer in found.items():
+                _layers.adopt(layer, Entry(self, built, built.adapters[layer_name]))  # type: ignore[arg-type, index]
+
+    # -- what it is ---------------------------------------------------------------------------------------------
+
+    @property
+    def layers(self) -> list[str]:
+        """Names of the adapted layers, with the component's prefix."""
+        return list(self._layers)
+
+    @property
+    def parameter_count(self) -> int:
+        """Number of trainable values."""
+        return sum(p.numel() for p in self.parameters())
+
+    def weight(self, layer: str) -> Tensor:
+        """The weight of a layer as this set's method defines it: with the sets beneath, without those above."""
+        entries = _layers.entries_of(self._layers[layer])
+        top = next(i for i, entry in enumerate(entries) if entry.owner is self)
+        return Beneath(self._layers[layer], [e for e in entries[: top + 1] if e.owner.active]).weight()
+
+    # -- how much it acts ---------------------------------------------------------------------------------------
+
+    @property
+    def scale(self) -> float:
+        """Strength: 1 as trained, 0 the base model."""
+        return self._scale
+
+    @scale.setter
+    def scale(self, value: float) -> None:
+        with self._unmerged():
+            self._scale = float(value)
+
+    @property
+    def merged(self) -> bool:
+        """Whether the base holds the adapted weights now."""
+        return bool(self._originals)
+
+    @property
+    def enabled(self) -> bool:
+        """Whether the set acts at all."""
+        return self._enabled
+
+    @enabled.setter
+    def enabled(self, value: bool) -> None:
+        if value:
+            self._refuse_merged_above()
+        else:
+            self.unmerge()
+        self._enabled = bool(value)
+
+    @property
+    def active(self) -> bool:
+        """Whether layers must call the adapters: enabled and not merged."""
+        return self._enabled and not self._originals
+
+    @contextmanager
+    def disable(self) -> Iterator[None]:
+        """Inside the block the model runs without this set."""
+        before = self._enabled
+        with self._unmerged():
+            self._enabled = False
+            try:
+                yield
+            finally:
+                self._enabled = before
+
+    @contextmanager
+    def _unmerged(self) -> Iterator[None]:
+        merged = self.merged
+        self.unmerge()
+        try:
+            yield
+        finally:
+            if merged:
+                self.merge()
+
+    # -- arithmetic on the base ---------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def merge(self) -> None:
+        """Write the adapted weights into the base; the originals are kept (one copy of the adapted weights).
+
+        Raises:
+            UserError: another set beneath this one acts and is not merged, or a weight is quantised.
+        """
+        if not self.active:
+            return
+        merged = {}
+        for name, layer in self._layers.items():
+            below = next(e.owner for e in _layers.entries_of(layer) if e.owner is self or e.owner.active)
+            if below is not self:
+                raise UserError(f"adapter '{self.name}' acts on top of '{below.name}': merge '{below.name}' first")
+            merged[name] = _merged(name, layer, self._adapters[name], self._scale)
+        self._originals = _layers.swap_weights(self._layers, merged)
+
+    def unmerge(self) -> None:
+        """Put the original weights back, bit for bit.
+
+        Raises:
+            UserError: another set was merged on top of this one.
+        """
+        if not self.merged:
+            return
+        self._refuse_merged_above()
+        originals, self._originals = self._originals, {}
+        _layers.swap_weights(self._layers, originals)
+
+    def _refuse_merged_above(self) -> None:
+        for layer in self._layers.values():
+            owners = [entry.owner for entry in _layers.entries_of(layer)]
+            above = [owner for owner in owners[owners.index(self) + 1 :] if owner.merged]
+            if above:
+                raise UserError(f"adapter '{above[-1].name}' was merged after '{self.name}': unmerge it first")
+
+    def detach(self) -> None:
+        """Take the set off: unmerged, every layer is of its own class again. Its parameters stay readable."""
+        self.unmerge()
+        for layer in self._layers.values():
+            _layers.release(layer, self)
+        self._layers = {}
+
+    # -- training and files -------------------------------------------------------------------------------------
+
+    def methods(self) -> list[Method]:
+        """The methods of the components."""
+        return [child for child in self.children() if isinstance(child, Method)]
+
+    def after_step(self) -> None:
+        """To be called after each optimiser step (projections such as COFT's)."""
+        for method in self.methods():
+            method.after_step()
+            # Optimisers that are none of torch's may leave no trace of the change.
+            method.refresh()
+
+    def refresh(self) -> None:
+        """To be called after a change of parameters through ``.data``: forget what was computed from them."""
+        for method in self.methods():
+            method.refresh()
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What is saved: ``<layer>.<name>`` -> tensor that shares memory with the parameters."""
+        return {
+            f"{layer}.{key}": value
+            for layer, adapter in self._adapters.items()
+            for key, value in adapter.tensors().items()
+        }
+
+    def save(self, path: str | Path, metadata: Mapping[str, str] | None = None) -> Path:
+        """Write a safetensors file whose header holds method, config, targets, layers and a hash of the base.
+
+        Args:
+            path: the file; it is whole or absent.
+            metadata: further header entries, for instance ``trigger``.
+        """
+        header = {
+            "visiontune_format": str(_header.FORMAT),
+            "method": self.method,
+            "config": json.dumps(asdict(self.config)),
+            "targets": json.dumps(self.targets),
+            "layers": json.dumps(list(self._adapters)),
+            "base_hash": self.base.digest,
+            "base_sample": json.dumps(self.base.sample),
+        }
+        return _storage.write(path, self.tensors(), header, metadata or {})
+
+
+def _merged(name: str, layer: Any, adapter: Adapter, scale: float) -> Tensor:
+    weight = layer.weight
+    if not weight.is_floating_point():
+        raise UserError(f"layer '{name}' is quantised: load the base in a floating-point dtype to merge")
+    high = weight.to(torch.promote_types(weight.dtype, torch.float32))
+    # empty_like keeps the memory format, channels_last for instance.
+    return torch.empty_like(weight).copy_(adapter.weight(high, scale))

@@ -1,0 +1,106 @@
+"""Adapter files: writing, reading, and knowing the base they belong to."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from visiontune import files
+from visiontune.adapters import _header
+from visiontune.errors import UserError
+
+_HASHED, _SAMPLED = 256, 8
+
+
+@dataclass(frozen=True)
+class Base:
+    """What is remembered of the base weights under a set.
+
+    Attributes:
+        digest: hash of the adapted layers' names, shapes and a strided sample of their weights.
+        sample: layer name -> a few of its weights, which survive a change of precision and the hash does not.
+    """
+
+    digest: str
+    sample: dict[str, list[float]]
+
+
+def fingerprint(layers: Mapping[str, nn.Module]) -> Base:
+    """Identify the weights of the adapted layers; reads a strided sample of at most 256 values a layer."""
+    digest, sample = hashlib.sha256(), {}
+    for name, layer in layers.items():
+        values = _strided(layer.weight, _HASHED)
+        digest.update(f"{name} {tuple(layer.weight.shape)} ".encode())  # type: ignore[arg-type]
+        digest.update(values.numpy().tobytes())
+        sample[name] = [float(f"{value:.5g}") for value in _strided(values, _SAMPLED)]
+    return Base(digest.hexdigest(), sample)
+
+
+def _strided(values: Any, count: int) -> Tensor:
+    flat = values.detach().reshape(-1)
+    return flat[:: max(1, flat.numel() // count)][:count].float().cpu()
+
+
+def check_base(path: str | Path, header: Mapping[str, Any], layers: Mapping[str, nn.Module]) -> None:
+    """Compare the weights of ``layers`` with those that the file was trained on.
+
+    Raises:
+        UserError: they are others. Rounding to half precision is let pass.
+    """
+    present = fingerprint(layers)
+    if present.digest == header["base_hash"]:
+        return
+    for name, values in present.sample.items():
+        here, there = torch.tensor(values), torch.tensor(header["base_sample"][name])
+        if here.shape != there.shape or not torch.allclose(here, there, rtol=2**-7, atol=1e-6):
+            raise UserError(
+                f"{path}: trained on other base weights (layer '{name}' differs): load that base, "
+                "or pass allow_other_base=True"
+            )
+
+
+def write(
+    path: str | Path, tensors: Mapping[str, Tensor], header: Mapping[str, str], metadata: Mapping[str, str]
+) -> Path:
+    """Write an adapter file atomically."""
+    clash = sorted(set(header) & set(metadata))
+    if clash:
+        raise UserError(f"metadata '{clash[0]}' is a name that visiontune writes itself: choose another")
+    copies = {key: value.detach().cpu().clone(memory_format=torch.contiguous_format) for key, value in tensors.items()}
+    with files.atomic_write(path) as temporary:
+        save_file(copies, temporary, {**header, **{key: str(value) for key, value in metadata.items()}})
+    return Path(path)
+
+
+def read(path: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Header and tensors of an adapter file."""
+    header = _header.read_header(path)
+    try:
+        return header, load_file(path)
+    except SafetensorError as error:
+        raise UserError(f"'{path}' is damaged ({error}): copy or train it again") from error
+
+
+@torch.no_grad()
+def fill(path: str | Path, own: Mapping[str, Tensor], saved: Mapping[str, Tensor]) -> None:
+    """Copy saved tensors into those of a set.
+
+    Raises:
+        UserError: a key on one side only, or another shape.
+    """
+    for key in sorted(own.keys() ^ saved.keys()):
+        where = "has no tensor" if key in own else "has a tensor without an adapter,"
+        raise UserError(f"{path} {where} '{key}': it does not fit its own header; copy or train it again")
+    for key, value in saved.items():
+        if own[key].shape != value.shape:
+            shapes = f"{tuple(value.shape)}, the model needs {tuple(own[key].shape)}"
+            raise UserError(f"{path}: '{key}' has shape {shapes}: load it into the model it was trained on")
+        own[key].copy_(value)

@@ -1,0 +1,131 @@
+"""Which layers an adapter set changes."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+
+from torch import nn
+
+from visiontune.adapters._layers import CONVOLUTIONS, Adapted
+from visiontune.errors import UserError
+from visiontune.schema import nearest
+
+ATTENTION = ("to_q", "to_k", "to_v", "to_out.0", "q_proj", "k_proj", "v_proj", "out_proj")
+PRESETS: dict[str, tuple[str, ...]] = {
+    "attention": ATTENTION,
+    "attention+ff": (*ATTENTION, "ff.net.0.proj", "ff.net.2", "fc1", "fc2"),
+    "linear": ("Linear",),
+    "conv": ("Conv2d",),
+    "all": ("Linear", "Conv2d"),
+}
+_TYPES: dict[str, type[nn.Module]] = {"Linear": nn.Linear, "Embedding": nn.Embedding}
+_TYPES |= {kind.__name__: kind for kind in CONVOLUTIONS}
+_REGEX_CHARACTERS = set("*+?[](){}^$|\\")
+
+
+def match(
+    roots: Mapping[str, nn.Module],
+    targets: str | Sequence[str],
+    supported: tuple[type[nn.Module], ...],
+    presets: Mapping[str, Sequence[str]] | None = None,
+) -> dict[str, dict[str, nn.Module]]:
+    """Find the layers that ``targets`` name.
+
+    A target is a preset's name, a dotted end of a layer's name (``to_q``, ``attn2.to_k``), the name of a layer class
+    (``Linear``, ``Conv2d``, ``Embedding``), or a regular expression of the whole name.
+
+    Args:
+        roots: component name -> module.
+        targets: one target or several. Each must match; of a preset's own patterns one match is enough.
+        supported: the layer classes that the method adapts; other modules are passed over.
+        presets: further presets, which win over the built-in ones.
+
+    Returns:
+        Component -> layer name within the component -> layer, in the order of ``named_modules``.
+
+    Raises:
+        UserError: a target matches no layer, matches only modules of other classes, or matches a layer whose forward
+            is never called.
+    """
+    known: dict[str, Sequence[str]] = {**PRESETS, **(presets or {})}
+    words = [targets] if isinstance(targets, str) else list(targets)
+    modules = {
+        component: {name: module for name, module in root.named_modules() if name} for component, root in roots.items()
+    }
+    found: set[tuple[str, str]] = set()
+    for word in words:
+        patterns = known.get(word, (word,))
+        hits = {
+            (component, name)
+            for pattern in patterns
+            for component, named in modules.items()
+            for name, module in named.items()
+            if _matches(pattern, component, name, module)
+        }
+        usable = {hit for hit in hits if isinstance(modules[hit[0]][hit[1]], supported)}
+        if not usable:
+            raise _nothing(word, hits, modules, supported, known)
+        found |= usable
+    chosen = {c: {n: m for n, m in named.items() if (c, n) in found} for c, named in modules.items()}
+    for component, layers in chosen.items():
+        if not layers:
+            raise UserError(f"targets {words} match no layer of '{component}': add a target for it or leave it out")
+        for name, layer in layers.items():
+            check(roots[component], name, layer)
+    return chosen
+
+
+def check(root: nn.Module, name: str, layer: nn.Module) -> None:
+    """Refuse a layer whose ``forward`` would be passed by, since an adapter on it would do nothing.
+
+    Raises:
+        UserError: torch reads the weight without calling the layer, or the instance has a patched ``forward``.
+    """
+    parent = root.get_submodule(name.rpartition(".")[0])
+    if isinstance(parent, (nn.MultiheadAttention, nn.TransformerEncoderLayer)):
+        raise UserError(
+            f"layer '{name}' cannot be adapted: its owner {type(parent).__name__} reads the weight without calling the "
+            "layer; narrow the targets, or load the model in a format with separate projections (transformers CLIP)"
+        )
+    if "forward" in layer.__dict__:
+        raise UserError(f"layer '{name}' has a patched forward: attach adapters before offloading or other hooks")
+    if isinstance(layer, nn.Embedding) and layer.max_norm is not None:
+        raise UserError(f"layer '{name}' cannot be adapted: max_norm rewrites its weight; leave it out of the targets")
+
+
+def _matches(pattern: str, component: str, name: str, module: nn.Module) -> bool:
+    if pattern in _TYPES:
+        return isinstance(module, _TYPES[pattern])
+    full = f"{component}.{name}" if component else name
+    if not _REGEX_CHARACTERS & set(pattern):
+        return full == pattern or full.endswith(f".{pattern}")
+    try:
+        return bool(re.fullmatch(pattern, full) or re.fullmatch(pattern, name))
+    except re.error as error:
+        raise UserError(f"target '{pattern}' is no regular expression ({error}): '.*' stands for any text") from error
+
+
+def _nothing(
+    word: str,
+    hits: set[tuple[str, str]],
+    modules: Mapping[str, Mapping[str, nn.Module]],
+    supported: tuple[type[nn.Module], ...],
+    presets: Mapping[str, Sequence[str]],
+) -> UserError:
+    able = ", ".join(kind.__name__ for kind in supported)
+    if hits:
+        component, name = min(hits)
+        module = modules[component][name]
+        kind = type(module).__mro__[2] if isinstance(module, Adapted) else type(module)
+        return UserError(f"target '{word}' matches '{name}', a {kind.__name__}; this method adapts {able}")
+    ends = {
+        ".".join(parts[-n:])
+        for named in modules.values()
+        for name, module in named.items()
+        if isinstance(module, supported)
+        for parts in [[part for part in name.split(".")]]
+        for n in (1, 2)
+        if not parts[-n:][0].isdigit()
+    }
+    return UserError(f"target '{word}' matches no layer{nearest(word, ends | set(presets))}")

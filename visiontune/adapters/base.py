@@ -1,0 +1,150 @@
+"""The small core under every adapter method: attach, find and load sets of adapters.
+
+A method is a module with ``Config``, ``LAYERS`` (the layer classes it adapts) and ``build(config, layers) -> Method``.
+A :class:`Method` owns the parameters of one component (a UNet, a text encoder); an :class:`Adapter` is what one layer
+sees of it and defines the adapted weight, ``weight(w, scale)``, beside the fast path that must equal it.
+"""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from torch import nn
+
+from visiontune import plugin
+from visiontune.adapters import _layers, _storage, _targets
+from visiontune.adapters._layers import Beneath
+from visiontune.adapters._method import Adapter, Method
+from visiontune.adapters._set import AdapterSet
+from visiontune.errors import UserError
+
+__all__ = ["Adapter", "AdapterSet", "Beneath", "Method", "attach", "attached", "load"]
+
+
+def attach(
+    modules: nn.Module | Mapping[str, nn.Module],
+    method: str | Any,
+    *,
+    targets: str | Sequence[str] = "attention",
+    name: str = "default",
+    presets: Mapping[str, Sequence[str]] | None = None,
+    **config: Any,
+) -> AdapterSet:
+    """Adapt layers of ``modules`` and freeze everything else in them.
+
+    Args:
+        modules: one module, or component name -> module; component names prefix layer and parameter names.
+        method: a plug-in's name (``lora``, ``oft``, a dotted path) with its options as ``config``, or its ``Config``.
+        targets: see :func:`visiontune.adapters._targets.match`.
+        name: must differ from the other sets' on these layers; later sets act on top of earlier ones.
+        presets: further target presets, for instance ``DiffusionModel.presets()``.
+
+    Raises:
+        UserError: unknown method or option, a target that matches nothing, a layer that the method cannot adapt.
+    """
+    roots = dict(modules) if isinstance(modules, Mapping) else {"": modules}
+    key, module, options = _resolve(method, config)
+    layers = _targets.match(roots, targets, module.LAYERS, presets)
+    return assemble(roots, name, key, options, module, [targets] if isinstance(targets, str) else targets, layers)
+
+
+def assemble(
+    roots: Mapping[str, nn.Module],
+    name: str,
+    key: str,
+    config: Any,
+    module: ModuleType,
+    targets: Sequence[str],
+    layers: Mapping[str, Mapping[str, nn.Module]],
+) -> AdapterSet:
+    """An attached set over layers that are already chosen."""
+    for component, found in layers.items():
+        for layer_name, layer in found.items():
+            _targets.check(roots[component], layer_name, layer)
+            for other in (entry.owner for entry in _layers.entries_of(layer)):
+                if other.name == name:
+                    raise UserError(f"an adapter '{name}' is already attached to '{layer_name}': pass another name=")
+                if other.merged:
+                    raise UserError(f"adapter '{other.name}' is merged into '{layer_name}': unmerge it first")
+    for root in roots.values():
+        root.requires_grad_(False)
+    return AdapterSet(name, key, config, module.build, targets, {c: found for c, found in layers.items() if found})
+
+
+def attached(modules: nn.Module | Mapping[str, nn.Module]) -> dict[str, AdapterSet]:
+    """The sets on a model by name, the lowest first; also how to reach those of a deep copy."""
+    roots = list(modules.values()) if isinstance(modules, Mapping) else [modules]
+    layers = (layer for root in roots for layer in root.modules())
+    return {entry.owner.name: entry.owner for layer in layers for entry in _layers.entries_of(layer)}
+
+
+def _resolve(method: str | Any, options: Mapping[str, Any]) -> tuple[str, ModuleType, Any]:
+    if isinstance(method, str):
+        return method, *plugin.configure("adapters", {"name": method, **options}, "adapter")
+    if options:
+        raise UserError(f"options {sorted(options)} beside a Config: set them in the Config")
+    module = sys.modules[type(method).__module__]
+    return module.__name__.removeprefix(f"{__package__}."), module, method
+
+
+def load(
+    modules: nn.Module | Mapping[str, nn.Module],
+    path: str | Path,
+    *,
+    strict: bool = True,
+    name: str = "default",
+    allow_other_base: bool = False,
+) -> AdapterSet:
+    """Attach the adapters of a file that :meth:`AdapterSet.save` wrote; the set comes back in evaluation mode.
+
+    Args:
+        modules: as for :func:`attach`; components without saved layers may be present.
+        strict: refuse layers of the file that the modules do not have; otherwise warn and leave them out.
+        allow_other_base: accept base weights that differ from those of the training. Another precision of the same
+            weights is no other base.
+
+    Raises:
+        UserError: not such a file, unknown method, another base, a key without a layer or the other way round.
+    """
+    roots = dict(modules) if isinstance(modules, Mapping) else {"": modules}
+    header, tensors = _storage.read(path)
+    key, module, config = _resolve(header["method"], header["config"])
+    layers, missing = _find(roots, header["layers"], module.LAYERS)
+    if missing:
+        message = f"{path}: no layer for '{missing[0]}' and {len(missing) - 1} more of {len(header['layers'])}"
+        if strict or not any(layers.values()):
+            raise UserError(f"{message}: load it into the model it was trained on, or pass strict=False")
+        warnings.warn(message, stacklevel=2)
+        tensors = {k: v for k, v in tensors.items() if k.rpartition(".")[0] not in missing}
+    if not allow_other_base:
+        flat = {f"{c}.{n}" if c else n: layer for c, found in layers.items() for n, layer in found.items()}
+        _storage.check_base(path, header, flat)
+    adapters = assemble(roots, name, key, config, module, header["targets"], layers)
+    try:
+        _storage.fill(path, adapters.tensors(), tensors)
+    except UserError:
+        adapters.detach()
+        raise
+    return adapters.eval()
+
+
+def _find(
+    roots: Mapping[str, nn.Module], names: Sequence[str], kinds: tuple[type[nn.Module], ...]
+) -> tuple[dict[str, dict[str, nn.Module]], list[str]]:
+    """Component -> layer name -> layer for saved names, and the names without a layer."""
+    known = {c: {n: m for n, m in root.named_modules() if isinstance(m, kinds)} for c, root in roots.items()}
+    found: dict[str, dict[str, nn.Module]] = {c: {} for c in roots}
+    missing = []
+    for name in names:
+        component, _, rest = ("", "", name) if "" in roots else name.partition(".")
+        layer = known.get(component, {}).get(rest)
+        if layer is None:
+            missing.append(name)
+        else:
+            found[component][rest] = layer
+    return found, missing

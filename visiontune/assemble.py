@@ -1,0 +1,181 @@
+"""From a recipe to a trainer: opens the model, attaches the adapter, reads the data, and puts them together."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from visiontune import catalogue, plugin
+from visiontune.config import Run
+from visiontune.data.base import substitute
+from visiontune.data.preflight import preflight
+from visiontune.data.readers import read
+from visiontune.errors import UserError
+from visiontune.files import write_text
+
+if TYPE_CHECKING:
+    from visiontune.adapters.base import AdapterSet
+    from visiontune.models.base import DiffusionModel
+    from visiontune.training.loop import Trainer
+
+RECIPE = "recipe.yaml"
+# Sections that may change when a run goes on; anything else would make it another run.
+_FREE = ("description", "train", "preview")
+
+
+def assemble(run: Run) -> Trainer:
+    """The trainer of a run, whose ``fit()`` trains it; the resolved recipe is written into the run folder.
+
+    Raises:
+        UserError: the folder holds another run, or model, adapter or data are not usable; no recipe is written then.
+    """
+    check_folder(run)
+    trainer = build(run, cache_dir=Path(run.out).expanduser() / ".cache")
+    if trainer.accelerator.is_main_process:
+        write_text(run.folder / RECIPE, dump(run))
+    return trainer
+
+
+def build(run: Run, *, cache_dir: Path, images: Callable[..., Any] | None = None, fill: bool = True) -> Trainer:
+    """The trainer of a run; nothing is written outside ``cache_dir``.
+
+    Args:
+        run: from :func:`visiontune.config.load_run`.
+        cache_dir: where latents, text features and prior images are kept.
+        images: what draws prior images; ``visiontune.sampling.pipeline.images`` unless given.
+        fill: encode all data now rather than when it is first drawn.
+    """
+    # Cheap mistakes are found first: words and data before the model, which may take minutes to open.
+    preview = dataclasses.replace(run.preview, prompts=[in_words(run, prompt) for prompt in run.preview.prompts])
+    samples = read(run.data)
+    preflight(samples)
+
+    from accelerate.utils import set_seed
+
+    from visiontune.data.loader import BatchSampler
+    from visiontune.data.rows import Rows
+    from visiontune.sampling.pipeline import images as stock_images
+    from visiontune.training.devices import make_accelerator
+    from visiontune.training.loop import Trainer
+
+    objective_module, objective_config = plugin.configure("objectives", run.objective, "objective")
+    objective = objective_module.build(objective_config)
+    model: Any = open_model(run)
+    # Some adapters start from random values; everything later draws from generators of its own.
+    set_seed(run.seed)
+    adapters = attach_adapter(run, model)
+    accelerator = make_accelerator(run.train, run.folder)
+    model.to(accelerator.device)
+    with accelerator.main_process_first():
+        draw = images or stock_images
+        prior = objective.prepare(model, adapters=adapters, data=run.data, cache_dir=cache_dir, images=draw)
+    rows = Rows(model, [*samples, *prior], run.data, cache_dir, run.train.text_encoder)
+    rank, world = accelerator.process_index, accelerator.num_processes
+    if fill:
+        rows.fill(rank, world)
+        accelerator.wait_for_everyone()
+    return Trainer(
+        model=model,
+        adapters=adapters,
+        objective=objective,
+        rows=BatchSampler(rows, run.train.batch_size, run.seed, rank, world),
+        train=run.train,
+        preview=preview,
+        out=run.folder,
+        seed=run.seed,
+        metadata=metadata(run),
+        accelerator=accelerator,
+    )
+
+
+def open_model(run: Run) -> DiffusionModel:
+    """The run's base model, on the CPU."""
+    import torch
+
+    from visiontune import models
+
+    dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+    return models.load(run.model.source, dtype=dtypes[run.model.dtype], revision=run.model.revision)
+
+
+def attach_adapter(run: Run, model: DiffusionModel) -> AdapterSet | None:
+    """Attach the run's adapter to the denoiser, and to the text encoders if those are trained."""
+    if run.adapter is None:
+        return None
+    from visiontune import adapters
+
+    targets = run.adapter["targets"]
+    _, config = plugin.configure("adapters", _without(run.adapter, "targets"), "adapter")
+    text = run.train.text_encoder
+    modules = (
+        model.components() if text else {k: m for k, m in model.components().items() if k not in model.text_encoders}
+    )
+    try:
+        return adapters.attach(modules, config, targets=targets, presets=model.presets(modules))
+    except UserError as error:
+        raise UserError(f"adapter: {error}") from error
+
+
+def in_words(run: Run, text: str) -> str:
+    """``text`` with ``[trigger]`` and ``[class]`` put in from the run's data."""
+    return substitute(text, run.data.trigger, run.data.class_noun)
+
+
+def metadata(run: Run) -> dict[str, str]:
+    """What the header of the trained weights says about the run, besides what the adapter says of itself."""
+    facts = {
+        "base_model": run.model.source,
+        "trigger": run.data.trigger,
+        "class_noun": run.data.class_noun,
+        "prompt": in_words(run, run.data.prompt) if run.data.prompt else None,
+        "objective": run.objective["name"],
+        "modelspec.title": run.name,
+        "modelspec.trigger_phrase": run.data.trigger,
+    }
+    return {name: value for name, value in facts.items() if value}
+
+
+def dump(run: Run) -> str:
+    """The recipe as YAML, every option spelt out."""
+    import yaml
+
+    return yaml.safe_dump(run.resolved(), sort_keys=False, allow_unicode=True, width=120)
+
+
+def check_folder(run: Run) -> None:
+    """Refuse a folder that holds a run already, unless this run is to go on with it and is the same run.
+
+    Raises:
+        UserError: names the mend: another name, ``train.resume=true``, or the option that differs.
+    """
+    file = run.folder / RECIPE
+    if run.folder.exists() and not run.folder.is_dir():
+        raise UserError(f"{run.folder} is a file: choose another name=")
+    if not file.exists():
+        return
+    if not run.train.resume:
+        raise UserError(
+            f"{run.folder} already holds a run: choose another name=, or go on with it by train.resume=true"
+        )
+    before = {key: value for key, value in _flat(catalogue.read_yaml(file)) if key.partition(".")[0] not in _FREE}
+    now = {key: value for key, value in _flat(run.resolved()) if key.partition(".")[0] not in _FREE}
+    for key in sorted(before.keys() | now.keys()):
+        if before.get(key) != now.get(key):
+            was, wanted = before.get(key), now.get(key)
+            raise UserError(
+                f"{run.folder} holds a run with {key}={was}, not {wanted}: set it back, or choose another name="
+            )
+
+
+def _flat(content: Mapping[str, Any], path: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in content.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{path}{key}.")
+        else:
+            yield f"{path}{key}", value
+
+
+def _without(options: Mapping[str, Any], name: str) -> dict[str, Any]:
+    return {key: value for key, value in options.items() if key != name}

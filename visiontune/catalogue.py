@@ -1,0 +1,88 @@
+"""The catalogue: recipes, reward specs and data-set specs, in a checkout's root folders or inside the wheel.
+
+An entry's name is its path without the suffix: ``personalise/oft`` is ``pipelines/personalise/oft.yaml``.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from visiontune.errors import UserError
+from visiontune.schema import nearest
+
+KINDS = ("pipelines", "rewards", "datasets")
+_NOUNS = {"pipelines": "a recipe of the catalogue", "rewards": "a reward spec", "datasets": "a catalogue dataset"}
+_PACKAGE = Path(__file__).parent
+
+
+def root() -> Path:
+    """The folder that holds the catalogue folders: the checkout that this package lies in, or the wheel's copy."""
+    checkout = _PACKAGE.parent
+    if (checkout / "pyproject.toml").is_file() and (checkout / "pipelines").is_dir():
+        return checkout
+    return _PACKAGE / "_catalogue"
+
+
+def names(kind: str) -> list[str]:
+    """All entries of a kind (``pipelines``, ``rewards`` or ``datasets``), sorted."""
+    folder = root() / kind
+    return sorted(file.relative_to(folder).with_suffix("").as_posix() for file in folder.rglob("*.yaml"))
+
+
+def find(kind: str, name: str) -> Path:
+    """The file of a catalogue entry.
+
+    Raises:
+        UserError: there is no such entry.
+    """
+    if name not in names(kind):
+        raise UserError(f"'{name}' is not {_NOUNS[kind]}{nearest(name, names(kind))}")
+    return root() / kind / f"{name}.yaml"
+
+
+def load(kind: str, name: str) -> dict[str, Any]:
+    """The content of a catalogue entry."""
+    return read_yaml(find(kind, name))
+
+
+def read_yaml(path: str | Path) -> dict[str, Any]:
+    """Read a YAML file that holds a mapping.
+
+    Raises:
+        UserError: missing or unreadable file, invalid YAML (with line and column), an option given twice, no mapping.
+    """
+    import yaml
+
+    path = Path(path)
+    try:
+        content = yaml.load(path.read_text(encoding="utf-8"), Loader=_loader())
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}") from error
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark
+        where = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
+        raise UserError(f"{path} is not valid YAML: {where}{error.problem}") from error
+    except yaml.YAMLError as error:
+        raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path} must hold options (name: value), not {type(content).__name__}")
+    return content
+
+
+def _loader() -> type:
+    """PyYAML's safe loader, except that a key given twice is an error: the first would silently be lost."""
+    import yaml
+
+    class Loader(yaml.SafeLoader):
+        def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+            seen: set[str] = set()
+            for key, _ in node.value:
+                name = str(key.value)
+                if name in seen:
+                    problem = f"the option '{name}' is given twice"
+                    raise yaml.constructor.ConstructorError(None, None, problem, key.start_mark)
+                seen.add(name)
+            return super().construct_mapping(node, deep)
+
+    return Loader

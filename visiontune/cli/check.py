@@ -1,0 +1,24 @@
+"""Check a recipe without training: data, model, adapter, and what a step costs here in time and memory.
+
+visiontune check personalise/oft data.root=my_photos
+"""
+
+from __future__ import annotations
+
+import argparse
+
+from visiontune.cli.words import add_words, split
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_words(parser)
+
+
+def run(args: argparse.Namespace) -> None:
+    from visiontune import config
+
+    run = config.load_run(*split(args.words))
+    print(f"recipe: every option is known; the run would write to {run.folder}", flush=True)
+    from visiontune.estimate import measure
+
+    print(measure(run).text())

@@ -1,0 +1,26 @@
+"""Personalise the shipped pocket model and show the effect; offline, on a CPU.
+
+visiontune demo
+visiontune demo --out runs/my_demo adapter.block_size=8
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from visiontune.errors import UserError
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--out", type=Path, default=Path("runs/demo"), help="output folder (default: %(default)s)")
+    parser.add_argument("words", nargs="*", metavar="OPTION=VALUE", help="options of the demo's recipe to change")
+
+
+def run(args: argparse.Namespace) -> None:
+    for word in args.words:
+        if "=" not in word:
+            raise UserError(f"'{word}' is not an option=value pair")
+    from visiontune import demo
+
+    demo.run(args.out, args.words)

@@ -1,0 +1,85 @@
+"""The ``visiontune`` command: parses the verb, runs it, and turns the user's errors into one line and status 2."""
+
+from __future__ import annotations
+
+import argparse
+import errno
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+from typing import NoReturn
+
+from visiontune import __version__
+from visiontune.errors import UserError
+
+VERBS = ("demo", "train", "sample", "list", "show", "copy", "check", "score")
+_EXAMPLES = """examples:
+  visiontune demo
+  visiontune train personalise/oft data.root=my_photos train.steps=200
+  visiontune sample adapter=runs/oft/adapter.safetensors prompts=prompts.txt
+  visiontune show personalise/oft
+"""
+_DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS)
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser whose errors are one line."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message} (see {self.prog} --help)\n")
+
+
+def parser() -> Parser:
+    """The whole command line; builds without importing anything heavy."""
+    top = Parser(
+        prog="visiontune",
+        description="Fine-tune diffusion models: any adapter, with any objective, on any model family.",
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    top.add_argument("--version", action="version", version=f"visiontune {__version__}")
+    verbs = top.add_subparsers(title="verbs", metavar="VERB", required=True)
+    for verb in VERBS:
+        module = importlib.import_module(f"visiontune.cli.{verb}")
+        summary = (module.__doc__ or verb).partition("\n")[0]
+        sub = verbs.add_parser(
+            verb,
+            help=summary[0].lower() + summary[1:].rstrip("."),
+            description=module.__doc__,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        module.add_arguments(sub)
+        sub.set_defaults(run=module.run, parser=sub)
+    return top
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line and return its exit status: 0, or 2 after an error that the user can mend."""
+    args, rest = parser().parse_known_args(argv)
+    if rest:
+        # argparse gives up a `*` positional once an option has come between; overrides may stand anywhere.
+        if not hasattr(args, "words") or any(word.startswith("-") for word in rest):
+            args.parser.error(f"unknown argument: {' '.join(rest)}")
+        args.words += rest
+    try:
+        args.run(args)
+        sys.stdout.flush()
+    except UserError as error:
+        return _complain(str(error))
+    except KeyboardInterrupt:
+        print("visiontune: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        # The reader (`| head`) has what it wanted; keep the interpreter from complaining at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except OSError as error:
+        if error.errno not in _DISK_ERRORS:
+            raise
+        return _complain(f"{error.filename or 'cannot write'}: {error.strerror}")
+    return 0
+
+
+def _complain(message: str) -> int:
+    print(f"visiontune: {message}", file=sys.stderr)
+    return 2

@@ -1,0 +1,77 @@
+"""Score a folder of images with rewards.
+
+  visiontune score runs/samples pocket-oracle pocket-clip
+  visiontune score runs/samples oracle oracle.subject=bumble --out scores.json
+  visiontune score my_images my_reward.py
+
+The folder holds a manifest.jsonl (as `visiontune sample` writes it) or a .txt file with its prompt beside each image. A
+reward is an entry of the catalogue, a reward module or a .py file; REWARD.OPTION=VALUE changes its options.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from visiontune import catalogue, plugin
+from visiontune.errors import UserError
+
+if TYPE_CHECKING:
+    from visiontune.rewards.base import Reward
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("folder", type=Path, help="the images")
+    parser.add_argument("words", nargs="*", metavar="REWARD | REWARD.OPTION=VALUE", help="what to score with")
+    parser.add_argument("--out", type=Path, help="write every score to this .json or .csv file too")
+    parser.add_argument("--batch-size", type=int, default=32, help="images a batch (default: %(default)s)")
+    parser.add_argument("--device", default="cpu", help="where the rewards run (default: %(default)s)")
+
+
+def run(args: argparse.Namespace) -> None:
+    if args.out and args.out.suffix not in (".json", ".csv"):
+        raise UserError(f"scores are written to a .json or .csv file, not {args.out.name}")
+    if not args.folder.is_dir():
+        raise UserError(f"there is no folder {args.folder}")
+    rewards = build(args.words)
+    from visiontune.evaluation.score import score
+
+    scores = score(args.folder, rewards, batch_size=args.batch_size, device=args.device, progress=True)
+    print(scores.table())
+    if args.out:
+        print(f"written: {scores.write(args.out)}")
+
+
+def build(words: Sequence[str]) -> dict[str, Reward]:
+    """The rewards that ``words`` name, by name, each with its overridden options.
+
+    Raises:
+        UserError: no reward, one that is unknown, or an option that does not fit.
+    """
+    from visiontune import config
+
+    names = [word for word in words if "=" not in word]
+    if not names:
+        raise UserError("name at least one reward; `visiontune list rewards` prints them all")
+    options: dict[str, Any] = {name: {} for name in names}
+    overrides = [word for word in words if "=" in word]
+    for name, own in config.apply(options, overrides).items():
+        if name not in options:
+            raise UserError(f"an option is given for '{name}', which is not among the rewards {', '.join(names)}")
+        options[name] = own
+    return {name: _build(name, own) for name, own in options.items()}
+
+
+def _build(name: str, options: dict[str, Any]) -> Reward:
+    from visiontune import config
+
+    spec: dict[str, Any] = {"name": name}
+    if name in catalogue.names("rewards"):
+        entry = config.load_reward_spec(name)
+        spec = {"name": entry.name, **entry.options}
+    module, settings = plugin.configure("rewards", {**spec, **options}, name)
+    from visiontune.rewards.base import as_reward
+
+    return as_reward(module.build(settings), name)

@@ -1,0 +1,23 @@
+"""Train what a recipe describes.
+
+visiontune train personalise/oft data.root=my_photos name=my_dog train.steps=200
+visiontune train my_recipe.yaml train.resume=true
+"""
+
+from __future__ import annotations
+
+import argparse
+
+from visiontune.cli.words import add_words, split
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_words(parser)
+
+
+def run(args: argparse.Namespace) -> None:
+    from visiontune import config
+
+    recipe, overrides = split(args.words)
+    out = config.run(config.load_run(recipe, overrides))
+    print(f"finished: {out}")

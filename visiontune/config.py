@@ -1,0 +1,231 @@
+"""Recipes: YAML and dotted overrides become one typed :class:`Run` (or sampling) object, and objects are assembled.
+
+A recipe is a mapping with ``verb`` (``train`` or ``sample``) and ``description``; the rest are the options of
+:class:`Run` or of :class:`visiontune.sampling.config.SampleConfig`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from visiontune import catalogue, plugin
+from visiontune.data.base import Config as DataConfig
+from visiontune.data.readers import resolve
+from visiontune.errors import UserError
+from visiontune.sampling.config import SampleConfig
+from visiontune.schema import from_mapping, option
+from visiontune.training.config import PreviewConfig, TrainConfig
+
+if TYPE_CHECKING:
+    from visiontune.training.loop import Trainer
+
+Dtype = Literal["fp32", "bf16", "fp16"]
+
+# The option that a bare value of a section stands for: `adapter: oft` is `adapter: {name: oft}`.
+_SHORTHANDS = {"model": "source", "data": "root", "adapter": "name", "objective": "name"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """The base model; a bare value is its source."""
+
+    SHORTHAND: ClassVar[str] = "source"
+
+    source: str = option("pocket/sd", help="pocket/sd, a local diffusers folder or a Hub id")
+    revision: str | None = option(None, help="branch, tag or commit of a Hub model")
+    dtype: Dtype = option("fp32", help="number format of the frozen weights; full fine-tuning needs fp32")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """A training run, whole: what ``runs/<name>/recipe.yaml`` holds.
+
+    ``adapter`` and ``objective`` are validated and hold every option of the method they name; ``adapter`` is ``None``
+    when all weights are trained (``adapter: none`` in a recipe).
+    """
+
+    name: str = option(help="name of the run; it writes to <out>/<name>")
+    out: str = option("runs", help="folder that holds the runs")
+    seed: int = option(0, help="seed of everything random in the run")
+    description: str = option("", help="one line for the catalogue and the model card")
+    model: ModelConfig = option(ModelConfig(), help="the base model")
+    adapter: dict[str, Any] | None = option(help="adapter name, targets and options; none trains all weights")
+    objective: dict[str, Any] = option({"name": "denoising"}, help="objective name and options")
+    data: DataConfig = option(help="the images and captions")
+    train: TrainConfig = option(TrainConfig(), help="optimisation")
+    preview: PreviewConfig = option(PreviewConfig(), help="images drawn during training")
+
+    @property
+    def folder(self) -> Path:
+        """Where the run writes."""
+        return Path(self.out).expanduser() / self.name
+
+    def resolved(self) -> dict[str, Any]:
+        """The recipe with every option spelt out; :func:`load_run` reads it back to an equal run."""
+        content = _plain(dataclasses.asdict(self))
+        return {"verb": "train", **content, "adapter": content["adapter"] or "none"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class RewardSpec:
+    """A ``rewards/*.yaml`` file: a reward module with its options, and what one must know before using it."""
+
+    name: str = option(help="reward module, dotted path or .py file")
+    description: str = option("", help="one line for the catalogue's table")
+    options: dict[str, Any] = option({}, help="options of the module")
+    licence: str = option(help="licence of the model's weights")
+    range: tuple[float, float] = option(help="least and greatest score")
+    differentiable: bool = option(help="whether gradients reach the pixels")
+
+
+def sections() -> dict[str, type]:
+    """The sections of a recipe that have options of their own, and whole recipes of both verbs."""
+    parts = {"model": ModelConfig, "data": DataConfig, "train": TrainConfig, "preview": PreviewConfig}
+    return {"run": Run, **parts, "sample": SampleConfig}
+
+
+# ---------------------------------------------------------------------------------------------------- reading
+
+
+def load_run(recipe: str | Path, overrides: Sequence[str] = ()) -> Run:
+    """Read and validate a training recipe.
+
+    Args:
+        recipe: catalogue name (``personalise/oft``) or path of a YAML file.
+        overrides: ``"train.steps=200"`` and the like.
+
+    Raises:
+        UserError: no such recipe, or an option that is unknown or ill-typed; the message has its dotted path.
+    """
+    return parse_run(_read(recipe, "train", overrides))
+
+
+def parse_run(content: Mapping[str, Any]) -> Run:
+    """A run from the content of a recipe; see :func:`load_run`."""
+    content = dict(content)
+    if content.get("adapter") in ("none", {"name": "none"}):
+        content["adapter"] = None
+    for section in ("adapter", "objective"):
+        if isinstance(content.get(section), str):
+            content[section] = {"name": content[section]}
+    run = from_mapping(Run, content)
+    if not run.name or Path(run.name).is_absolute() or ".." in Path(run.name).parts:
+        raise UserError(f"name '{run.name}' cannot be a folder inside '{run.out}': give a plain name")
+    objective = _spelt_out("objectives", run.objective, "objective")
+    return dataclasses.replace(run, adapter=_adapter(run.adapter), objective=objective, data=resolve(run.data))
+
+
+def load_sample(recipe: str | Path, overrides: Sequence[str] = ()) -> SampleConfig:
+    """Read and validate a sampling recipe; arguments and errors are those of :func:`load_run`."""
+    content = _read(recipe, "sample", overrides)
+    content.pop("description", None)
+    return from_mapping(SampleConfig, content)
+
+
+def load_reward_spec(name: str) -> RewardSpec:
+    """A reward of the catalogue, its options validated against its module."""
+    spec = from_mapping(RewardSpec, catalogue.load("rewards", name))
+    plugin.configure("rewards", {**spec.options, "name": spec.name}, "options")
+    return spec
+
+
+def assemble(run: Run) -> Trainer:
+    """The trainer of a run; see :func:`visiontune.assemble.assemble`."""
+    from visiontune.assemble import assemble
+
+    return assemble(run)
+
+
+def run(run: Run) -> Path:
+    """Train a run; returns ``adapter.safetensors``, or the folder ``model`` of a full fine-tune."""
+    return assemble(run).fit()
+
+
+def sample(config: SampleConfig) -> Path:
+    """Generate images; see :func:`visiontune.sampling.generate.generate`."""
+    from visiontune.sampling.generate import generate
+
+    return generate(config)
+
+
+def apply(content: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+    """``content`` with dotted overrides put in; bare values on the way become sections.
+
+    >>> apply({"adapter": "oft"}, ["adapter.block_size=16", "train.lr=1e-3"])
+    {'adapter': {'name': 'oft', 'block_size': '16'}, 'train': {'lr': '1e-3'}}
+    """
+    result = dict(content)
+    for override in overrides:
+        path, equals, text = override.partition("=")
+        keys = path.strip().split(".")
+        if not equals or not all(keys):
+            raise UserError(f"'{override}' is not an override: write option=value, e.g. train.steps=200")
+        section = result
+        for key in keys[:-1]:
+            inner = section.get(key)
+            if not isinstance(inner, Mapping):
+                inner = {_SHORTHANDS[key]: inner} if inner is not None and key in _SHORTHANDS else {}
+            section[key] = dict(inner)
+            section = section[key]
+        section[keys[-1]] = _value(text)
+    return result
+
+
+def _value(text: str) -> Any:
+    """What an override's right-hand side means: YAML's null, booleans, lists and ``{mappings}``; else the text itself.
+
+    Numbers stay text, since the option's type decides (a revision may look like a number), and so does what happens to
+    look like YAML, as prompts do ("a cat: asleep", "[trigger] asleep").
+    """
+    import yaml
+
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        return text
+    structured = isinstance(value, (bool, list)) or (isinstance(value, dict) and text.lstrip().startswith("{"))
+    return value if structured or value is None else text.strip().strip("'\"")
+
+
+def _read(recipe: str | Path, verb: str, overrides: Sequence[str]) -> dict[str, Any]:
+    is_path = Path(recipe).suffix in (".yaml", ".yml") or Path(recipe).is_file()
+    path = Path(recipe).expanduser() if is_path else catalogue.find("pipelines", str(recipe))
+    content = catalogue.read_yaml(path)
+    for_verb = content.pop("verb", "train")
+    if for_verb != verb:
+        raise UserError(f"{recipe} is a recipe for another verb: run `visiontune {for_verb} {recipe}`")
+    return apply(content, overrides)
+
+
+def _adapter(spec: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    if spec is None:
+        return None
+    method = {key: value for key, value in spec.items() if key != "targets"}
+    targets = spec.get("targets", "attention")
+    if not isinstance(targets, str) and not (isinstance(targets, (list, tuple)) and all(map(_is_text, targets))):
+        raise UserError(f"adapter.targets must be a preset, a pattern or a list of patterns, not {targets!r}")
+    options = _spelt_out("adapters", method, "adapter")
+    return {"name": options.pop("name"), "targets": targets, **options}
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+def _spelt_out(kind: str, spec: Mapping[str, Any], path: str) -> dict[str, Any]:
+    """The name and every option of a method, defaults included."""
+    _, config = plugin.configure(kind, spec, path)
+    return {"name": spec["name"], **_plain(dataclasses.asdict(config))}
+
+
+def _plain(value: Any) -> Any:
+    """Only what YAML's safe form can hold."""
+    if isinstance(value, Mapping):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    return str(value) if isinstance(value, Path) else value

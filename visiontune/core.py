@@ -1,0 +1,167 @@
+"""The values that every part of visiontune passes to the next one: what the encoders gave, a batch, a loss."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, Protocol, TypeVar
+
+import torch
+from torch import Tensor
+
+Index = int | slice | Tensor
+_Record = TypeVar("_Record", "Condition", "Batch")
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Condition:
+    """What the text encoders gave for `b` prompts.
+
+    Attributes:
+        tokens: [b, n, d] token features.
+        mask: [b, n] True where a token counts, or None where the family masks nothing.
+        pooled: [b, d] one vector per prompt, or None where the family has none.
+        extra: further tensors of the family (SDXL reads `time_ids` [b, 6]), the first axis being the batch.
+    """
+
+    tokens: Tensor
+    mask: Tensor | None = None
+    pooled: Tensor | None = None
+    extra: dict[str, Tensor] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return self.tokens.shape[0]
+
+    def __getitem__(self, rows: Index) -> Condition:
+        """The given rows; one integer keeps the batch axis (a Condition of length 1)."""
+        return _select(self, rows)
+
+    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Condition:
+        """A copy on `device`, with the floating-point tensors in `dtype`; None leaves either as it is."""
+        return _map(self, lambda value: _move(value, device, dtype))
+
+    @staticmethod
+    def cat(parts: Sequence[Condition]) -> Condition:
+        """Join along the batch. Raises ValueError where the parts do not carry the same fields."""
+        return _cat(parts)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Batch:
+    """One training batch of `b` rows.
+
+    Attributes:
+        latents: [b, c, h, w] clean latents x_0, scaled as the denoiser expects them.
+        cond: the rows' conditions, or None where the objective embeds `prompts` itself.
+        prompts: the rows' captions.
+        weight: [b] float32 weight of each row in the loss.
+        prior: [b] bool, True for rows of prior preservation.
+        ids: the rows' sample ids.
+        extra: anything else a reader gives; tensors and lists have the batch as their first axis.
+    """
+
+    latents: Tensor
+    cond: Condition | None
+    prompts: list[str]
+    weight: Tensor
+    prior: Tensor
+    ids: list[str]
+    extra: dict[str, Any] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return self.latents.shape[0]
+
+    def __getitem__(self, rows: Index) -> Batch:
+        """The given rows; one integer keeps the batch axis (a Batch of length 1)."""
+        return _select(self, rows)
+
+    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Batch:
+        """A copy on `device`; `dtype` is given to the latents and the condition, never to the weights."""
+        moved = _map(self, lambda value: _move(value, device, None))
+        return replace(moved, latents=moved.latents.to(dtype), cond=_move(moved.cond, None, dtype))
+
+    @staticmethod
+    def cat(parts: Sequence[Batch]) -> Batch:
+        """Join along the batch. Raises ValueError where the parts do not carry the same fields."""
+        return _cat(parts)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Loss:
+    """What an objective returns: `total`, the scalar to differentiate, and detached scalars for the logs."""
+
+    total: Tensor
+    terms: dict[str, Tensor] = field(default_factory=dict)
+
+
+class DiffusionModelLike(Protocol):
+    """The part of `models.base.DiffusionModel` that readers and caches may rely on."""
+
+    downsample: int
+    latent_channels: int
+    resolution: int
+
+    def embed(self, prompts: Sequence[str]) -> Condition: ...
+    def unconditional(self, count: int) -> Condition: ...
+    def moments(self, pixels: Tensor) -> Tensor: ...
+    def latents_from_moments(self, moments: Tensor, eps: Tensor | None = None) -> Tensor: ...
+    def encode(self, pixels: Tensor, *, generator: Any = None, sample: bool = True) -> Tensor: ...
+    def decode(self, latents: Tensor) -> Tensor: ...
+    def fingerprint(self, part: str) -> str: ...
+
+
+def _map(record: _Record, change: Any) -> _Record:
+    return replace(record, **{f.name: change(getattr(record, f.name)) for f in fields(record)})
+
+
+def _move(value: Any, device: torch.device | str | None, dtype: torch.dtype | None) -> Any:
+    if isinstance(value, Tensor):
+        return value.to(device=device, dtype=dtype if value.is_floating_point() else None)
+    if isinstance(value, Condition):
+        return value.to(device, dtype)
+    if isinstance(value, dict):
+        return {key: _move(item, device, dtype) for key, item in value.items()}
+    return value
+
+
+def _select(record: _Record, rows: Index) -> _Record:
+    if isinstance(rows, int):
+        count = len(record)
+        if not -count <= rows < count:
+            raise IndexError(f"row {rows} of a batch of {count}")
+        rows = slice(rows % count, rows % count + 1)
+    return _map(record, lambda value: _rows(value, rows))
+
+
+def _rows(value: Any, rows: slice | Tensor) -> Any:
+    if isinstance(value, Tensor):
+        return value[rows if isinstance(rows, slice) else rows.to(value.device)]
+    if isinstance(value, Condition):
+        return value[rows]
+    if isinstance(value, dict):
+        return {key: _rows(item, rows) for key, item in value.items()}
+    if isinstance(value, list):
+        return value[rows] if isinstance(rows, slice) else [value[i] for i in torch.arange(len(value))[rows.cpu()]]
+    return value
+
+
+def _cat(parts: Sequence[_Record]) -> _Record:
+    names = [f.name for f in fields(parts[0])]
+    return replace(parts[0], **{name: _join(name, [getattr(part, name) for part in parts]) for name in names})
+
+
+def _join(name: str, values: list[Any]) -> Any:
+    first = values[0]
+    if any(type(value) is not type(first) for value in values):
+        raise ValueError(f"cannot join batches of which only some have '{name}'")
+    if isinstance(first, Tensor):
+        return torch.cat(values)
+    if isinstance(first, Condition):
+        return Condition.cat(values)
+    if isinstance(first, list):
+        return [item for value in values for item in value]
+    if isinstance(first, dict):
+        if any(value.keys() != first.keys() for value in values):
+            raise ValueError(f"cannot join batches with different keys in '{name}'")
+        return {key: _join(f"{name}.{key}", [value[key] for value in values]) for key in first}
+    return first

@@ -1,0 +1,45 @@
+"""Aspect-ratio buckets: sizes of one area, so that images keep their shape and still stack into batches."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from visiontune.errors import UserError
+
+Size = tuple[int, int]  # height, width
+MAX_ASPECT = 2.0
+
+
+def sizes(resolution: int, downsample: int, *, square: bool = False) -> list[Size]:
+    """Bucket sizes (height, width) for a pixel budget of ``resolution ** 2``, the square first.
+
+    But for the square, which is as asked, sides are multiples of eight latent pixels (a denoiser halves them three
+    times at most). No bucket is larger than the budget, so memory is that of the square, and none is longer than 2:1.
+
+    Args:
+        resolution: side of the square, in pixels.
+        downsample: pixels per latent pixel.
+        square: the square alone.
+
+    Raises:
+        UserError: the resolution is not a positive multiple of ``downsample``.
+    """
+    if resolution <= 0 or resolution % downsample:
+        near = max(round(resolution / downsample), 1) * downsample
+        raise UserError(f"data.resolution {resolution} is no multiple of {downsample}: take {near}")
+    found = [(resolution, resolution)]
+    if square:
+        return found
+    step = 8 * downsample
+    for short in range(step, resolution, step):
+        long = resolution**2 // short // step * step
+        if short < long <= MAX_ASPECT * short:
+            found += [(short, long), (long, short)]
+    return found
+
+
+def nearest(size: Size, choices: Sequence[Size]) -> Size:
+    """The bucket whose aspect ratio is nearest to that of ``size``, measured as a ratio of ratios."""
+    aspect = math.log(size[0] / size[1])
+    return min(choices, key=lambda c: abs(math.log(c[0] / c[1]) - aspect))

@@ -1,0 +1,98 @@
+"""Which rows each step trains on: a pure function of seed and step, for any number of processes."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import numpy as np
+
+from visiontune.core import Batch
+from visiontune.data.buckets import Size
+from visiontune.data.rows import Pick, Rows
+
+__all__ = ["BatchSampler", "Pick", "Rows"]
+
+_ORDER, _CYCLE, _DRAWS = range(3)  # separate the random streams of one seed
+
+
+class BatchSampler:
+    """Deterministic batches without state: step ``k`` is the same batch whether a run gets there or starts there.
+
+    Each bucket is an endless stream of shuffled passes over its samples. A step takes the next ``world * batch_size``
+    rows of one bucket's stream, ``batch_size`` for each rank, so no sample comes twice before all others of its bucket
+    have come once, and together the ranks see just what one process with the whole batch would see, random choices
+    included. Buckets take turns in proportion to their sizes, evenly spread. A bucket smaller than the batch wraps
+    round.
+
+    With prior samples a batch holds ``batch_size`` instance rows and after them ``batch_size`` prior rows, drawn in the
+    same way from the prior samples and brought to the size of the instance rows.
+
+    Args:
+        rows: the samples.
+        batch_size: instance rows of a batch, for each rank.
+        seed: any integer.
+        rank: this process, from 0.
+        world: number of processes.
+    """
+
+    def __init__(self, rows: Rows, batch_size: int, seed: int = 0, rank: int = 0, world: int = 1) -> None:
+        if batch_size < 1 or not 0 <= rank < world:
+            raise ValueError(f"no batches of {batch_size} rows for rank {rank} of {world}")
+        self.rows, self.batch_size, self.rank, self.world = rows, batch_size, rank, world
+        self.seed = seed % 2**64
+        self._sizes: list[Size] = sorted(rows.buckets)
+        self._counts = tuple(len(rows.buckets[size]) for size in self._sizes)
+
+    def batch(self, step: int) -> Batch:
+        """The batch of a step, counted from 0."""
+        return self.rows.collate(self.plan(step))
+
+    def plan(self, step: int) -> list[Pick]:
+        """The rows of a step's batch before they are encoded."""
+        bucket, turn = self._turn(step)
+        size, total = self._sizes[bucket], self.batch_size * self.world
+        groups = [self._stream(1 + bucket, self.rows.buckets[size], turn * total, total)]
+        if self.rows.prior:
+            groups.append(self._stream(0, self.rows.prior, step * total, total))
+        rng = np.random.default_rng([self.seed, _DRAWS, step])
+        config = self.rows.config
+        picks = []
+        for group in groups:
+            chance, drop = rng.random((2, total))
+            seeds = rng.integers(2**63, size=total)
+            for i in range(self.rank * self.batch_size, (self.rank + 1) * self.batch_size):
+                picks.append(
+                    Pick(
+                        index=group[i],
+                        size=size,
+                        flip=bool(config.flip and chance[i] < 0.5),
+                        drop=bool(drop[i] < config.caption_dropout),
+                        seed=int(seeds[i]),
+                    )
+                )
+        return picks
+
+    def _turn(self, step: int) -> tuple[int, int]:
+        """The bucket of a step, and how many earlier steps had the same bucket."""
+        cycle, position = divmod(step, sum(self._counts))
+        order = _cycle(self.seed, cycle, self._counts)
+        bucket = int(order[position])
+        return bucket, cycle * self._counts[bucket] + int((order[:position] == bucket).sum())
+
+    def _stream(self, name: int, members: list[int], start: int, count: int) -> list[int]:
+        """Elements ``start .. start + count`` of the endless concatenation of shuffled passes over ``members``."""
+        places = (divmod(p, len(members)) for p in range(start, start + count))
+        return [members[_shuffled(self.seed, name, epoch, len(members))[place]] for epoch, place in places]
+
+
+@lru_cache(maxsize=64)
+def _shuffled(seed: int, name: int, epoch: int, count: int) -> np.ndarray:
+    return np.random.default_rng([seed, _ORDER, name, epoch]).permutation(count)
+
+
+@lru_cache(maxsize=4)
+def _cycle(seed: int, cycle: int, counts: tuple[int, ...]) -> np.ndarray:
+    """Bucket numbers of ``sum(counts)`` steps: bucket ``b`` has ``counts[b]`` of them, at even distances."""
+    rng = np.random.default_rng([seed, _CYCLE, cycle])
+    times = np.concatenate([(np.arange(n) + rng.random()) / n for n in counts])
+    return np.repeat(np.arange(len(counts)), counts)[times.argsort(kind="stable")]

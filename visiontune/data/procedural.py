@@ -1,0 +1,87 @@
+"""Catalogue datasets that are drawn rather than downloaded, from the pocket world."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+from itertools import islice
+from typing import Literal
+
+import numpy as np
+from PIL import Image
+
+from visiontune.data.base import DEFAULT_TRIGGER, Sample, substitute
+from visiontune.data.pocket_world import STYLES, SUBJECTS, Scene, caption, render, sample_scene, stream, subject_scene
+from visiontune.errors import UserError
+from visiontune.schema import nearest, option
+
+
+@dataclass(frozen=True, kw_only=True)
+class Spec:
+    """A ``datasets/*.yaml`` file with ``source: procedural``."""
+
+    source: Literal["procedural"] = option("procedural", help="how the images come about")
+    world: Literal["subject", "style", "scenes"] = option(
+        help="subject: one individual; style: any scene in one style; scenes: the training world"
+    )
+    subject: str | None = option(None, help="name of the subject (world: subject)")
+    style: str = option("flat", help="rendering style: flat, outline, pixel, shaded or hatched")
+    holdout: bool = option(False, help="only scenes whose captions pocket models have never seen (world: scenes)")
+    count: int = option(5, help="number of images")
+    seed: int = option(0, help="seed of the scenes")
+    caption: str | None = option(None, help="caption of every image; {scene} stands for the scene's own description")
+    class_noun: str | None = option(None, help="what [class] stands for")
+    trigger: str = option(DEFAULT_TRIGGER, help="what [trigger] stands for")
+    licence: str = option("CC0-1.0", help="licence of the images")
+    description: str = option("", help="one line for the catalogue's table")
+
+    def __post_init__(self) -> None:
+        if self.world == "subject" and self.subject not in SUBJECTS:
+            raise UserError(f"unknown subject '{self.subject}'{nearest(str(self.subject), SUBJECTS)}")
+        if self.style not in STYLES:
+            raise UserError(f"unknown style '{self.style}'{nearest(self.style, STYLES)}")
+        if self.world == "subject" and not self.caption:
+            raise UserError("a subject needs a caption: 'a photo of a [trigger] [class]'")
+        if self.count < 1:
+            raise UserError(f"count must be at least 1, not {self.count}")
+
+
+def samples(spec: Spec, name: str, *, prompt: str | None = None, trigger: str, class_noun: str | None) -> list[Sample]:
+    """Draw a dataset; the same spec gives the same pixels on every machine.
+
+    Args:
+        spec: what to draw.
+        name: the catalogue name, which ids start with.
+        prompt: replaces the spec's caption.
+        trigger: what ``[trigger]`` stands for.
+        class_noun: what ``[class]`` stands for.
+    """
+    template = prompt or spec.caption or "{scene}"
+    return [
+        Sample(
+            id=f"{name}/{i:04d}",
+            image=partial(_draw, scene),
+            caption=substitute(template.replace("{scene}", words), trigger, class_noun),
+        )
+        for i, (scene, words) in enumerate(islice(_scenes(spec), spec.count))
+    ]
+
+
+def _draw(scene: Scene) -> Image.Image:
+    return Image.fromarray(render(scene))
+
+
+def _scenes(spec: Spec) -> Iterator[tuple[Scene, str]]:
+    """Endless scenes of a spec with their own descriptions."""
+    rng = np.random.default_rng(spec.seed)
+    if spec.world == "scenes":
+        yield from stream(spec.seed, holdout=spec.holdout)
+    while True:
+        if spec.world == "subject":
+            scene = subject_scene(SUBJECTS[str(spec.subject)], rng, spec.style)
+            yield scene, scene.things[0].shape
+        else:
+            scene = sample_scene(rng)
+            words = caption(scene, rng)
+            yield Scene(**{**vars(scene), "style": spec.style}), words

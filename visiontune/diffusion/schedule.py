@@ -1,0 +1,186 @@
+"""Noise schedules and what a network predicts under them.
+
+Every family noises along x_t = alpha x_0 + sigma eps. The prediction is one of
+eps; v = alpha eps - sigma x_0 (Salimans and Ho, 2022, appendix D); x0; or flow = eps - x_0 (Lipman et al., 2023).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal, get_args
+
+import torch
+from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
+from torch import Tensor
+
+from visiontune.errors import UserError
+
+Prediction = Literal["eps", "v", "x0", "flow"]
+_PREDICTIONS: dict[str, Prediction] = {"epsilon": "eps", "v_prediction": "v", "sample": "x0"}
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Schedule:
+    """alpha and sigma of every integer timestep.
+
+    A timestep is 0 .. num_train_timesteps - 1 (flow: .. num_train_timesteps, the pure noise); any negative one stands
+    for the end of the chain, which a sampler steps to last. Per-row results are [b]; methods that take tensors
+    [b, ...] return at least float32, and float64 for float64 input.
+
+    Attributes:
+        prediction: what the network predicts.
+        alphas, sigmas: float64 tables; the last entry is the end of the chain.
+        num_train_timesteps: number of timesteps of training.
+        spacing: the scheduler that places sampling timesteps; None places them evenly.
+    """
+
+    prediction: Prediction
+    alphas: Tensor = field(repr=False)
+    sigmas: Tensor = field(repr=False)
+    num_train_timesteps: int
+    spacing: Any = field(default=None, repr=False)
+    _on_device: dict[torch.device, tuple[Tensor, Tensor]] = field(default_factory=dict, repr=False)
+
+    def __post_init__(self) -> None:
+        if self.prediction not in get_args(Prediction):
+            raise ValueError(f"prediction '{self.prediction}' is not one of {get_args(Prediction)}")
+
+    @classmethod
+    def from_scheduler(cls, scheduler: Any) -> Schedule:
+        """The schedule that a diffusers scheduler was configured with, whichever sampler it is.
+
+        Raises:
+            UserError: the scheduler has neither betas nor flow matching, or an unknown prediction type.
+        """
+        name, config = type(scheduler).__name__, scheduler.config
+        if isinstance(scheduler, FlowMatchEulerDiscreteScheduler):
+            return cls.flow(config.num_train_timesteps)
+        prediction = _PREDICTIONS.get(config.get("prediction_type", "epsilon"))
+        if not hasattr(scheduler, "betas") or prediction is None:
+            raise UserError(f"scheduler {name} is not supported: give the model a DDIM, PNDM, DDPM or Euler scheduler")
+        ddim = ddim_scheduler(scheduler)
+        squared = torch.cat([ddim.alphas_cumprod, ddim.final_alpha_cumprod.reshape(1)]).double()
+        return cls(
+            prediction=prediction,
+            alphas=squared.sqrt(),
+            sigmas=(1 - squared).sqrt(),
+            num_train_timesteps=len(ddim.alphas_cumprod),
+            spacing=ddim,
+        )
+
+    @classmethod
+    def flow(cls, num_train_timesteps: int = 1000) -> Schedule:
+        """Rectified flow: alpha = 1 - sigma, sigma = t / num_train_timesteps."""
+        sigmas = torch.arange(num_train_timesteps + 1, dtype=torch.float64) / num_train_timesteps
+        sigmas = torch.cat([sigmas, sigmas.new_zeros(1)])
+        return cls(prediction="flow", alphas=1 - sigmas, sigmas=sigmas, num_train_timesteps=num_train_timesteps)
+
+    def timesteps(self, steps: int) -> tuple[Tensor, Tensor]:
+        """Where a sampler of `steps` steps stands and steps to: t and t_next, both LongTensor [steps], on the CPU."""
+        if not 1 <= steps <= self.num_train_timesteps:
+            raise UserError(f"steps={steps} is out of range: give 1 to {self.num_train_timesteps}")
+        if self.spacing is None:
+            t = torch.linspace(self.num_train_timesteps, 0, steps + 1).round().long()
+            return t[:-1], t[1:]
+        self.spacing.set_timesteps(steps)
+        t = self.spacing.timesteps
+        # DDIM steps back by a constant stride, also where the spacing rounds its timesteps unevenly.
+        return t, t - self.num_train_timesteps // steps
+
+    def ddim(self) -> Any:
+        """A fresh DDIM scheduler for the stock pipeline, with the steps of `timesteps`.
+
+        Raises:
+            ValueError: the schedule is not one that DDIMScheduler can express (flow).
+        """
+        if self.spacing is None:
+            raise ValueError("a flow schedule has no DDIM scheduler")
+        return ddim_scheduler(self.spacing)
+
+    def alpha(self, t: Tensor) -> Tensor:
+        """Signal level, [b] -> [b] float32."""
+        return self._levels(t)[0].float()
+
+    def sigma(self, t: Tensor) -> Tensor:
+        """Noise level, [b] -> [b] float32."""
+        return self._levels(t)[1].float()
+
+    def snr(self, t: Tensor) -> Tensor:
+        """Signal-to-noise ratio alpha^2 / sigma^2, [b] -> [b] float32."""
+        alpha, sigma = self._levels(t)
+        return (alpha / sigma).square().float()
+
+    def add_noise(self, x_0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
+        """x_t = alpha x_0 + sigma eps."""
+        alpha, sigma = self._like(x_0, t)
+        return alpha * x_0 + sigma * eps
+
+    def target(self, x_0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
+        """What the network should predict at x_t."""
+        alpha, sigma = self._like(x_0, t)
+        match self.prediction:
+            case "eps":
+                return eps.to(alpha.dtype)
+            case "x0":
+                return x_0.to(alpha.dtype)
+            case "v":
+                return alpha * eps - sigma * x_0
+            case "flow":
+                return eps.to(alpha.dtype) - x_0
+
+    def to_x_0(self, pred: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
+        """The clean latents that a prediction at x_t implies; infinite for eps where alpha is 0."""
+        alpha, sigma = self._like(x_t, t)
+        match self.prediction:
+            case "eps":
+                return (x_t - sigma * pred) / alpha
+            case "x0":
+                return pred.to(alpha.dtype)
+            case "v":
+                return alpha * x_t - sigma * pred
+            case "flow":
+                return x_t - sigma * pred
+
+    def to_eps(self, pred: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
+        """The noise that a prediction at x_t implies; infinite for x0 where sigma is 0."""
+        alpha, sigma = self._like(x_t, t)
+        match self.prediction:
+            case "eps":
+                return pred.to(alpha.dtype)
+            case "x0":
+                return (x_t - alpha * pred) / sigma
+            case "v":
+                return alpha * pred + sigma * x_t
+            case "flow":
+                return x_t + alpha * pred
+
+    def levels(self, t: Tensor, ndim: int) -> tuple[Tensor, Tensor]:
+        """alpha and sigma in float64, shaped [b, 1, ...] to multiply a tensor of `ndim` axes."""
+        alpha, sigma = self._levels(t)
+        shape = (-1,) + (1,) * (ndim - 1)
+        return alpha.view(shape), sigma.view(shape)
+
+    def _like(self, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        alpha, sigma = self.levels(t, x.ndim)
+        return alpha.to(x.device, dtype), sigma.to(x.device, dtype)
+
+    def _levels(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        if t.device not in self._on_device:
+            dtype = torch.float32 if t.device.type == "mps" else torch.float64  # MPS has no float64
+            self._on_device[t.device] = (self.alphas.to(t.device, dtype), self.sigmas.to(t.device, dtype))
+        alphas, sigmas = self._on_device[t.device]
+        row = t.long().clamp(min=-1)  # -1 reads the last entry, the end of the chain
+        return alphas[row], sigmas[row]
+
+
+def ddim_scheduler(scheduler: Any) -> Any:
+    """A DDIM scheduler with the betas, prediction and spacing of `scheduler`.
+
+    It clips nothing, since latents are not bounded by 1. `DDIMScheduler.from_config` would clip by default, and would
+    put its own defaults where `scheduler` used defaults.
+    """
+    kept = ("prediction_type", "timestep_spacing", "steps_offset", "set_alpha_to_one")
+    options = {key: scheduler.config[key] for key in kept if key in scheduler.config}
+    betas = scheduler.betas.tolist()
+    return DDIMScheduler(num_train_timesteps=len(betas), trained_betas=betas, clip_sample=False, **options)

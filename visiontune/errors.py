@@ -1,0 +1,10 @@
+"""The one exception that is the user's to mend."""
+
+from __future__ import annotations
+
+
+class UserError(Exception):
+    """Something the user can put right; the message is one readable line naming the thing and the mend.
+
+    The command line prints the message without a traceback and exits with status 2.
+    """

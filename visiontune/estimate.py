@@ -1,0 +1,191 @@
+"""What a run costs, found by doing one step of it: seconds and bytes, on the device at hand."""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+
+from visiontune.assemble import build, check_folder
+from visiontune.config import Run
+from visiontune.data.loader import BatchSampler
+
+if TYPE_CHECKING:
+    from visiontune.training.loop import Trainer
+
+_SHOWN = 12
+
+
+@dataclass(frozen=True, kw_only=True)
+class Estimate:
+    """Counts, seconds and bytes of a run.
+
+    Attributes:
+        device: where it was measured.
+        samples: instance images; prior_samples: images of prior preservation.
+        trained: trained values; total: values of all the model's networks.
+        layers: names of the adapted layers; empty in full fine-tuning.
+        step_seconds: one optimiser step, accumulation included; steps: those of the whole run.
+        parameter_bytes: the model's weights and the trained ones.
+        gradient_bytes, optimizer_bytes: of the trained values.
+        activation_bytes: what one batch keeps from the forward pass for the backward pass.
+        peak_bytes: the most that the device had allocated; ``None`` on a CPU, where nobody counts.
+    """
+
+    device: str
+    samples: int
+    prior_samples: int
+    trained: int
+    total: int
+    layers: list[str]
+    step_seconds: float
+    steps: int
+    parameter_bytes: int
+    gradient_bytes: int
+    optimizer_bytes: int
+    activation_bytes: int
+    peak_bytes: int | None
+
+    @property
+    def memory_bytes(self) -> int:
+        """The sum of the parts."""
+        return self.parameter_bytes + self.gradient_bytes + self.optimizer_bytes + self.activation_bytes
+
+    def text(self) -> str:
+        """The estimate in words, one fact a line."""
+        prior = f", and {self.prior_samples} of prior preservation" if self.prior_samples else ""
+        parts = {
+            "parameters": self.parameter_bytes,
+            "gradients": self.gradient_bytes,
+            "optimiser": self.optimizer_bytes,
+            "activations": self.activation_bytes,
+        }
+        lines = [
+            f"data: {self.samples} images{prior}; every image and caption is readable",
+            f"trainable: {self.trained:,} of {self.total:,} parameters ({self.trained / self.total:.2%})",
+            *self._layer_lines(),
+            f"time: {self.step_seconds:.3g} s/step on this {self.device}, {self._hours()} for {self.steps} steps",
+            f"memory: {size(self.memory_bytes)} = " + " + ".join(f"{name} {size(n)}" for name, n in parts.items()),
+        ]
+        if self.peak_bytes is not None:
+            lines.append(f"memory peak of the measured step: {size(self.peak_bytes)}")
+        return "\n".join(lines)
+
+    def _layer_lines(self) -> list[str]:
+        if not self.layers:
+            return ["adapted layers: none; all weights are trained"]
+        more = [f"  and {len(self.layers) - _SHOWN} more"] if len(self.layers) > _SHOWN else []
+        return [f"adapted layers: {len(self.layers)}", *(f"  {name}" for name in self.layers[:_SHOWN]), *more]
+
+    def _hours(self) -> str:
+        seconds = round(self.step_seconds * self.steps)
+        if seconds < 120:
+            return f"{seconds} s"
+        return f"{seconds // 60} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
+
+
+def size(count: float) -> str:
+    """Bytes in a reader's unit."""
+    for unit in ("B", "KiB", "MiB"):
+        if count < 1024:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1024
+    return f"{count:.1f} GiB"
+
+
+def measure(run: Run) -> Estimate:
+    """Do one step of a run after one to warm up, with stand-ins for prior images; nothing stays on disk.
+
+    Raises:
+        UserError: whatever would stop the run itself before its first step.
+    """
+    check_folder(run)
+    with tempfile.TemporaryDirectory() as cache:
+        trainer = build(run, cache_dir=Path(cache), images=_stand_ins, fill=False)
+        kept = Kept([*_tensors(trainer), *trainer.parameters.values()])
+        with kept:
+            trainer._loss(0)
+        _step(trainer, 0)
+        if trainer.accelerator.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        started = time.perf_counter()
+        _step(trainer, 1)
+        return _estimate(run, trainer, kept.bytes, time.perf_counter() - started)
+
+
+def _estimate(run: Run, trainer: Trainer, activations: int, seconds: float) -> Estimate:
+    assert isinstance(trainer.rows, BatchSampler)
+    rows, cuda = trainer.rows.rows, trainer.accelerator.device.type == "cuda"
+    trained = list(trainer.parameters.values())
+    model = _tensors(trainer)
+    state = [v for values in trainer.optimizer.state.values() for v in values.values() if isinstance(v, Tensor)]
+    everything = {id(t): t for t in [*model, *trained]}.values()
+    return Estimate(
+        device=str(trainer.accelerator.device),
+        samples=len(rows),
+        prior_samples=len(rows.prior),
+        trained=sum(p.numel() for p in trained),
+        total=sum(t.numel() for t in everything),
+        layers=trainer.adapters.layers if trainer.adapters is not None else [],
+        step_seconds=seconds,
+        steps=run.train.steps,
+        parameter_bytes=_bytes(everything),
+        gradient_bytes=_bytes(trained),
+        optimizer_bytes=_bytes(state) + (_bytes(trained) if run.train.ema is not None else 0),
+        activation_bytes=activations,
+        peak_bytes=torch.cuda.max_memory_allocated() if cuda else None,
+    )
+
+
+def _step(trainer: Trainer, step: int) -> None:
+    """One optimiser step as the loop does it, without its log."""
+    trainer._optimise(step)
+    if trainer.accelerator.device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+class Kept(saved_tensors_hooks):
+    """Inside the block, counts the bytes that autograd keeps for the backward pass, each storage once.
+
+    Args:
+        known: tensors that are there anyway (weights), which are not counted.
+    """
+
+    def __init__(self, known: Sequence[Tensor]) -> None:
+        self._known = {t.untyped_storage().data_ptr() for t in known}
+        self._storages: dict[int, int] = {}
+        super().__init__(self._pack, lambda tensor: tensor)
+
+    def _pack(self, tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in self._known:
+            self._storages[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    @property
+    def bytes(self) -> int:
+        """The total."""
+        return sum(self._storages.values())
+
+
+def _tensors(trainer: Trainer) -> list[Tensor]:
+    """Weights and buffers of all the pipeline's networks."""
+    parts = [part for part in trainer.model.pipe.components.values() if isinstance(part, nn.Module)]
+    return [t for part in parts for t in (*part.parameters(), *part.buffers())]
+
+
+def _bytes(tensors: Iterable[Tensor]) -> int:
+    return sum(t.numel() * t.element_size() for t in tensors)
+
+
+def _stand_ins(model: Any, prompts: Sequence[str], *_: Any, **__: Any) -> np.ndarray:
+    """Grey pictures in the place of prior images: the cost of a step does not depend on what they show."""
+    return np.full((len(prompts), model.resolution, model.resolution, 3), 127, np.uint8)

@@ -1,0 +1,93 @@
+"""Metrics of image sets. Images are ``uint8 [n, h, w, 3]`` arrays; results are Python floats."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from visiontune.data import oracle
+from visiontune.data.pocket_world import SUBJECTS
+from visiontune.errors import UserError
+from visiontune.rewards._clip import ClipEncoder
+from visiontune.schema import nearest
+
+
+def prompt_accuracy(images: np.ndarray, prompts: Sequence[str]) -> float:
+    """Share of 64x64 images in which the oracle finds just what the prompt asks, in [0, 1]."""
+    _same_number(images, prompts)
+    return float(np.mean([oracle.matches(image, prompt) for image, prompt in zip(images, prompts, strict=True)]))
+
+
+def subject_fidelity(images: np.ndarray, subject: str) -> float:
+    """Mean likeness to a pocket subject of the best object of each 64x64 image, in [0, 1] (see the oracle)."""
+    _same_number(images, images)
+    return float(np.mean([oracle.subject_fidelity(image, SUBJECTS[_subject(subject)]) for image in images]))
+
+
+def subject_recognition(images: np.ndarray, subject: str) -> float:
+    """Share of 64x64 images in which the oracle recognises a pocket subject, rather than another one or none."""
+    _same_number(images, images)
+    return float(np.mean([oracle.recognise(image) == _subject(subject) for image in images]))
+
+
+def clip_image_similarity(images: np.ndarray, references: np.ndarray, encoder: ClipEncoder) -> float:
+    """Mean cosine of CLIP image features over all pairs (image, reference), in [-1, 1].
+
+    CLIP-I of Ruiz et al., "DreamBooth", CVPR 2023.
+    """
+    _same_number(images, images)
+    _same_number(references, references)
+    return float((image_features(images, encoder) @ image_features(references, encoder).T).mean())
+
+
+def psnr(images: np.ndarray, references: np.ndarray) -> float:
+    """Peak signal-to-noise ratio in dB for a peak of 255, over all pixels of all images; inf when equal."""
+    if images.shape != references.shape:
+        raise UserError(f"psnr compares equal shapes, not {images.shape} with {references.shape}")
+    error = float(np.mean((images.astype(np.float64) - references.astype(np.float64)) ** 2))
+    return 10 * math.log10(255**2 / error) if error else math.inf
+
+
+def retrieval_top1(images: np.ndarray, prompts: Sequence[str], encoder: ClipEncoder, pool: int = 100) -> float:
+    """Share of images whose own prompt is the nearest of ``pool`` prompts in CLIP space; chance is ``1 / pool``.
+
+    The prompts of a pool are those of consecutive images; a last, smaller pool is left out (unless it is the only
+    one), since it would be easier. A prompt that occurs twice in a pool counts as found under either copy.
+    """
+    _same_number(images, prompts)
+    image, text = image_features(images, encoder), encoder.text_features(prompts)
+    whole = len(prompts) // pool * pool or len(prompts)
+    hits = []
+    for start in range(0, whole, pool):
+        chunk = slice(start, min(start + pool, whole))
+        best = (image[chunk] @ text[chunk].T).argmax(-1).tolist()
+        own = list(prompts[chunk])
+        hits += [own[b] == prompt for b, prompt in zip(best, own, strict=True)]
+    return float(np.mean(hits))
+
+
+@torch.no_grad()
+def image_features(images: np.ndarray, encoder: ClipEncoder, batch_size: int = 64) -> Tensor:
+    """Unit CLIP features ``[n, d]`` of images, on the encoder's device."""
+    parts = [images[i : i + batch_size] for i in range(0, len(images), batch_size)]
+    return torch.cat([encoder.image_features(to_tensor(part).to(encoder.mean.device)) for part in parts])
+
+
+def to_tensor(images: np.ndarray) -> Tensor:
+    """``uint8 [n, h, w, 3]`` -> ``float32 [n, 3, h, w]`` in [0, 1], what rewards take."""
+    return torch.from_numpy(np.ascontiguousarray(images)).permute(0, 3, 1, 2).float().div(255)
+
+
+def _same_number(images: np.ndarray, others: Sequence | np.ndarray) -> None:
+    if not len(images) or len(images) != len(others):
+        raise UserError(f"a metric needs images and as many prompts, not {len(images)} and {len(others)}")
+
+
+def _subject(name: str) -> str:
+    if name not in SUBJECTS:
+        raise UserError(f"subject '{name}' is not in the pocket world{nearest(name, SUBJECTS)}")
+    return name

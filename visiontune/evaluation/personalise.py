@@ -1,0 +1,111 @@
+"""How well a pocket model has learnt a subject, and what it has forgotten, on fixed prompts and seeds."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from visiontune.data.pocket_world import SUBJECTS, Subject, article, stream
+from visiontune.evaluation.metrics import (
+    clip_image_similarity,
+    prompt_accuracy,
+    subject_fidelity,
+    subject_recognition,
+)
+from visiontune.rewards._clip import load_clip
+from visiontune.sampling.pipeline import images
+
+if TYPE_CHECKING:
+    from visiontune.models.base import DiffusionModel
+
+_GROUNDS = ("", " on a light plain background", " on a dark dotted background", " on a dark plain background")
+_SEEDS = (101, 102, 103, 104)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Personalisation:
+    """Scores in [0, 1] of a model and a subject; the pictures are ``uint8 [n, 64, 64, 3]``.
+
+    Attributes:
+        subject_oracle: mean likeness of the drawn subject to the real one, by the oracle.
+        subject_known: share of pictures in which the oracle recognises the subject.
+        subject_clip: mean CLIP cosine between drawn and reference pictures.
+        prompt_accuracy: share of ordinary held-out prompts that are drawn right.
+        class_kept: share of plain "a <class>" prompts that give the plain class, not the subject.
+    """
+
+    subject_oracle: float
+    subject_known: float
+    subject_clip: float
+    prompt_accuracy: float
+    class_kept: float
+    subject_pictures: np.ndarray
+    ordinary_pictures: np.ndarray
+
+    def scores(self) -> dict[str, float]:
+        """The numbers alone, rounded for a report."""
+        return {k: round(v, 4) for k, v in vars(self).items() if isinstance(v, float)}
+
+
+def subject_prompts(subject: Subject, trigger: str) -> list[str]:
+    """Four grounds on which the subject is asked for, as a user would."""
+    return [f"a photo of a {trigger} {subject.shape}{ground}" for ground in _GROUNDS]
+
+
+def class_prompts(subject: Subject) -> list[str]:
+    """Prompts for the plain class with a colour named, which must not give the subject."""
+    return [f"{article(color)} {subject.shape}" for color in ("red", "blue", "green", "purple")]
+
+
+def ordinary_prompts(n: int = 100) -> list[str]:
+    """Held-out prompts, by turns with one object and with two in a relation."""
+    sources = itertools.cycle([stream(505, "one", holdout=True), stream(505, "two", holdout=True)])
+    return [next(source)[1] for source in itertools.islice(sources, n)]
+
+
+def measure(
+    model: DiffusionModel,
+    subject: str,
+    trigger: str,
+    references: np.ndarray,
+    *,
+    ordinary: int = 100,
+    seeds: Sequence[int] = _SEEDS,
+    steps: int = 25,
+    cfg_scale: float = 4.0,
+) -> Personalisation:
+    """Sample and judge.
+
+    Args:
+        model: a pocket text-to-image model with its adapters attached.
+        subject: name of the pocket-world subject it was trained on.
+        trigger: the word that stands for it.
+        references: the training pictures, ``uint8 [n, 64, 64, 3]``.
+        ordinary: number of held-out prompts.
+        seeds: seeds of each subject prompt and class prompt.
+        steps: DDIM steps.
+        cfg_scale: scale of classifier-free guidance.
+    """
+    individual = SUBJECTS[subject]
+
+    def draw(prompts: Sequence[str], own_seeds: Sequence[int]) -> tuple[list[str], np.ndarray]:
+        pairs = [(p, s) for p in prompts for s in own_seeds]
+        every, every_seed = [p for p, _ in pairs], [s for _, s in pairs]
+        return every, images(model, every, every_seed, steps=steps, cfg_scale=cfg_scale, batch_size=50)
+
+    _, subject_pictures = draw(subject_prompts(individual, trigger), seeds)
+    classes, class_pictures = draw(class_prompts(individual), seeds)
+    ordinary_texts, ordinary_pictures = draw(ordinary_prompts(ordinary), seeds[:1])
+    return Personalisation(
+        subject_oracle=subject_fidelity(subject_pictures, subject),
+        subject_known=subject_recognition(subject_pictures, subject),
+        subject_clip=clip_image_similarity(subject_pictures, references, load_clip("pocket/clip")),
+        prompt_accuracy=prompt_accuracy(ordinary_pictures, ordinary_texts),
+        class_kept=prompt_accuracy(class_pictures, classes),
+        subject_pictures=subject_pictures,
+        ordinary_pictures=ordinary_pictures,
+    )

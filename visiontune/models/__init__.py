@@ -1,0 +1,39 @@
+"""Model families; `load` opens a pocket name, a folder or a Hub id.
+
+The work is in `visiontune.models._loading`, which is imported on the first call: nothing heavy is imported here.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+
+    from visiontune.models.base import DiffusionModel
+
+
+def load(
+    source: str, *, dtype: torch.dtype | None = None, revision: str | None = None, device: str = "cpu"
+) -> DiffusionModel:
+    """Open a diffusion model, frozen and in evaluation mode.
+
+    Args:
+        source: `pocket/<name>`, a folder in the diffusers layout, or a Hugging Face Hub id.
+        dtype: floating-point type of all modules; default float32.
+        revision: branch, tag or commit of a Hub id.
+        device: where to put it.
+
+    Raises:
+        UserError: there is no such model, it cannot be reached or read, or no family understands its pipeline.
+    """
+    from visiontune.models import _loading
+
+    return _loading.load(source, dtype or _loading.DEFAULT_DTYPE, revision, device)
+
+
+def families() -> dict[str, type[DiffusionModel]]:
+    """Every family by its key: the DiffusionModel classes that the files of this folder define."""
+    from visiontune.models import _loading
+
+    return _loading.families()

@@ -1,0 +1,131 @@
+"""From what the user named to a `DiffusionModel`."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import pkgutil
+import re
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+from huggingface_hub import HfApi, hf_hub_download, try_to_load_from_cache
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    GatedRepoError,
+    HfHubHTTPError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+from safetensors import SafetensorError
+
+from visiontune import models
+from visiontune.errors import UserError
+from visiontune.models import pocket
+from visiontune.models.base import DiffusionModel
+from visiontune.schema import nearest
+
+INDEX = "model_index.json"
+DEFAULT_DTYPE = torch.float32
+# The base of HfHubHTTPError is the error class of whichever HTTP client the Hub's library uses.
+_HUB_ERRORS: tuple[type[Exception], ...] = (OSError, ValueError, EntryNotFoundError, *HfHubHTTPError.__bases__)
+_BROKEN: tuple[type[Exception], ...] = (*_HUB_ERRORS, AttributeError, KeyError, RuntimeError, SafetensorError)
+_HUB_ID = re.compile(r"\w[\w.-]*/[\w.-]+")
+
+
+def families() -> dict[str, type[DiffusionModel]]:
+    """See `visiontune.models.families`."""
+    found = {}
+    for info in pkgutil.iter_modules(models.__path__):
+        if info.name.startswith("_") or info.name in ("base", "pocket"):
+            continue
+        module = importlib.import_module(f"{models.__name__}.{info.name}")
+        for value in vars(module).values():
+            if isinstance(value, type) and issubclass(value, DiffusionModel) and value.__module__ == module.__name__:
+                found[value.family] = value
+    return found
+
+
+def load(source: str, dtype: torch.dtype, revision: str | None, device: str) -> DiffusionModel:
+    """See `visiontune.models.load`."""
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise UserError(f"device '{device}' is not available: PyTorch sees no CUDA device; use device=cpu")
+    folder, fetching = _locate(source, revision)
+    name = str(_read_index(source, folder, fetching).get("_class_name"))
+    known = {cls_name: cls for cls in families().values() for cls_name in cls.pipeline_classes}
+    if name not in known:
+        raise UserError(f"model '{source}' has the pipeline class {name}; supported: {', '.join(sorted(known))}")
+    family = known[name]
+    options = {"dtype": dtype, "use_safetensors": True, **fetching, **family.load_options}
+    try:
+        pipe = getattr(diffusers, name).from_pretrained(str(folder or source), **options)
+    except _BROKEN as error:
+        mend = "give a complete diffusers folder with safetensors weights"
+        raise UserError(f"model '{source}' cannot be read ({_first_line(error)}): {mend}") from error
+    # transformers makes an empty tokenizer where the files of one are missing, and every prompt then reads the same.
+    for part, value in pipe.components.items():
+        if part.startswith("tokenizer") and value is not None and len(value) <= len(value.all_special_ids) + 1:
+            raise UserError(f"model '{source}' has no vocabulary in its {part} folder: download it again")
+    return family(pipe, source=source).to(device)
+
+
+def _locate(source: str, revision: str | None) -> tuple[Path | None, dict[str, Any]]:
+    """The local folder of `source`, or None for a Hub id; and how to fetch what lies there."""
+    if source.startswith(pocket.PREFIX):
+        return pocket.folder(source), {"local_files_only": True}
+    path = Path(source).expanduser()
+    if source and path.is_dir():
+        return path, {"local_files_only": True}
+    if path.is_file():
+        raise UserError(f"model '{source}' is a file: give a folder in the diffusers layout, which holds {INDEX}")
+    if not _HUB_ID.fullmatch(source):
+        near = nearest(source, pocket.names())
+        raise UserError(f"model '{source}' is neither a folder nor a Hub id (owner/name){near}")
+    return None, {"local_files_only": not _reachable(source, revision), "revision": revision}
+
+
+def _reachable(source: str, revision: str | None) -> bool:
+    """Whether the Hub has `source`; False where it does not answer but the cache has a copy."""
+    try:
+        # One request with a timeout. A download would first repeat itself for half a minute.
+        HfApi().model_info(source, revision=revision, timeout=10)
+        return True
+    except _HUB_ERRORS as error:
+        if isinstance(try_to_load_from_cache(source, INDEX, revision=revision), str):
+            return False
+        raise _refused(source, revision, error) from error
+
+
+def _read_index(source: str, folder: Path | None, fetching: dict[str, Any]) -> dict[str, Any]:
+    try:
+        path = folder / INDEX if folder else hf_hub_download(source, INDEX, **fetching)
+        index = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (FileNotFoundError, EntryNotFoundError) as error:
+        raise UserError(f"model '{source}' has no {INDEX}: give a model in the diffusers layout") from error
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"model '{source}' has a broken {INDEX} ({_first_line(error)}): download it again") from error
+    except _HUB_ERRORS as error:
+        if folder:
+            raise UserError(f"model '{source}' cannot be read ({_first_line(error)})") from error
+        raise _refused(source, fetching["revision"], error) from error
+    return index if isinstance(index, dict) else {}
+
+
+def _refused(source: str, revision: str | None, error: Exception) -> UserError:
+    mend = f"run `hf download {source}` where there is a network and give the folder that it prints"
+    if isinstance(error, GatedRepoError):
+        mend = "accept its terms on its page of the Hub and run `hf auth login`"
+    elif isinstance(error, RepositoryNotFoundError):
+        mend = "correct the name, or run `hf auth login` if it is private"
+    elif isinstance(error, RevisionNotFoundError):
+        mend = "correct the revision"
+    at = f" at revision '{revision}'" if revision else ""
+    return UserError(
+        f"model '{source}'{at} is not a folder and cannot be fetched from the Hub ({_first_line(error)}): {mend}"
+    )
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".: ")

@@ -1,0 +1,56 @@
+"""Stable Diffusion XL (Podell et al., 2023): two CLIP text encoders, a pooled vector and size conditioning."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from visiontune.core import Condition
+from visiontune.models.base import require
+from visiontune.models.sd import StableDiffusion
+
+
+class StableDiffusionXL(StableDiffusion):
+    """`StableDiffusionXLPipeline`; its Condition has `tokens` and `pooled`.
+
+    `extra["time_ids"]` [b, 6] may give each row's original height and width, top and left of the crop, and target
+    height and width in pixels (section 2.2 of the paper); without it a row counts as uncropped, in the latents' size.
+    """
+
+    family = "sdxl"
+    pipeline_classes = ("StableDiffusionXLPipeline",)
+    load_options: ClassVar[dict[str, Any]] = {"add_watermarker": False}
+
+    def __init__(self, pipe: Any, source: str = "") -> None:
+        super().__init__(pipe, source)
+        complete = pipe.text_encoder is not None and pipe.text_encoder_2 is not None
+        require(complete, self.source, "it lacks one of its two text encoders; give a complete base checkpoint")
+
+    @property
+    def text_encoders(self) -> dict[str, nn.Module]:
+        return {"text_encoder": self.pipe.text_encoder, "text_encoder_2": self.pipe.text_encoder_2}
+
+    def embed(self, prompts: Sequence[str]) -> Condition:
+        tokens, _, pooled, _ = self.pipe.encode_prompt(
+            list(prompts), device=self.pipe.text_encoder_2.device, do_classifier_free_guidance=False
+        )
+        return Condition(tokens=tokens, pooled=pooled).to(self.device)
+
+    def unconditional(self, count: int) -> Condition:
+        empty = self.embed([""] * count)
+        if not self.pipe.config.force_zeros_for_empty_prompt:
+            return empty
+        assert empty.pooled is not None
+        return Condition(tokens=torch.zeros_like(empty.tokens), pooled=torch.zeros_like(empty.pooled))
+
+    def _added(self, x_t: Tensor, cond: Condition) -> dict[str, Tensor]:
+        if cond.pooled is None:
+            raise ValueError("SDXL needs the pooled text vector: make the Condition with embed()")
+        time_ids = cond.extra.get("time_ids")
+        if time_ids is None:
+            height, width = (side * self.downsample for side in x_t.shape[-2:])
+            time_ids = x_t.new_tensor([height, width, 0, 0, height, width]).expand(x_t.shape[0], -1)
+        return {"text_embeds": cond.pooled, "time_ids": time_ids}

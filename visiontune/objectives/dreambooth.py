@@ -1,0 +1,120 @@
+"""DreamBooth: teach one subject while images of its class, made by the untrained base, hold the class in place.
+
+Ruiz et al., "DreamBooth: Fine Tuning Text-to-Image Diffusion Models for Subject-Driven Generation", 2022,
+arXiv 2208.12242, equation 2. The prior term is a set of extra rows that weigh lambda, not a second half of the batch;
+min-SNR and offset noise treat those rows like any other.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from visiontune.core import Batch, Loss
+from visiontune.data.base import Sample, substitute
+from visiontune.files import atomic_write, write_json
+from visiontune.objectives import denoising
+from visiontune.objectives.base import combine, mean_where
+from visiontune.schema import option
+
+if TYPE_CHECKING:
+    from visiontune.models.base import DiffusionModel
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(denoising.Config):
+    """Options of DreamBooth: those of the denoising loss and the prior-preservation term."""
+
+    prior_weight: float = option(1.0, help="lambda, the weight of the prior rows; 0 trains without prior preservation")
+    prior_images: int = option(100, help="class images the base generates once before training")
+    prior_prompt: str = option("a photo of a [class]", help="prompt of the class images; [class] is data.class_noun")
+    prior_steps: int = option(25, help="sampling steps per class image")
+    prior_cfg_scale: float = option(4.0, help="guidance scale of the class images")
+    prior_batch_size: int = option(8, help="class images sampled at once; has no effect on the images")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.prior_weight < 0 or self.prior_images < 0:
+            raise ValueError("prior_weight and prior_images must be 0 or more")
+        if self.prior_steps < 1 or self.prior_batch_size < 1:
+            raise ValueError("prior_steps and prior_batch_size must be 1 or more")
+
+
+def build(config: Config) -> DreamBooth:
+    """The objective that ``config`` describes."""
+    return DreamBooth(config)
+
+
+class DreamBooth(denoising.Denoising):
+    """``mean_instance(l) + lambda * mean_prior(l)``; logs the two means as ``instance`` and ``prior``."""
+
+    config: Config
+
+    def loss(self, model: DiffusionModel, batch: Batch, rng: torch.Generator) -> Loss:
+        errors = self.errors(model, batch, rng)
+        rows = {"instance": ~batch.prior, "prior": batch.prior}
+        terms = {name: mean_where(errors.detach(), mask) for name, mask in rows.items()}
+        return Loss(total=combine(errors, batch), terms=terms)
+
+    def prepare(
+        self, model: DiffusionModel, *, adapters: Any, data: Any, cache_dir: Path, images: Callable[..., Any]
+    ) -> Sequence[Sample]:
+        """Generate the class images that are not in the cache yet and return them as prior rows.
+
+        Raises:
+            UserError: the prior prompt needs a class noun and the data has none.
+        """
+        if not self.config.prior_weight or not self.config.prior_images:
+            return []
+        prompt = substitute(self.config.prior_prompt, data.trigger, data.class_noun)
+        folder = cache_dir / f"prior-{self._key(model, prompt)}"
+        files = [folder / f"{i:05d}.png" for i in range(self.config.prior_images)]
+        with adapters.disable() if adapters is not None else nullcontext():
+            self._generate(model, prompt, files, images)
+        return [
+            Sample(id=f"{folder.name}/{f.name}", image=f, caption=prompt, prior=True, weight=self.config.prior_weight)
+            for f in files
+        ]
+
+    def _settings(self, model: DiffusionModel, prompt: str) -> dict[str, Any]:
+        return {
+            "base": {part: model.fingerprint(part) for part in ("denoiser", "text", "vae")},
+            "prompt": prompt,
+            "steps": self.config.prior_steps,
+            "cfg_scale": self.config.prior_cfg_scale,
+        }
+
+    def _key(self, model: DiffusionModel, prompt: str) -> str:
+        settings = json.dumps(self._settings(model, prompt), sort_keys=True)
+        return hashlib.sha256(settings.encode()).hexdigest()[:16]
+
+    def _generate(self, model: DiffusionModel, prompt: str, files: list[Path], images: Callable[..., Any]) -> None:
+        """Image ``i`` has seed ``i``; batches are sampled whole, so that a killed run's images end up the same."""
+        from PIL import Image
+        from tqdm.auto import tqdm
+
+        size = self.config.prior_batch_size
+        chunks = [range(start, min(start + size, len(files))) for start in range(0, len(files), size)]
+        chunks = [chunk for chunk in chunks if not all(files[i].exists() for i in chunk)]
+        if not chunks:
+            return
+        write_json(files[0].parent / "settings.json", self._settings(model, prompt))
+        for chunk in tqdm(chunks, desc="prior images"):
+            made = images(
+                model,
+                [prompt] * len(chunk),
+                list(chunk),
+                steps=self.config.prior_steps,
+                cfg_scale=self.config.prior_cfg_scale,
+                batch_size=size,
+            )
+            for i, pixels in zip(chunk, made, strict=True):
+                with atomic_write(files[i]) as path:
+                    Image.fromarray(pixels).save(path)

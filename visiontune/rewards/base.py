@@ -1,0 +1,112 @@
+"""What a reward is, and the checks around every call of one.
+
+A reward module has a ``Config`` and ``build(config)``, which returns a :class:`Reward` or any function of the same
+arguments. Higher is better.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from visiontune.errors import UserError
+
+Meta = Sequence[Mapping[str, Any]] | None
+
+# Decoded images overshoot [0, 1] a little and must keep their gradient; [-1, 1] and [0, 255] overshoot a lot.
+_SLACK = 0.3
+
+
+class Reward(ABC):
+    """Scores images of shape ``[b, 3, h, w]`` in [0, 1]."""
+
+    name: str = "reward"
+    differentiable: ClassVar[bool] = False
+    """Whether gradients reach the pixels."""
+    groupwise: ClassVar[bool] = False
+    """Whether a score depends on the other images of the batch."""
+    range: ClassVar[tuple[float, float]] = (float("-inf"), float("inf"))
+    """Least and greatest score possible."""
+
+    @abstractmethod
+    def score(self, images: Tensor, prompts: Sequence[str], meta: Meta) -> Tensor:
+        """The scores ``[b]``; images and prompts have been checked."""
+
+    def __call__(self, images: Tensor, prompts: Sequence[str], meta: Meta = None) -> Tensor:
+        """Score a batch.
+
+        Args:
+            images: ``[b, 3, h, w]`` in [0, 1] (a small overshoot is let through).
+            prompts: b texts.
+            meta: b mappings with whatever the data set knows of each image, for rewards that use it.
+
+        Returns:
+            ``float32 [b]`` on the images' device, finite; with a graph where the reward is differentiable.
+
+        Raises:
+            UserError: wrong shape or value range going in; wrong shape, or a number that is not finite, coming out.
+        """
+        check_images(images, prompts, self.name)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and self.differentiable):
+            scores = self.score(images, prompts, meta)
+        return check_scores(scores, images, self.name)
+
+
+class FunctionReward(Reward):
+    """A plain function ``(images, prompts, meta) -> [b]`` as a reward; its attributes are taken over."""
+
+    def __init__(self, function: Callable[..., Any], name: str) -> None:
+        self.function, self.name = function, name
+        self.differentiable = bool(getattr(function, "differentiable", False))  # type: ignore[misc]
+        self.groupwise = bool(getattr(function, "groupwise", False))  # type: ignore[misc]
+        self.range = getattr(function, "range", Reward.range)  # type: ignore[misc]
+
+    def score(self, images: Tensor, prompts: Sequence[str], meta: Meta) -> Tensor:
+        return self.function(images, prompts, meta)
+
+
+def as_reward(built: Any, name: str) -> Reward:
+    """What a reward module built, as a :class:`Reward` called ``name``.
+
+    Raises:
+        UserError: it cannot be called.
+    """
+    if not callable(built):
+        raise UserError(f"reward '{name}' built a {type(built).__name__}, which cannot be called with images")
+    reward = built if isinstance(built, Reward) else FunctionReward(built, name)
+    reward.name = name
+    return reward
+
+
+def check_images(images: Tensor, prompts: Sequence[str], name: str) -> None:
+    """Raise :class:`UserError` unless images are ``[b, 3, h, w]`` about [0, 1] with one prompt each."""
+    if images.ndim != 4 or images.shape[1] != 3 or not images.is_floating_point():
+        raise UserError(f"reward '{name}' takes float images [b, 3, h, w], not {images.dtype} {list(images.shape)}")
+    if len(prompts) != len(images):
+        raise UserError(f"reward '{name}' was given {len(images)} images and {len(prompts)} prompts")
+    if not len(images):
+        raise UserError(f"reward '{name}' was given no images")
+    low, high = images.detach().aminmax()
+    if not (low >= -_SLACK and high <= 1 + _SLACK):
+        raise UserError(f"reward '{name}' takes images in [0, 1]; these span [{float(low):.3g}, {float(high):.3g}]")
+
+
+def check_scores(scores: Any, images: Tensor, name: str) -> Tensor:
+    """Scores as ``float32 [b]`` on the images' device, or :class:`UserError`."""
+    if not isinstance(scores, Tensor):
+        try:
+            scores = torch.as_tensor(scores)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise UserError(f"reward '{name}' returned a {type(scores).__name__}, not a tensor of scores") from error
+    if scores.shape != (len(images),):
+        raise UserError(
+            f"reward '{name}' returned shape {list(scores.shape)}; it must be one score an image, [{len(images)}]"
+        )
+    bad = (~torch.isfinite(scores.detach())).nonzero().flatten().tolist()
+    if bad:
+        raise UserError(f"reward '{name}' is not finite for {len(bad)} of {len(images)} images (first: image {bad[0]})")
+    return scores.to(images.device, torch.float32)

@@ -1,0 +1,1 @@
+"""Final sampling: the stock diffusers pipeline, in batches, resumable, with a manifest."""

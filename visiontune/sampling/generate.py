@@ -1,0 +1,225 @@
+"""Batched generation into a folder, resumable and on any number of processes."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
+from tqdm.auto import tqdm
+
+from visiontune import files
+from visiontune.errors import UserError
+from visiontune.sampling import manifest
+from visiontune.sampling.config import SampleConfig
+from visiontune.sampling.grid import grid
+from visiontune.sampling.manifest import Job
+from visiontune.sampling.pipeline import images
+from visiontune.sampling.prompts import read_prompts
+from visiontune.sampling.writer import write_image
+
+if TYPE_CHECKING:
+    from visiontune.models.base import DiffusionModel
+
+__all__ = ["adapter_file", "generate", "images"]
+
+T = TypeVar("T")
+_GRID_COLUMNS = 8
+
+
+def generate(config: SampleConfig, model: DiffusionModel | None = None) -> Path:
+    """Make every prompt with every seed and return the path of ``manifest.jsonl``.
+
+    Images are named by prompt index and seed, written whole or not at all, and listed in the manifest one line each;
+    a run that stopped goes on with what is missing. Batches are cut from the whole list before finished ones are left
+    out, so a run in several sittings or on several processes gives the bits of a run in one.
+
+    Args:
+        config: see :class:`SampleConfig`.
+        model: a model to use in place of ``config.model``, with its adapters attached; ``config.adapter`` is then
+            attached on top, and taken off at the end.
+
+    Raises:
+        UserError: the prompts cannot be read, the folder holds images of other settings, or the disk is full.
+    """
+    state = _processes(config.device)
+    prompts = _substituted(read_prompts(config.prompts), config)
+    jobs = manifest.plan(prompts, config.seed_list(), config.format)
+    settings = _settings(config, model)
+    out = Path(config.out).expanduser()
+    finished = _on_main(state, lambda: _open(out, jobs, settings))
+    batches = [jobs[i : i + config.batch_size] for i in range(0, len(jobs), config.batch_size)]
+    pending = [batch for batch in batches if any(job.file not in finished for job in batch)]
+    mine = pending
+    todo = sum(job.file not in finished for batch in mine for job in batch)
+    if mine:
+        hidden = not state.is_main_process
+        with _loaded(config, model, state) as ready, tqdm(total=todo, unit="image", disable=hidden) as bar:
+            for batch in mine:
+                bar.update(_run(config, ready, batch, finished, settings, manifest.part(out, state.process_index)))
+    state.wait_for_everyone()
+    _on_main(state, lambda: _close(config, out, jobs))
+    return out / manifest.NAME
+
+
+def _run(
+    config: SampleConfig,
+    model: DiffusionModel,
+    batch: Sequence[Job],
+    finished: set[str],
+    settings: dict[str, Any],
+    part: Path,
+) -> int:
+    """Sample one batch whole, so that its bits do not depend on what was finished; write what is missing."""
+    pixels = images(
+        model,
+        [job.prompt for job in batch],
+        [job.seed for job in batch],
+        steps=config.steps,
+        cfg_scale=config.cfg_scale,
+        negative_prompt=config.negative_prompt,
+        batch_size=len(batch),
+        height=config.height,
+        width=config.width,
+        scheduler=config.scheduler,
+    )
+    missing = [(job, image) for job, image in zip(batch, pixels, strict=True) if job.file not in finished]
+    try:
+        for job, image in missing:
+            digest = write_image(part.parent / job.file, image)
+            row = {"file": job.file, "index": job.index, "prompt": job.prompt, "seed": job.seed, "sha256": digest}
+            files.append_jsonl(part, {**row, "settings": settings})
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        raise UserError(f"the disk of {part.parent} is full: free some space and run the same command again") from error
+    return len(missing)
+
+
+def _open(out: Path, jobs: Sequence[Job], settings: dict[str, Any]) -> set[str]:
+    """Names of the finished images, once the folder has been put in order and found to be of this run."""
+    if out.exists() and not out.is_dir():
+        raise UserError(f"{out} is a file: choose another out")
+    out.mkdir(parents=True, exist_ok=True)
+    rows = manifest.collect(out)
+    manifest.check(rows, jobs, settings, out)
+    return {row["file"] for row in rows}
+
+
+def _close(config: SampleConfig, out: Path, jobs: Sequence[Job]) -> None:
+    """Fold the parts together, make sure that nothing is missing, and draw the grid."""
+    done = {row["file"] for row in manifest.collect(out)}
+    missing = [job.file for job in jobs if job.file not in done]
+    if missing:
+        raise UserError(f"{len(missing)} images are missing from {out} ({missing[0]} ...): run the same command again")
+    columns = min(len(config.seed_list()), _GRID_COLUMNS, config.grid)
+    if not columns:
+        return
+    by_prompt = [jobs[i : i + columns] for i in range(0, len(jobs), len(config.seed_list()))][: config.grid // columns]
+    sheet = grid(
+        [out / job.file for row in by_prompt for job in row],
+        columns,
+        row_captions=[row[0].prompt for row in by_prompt],
+        column_captions=[f"seed {job.seed}" for job in by_prompt[0]],
+    )
+    write_image(out / "grid.png", sheet)
+
+
+def _processes(device: str) -> PartialState:
+    """The launched processes. Without ``cpu`` set, accelerate takes each of several CPU processes for the only one."""
+    return PartialState(cpu=device == "cpu" or (device == "auto" and not torch.accelerator.is_available()))
+
+
+def _on_main(state: PartialState, action: Callable[[], T]) -> T:
+    """Run ``action`` on the main process and give its result, or raise its :class:`UserError`, on every process."""
+    answer: list[Any] = [None, None]
+    if state.is_main_process:
+        try:
+            answer[0] = action()
+        except UserError as error:
+            answer[1] = str(error)
+    result, trouble = broadcast_object_list(answer)
+    if trouble is not None:
+        raise UserError(trouble)
+    return result
+
+
+# ---------------------------------------------------------------------------------------------- model and adapters
+
+
+def adapter_file(name: str) -> Path:
+    """The weights that an adapter option means: a file, or ``adapter.safetensors`` of a run folder.
+
+    Raises:
+        UserError: there is no such file.
+    """
+    path = Path(name).expanduser()
+    file = path / "adapter.safetensors" if path.is_dir() else path
+    if not file.is_file():
+        raise UserError(f"there is no adapter {file}: give an adapter.safetensors or the folder of a finished run")
+    return file
+
+
+def _settings(config: SampleConfig, model: DiffusionModel | None) -> dict[str, Any]:
+    """What decides how the images look (batch size, device and processes do not)."""
+    adapters = [(name, hashlib.sha256(adapter_file(name).read_bytes()).hexdigest()) for name in config.adapter_list()]
+    return {
+        "model": model.source if model else config.model,
+        "revision": config.revision,
+        "dtype": config.dtype,
+        "adapter": [{"file": name, "sha256": digest[:16]} for name, digest in adapters],
+        "adapter_scale": config.adapter_scale,
+        "steps": config.steps,
+        "cfg_scale": config.cfg_scale,
+        "negative_prompt": config.negative_prompt,
+        "scheduler": config.scheduler,
+        "height": config.height,
+        "width": config.width,
+        "format": config.format,
+    }
+
+
+def _substituted(prompts: list[str], config: SampleConfig) -> list[str]:
+    """Prompts with ``[trigger]`` and ``[class]`` replaced by the words that the first adapter was trained with."""
+    if not any(slot in prompt for prompt in prompts for slot in ("[trigger]", "[class]")):
+        return prompts
+    from visiontune import adapters
+
+    header: dict[str, str] = {}
+    for name in reversed(config.adapter_list()):
+        header |= adapters.read_header(adapter_file(name))
+    words = {"[trigger]": header.get("trigger"), "[class]": header.get("class_noun")}
+    for slot, word in words.items():
+        if any(slot in prompt for prompt in prompts):
+            if not word:
+                raise UserError(f"a prompt has {slot}, but no adapter says what it stands for: write the word itself")
+            prompts = [prompt.replace(slot, word) for prompt in prompts]
+    return prompts
+
+
+@contextmanager
+def _loaded(config: SampleConfig, model: DiffusionModel | None, state: PartialState) -> Iterator[DiffusionModel]:
+    """The model with the configured adapters attached, for a while."""
+    from visiontune import models
+    from visiontune.adapters.base import load
+
+    if model is None:
+        dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[config.dtype]
+        # Each process has a device of its own, which a bare "cuda" must not override.
+        device = str(state.device) if config.device in ("auto", state.device.type) else config.device
+        model = models.load(config.model, dtype=dtype, revision=config.revision, device=device)
+    sets = []
+    try:
+        for i, name in enumerate(config.adapter_list()):
+            sets.append(load(model.components(), adapter_file(name), name=f"sample{i}"))
+            sets[-1].scale = config.adapter_scale
+        yield model
+    finally:
+        for adapter_set in reversed(sets):
+            adapter_set.detach()

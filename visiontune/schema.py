@@ -1,0 +1,226 @@
+"""Typed options: plain mappings (YAML, command line) become frozen dataclasses, or one readable error.
+
+A configuration is a ``@dataclass(frozen=True, kw_only=True)`` whose fields are made with :func:`option`. A dataclass
+may name in the class variable ``SHORTHAND`` the field that a bare value stands for (``model: pocket/sd``).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+import types
+import typing
+from collections.abc import Iterable, Mapping
+from dataclasses import MISSING
+from pathlib import Path
+from typing import Any, Literal, TypeVar, Union
+
+from visiontune.errors import UserError
+
+T = TypeVar("T")
+
+_BOOLEANS = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
+
+
+def option(default: Any = MISSING, *, help: str) -> Any:
+    """A dataclass field with a help text; without a default it is required. Lists and dicts are copied per instance."""
+    metadata = {"help": help}
+    if isinstance(default, (list, dict, set)):
+        return dataclasses.field(default_factory=lambda: type(default)(default), metadata=metadata)
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+def nearest(word: str, choices: Iterable[str]) -> str:
+    """The end of an error message about ``word``: its nearest match among ``choices``, or all of them."""
+    known = sorted(map(str, choices))
+    close = difflib.get_close_matches(str(word), known, n=1)
+    if close:
+        return f"; did you mean '{close[0]}'?"
+    return f"; known: {', '.join(known)}" if known else ""
+
+
+def from_mapping(cls: type[T], data: Any, path: str = "") -> T:
+    """Build the dataclass ``cls`` from ``data``, checking names and types recursively.
+
+    Text is read as a number where a number is expected (YAML reads ``1e-4`` as text). A ``ValueError`` or
+    :class:`UserError` of the dataclass's own ``__post_init__`` is reported with the path.
+
+    Args:
+        cls: the dataclass.
+        data: a mapping of its options, or the bare value of its ``SHORTHAND`` field.
+        path: where ``data`` stands in the document, ``"train"`` for instance; empty for the whole document.
+
+    Raises:
+        UserError: unknown or missing option, wrong type; the message starts with the dotted path.
+    """
+    shorthand = getattr(cls, "SHORTHAND", None)
+    if shorthand and not isinstance(data, Mapping):
+        data = {shorthand: data}
+    if not isinstance(data, Mapping):
+        raise UserError(f"{path or label(cls)} must be a mapping of options, not {_shown(data)}")
+    fields = {f.name: f for f in dataclasses.fields(cls) if f.init}  # type: ignore[arg-type]
+    for key in data:
+        if key not in fields:
+            raise UserError(f"{_join(path, key)} is not an option of {label(cls)}{nearest(str(key), fields)}")
+    for name, field in fields.items():
+        if name not in data and field.default is MISSING and field.default_factory is MISSING:
+            raise UserError(f"{_join(path, name)} is missing: {field.metadata.get('help', 'it has no default')}")
+    hints = typing.get_type_hints(cls)
+    values = {key: convert(hints[key], value, _join(path, key)) for key, value in data.items()}
+    try:
+        return cls(**values)
+    except (ValueError, UserError) as error:
+        where = path or label(cls)
+        raise UserError(str(error) if str(error).startswith(where) else f"{where}: {error}") from error
+
+
+def convert(kind: Any, value: Any, path: str) -> Any:
+    """``value`` as the annotated type ``kind``; ``path`` names it in errors."""
+    origin, args = typing.get_origin(kind), typing.get_args(kind)
+    if kind is Any:
+        return value
+    if origin in (Union, types.UnionType):
+        return _convert_union(args, value, path)
+    if origin is Literal:
+        return _convert_literal(args, value, path)
+    if dataclasses.is_dataclass(kind) and isinstance(kind, type):
+        return value if isinstance(value, kind) else from_mapping(kind, value, path)
+    container = origin or kind
+    if isinstance(container, type) and container is not str:
+        if issubclass(container, Mapping):
+            return _convert_mapping(args, value, path)
+        if issubclass(container, (list, tuple)) or container.__name__ == "Sequence":
+            return _convert_sequence(container, args, value, path)
+    return _convert_scalar(kind, value, path)
+
+
+def _convert_union(kinds: tuple[Any, ...], value: Any, path: str) -> Any:
+    if value is None and type(None) in kinds:
+        return None
+    rest = [k for k in kinds if k is not type(None)]
+    exact = [k for k in rest if type(value) is (typing.get_origin(k) or k)]
+    errors = []
+    for kind in [*exact, *(k for k in rest if k not in exact)]:
+        try:
+            return convert(kind, value, path)
+        except UserError as error:
+            errors.append(error)
+    # A nested error (a longer path) says more than "must be one of these types".
+    if len(rest) == 1 or exact or not str(errors[0]).startswith(f"{path} "):
+        raise errors[0]
+    raise UserError(f"{path} must be {type_name(Union[kinds])}, not {_shown(value)}")  # noqa: UP007
+
+
+def _convert_literal(choices: tuple[Any, ...], value: Any, path: str) -> Any:
+    for choice in choices:
+        if value == choice and type(value) is type(choice):
+            return choice
+    # YAML 1.1 reads a bare no/off as false: choices such as precision "no" must survive that.
+    if isinstance(value, bool):
+        for word in ("no", "off", "false") if value is False else ("yes", "on", "true"):
+            if word in choices:
+                return word
+    for choice in choices:
+        if str(choice) == str(value):
+            return choice
+    raise UserError(f"{path} cannot be {_shown(value)}{nearest(str(value), map(str, choices))}")
+
+
+def _convert_mapping(args: tuple[Any, ...], value: Any, path: str) -> dict[Any, Any]:
+    if not isinstance(value, Mapping):
+        raise UserError(f"{path} must be a mapping, not {_shown(value)}")
+    kind = args[1] if len(args) == 2 else Any
+    return {key: convert(kind, item, _join(path, key)) for key, item in value.items()}
+
+
+def _convert_sequence(container: type, args: tuple[Any, ...], value: Any, path: str) -> list[Any] | tuple[Any, ...]:
+    if not isinstance(value, (list, tuple)):
+        raise UserError(f"{path} must be a list such as ['a', 'b'], not {_shown(value)}")
+    fixed = container is tuple and args and args[-1] is not Ellipsis
+    if fixed and len(args) != len(value):
+        raise UserError(f"{path} must be a list of {len(args)} values, not {_shown(value)}")
+    kinds = args if fixed else [args[0] if args else Any] * len(value)
+    items = [convert(kind, item, f"{path}[{i}]") for i, (kind, item) in enumerate(zip(kinds, value, strict=True))]
+    return tuple(items) if container is tuple else items
+
+
+def _convert_scalar(kind: Any, value: Any, path: str) -> Any:
+    if kind is Path and isinstance(value, str):
+        return Path(value)
+    if kind is str and isinstance(value, (int, float)) and not isinstance(value, bool):
+        return str(value)
+    if kind is bool and isinstance(value, str):
+        value = _BOOLEANS.get(value.lower(), value)
+    if kind in (int, float):
+        number = _number(value)
+        if number is not None and (kind is float or number == number // 1):
+            return kind(number)
+    elif isinstance(kind, type) and isinstance(value, kind):
+        return value
+    raise UserError(f"{path} must be {type_name(kind)}, not {_shown(value)}")
+
+
+def _number(value: Any) -> int | float | None:
+    """The number that ``value`` is or spells, ``"1e-4"`` for instance, or nothing."""
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        return value
+    for read in (int, float) if isinstance(value, str) else ():
+        try:
+            return read(value)
+        except ValueError:
+            continue
+    return None
+
+
+def describe(cls: type) -> list[tuple[str, str, str, str]]:
+    """One row ``(name, type, default, help)`` for each option of a dataclass; ``required`` has no default."""
+    hints, rows = typing.get_type_hints(cls), []
+    for field in dataclasses.fields(cls):
+        value = field.default if field.default_factory is MISSING else field.default_factory()
+        default = "required" if value is MISSING else _written(value)
+        rows.append((field.name, type_name(hints[field.name]), default, field.metadata.get("help", "")))
+    return rows
+
+
+def _written(value: Any) -> str:
+    """A default as one would write it in a recipe."""
+    if dataclasses.is_dataclass(value):
+        return "its own defaults"
+    return value or "''" if isinstance(value, str) else json.dumps(value, default=str)
+
+
+def type_name(kind: Any) -> str:
+    """A type in a reader's words."""
+    origin, args = typing.get_origin(kind), typing.get_args(kind)
+    words = {str: "text", int: "a whole number", float: "a number", bool: "true or false", type(None): "null"}
+    words |= {Path: "a path", Any: "anything"}
+    if kind in words:
+        return words[kind]
+    if origin is Literal:
+        return "one of " + ", ".join(map(str, args))
+    if origin in (Union, types.UnionType):
+        return " or ".join(type_name(a) for a in args)
+    if origin and isinstance(origin, type) and issubclass(origin, Mapping):
+        return "a mapping"
+    if origin:
+        plural = {int: "whole numbers", float: "numbers", str: "texts"}.get(args[0], type_name(args[0]))
+        fixed = origin is tuple and args[-1] is not Ellipsis
+        return f"a list of {f'{len(args)} ' if fixed else ''}{plural}"
+    return label(kind) if dataclasses.is_dataclass(kind) else getattr(kind, "__name__", str(kind))
+
+
+def label(cls: Any) -> str:
+    """What a configuration class is called in messages: a plug-in's file name, or ``train`` for ``TrainConfig``."""
+    if cls.__name__ == "Config":
+        return cls.__module__.removesuffix(".base").rpartition(".")[2]
+    return cls.__name__.removesuffix("Config").lower()
+
+
+def _join(path: str, key: Any) -> str:
+    return f"{path}.{key}" if path else str(key)
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."

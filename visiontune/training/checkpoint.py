@@ -1,0 +1,92 @@
+"""Checkpoints that are whole or absent: written under a temporary name, then renamed."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from visiontune.errors import UserError
+from visiontune.files import atomic_write
+
+STATE, WEIGHTS = "state.pt", "weights.safetensors"
+
+
+def folder(out: Path, step: int) -> Path:
+    """Where the checkpoint after ``step`` steps lies."""
+    return out / "checkpoints" / f"step-{step:06d}"
+
+
+def steps(out: Path) -> list[int]:
+    """Steps of the checkpoints in the run folder ``out``, ascending."""
+    found = (re.fullmatch(r"step-(\d+)", path.name) for path in (out / "checkpoints").glob("step-*"))
+    return sorted(int(match[1]) for match in found if match)
+
+
+def latest(out: Path) -> Path | None:
+    """The newest checkpoint of the run folder ``out``, if there is one."""
+    found = steps(out)
+    return folder(out, found[-1]) if found else None
+
+
+def save(out: Path, step: int, weights: dict[str, Tensor], state: dict[str, Any], keep: int) -> Path:
+    """Write the checkpoint of ``step`` and remove all but the newest ``keep``.
+
+    Args:
+        out: the run folder.
+        step: optimiser steps done.
+        weights: trained tensors by name, stored as safetensors.
+        state: everything else (optimiser, schedule, averages), stored by ``torch.save`` and read with ``weights_only``.
+        keep: how many checkpoints remain.
+    """
+    from safetensors.torch import save_file
+
+    target = folder(out, step)
+    remove_folder(target)
+    with atomic_write(target) as partial:
+        partial.mkdir()
+        save_file({k: v.detach().contiguous().cpu() for k, v in weights.items()}, partial / WEIGHTS)
+        # Through a file object: given a path, torch reports a full disk as an unexplained position.
+        with (partial / STATE).open("wb") as file:
+            torch.save({**state, "step": step}, file)
+    for old in steps(out)[:-keep]:
+        remove_folder(folder(out, old))
+    return target
+
+
+def load(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Weights and state of the checkpoint ``path``, on the CPU.
+
+    Raises:
+        UserError: the folder's files cannot be read.
+    """
+    from safetensors.torch import load_file
+
+    try:
+        return load_file(path / WEIGHTS), torch.load(path / STATE, map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise UserError(
+            f"the checkpoint {path} cannot be read ({error}); remove that folder to use an older one"
+        ) from error
+
+
+def clear_partial(out: Path) -> None:
+    """Remove what a killed process left half-written or half-removed."""
+    for path in (out / "checkpoints").glob(".*"):
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def remove_folder(path: Path) -> None:
+    """Remove a folder if there is one.
+
+    It is renamed first, so that a process killed meanwhile leaves no half checkpoint under a valid name.
+    """
+    if path.exists():
+        doomed = path.with_name(f".{path.name}.old")
+        shutil.rmtree(doomed, ignore_errors=True)
+        path.rename(doomed)
+        shutil.rmtree(doomed)

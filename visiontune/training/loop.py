@@ -1,0 +1,292 @@
+"""The training loop: any objective, any adapter or none, any model family.
+
+Everything random is a function of the seed and the step number (the batch, the noise, the timesteps, dropout), so a
+checkpoint holds no generator states, and a run that goes on from one does what an uninterrupted run does, on a CPU bit
+for bit.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+from torch import Tensor
+
+from visiontune.core import Loss
+from visiontune.errors import UserError
+from visiontune.files import atomic_write
+from visiontune.objectives.base import Objective, generator, seed_of
+from visiontune.training import card, checkpoint, guards, optim, preview
+from visiontune.training.config import PreviewConfig, TrainConfig
+from visiontune.training.devices import make_accelerator
+from visiontune.training.ema import Average
+from visiontune.training.step import Rows, Step
+from visiontune.training.trackers import Meter, Metrics
+
+if TYPE_CHECKING:
+    from visiontune.models.base import DiffusionModel
+
+
+class Trainer:
+    """One run.
+
+    Args:
+        model: the base model; moved to the training device and frozen but for what is trained.
+        adapters: an attached ``AdapterSet``, or ``None`` to train the denoiser's own weights.
+        objective: computes the loss.
+        rows: gives the batches.
+        train: options of the run.
+        out: the run folder.
+        preview: options of the previews.
+        seed: with the step number, the source of everything random.
+        metadata: strings for the header of ``adapter.safetensors`` and the model card (``trigger``, ``prompt``, ...).
+        accelerator: made from ``train`` unless given.
+
+    Raises:
+        UserError: nothing to train, an impossible precision, an unknown optimiser or tracker.
+    """
+
+    def __init__(
+        self,
+        *,
+        model: DiffusionModel,
+        adapters: Any,
+        objective: Objective,
+        rows: Rows,
+        train: TrainConfig,
+        out: Path,
+        preview: PreviewConfig | None = None,
+        seed: int = 0,
+        metadata: Mapping[str, str] | None = None,
+        accelerator: Accelerator | None = None,
+    ) -> None:
+        self.model, self.adapters, self.objective, self.rows = model, adapters, objective, rows
+        self.train, self.preview, self.seed, self.out = train, preview or PreviewConfig(), seed, Path(out)
+        self.metadata = dict(metadata or {})
+        self.accelerator = accelerator or make_accelerator(train, self.out)
+        model.to(self.accelerator.device)
+        chosen = optim.choose(model, adapters, train)
+        step = Step(model, adapters, objective, train.text_encoder).train()
+        if train.gradient_checkpointing:
+            optim.checkpoint_gradients(step.parts)
+        self.step_module = self.accelerator.prepare_model(step)
+        self.parameters = chosen
+        optimizer = optim.make_optimizer(chosen, train, optim.text_names(chosen, model))
+        self.optimizer = self.accelerator.prepare_optimizer(optimizer)
+        self.schedule = optim.make_schedule(optimizer, train)
+        self.average = Average(list(chosen.values()), train.ema)
+        self.meter = Meter()
+
+    def fit(self) -> Path:
+        """Train to ``train.steps`` and write the results into the run folder.
+
+        Returns:
+            ``adapter.safetensors``, or the folder ``model`` after full fine-tuning.
+
+        Raises:
+            UserError: the folder holds a run that is not to be resumed, or one with other settings; the loss or the
+                weights are not finite; the disk is full. Checkpoints written before stay as they are.
+        """
+        from tqdm.auto import tqdm
+
+        with guards.readable_disk_errors(self.out):
+            start = self._resume()
+            metrics = Metrics(self.accelerator, self.out, self.train.trackers, start)
+            if self.accelerator.is_main_process:
+                preview.forget_after(self.out, start)
+            try:
+                if start == 0:
+                    self._preview(0, metrics)
+                quiet = not self.accelerator.is_local_main_process
+                bar = tqdm(range(start, self.train.steps), "training", self.train.steps, initial=start, disable=quiet)
+                for step in bar:
+                    bar.set_postfix(loss=f"{self._optimise(step):.4f}", refresh=False)
+                    self._after(step + 1, metrics)
+            finally:
+                metrics.close()
+            return self._finish()
+
+    # -- one step -----------------------------------------------------------------------------------------------
+
+    def _optimise(self, step: int) -> float:
+        """One optimiser step; returns its loss, averaged over accumulated batches and processes."""
+        accelerator, started = self.accelerator, time.perf_counter()
+        set_seed(seed_of(self.seed, "step", step, accelerator.process_index) % 2**32)
+        total = torch.zeros((), device=accelerator.device)
+        for part in range(self.train.accumulate):
+            with accelerator.accumulate(self.step_module):
+                loss = self._loss(step * self.train.accumulate + part)
+                accelerator.backward(loss.total)
+                total += loss.total.detach() / self.train.accumulate
+                self.meter.add(loss.terms)
+        norm = None
+        if self.train.max_grad_norm is not None:
+            norm = accelerator.clip_grad_norm_(list(self.parameters.values()), self.train.max_grad_norm)
+        total = accelerator.reduce(total, "mean")
+        guards.check_loss(float(total), step + 1, self.out)
+        if norm is not None and accelerator.scaler is None:
+            guards.check_loss(float(norm), step + 1, self.out, "gradient")
+        self._update()
+        self.meter.add({"loss": total, "seconds": torch.tensor(time.perf_counter() - started, device=total.device)})
+        if norm is not None:
+            self.meter.add({"grad_norm": norm})
+        return float(total)
+
+    def _loss(self, index: int) -> Loss:
+        """Loss of this process's batch number ``index``."""
+        batch = self.rows.batch(index).to(self.accelerator.device)
+        if self.train.text_encoder and batch.cond is not None:
+            raise ValueError("rows with a finished condition cannot train the text encoder: it would get no gradient")
+        rng = generator(self.seed, "noise", index, self.accelerator.process_index)
+        with torch.no_grad():
+            batch = self.objective.rollout(self.model, batch, rng)
+        return self.step_module(batch, rng)
+
+    def _update(self) -> None:
+        self.optimizer.step()
+        if not self.optimizer.step_was_skipped:
+            self.schedule.step()
+            if self.adapters is not None:
+                self.adapters.after_step()
+            self.average.update()
+        self.optimizer.zero_grad()
+
+    # -- after a step -------------------------------------------------------------------------------------------
+
+    def _after(self, step: int, metrics: Metrics) -> None:
+        """Log, draw and save what is due after ``step`` steps.
+
+        The checkpoint comes last: whatever belongs to earlier steps is then on disk already, and whatever a killed run
+        wrote after it is written again.
+        """
+        last = step == self.train.steps
+        if last or step % self.train.log_every == 0:
+            self.meter.reduce(self.accelerator)
+            metrics.log(step, {**self.meter.take(), "lr": float(self.optimizer.param_groups[0]["lr"])})
+        if preview.due(step, self.train.steps, self.preview):
+            self._preview(step, metrics)
+        if last or step % self.train.checkpoint_every == 0:
+            self._save(step)
+
+    def _preview(self, step: int, metrics: Metrics) -> None:
+        if self.preview.prompts and self.accelerator.is_main_process:
+            with self._looking():
+                metrics.images(step, preview.draw(self.model, self.out, step, self.preview))
+        self.accelerator.wait_for_everyone()
+
+    @contextmanager
+    def _looking(self) -> Iterator[None]:
+        """The model as its user will have it: averaged weights, evaluation mode, no gradients."""
+        with self.average.applied(), torch.no_grad():
+            # Adapters keep what they computed from their parameters until the mode is switched.
+            self.step_module.eval()
+            yield
+        self.step_module.train()
+
+    # -- checkpoints --------------------------------------------------------------------------------------------
+
+    def _weights(self) -> dict[str, Tensor]:
+        """Trained parameters and the adapters' buffers, by name."""
+        buffers = self.adapters.named_buffers() if self.adapters is not None else ()
+        return {**self.parameters, **{f"adapters.{name}": buffer for name, buffer in buffers}}
+
+    def _settings(self) -> dict[str, Any]:
+        """What may not change between a checkpoint and the run that goes on from it."""
+        return {
+            "seed": self.seed,
+            "train.batch_size": self.train.batch_size,
+            "train.accumulate": self.train.accumulate,
+            "train.optimizer": self.train.optimizer,
+            "number of processes": self.accelerator.num_processes,
+        }
+
+    def _save(self, step: int) -> None:
+        guards.check_weights(self.parameters.values(), step, self.out)
+        self.meter.reduce(self.accelerator)
+        if self.accelerator.is_main_process:
+            scaler = self.accelerator.scaler
+            state = {
+                "settings": self._settings(),
+                "optimizer": self.optimizer.state_dict(),
+                "schedule": self.schedule.last_epoch,
+                "average": self.average.state_dict(),
+                "meter": self.meter.state_dict(),
+                "scaler": scaler.state_dict() if scaler else None,
+            }
+            checkpoint.save(self.out, step, self._weights(), state, self.train.keep)
+        self.accelerator.wait_for_everyone()
+
+    def _resume(self) -> int:
+        """Load the newest checkpoint if there is one; returns the number of steps done."""
+        found = checkpoint.latest(self.out)
+        if found is not None and not self.train.resume:
+            raise UserError(f"{self.out} already holds a run ({found.name}); set train.resume=true, or another name")
+        if self.accelerator.is_main_process:
+            checkpoint.clear_partial(self.out)
+        if found is None:
+            return 0
+        weights, state = checkpoint.load(found)
+        if state["step"] > self.train.steps:
+            raise UserError(f"{found} is past train.steps={self.train.steps}: ask for more steps, or use another name")
+        self._check_same(found, weights, state)
+        with torch.no_grad():
+            for name, tensor in self._weights().items():
+                tensor.copy_(weights[name])
+        optim.restore(self.optimizer, self.schedule, state["optimizer"], state["schedule"], self.train)
+        self.average.load_state_dict(state["average"])
+        self.meter.load_state_dict(state["meter"], self.accelerator.device)
+        if self.accelerator.scaler and state["scaler"]:
+            self.accelerator.scaler.load_state_dict(state["scaler"])
+        return state["step"]
+
+    def _check_same(self, path: Path, weights: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
+        for name, value in self._settings().items():
+            if state["settings"][name] != value:
+                was = state["settings"][name]
+                raise UserError(f"{path} was made with {name}={was}, not {value}; set it back, or use another name")
+        now = self._weights()
+        other = {name for name in now.keys() | weights.keys() if _shape(now, name) != _shape(weights, name)}
+        if other:
+            raise UserError(
+                f"{path} does not fit what is trained now ({min(other)} and {len(other) - 1} more tensors differ); "
+                "set model and adapter back, or use another name"
+            )
+
+    # -- the end ------------------------------------------------------------------------------------------------
+
+    def _finish(self) -> Path:
+        result = self.out / ("model" if self.adapters is None else "adapter.safetensors")
+        if self.accelerator.is_main_process:
+            with self._looking():
+                self._write(result)
+            method = self.adapters.method if self.adapters is not None else None
+            facts = {"trained parameters": f"{sum(p.numel() for p in self.parameters.values()):,}"}
+            card.write(
+                self.out,
+                source=self.model.source,
+                method=method,
+                train=self.train,
+                preview=self.preview,
+                facts=facts,
+                metadata=self.metadata,
+            )
+        self.accelerator.wait_for_everyone()
+        return result
+
+    def _write(self, result: Path) -> None:
+        if self.adapters is None:
+            with atomic_write(result) as partial:
+                self.model.pipe.save_pretrained(partial, safe_serialization=True)
+                checkpoint.remove_folder(result)
+            return
+        self.adapters.save(result, metadata=self.metadata)
+
+
+def _shape(tensors: Mapping[str, Tensor], name: str) -> torch.Size | None:
+    return tensors[name].shape if name in tensors else None

@@ -1,0 +1,137 @@
+"""Which parameters are trained, and by which optimiser."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from torch.nn import Parameter
+
+from visiontune.errors import UserError
+from visiontune.schema import nearest
+from visiontune.training.config import TrainConfig
+
+if TYPE_CHECKING:
+    from visiontune.models.base import DiffusionModel
+
+OPTIMIZERS = {
+    "adamw": "torch.optim.AdamW",
+    "sgd": "torch.optim.SGD",
+    "adafactor": "transformers.optimization.Adafactor",
+}
+
+
+def modules_of(model: DiffusionModel) -> dict[str, nn.Module]:
+    """Every network of the model by the name of its part."""
+    return {"vae": model.vae, **model.text_encoders, **model.components()}
+
+
+def choose(model: DiffusionModel, adapters: Any, train: TrainConfig) -> dict[str, Parameter]:
+    """Freeze the model and return what is trained, by name.
+
+    With ``adapters`` their parameters; without, the denoiser's and (``train.text_encoder``) the text encoders' own.
+
+    Raises:
+        UserError: nothing is left to train; the text encoders are asked for and the adapter has no layer in them; the
+            trained weights are not float32.
+    """
+    if adapters is not None:
+        chosen = {f"adapters.{name}": p for name, p in adapters.named_parameters() if p.requires_grad}
+    else:
+        parts = {"denoiser": model.denoiser, **(model.text_encoders if train.text_encoder else {})}
+        chosen = {f"{part}.{name}": p for part, module in parts.items() for name, p in module.named_parameters()}
+    for module in modules_of(model).values():
+        module.requires_grad_(False)
+    for parameter in chosen.values():
+        parameter.requires_grad_(True)
+    if not chosen:
+        raise UserError("there is nothing to train: the adapter has no parameters; look at adapter.targets")
+    if train.text_encoder and not text_names(chosen, model):
+        raise UserError(
+            "train.text_encoder is on but the adapter has no layer in a text encoder; look at adapter.targets"
+        )
+    if any(p.dtype != torch.float32 for p in chosen.values()):
+        raise UserError("trained weights must be float32: set model.dtype=fp32 and train.precision=bf16 instead")
+    return chosen
+
+
+def make_optimizer(chosen: dict[str, Parameter], train: TrainConfig, text_names: set[str]) -> torch.optim.Optimizer:
+    """The optimiser over ``chosen``; the parameters named in ``text_names`` use ``train.text_encoder_lr``.
+
+    Raises:
+        UserError: an unknown optimiser, or options it does not take.
+    """
+    groups = [{"params": [p for n, p in chosen.items() if n not in text_names], "lr": train.lr}]
+    text = [p for n, p in chosen.items() if n in text_names]
+    groups.append({"params": text, "lr": train.text_encoder_lr or train.lr})
+    options: dict[str, Any] = {"weight_decay": train.weight_decay}
+    if train.optimizer == "adamw":
+        options["betas"] = train.betas
+    if train.optimizer == "adafactor":
+        options |= {"scale_parameter": False, "relative_step": False, "warmup_init": False}
+    factory = _factory(train.optimizer)
+    try:
+        return factory([g for g in groups if g["params"]], lr=train.lr, **options | train.optimizer_options)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"train.optimizer_options do not fit {train.optimizer}: {error}") from error
+
+
+def _factory(name: str) -> Any:
+    path = OPTIMIZERS.get(name, name)
+    module, _, attribute = path.rpartition(".")
+    if not module:
+        raise UserError(f"train.optimizer '{name}' is unknown{nearest(name, OPTIMIZERS)}")
+    try:
+        return getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError) as error:
+        raise UserError(f"train.optimizer '{name}' cannot be loaded: {error}") from error
+
+
+def make_schedule(optimizer: torch.optim.Optimizer, train: TrainConfig) -> torch.optim.lr_scheduler.LambdaLR:
+    """Learning-rate schedule, stepped once per optimiser step."""
+    from diffusers.optimization import get_scheduler
+
+    name = "constant_with_warmup" if train.schedule == "constant" else train.schedule
+    return get_scheduler(name, optimizer, num_warmup_steps=train.warmup, num_training_steps=train.steps)
+
+
+def restore(
+    optimizer: Any, schedule: torch.optim.lr_scheduler.LambdaLR, saved: dict[str, Any], taken: int, train: TrainConfig
+) -> None:
+    """Take up a saved optimiser after ``taken`` steps of the schedule, at the options asked for now.
+
+    Without this a lower learning rate would be accepted for a run that goes on and then not be used.
+    """
+    names = {"initial_lr", "weight_decay", "betas", *train.optimizer_options}
+    now = [{k: v for k, v in group.items() if k in names} for group in optimizer.param_groups]
+    optimizer.load_state_dict(saved)
+    schedule.last_epoch = taken
+    rates = zip(schedule.base_lrs, schedule.lr_lambdas, strict=True)
+    for group, options, (rate, factor) in zip(optimizer.param_groups, now, rates, strict=True):
+        group.update({**options, "lr": rate * factor(taken)})
+
+
+def text_names(chosen: dict[str, Parameter], model: DiffusionModel) -> set[str]:
+    """Names in ``chosen`` that belong to a text encoder."""
+    encoders = tuple(f"{name}." for name in model.text_encoders)
+    return {name for name in chosen if name.removeprefix("adapters.").startswith(encoders)}
+
+
+def checkpoint_gradients(modules: nn.ModuleDict) -> None:
+    """Recompute activations in the backward pass, through the switches of diffusers and transformers (non-reentrant).
+
+    Raises:
+        UserError: a network without such a switch.
+    """
+    network: Any
+    for name, network in modules.items():
+        if hasattr(network, "enable_gradient_checkpointing"):
+            network.enable_gradient_checkpointing()
+        elif hasattr(network, "activation_checkpointing_enable"):
+            network.activation_checkpointing_enable({"use_reentrant": False})
+        elif hasattr(network, "gradient_checkpointing_enable"):  # transformers before it was renamed
+            network.gradient_checkpointing_enable({"use_reentrant": False})
+        else:
+            raise UserError(f"train.gradient_checkpointing: the {name} of this model has no gradient checkpointing")

@@ -1,0 +1,85 @@
+"""Images drawn during training: fixed prompts and seeds, the stock pipeline, the averaged weights if there are any."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from visiontune.files import atomic_write
+from visiontune.training.config import PreviewConfig
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from visiontune.models.base import DiffusionModel
+
+
+def due(step: int, total: int, config: PreviewConfig) -> bool:
+    """Whether previews are drawn after ``step`` steps: at 0, at every ``every``-th, and at the end."""
+    return bool(config.prompts) and (step % config.every == 0 or step == total)
+
+
+def folder(out: Path, step: int) -> Path:
+    """Where the previews after ``step`` steps lie."""
+    return out / "samples" / f"step-{step:06d}"
+
+
+def file_name(prompt: int, seed: int) -> str:
+    """Name of one preview: the prompt's place in the list and the seed."""
+    return f"{prompt:02d}_seed{seed}.png"
+
+
+def draw(model: DiffusionModel, out: Path, step: int, config: PreviewConfig) -> np.ndarray:
+    """Write ``samples/step-N/`` (one file per prompt and seed, and ``grid.png``) as a whole.
+
+    Returns:
+        ``uint8 [prompts * seeds, h, w, 3]``, all seeds of the first prompt first.
+    """
+    from PIL import Image
+
+    from visiontune.sampling.generate import images
+    from visiontune.sampling.grid import grid
+
+    pairs = [(i, prompt, seed) for i, prompt in enumerate(config.prompts) for seed in config.seeds]
+    pixels = images(
+        model,
+        [prompt for _, prompt, _ in pairs],
+        [seed for _, _, seed in pairs],
+        steps=config.steps,
+        cfg_scale=config.cfg_scale,
+        batch_size=config.batch_size,
+    )
+    target = folder(out, step)
+    shutil.rmtree(target, ignore_errors=True)
+    with atomic_write(target) as partial:
+        partial.mkdir()
+        for (i, _, seed), image in zip(pairs, pixels, strict=True):
+            Image.fromarray(image).save(partial / file_name(i, seed))
+        sheet = grid(
+            list(pixels),
+            len(config.seeds),
+            row_captions=config.prompts,
+            column_captions=[f"seed {seed}" for seed in config.seeds],
+        )
+        sheet.save(partial / "grid.png")
+    return pixels
+
+
+def forget_after(out: Path, step: int) -> None:
+    """Remove the previews of steps after ``step``, and what a killed run left half-written."""
+    for path in (out / "samples").glob("*step-*"):
+        if path.name.startswith(".") or path.name > folder(out, step).name:
+            shutil.rmtree(path)
+
+
+def card_images(out: Path, config: PreviewConfig) -> list[dict[str, Any]]:
+    """One entry per prompt for the model card's widget: text and the newest preview's file, relative to ``out``."""
+    drawn = sorted((out / "samples").glob("step-*"))
+    if not drawn or not config.seeds:
+        return [{"text": prompt} for prompt in config.prompts]
+    place = f"samples/{drawn[-1].name}"
+    return [
+        {"text": prompt, "output": {"url": f"{place}/{file_name(i, config.seeds[0])}"}}
+        for i, prompt in enumerate(config.prompts)
+    ]

@@ -1,0 +1,114 @@
+"""Metrics: ``metrics.jsonl``, one row per logged step, and whichever trackers accelerate knows."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from visiontune.errors import UserError
+from visiontune.files import append_jsonl, write_text
+from visiontune.schema import nearest
+
+FILE = "metrics.jsonl"
+
+
+class Meter:
+    """Mean of named scalars since the last row; its sums stay on the device, so adding to them waits for nothing."""
+
+    def __init__(self) -> None:
+        self.sums: dict[str, Tensor] = {}
+        self.counts: dict[str, int] = {}
+
+    def add(self, values: Mapping[str, Tensor]) -> None:
+        for name, value in values.items():
+            value = value.detach().double() if value.device.type == "cpu" else value.detach().float()
+            self.sums[name] = self.sums[name] + value if name in self.sums else value
+            self.counts[name] = self.counts.get(name, 0) + 1
+
+    def reduce(self, accelerator: Any) -> None:
+        """Replace each process's sums by their mean over the processes."""
+        self.sums = accelerator.reduce(self.sums, "mean")
+
+    def take(self) -> dict[str, float]:
+        """The means, after which the meter is empty."""
+        row = {name: float(total) / self.counts[name] for name, total in self.sums.items()}
+        self.sums, self.counts = {}, {}
+        return row
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"sums": {k: v.cpu() for k, v in self.sums.items()}, "counts": dict(self.counts)}
+
+    def load_state_dict(self, state: dict[str, Any], device: torch.device) -> None:
+        self.sums = {k: v.to(device) for k, v in state["sums"].items()}
+        self.counts = dict(state["counts"])
+
+
+class Metrics:
+    """Writes rows from the main process.
+
+    Args:
+        accelerator: owns the trackers.
+        out: the run folder; TensorBoard's events go to ``tensorboard/`` in it.
+        trackers: names that accelerate knows.
+        step: steps already done; rows of later steps, left by a run that was killed, are taken away.
+    """
+
+    def __init__(self, accelerator: Any, out: Path, trackers: list[str], step: int) -> None:
+        self.accelerator, self.path = accelerator, out / FILE
+        if accelerator.is_main_process:
+            forget_after(self.path, step)
+        options = {"tensorboard": {"purge_step": step + 1}, "wandb": {"name": out.name}}
+        accelerator.init_trackers("visiontune", init_kwargs={k: v for k, v in options.items() if k in trackers})
+
+    def log(self, step: int, row: Mapping[str, float]) -> None:
+        if self.accelerator.is_main_process:
+            append_jsonl(self.path, {"step": step, **{k: float(f"{v:.6g}") for k, v in row.items()}})
+            self.accelerator.log(dict(row), step=step)
+
+    def images(self, step: int, pixels: Any) -> None:
+        """Show previews ``uint8 [n, h, w, 3]`` in the trackers that take images."""
+        for tracker in self.accelerator.trackers:
+            if hasattr(tracker, "log_images"):
+                layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
+                tracker.log_images({"preview": pixels}, step=step, **layout)
+
+    def close(self) -> None:
+        # Not accelerate's end_training, which takes the process group away before the results are written.
+        for tracker in self.accelerator.trackers:
+            tracker.finish()
+
+
+def check_trackers(names: list[str]) -> None:
+    """Refuse trackers that accelerate would pass over in silence.
+
+    Raises:
+        UserError: a tracker that is unknown or not installed.
+    """
+    from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
+
+    known, installed = [str(k) for k in LOGGER_TYPE_TO_CLASS], [str(k) for k in get_available_trackers()]
+    for name in names:
+        if name not in known:
+            raise UserError(f"train.trackers: '{name}' is unknown{nearest(name, known)}")
+        if name not in installed:
+            raise UserError(f"train.trackers: '{name}' is not installed; pip install {name}, or take it off the list")
+
+
+def forget_after(path: Path, step: int) -> None:
+    """Keep the rows of ``metrics.jsonl`` up to ``step``, dropping a last line that was cut short."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError:
+            break
+        if row["step"] <= step:
+            kept.append(line)
+    write_text(path, "".join(f"{line}\n" for line in kept))
