@@ -25,6 +25,16 @@ def test_names_are_the_methods_and_not_their_helpers():
     assert "_clip" not in plugin.names("rewards")
 
 
+def test_a_method_is_a_file_with_a_config_that_is_no_base(tmp_path, monkeypatch):
+    monkeypatch.setattr(plugin, "_PACKAGE", tmp_path)
+    (tmp_path / "kind").mkdir()
+    for name in ("good", "_private", "base"):
+        (tmp_path / "kind" / f"{name}.py").write_text(METHOD)
+    (tmp_path / "kind" / "alias.py").write_text("from other import Config as Other\nConfig = Other\n")
+    (tmp_path / "kind" / "helper.py").write_text("class Configuration: ...\n")
+    assert plugin.names("kind") == ["alias", "good"]
+
+
 @pytest.mark.parametrize("kind", ["adapters", "objectives", "rewards"])
 def test_every_method_has_a_config_and_a_builder(kind):
     for name in plugin.names(kind):

@@ -15,6 +15,7 @@ from torch import nn
 from visiontune.core import Batch, Condition
 from visiontune.diffusion.schedule import Schedule
 from visiontune.objectives import denoising
+from visiontune.objectives.base import generator
 from visiontune.training.config import TrainConfig
 from visiontune.training.loop import Trainer
 
@@ -123,6 +124,32 @@ class TinyRows:
 
     def batch(self, step: int) -> Batch:
         return tiny_batch(self.model, step, self.batch_size, self.prior, embedded=self.embedded)
+
+
+class RowNoise(denoising.Denoising):
+    """Noise and timestep of a row depend on the row alone, so that batches may be cut in different ways."""
+
+    def __init__(self) -> None:
+        super().__init__(denoising.Config())
+
+    def errors(self, model, batch, rng):
+        return torch.cat(
+            [super(RowNoise, self).errors(model, batch[i], generator(batch.ids[i])) for i in range(len(batch))]
+        )
+
+
+class CutRows(TinyRows):
+    """Batch `k` of size `n` is rows `k n ... (k + 1) n` of one endless list; prior rows likewise; ranks take turns."""
+
+    def __init__(self, model, batch_size: int, rank: int = 0, world: int = 1) -> None:
+        super().__init__(model, batch_size)
+        self.rank, self.world = rank, world
+
+    def batch(self, step):
+        start = (step * self.world + self.rank) * self.batch_size
+        numbers = range(start, start + self.batch_size)
+        single = [tiny_batch(self.model, n, 1, 1, weight=0.5) for n in numbers]
+        return Batch.cat([b[0] for b in single] + [b[1] for b in single])
 
 
 def tiny_trainer(

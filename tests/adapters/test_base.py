@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from visiontune import plugin
 from visiontune.adapters import attach, attached, load, oft, read_header
 from visiontune.errors import UserError
 
@@ -215,6 +216,19 @@ def test_config_instance_and_header_round_trip(net, tmp_path) -> None:
         adapters.save(path, {"method": "mine"})
     assert read_header(path) == header
     assert not list(tmp_path.glob(".*"))
+
+
+@pytest.mark.parametrize("as_config", [False, True])
+def test_a_method_from_a_file(net, tmp_path, as_config) -> None:
+    file = tmp_path / "mine.py"
+    file.write_text(
+        "from visiontune.adapters.lora import *\nfrom visiontune.adapters import lora\n"
+        "class Config(lora.Config):\n    pass\n"
+    )
+    method = plugin.load("adapters", str(file)).Config(rank=2) if as_config else str(file)
+    adapters = attach(net, method, targets="to_q", **({} if as_config else {"rank": 2}))
+    path = adapters.save(tmp_path / "a.safetensors")
+    assert load(copy.deepcopy(net), path, name="again").parameter_count == adapters.parameter_count == 2 * 2 * 16
 
 
 def test_reading_a_header_does_not_import_torch(net, tmp_path) -> None:

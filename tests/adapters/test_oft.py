@@ -199,11 +199,11 @@ def test_every_form_of_an_optimiser_is_noticed(options: dict) -> None:
     for _ in range(2):
         layer(x).pow(2).sum().backward()
         optimizer.step()
-        expected = nn.functional.linear(x, oft_weight(adapters, layer), layer.bias)
+        expected = nn.functional.linear(x, _dense_weight(adapters, layer), layer.bias)
         torch.testing.assert_close(layer(x), expected)
 
 
-def oft_weight(adapters: AdapterSet, layer: nn.Linear) -> Tensor:
+def _dense_weight(adapters: AdapterSet, layer: nn.Linear) -> Tensor:
     """W R^T from the parameters, without anything kept."""
     dense = torch.block_diag(*rotations(next(adapters.parameters()).detach(), 4))
     return layer.weight @ dense.T

@@ -133,6 +133,7 @@ def test_a_picture_that_does_not_fit_is_refused(why, things):
 
 def test_one_object_cannot_stand_for_two():
     assert not oracle.matches(picture(RED), "two red circles")
+    assert not oracle.matches(picture(RED, BLUE), "two red circles")
     assert oracle.matches(picture(RED, replace(RED, x=46.0)), "two red circles")
     assert not oracle.matches(picture(RED, replace(RED, x=46.0)), "three red circles")
 
@@ -274,3 +275,14 @@ def test_words_are_spelt_right_and_all_in_the_vocabulary():
     known = set(vocabulary())
     for _, text in islice(stream(59), 500):
         assert set(text.replace(",", " , ").split()) <= known, text
+
+
+@pytest.mark.parametrize("size", ["", "large "])
+def test_a_canvas_flooded_with_one_colour_is_no_object(size):
+    flooded = np.full((64, 64, 3), COLORS["red"], np.uint8)
+    assert not oracle.matches(flooded, f"a {size}red square")
+
+
+def test_colour_noise_is_no_object():
+    noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3)).astype(np.uint8)
+    assert not oracle.matches(noise, "a square")

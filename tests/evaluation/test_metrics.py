@@ -53,9 +53,9 @@ def test_subject_metrics_tell_subjects_apart() -> None:
 
 def test_psnr_of_a_known_error() -> None:
     a = np.full((2, 4, 4, 3), 100, np.uint8)
-    assert metrics.psnr(a, a + 10) == pytest.approx(20 * math.log10(255 / 10))
+    assert metrics.psnr(a, a + 20) == pytest.approx(20 * math.log10(255 / 20))
     # Unsigned differences must not wrap round.
-    assert metrics.psnr(a + 10, a) == pytest.approx(metrics.psnr(a, a + 10))
+    assert metrics.psnr(a + 20, a) == pytest.approx(metrics.psnr(a, a + 20))
     assert metrics.psnr(a, a) == math.inf
     with pytest.raises(UserError, match="equal shapes"):
         metrics.psnr(a, a[:1])

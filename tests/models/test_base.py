@@ -69,6 +69,15 @@ def test_encoders_of_other_precision_have_other_fingerprints_and_the_denoiser_do
     assert [part for part in before if model.fingerprint(part) != before[part]] == ["vae", "text"]
 
 
+def test_a_change_in_a_thirtieth_of_one_tensor_shows():
+    model = tiny_model("sd")
+    before = model.fingerprint("denoiser")
+    weight = model.denoiser.mid_block.attentions[0].transformer_blocks[0].ff.net[2].weight
+    with torch.no_grad():
+        weight.view(-1)[-weight.numel() // 30 :] += 0.5
+    assert model.fingerprint("denoiser") != before
+
+
 def test_the_text_fingerprint_sees_new_tokens():
     import copy
 

@@ -48,6 +48,17 @@ def test_transformers_score_equals_the_reference_path(clip_folder: Path, size: t
     torch.testing.assert_close(score, expected, atol=1e-5 if exact else 1e-2, rtol=0)
 
 
+@pytest.mark.parametrize("size", [(32, 32), (60, 100), (97, 41), (301, 200)])
+def test_preprocessing_equals_the_reference_to_a_few_grey_levels(clip_folder: Path, size: tuple[int, int]) -> None:
+    picture = _picture(*size)
+    picture[:, ::3] //= 2  # fine stripes: without antialiasing they turn into other stripes
+    processor = CLIPImageProcessorPil(size={"shortest_edge": 32}, crop_size=32)
+    expected = processor(Image.fromarray(picture), return_tensors="pt")["pixel_values"]
+    got = load_clip(str(clip_folder)).preprocess(to_tensor(picture[None]))
+    grey_level = 1 / 255 / 0.26
+    torch.testing.assert_close(got, expected, atol=3 * grey_level, rtol=0)
+
+
 def test_scores_do_not_depend_on_the_batch_and_depend_on_the_prompt(clip_folder: Path) -> None:
     reward = _score(clip_folder)
     images = to_tensor(np.stack([_picture(40, 40), _picture(40, 40).transpose(1, 0, 2), 255 - _picture(40, 40)]))

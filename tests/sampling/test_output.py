@@ -33,6 +33,22 @@ def test_writer_refuses_other_formats_and_leaves_nothing_after_an_error(tmp_path
     assert not list(tmp_path.iterdir())
 
 
+def test_an_interrupted_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, image = tmp_path / "a.png", np.zeros((8, 8, 3), np.uint8)
+    write_image(path, image)
+    before = path.read_bytes()
+
+    def half(self: Image.Image, file: Path, **options: object) -> None:
+        file.write_bytes(before[:20])
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Image.Image, "save", half)
+    with pytest.raises(KeyboardInterrupt):
+        write_image(path, image + 1)
+    assert path.read_bytes() == before
+    assert list(tmp_path.iterdir()) == [path]
+
+
 def test_grid_puts_images_in_reading_order() -> None:
     colors = [(255, 0, 0), (0, 255, 0), (0, 0, 255)]
     sheet = grid([np.full((10, 10, 3), color, np.uint8) for color in colors], 2, cell=20, gap=2)

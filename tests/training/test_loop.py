@@ -6,34 +6,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from tiny import tiny_model
-from tiny_training import TinyModel, TinyRows, tiny_batch, tiny_trainer
+from tiny_training import CutRows, RowNoise, TinyModel, TinyRows, tiny_trainer
 
 from visiontune import adapters
-from visiontune.core import Batch
 from visiontune.errors import UserError
 from visiontune.objectives import denoising
 from visiontune.objectives.base import generator
-
-
-class RowNoise(denoising.Denoising):
-    """Noise and timestep of a row depend on the row alone, so that batches may be cut in different ways."""
-
-    def __init__(self) -> None:
-        super().__init__(denoising.Config())
-
-    def errors(self, model, batch, rng):
-        return torch.cat(
-            [super(RowNoise, self).errors(model, batch[i], generator(batch.ids[i])) for i in range(len(batch))]
-        )
-
-
-class Cut(TinyRows):
-    """Batch `k` of size `n` is rows `k n ... (k + 1) n` of one endless list; prior rows likewise."""
-
-    def batch(self, step):
-        numbers = range(step * self.batch_size, (step + 1) * self.batch_size)
-        single = [tiny_batch(self.model, n, 1, 1, weight=0.5) for n in numbers]
-        return Batch.cat([b[0] for b in single] + [b[1] for b in single])
 
 
 def final(trainer):
@@ -45,7 +23,7 @@ def test_two_accumulated_batches_of_two_are_one_batch_of_four(tmp_path):
     results = []
     for size, accumulate in ((4, 1), (2, 2)):
         model = TinyModel()
-        rows = Cut(model, size)
+        rows = CutRows(model, size)
         options = {"accumulate": accumulate, "optimizer": "sgd", "lr": 0.1, "steps": 3, "weight_decay": 0.0}
         out = tmp_path / f"{size}"
         results.append(final(tiny_trainer(out, model=model, rows=rows, objective=RowNoise(), **options)))

@@ -19,14 +19,14 @@ from visiontune.errors import UserError
 from visiontune.training import checkpoint
 from visiontune.training.trackers import forget_after
 
-WORKER = Path(__file__).with_name("resume_worker.py")
-spec = importlib.util.spec_from_file_location("resume_worker", WORKER)
+WORKER = Path(__file__).with_name("worker.py")
+spec = importlib.util.spec_from_file_location("worker", WORKER)
 worker = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(worker)
 
 
-def runs_until_killed(out, *deaths):
-    """Let processes die one after the other; gives for each its exit code and the checkpoints that it left."""
+def work(out, *deaths):
+    """Let processes run and die; gives for each death its exit code and the checkpoints that it left."""
     folders = [str(Path(__file__).parents[1]), str(Path(__file__).parents[2])]
     env = {**os.environ, "PYTHONPATH": os.pathsep.join(folders), "OMP_NUM_THREADS": "1"}
     done = subprocess.run([sys.executable, str(WORKER), str(out), *deaths], env=env, capture_output=True, check=True)
@@ -59,7 +59,7 @@ def test_a_run_killed_twice_ends_in_the_same_bits(tmp_path):
     """Killed in a step (batch 15 is the second half of step 8), then in the middle of writing a checkpoint."""
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     worker.trainer(whole).fit()
-    left = runs_until_killed(broken, "batch:15", "save:12")
+    left = work(broken, "batch:15", "save:12")
     assert left == [[-signal.SIGKILL, 3, 6], [-signal.SIGKILL, 6, 9]]
     assert list((broken / "checkpoints").glob(".*"))
     worker.trainer(broken).fit()
@@ -73,6 +73,17 @@ def test_a_run_killed_twice_ends_in_the_same_bits(tmp_path):
     assert metrics(broken) == metrics(whole)
     assert [row["step"] for row in metrics(whole)] == [4, 8, 12, 13]
     assert not list((broken / "checkpoints").glob(".*"))
+
+
+def test_two_processes_train_like_one_with_both_their_batches(tmp_path):
+    assert work(tmp_path / "two", "processes:2") == [[0, 0]]
+    result = worker.shared(tmp_path / "one", 4).fit()
+    one, two = load_file(result / "weights.safetensors"), load_file(tmp_path / "two" / "model" / "weights.safetensors")
+    for name, value in one.items():
+        torch.testing.assert_close(two[name], value, rtol=1e-5, atol=1e-6)
+    assert [row["step"] for row in metrics(tmp_path / "two")] == [2, 4]
+    for ours, theirs in zip(metrics(tmp_path / "two"), metrics(tmp_path / "one"), strict=True):
+        assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-5)
 
 
 def sd_trainer(out, **options):

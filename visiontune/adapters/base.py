@@ -89,7 +89,10 @@ def _resolve(method: str | Any, options: Mapping[str, Any]) -> tuple[str, Module
     if options:
         raise UserError(f"options {sorted(options)} beside a Config: set them in the Config")
     module = sys.modules[type(method).__module__]
-    return module.__name__.removeprefix(f"{__package__}."), module, method
+    # A plug-in from a .py file has no importable name; its path is what `plugin.load` takes.
+    from_file = module.__name__.startswith("visiontune_plugin_")
+    key = str(module.__file__) if from_file else module.__name__.removeprefix(f"{__package__}.")
+    return key, module, method
 
 
 def load(

@@ -33,6 +33,7 @@ from visiontune.data.pocket_world import (
 
 MIN_AREA = 40
 MIN_OVERLAP = 0.72
+MAX_RADIUS = 20.0
 CHROMA_THRESHOLD = 38.0
 _PALETTE = np.array(list(COLORS.values()), np.float32)
 
@@ -48,8 +49,8 @@ class Found:
 
     @property
     def valid(self) -> bool:
-        """Whether the component is a clean object rather than a smear."""
-        return self.overlap >= MIN_OVERLAP
+        """Whether the component is a clean object rather than a smear or a flooded canvas."""
+        return self.overlap >= MIN_OVERLAP and self.thing.radius <= MAX_RADIUS
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -168,6 +168,7 @@ def ground(tone: str, texture: str) -> np.ndarray:
     """The textured grey ground, ``[64, 64, 3]`` in [0, 255]."""
     base, mark = (np.array(c, np.float32) for c in TONES[tone])
     i = np.arange(SIZE)
+    on: np.ndarray = np.zeros((SIZE, SIZE))
     if texture == "striped":
         on = np.broadcast_to((i // 4 % 2)[:, None], (SIZE, SIZE))
     elif texture == "checked":
@@ -175,8 +176,6 @@ def ground(tone: str, texture: str) -> np.ndarray:
     elif texture == "dotted":
         c = (i % 8 - 3.5) ** 2
         on = (c[:, None] + c[None]) < 4.5
-    else:
-        on = np.zeros((SIZE, SIZE))
     weight = on[..., None].astype(np.float32)
     return base * (1 - weight) + mark * weight
 

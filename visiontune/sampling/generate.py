@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import errno
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -22,12 +21,13 @@ from visiontune.sampling.grid import grid
 from visiontune.sampling.manifest import Job
 from visiontune.sampling.pipeline import images
 from visiontune.sampling.prompts import read_prompts
+from visiontune.sampling.sources import adapter_file, loaded, substituted
 from visiontune.sampling.writer import write_image
 
 if TYPE_CHECKING:
     from visiontune.models.base import DiffusionModel
 
-__all__ = ["adapter_file", "generate", "images"]
+__all__ = ["generate", "images"]
 
 T = TypeVar("T")
 _GRID_COLUMNS = 8
@@ -49,18 +49,18 @@ def generate(config: SampleConfig, model: DiffusionModel | None = None) -> Path:
         UserError: the prompts cannot be read, the folder holds images of other settings, or the disk is full.
     """
     state = _processes(config.device)
-    prompts = _substituted(read_prompts(config.prompts), config)
+    prompts = substituted(read_prompts(config.prompts), config)
     jobs = manifest.plan(prompts, config.seed_list(), config.format)
     settings = _settings(config, model)
     out = Path(config.out).expanduser()
     finished = _on_main(state, lambda: _open(out, jobs, settings))
     batches = [jobs[i : i + config.batch_size] for i in range(0, len(jobs), config.batch_size)]
     pending = [batch for batch in batches if any(job.file not in finished for job in batch)]
-    mine = pending
+    mine = pending[state.process_index :: state.num_processes]
     todo = sum(job.file not in finished for batch in mine for job in batch)
     if mine:
         hidden = not state.is_main_process
-        with _loaded(config, model, state) as ready, tqdm(total=todo, unit="image", disable=hidden) as bar:
+        with loaded(config, model, state) as ready, tqdm(total=todo, unit="image", disable=hidden) as bar:
             for batch in mine:
                 bar.update(_run(config, ready, batch, finished, settings, manifest.part(out, state.process_index)))
     state.wait_for_everyone()
@@ -150,22 +150,6 @@ def _on_main(state: PartialState, action: Callable[[], T]) -> T:
     return result
 
 
-# ---------------------------------------------------------------------------------------------- model and adapters
-
-
-def adapter_file(name: str) -> Path:
-    """The weights that an adapter option means: a file, or ``adapter.safetensors`` of a run folder.
-
-    Raises:
-        UserError: there is no such file.
-    """
-    path = Path(name).expanduser()
-    file = path / "adapter.safetensors" if path.is_dir() else path
-    if not file.is_file():
-        raise UserError(f"there is no adapter {file}: give an adapter.safetensors or the folder of a finished run")
-    return file
-
-
 def _settings(config: SampleConfig, model: DiffusionModel | None) -> dict[str, Any]:
     """What decides how the images look (batch size, device and processes do not)."""
     adapters = [(name, hashlib.sha256(adapter_file(name).read_bytes()).hexdigest()) for name in config.adapter_list()]
@@ -183,43 +167,3 @@ def _settings(config: SampleConfig, model: DiffusionModel | None) -> dict[str, A
         "width": config.width,
         "format": config.format,
     }
-
-
-def _substituted(prompts: list[str], config: SampleConfig) -> list[str]:
-    """Prompts with ``[trigger]`` and ``[class]`` replaced by the words that the first adapter was trained with."""
-    if not any(slot in prompt for prompt in prompts for slot in ("[trigger]", "[class]")):
-        return prompts
-    from visiontune import adapters
-
-    header: dict[str, str] = {}
-    for name in reversed(config.adapter_list()):
-        header |= adapters.read_header(adapter_file(name))
-    words = {"[trigger]": header.get("trigger"), "[class]": header.get("class_noun")}
-    for slot, word in words.items():
-        if any(slot in prompt for prompt in prompts):
-            if not word:
-                raise UserError(f"a prompt has {slot}, but no adapter says what it stands for: write the word itself")
-            prompts = [prompt.replace(slot, word) for prompt in prompts]
-    return prompts
-
-
-@contextmanager
-def _loaded(config: SampleConfig, model: DiffusionModel | None, state: PartialState) -> Iterator[DiffusionModel]:
-    """The model with the configured adapters attached, for a while."""
-    from visiontune import models
-    from visiontune.adapters.base import load
-
-    if model is None:
-        dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[config.dtype]
-        # Each process has a device of its own, which a bare "cuda" must not override.
-        device = str(state.device) if config.device in ("auto", state.device.type) else config.device
-        model = models.load(config.model, dtype=dtype, revision=config.revision, device=device)
-    sets = []
-    try:
-        for i, name in enumerate(config.adapter_list()):
-            sets.append(load(model.components(), adapter_file(name), name=f"sample{i}"))
-            sets[-1].scale = config.adapter_scale
-        yield model
-    finally:
-        for adapter_set in reversed(sets):
-            adapter_set.detach()

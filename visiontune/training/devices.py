@@ -21,7 +21,8 @@ def make_accelerator(train: TrainConfig, out: Path) -> Accelerator:
     """
     check_trackers(train.trackers)
     # accelerate keeps the first run's precision and device for the whole process; several runs may follow each other.
-    AcceleratorState._reset_state(reset_partial_state=PartialState().num_processes == 1)
+    state = PartialState(cpu=train.device == "cpu")
+    AcceleratorState._reset_state(reset_partial_state=state.num_processes == 1)
     project = ProjectConfiguration(project_dir=str(out), logging_dir=str(out / "tensorboard"))
     try:
         accelerator = Accelerator(

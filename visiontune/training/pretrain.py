@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.optim.swa_utils import AveragedModel
 
 
 def warm_cosine(step: int, total: int, warmup: int) -> float:
@@ -19,6 +19,16 @@ def warm_cosine(step: int, total: int, warmup: int) -> float:
     if step < warmup:
         return (step + 1) / warmup
     return 0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * min((step - warmup) / max(total - warmup, 1), 1)))
+
+
+def warm_average(decay: float) -> Callable[[list, list, torch.Tensor], None]:
+    """Exponential average whose decay grows to ``decay``, so that the first random weights are soon forgotten."""
+
+    def update(average: list[torch.Tensor], current: list[torch.Tensor], seen: torch.Tensor) -> None:
+        n = float(seen)
+        torch._foreach_lerp_(average, current, 1 - min(decay, (1 + n) / (10 + n)))
+
+    return update
 
 
 def fit(
@@ -47,7 +57,7 @@ def fit(
         lr: peak learning rate (AdamW, betas 0.9 and 0.99).
         folder: receives ``state.pt`` (written atomically) and ``metrics.jsonl``.
         warmup: steps of linear warm-up.
-        ema: decay of the weight average.
+        ema: greatest decay of the weight average.
         weight_decay: decoupled weight decay.
         log_every: steps between two lines of the log.
         save_every: steps between two checkpoints.
@@ -55,7 +65,7 @@ def fit(
     """
     folder.mkdir(parents=True, exist_ok=True)
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.99), weight_decay=weight_decay)
-    average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(ema), use_buffers=True)
+    average = AveragedModel(model, multi_avg_fn=warm_average(ema))
     state_file, start = folder / "state.pt", 0
     if state_file.exists():
         state = torch.load(state_file, weights_only=True)

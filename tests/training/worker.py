@@ -1,14 +1,15 @@
-"""A training run that dies: started by `test_resume.py` as a process of its own, and imported there as well."""
+"""Training runs that die, or that are several processes: run by `test_resume.py`, and imported there."""
 
 from __future__ import annotations
 
 import os
 import signal
+import socket
 import sys
 from pathlib import Path
 
 import torch
-from tiny_training import TinyModel, TinyRows, tiny_trainer
+from tiny_training import CutRows, RowNoise, TinyModel, TinyRows, tiny_trainer
 
 from visiontune.objectives import dreambooth
 from visiontune.training import checkpoint
@@ -63,11 +64,40 @@ def die_while_saving(step: int) -> None:
     checkpoint.torch.save = dying
 
 
+def processes(out: Path, world: int) -> list[int]:
+    """Train with several processes; gives their exit codes."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    children = []
+    for rank in range(world):
+        child = os.fork()
+        if not child:
+            os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world)}
+            os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+            shared(out, 2, rank, world).fit()
+            os._exit(0)
+        children.append(child)
+    return [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+
+
+def shared(out: Path, batch_size: int, rank: int = 0, world: int = 1):
+    """A run whose batches may be cut between processes."""
+    torch.set_num_threads(1)
+    model = TinyModel()
+    rows = CutRows(model, batch_size, rank, world)
+    options = {"steps": 4, "optimizer": "sgd", "lr": 0.1, "accumulate": 2, "log_every": 2, "checkpoint_every": 2}
+    return tiny_trainer(out, model=model, rows=rows, objective=RowNoise(), **options)
+
+
 if __name__ == "__main__":
     # One child per death, forked before torch has started a thread: importing it again would take most of the time.
     folder = Path(sys.argv[1])
     for death in sys.argv[2:]:
         where, when = death.split(":")
+        if where == "processes":
+            print(*processes(folder, int(when)), flush=True)
+            continue
         child = os.fork()
         if child:
             print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), *checkpoint.steps(folder), flush=True)

@@ -1,0 +1,66 @@
+"""What a sampling run draws with: the model, its adapters, and the words that the adapters were trained with."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from accelerate import PartialState
+
+from visiontune import adapters, models
+from visiontune.errors import UserError
+from visiontune.sampling.config import SampleConfig
+
+if TYPE_CHECKING:
+    from visiontune.models.base import DiffusionModel
+
+
+def adapter_file(name: str) -> Path:
+    """The weights that an adapter option means: a file, or ``adapter.safetensors`` of a run folder.
+
+    Raises:
+        UserError: there is no such file.
+    """
+    path = Path(name).expanduser()
+    file = path / "adapter.safetensors" if path.is_dir() else path
+    if not file.is_file():
+        raise UserError(f"there is no adapter {file}: give an adapter.safetensors or the folder of a finished run")
+    return file
+
+
+def substituted(prompts: list[str], config: SampleConfig) -> list[str]:
+    """Prompts with ``[trigger]`` and ``[class]`` replaced by the words that the first adapter was trained with."""
+    if not any(slot in prompt for prompt in prompts for slot in ("[trigger]", "[class]")):
+        return prompts
+    header: dict[str, str] = {}
+    for name in reversed(config.adapter_list()):
+        header |= adapters.read_header(adapter_file(name))
+    words = {"[trigger]": header.get("trigger"), "[class]": header.get("class_noun")}
+    for slot, word in words.items():
+        if any(slot in prompt for prompt in prompts):
+            if not word:
+                raise UserError(f"a prompt has {slot}, but no adapter says what it stands for: write the word itself")
+            prompts = [prompt.replace(slot, word) for prompt in prompts]
+    return prompts
+
+
+@contextmanager
+def loaded(config: SampleConfig, model: DiffusionModel | None, state: PartialState) -> Iterator[DiffusionModel]:
+    """The model with the configured adapters attached, for a while."""
+    if model is None:
+        dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[config.dtype]
+        # Each process has a device of its own, which a bare "cuda" must not override.
+        device = str(state.device) if config.device in ("auto", state.device.type) else config.device
+        model = models.load(config.model, dtype=dtype, revision=config.revision, device=device)
+    sets = []
+    try:
+        for i, name in enumerate(config.adapter_list()):
+            sets.append(adapters.load(model.components(), adapter_file(name), name=f"sample{i}"))
+            sets[-1].scale = config.adapter_scale
+        yield model
+    finally:
+        for adapter_set in reversed(sets):
+            adapter_set.detach()
