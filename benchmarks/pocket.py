@@ -16,11 +16,12 @@ from pathlib import Path
 import numpy as np
 import torch
 
-import visiontune
 from visiontune.data import oracle
 from visiontune.data.pocket_world import SUBJECTS, caption, held_out, render, sample_scene, stream, subject_scene
 from visiontune.evaluation.metrics import psnr, retrieval_top1
-from visiontune.rewards.clip_score import load_clip
+from visiontune.models import load
+from visiontune.models.base import DiffusionModel
+from visiontune.rewards._clip import load_clip
 from visiontune.sampling.generate import images
 
 RESULTS = Path(__file__).parent / "results"
@@ -29,7 +30,7 @@ CFG_SCALE = 4.0
 Codec = Callable[[np.ndarray], np.ndarray]
 
 
-def codec(model: visiontune.DiffusionModel) -> Codec:
+def codec(model: DiffusionModel) -> Codec:
     """VAE round trip of ``uint8 [n, 64, 64, 3]``."""
 
     def round_trip(pictures: np.ndarray) -> np.ndarray:
@@ -58,7 +59,7 @@ def oracle_rows(through: Codec, n: int) -> Iterator[dict]:
         yield {"what": f"oracle knows the subject, {label}", "value": float(np.mean(right)), "n": len(names)}
 
 
-def sampling_rows(model: visiontune.DiffusionModel, n: int) -> Iterator[dict]:
+def sampling_rows(model: DiffusionModel, n: int) -> Iterator[dict]:
     """Prompt accuracy of pocket-sd with and without classifier-free guidance, 25 DDIM steps."""
     for cfg_scale, kinds in ((CFG_SCALE, KINDS), (1.0, ("one", "two"))):
         for kind in kinds:
@@ -69,19 +70,15 @@ def sampling_rows(model: visiontune.DiffusionModel, n: int) -> Iterator[dict]:
 
 
 def clip_retrieval(rounds: int) -> float:
-    """Mean image-to-text top-1 among 100 fully detailed held-out captions."""
-    clip, rng, scores = load_clip("pocket/clip"), np.random.default_rng(903), []
-    for _ in range(rounds):
-        scenes = {}
-        while len(scenes) < 100:
-            scene = sample_scene(rng)
-            text = caption(scene, rng, detail=1.0)
-            if held_out(text):
-                scenes[text] = scene
-        pictures = np.stack([render(scene) for scene in scenes.values()])
-        pixels = torch.from_numpy(pictures).permute(0, 3, 1, 2).float() / 255
-        scores.append(retrieval_top1(clip.embed_images(pixels), clip.embed_texts(list(scenes))))
-    return float(np.mean(scores))
+    """Image-to-text top-1 among 100 fully detailed held-out captions, over that many pools."""
+    rng, pictures, texts = np.random.default_rng(903), [], []
+    while len(texts) < 100 * rounds:
+        scene = sample_scene(rng)
+        text = caption(scene, rng, detail=1.0)
+        if held_out(text) and text not in texts:
+            pictures.append(render(scene))
+            texts.append(text)
+    return retrieval_top1(np.stack(pictures), texts, load_clip("pocket/clip"))
 
 
 def main() -> None:
@@ -89,7 +86,7 @@ def main() -> None:
     parser.add_argument("--n", type=int, default=500, help="pictures or prompts a row")
     parser.add_argument("--out", type=Path, default=RESULTS)
     args = parser.parse_args()
-    model = visiontune.load_model("pocket/sd")
+    model = load("pocket/sd")
     through = codec(model)
     rows = list(oracle_rows(through, args.n))
     pictures = np.stack([render(scene) for scene, _ in itertools.islice(stream(904), args.n)])

@@ -6,6 +6,7 @@ seeds. Everything lands in one folder: each run with its adapter and resolved re
 
 from __future__ import annotations
 
+import shutil
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -44,6 +45,7 @@ def run(out: Path, overrides: Sequence[str] = ()) -> Path:
     results = {"base": measure(load("pocket/sd"), subject, trigger, references)}
     for method, recipe in recipes.items():
         print(f"training {method}: {recipe.train.steps} steps ...")
+        shutil.rmtree(recipe.folder, ignore_errors=True)
         trainer = config.assemble(recipe)
         trainer.fit()
         print(f"measuring {method} ...")
@@ -78,7 +80,7 @@ def _write_grid(path: Path, references: np.ndarray, results: dict[str, Personali
     for name, result in results.items():
         rows.append(_fill(result.ordinary_pictures, blank))
         captions.append(f"{name}: ordinary prompts")
-    picture = grid(np.concatenate(rows), columns=_COLUMNS, row_captions=captions)
+    picture = grid(list(np.concatenate(rows)), columns=_COLUMNS, row_captions=captions)
     with atomic_write(path) as temporary:
         picture.save(temporary, format="PNG")
 

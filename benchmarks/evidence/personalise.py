@@ -2,8 +2,8 @@
 
     python benchmarks/evidence/personalise.py
 
-Three subjects, three seeds, the catalogue's recipes as they are; their learning rates were chosen on another subject and
-another seed (``--tune``). Finished runs are kept in ``--work``, so the command goes on where it stopped. Writes
+Three subjects, three seeds, the catalogue's recipes as they are; their learning rates were chosen on another subject
+and another seed (``--tune``). Finished runs are kept in ``--work``, so the command goes on where it stopped. Writes
 ``benchmarks/results/personalise.json`` and ``personalise.md``.
 """
 
@@ -36,10 +36,8 @@ def train_and_measure(method: str | None, subject: str, seed: int, work: Path, o
     file = work / f"{name}.json"
     if file.exists():
         return json.loads(file.read_text())
-    recipe = config.load_run(
-        f"personalise/{method or 'lora'}",
-        [f"out={work}", f"name={name}", f"data.root=pocket/{subject}", f"seed={seed}", "preview.prompts=[]", *overrides],
-    )
+    own = [f"out={work}", f"name={name}", f"seed={seed}", f"data.root=pocket/{subject}", "preview.prompts=[]"]
+    recipe = config.load_run(f"personalise/{method or 'lora'}", [*own, *overrides])
     references = np.stack([np.asarray(sample.open()) for sample in read(recipe.data)])
     if method is None:
         model, trained = load("pocket/sd"), 0

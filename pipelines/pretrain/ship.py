@@ -1,6 +1,6 @@
 """Put freshly trained pocket models into the package, as fp16 safetensors.
 
-    python pipelines/pretrain/ship.py --sd runs/pretrain/sd/model --clip runs/pretrain/clip/model
+python pipelines/pretrain/ship.py --sd runs/pretrain/sd/model --clip runs/pretrain/clip/model
 """
 
 from __future__ import annotations

@@ -152,10 +152,10 @@ def test_events_reach_tensorboard(tmp_path):
 # ---------------------------------------------------------------------------------------------------- previews
 
 
-def previewed(out, **train):
+def previewed(out, method="lora", method_options=None, **train):
     model = tiny_model("sd")
     torch.manual_seed(0)
-    found = adapters.attach({"unet": model.denoiser}, "lora", targets=["to_q", "to_v"])
+    found = adapters.attach({"unet": model.denoiser}, method, targets=["to_q", "to_v"], **method_options or {})
     config = PreviewConfig(prompts=["a red circle", "a square"], seeds=[3, 4], every=2, steps=2, cfg_scale=2.0)
     options = {"model": model, "adapters": found, "rows": TinyRows(model), "preview": config, "lr": 0.3, "steps": 5}
     return tiny_trainer(out, **options | train)
@@ -183,10 +183,12 @@ def test_previews_show_the_base_at_first_and_the_training_later(tmp_path):
     assert np.abs(first.astype(int) - last).max() > 1
 
 
-def test_previews_do_not_change_the_training(tmp_path):
-    plain = previewed(tmp_path / "plain", preview=None)
+@pytest.mark.parametrize(("method", "options"), [("lora", {}), ("oft", {"block_size": 8, "keep_rotated": True})])
+def test_previews_do_not_change_the_training(tmp_path, method, options):
+    """Also where the adapter keeps what it computed from the averaged weights of the preview."""
+    plain = previewed(tmp_path / "plain", method, options, preview=None, ema=0.5)
     plain.fit()
-    watched = previewed(tmp_path / "watched", ema=None)
+    watched = previewed(tmp_path / "watched", method, options, ema=0.5)
     watched.fit()
     assert all(torch.equal(plain.parameters[k], p) for k, p in watched.parameters.items())
 

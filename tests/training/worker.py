@@ -86,7 +86,7 @@ def shared(out: Path, batch_size: int, rank: int = 0, world: int = 1):
     torch.set_num_threads(1)
     model = TinyModel()
     rows = CutRows(model, batch_size, rank, world)
-    options = {"steps": 4, "optimizer": "sgd", "lr": 0.1, "accumulate": 2, "log_every": 2, "checkpoint_every": 2}
+    options = {"steps": 4, "optimizer": "sgd", "lr": 0.1, "accumulate": 2, "log_every": 2, "max_grad_norm": None}
     return tiny_trainer(out, model=model, rows=rows, objective=RowNoise(), **options)
 
 

@@ -56,7 +56,7 @@ class ClipEncoder(nn.Module, ABC):
             # Rounded down, as the reference preprocessing does.
             target = (size, size) if self.squash else (size * height // short, size * width // short)
             images = F.interpolate(images.float(), target, mode="bicubic", antialias=True, align_corners=False)
-            top, left = round((target[0] - size) / 2), round((target[1] - size) / 2)
+            top, left = (self._crop_offset(side - size) for side in target)
             images = images[..., top : top + size, left : left + size]
         return (images.float() - self.mean) / self.std
 
@@ -69,6 +69,9 @@ class ClipEncoder(nn.Module, ABC):
     def text_features(self, prompts: Sequence[str]) -> Tensor:
         """Unit features ``[b, d]`` of texts; what exceeds the text encoder's length is cut, with a warning."""
         return F.normalize(self._texts(list(prompts)), dim=-1)
+
+    def _crop_offset(self, excess: int) -> int:
+        return excess // 2
 
     @abstractmethod
     def _images(self, pixels: Tensor) -> Tensor: ...
@@ -94,6 +97,10 @@ class TransformersClip(ClipEncoder):
 
 class OpenClip(ClipEncoder):
     """Any open_clip model."""
+
+    def _crop_offset(self, excess: int) -> int:
+        # torchvision's centre crop, which open_clip uses, rounds where transformers' rounds down.
+        return round(excess / 2)
 
     def _images(self, pixels: Tensor) -> Tensor:
         return self.model.encode_image(pixels)

@@ -54,9 +54,7 @@ class OracleReward(Reward):
     def score(self, images: Tensor, prompts: Sequence[str], meta: Meta) -> Tensor:
         if images.shape[-2:] != (SIZE, SIZE):
             height, width = images.shape[-2:]
-            raise UserError(
-                f"reward '{self.name}' reads images of {SIZE}x{SIZE} pixels, not {width}x{height}"
-            )
+            raise UserError(f"reward '{self.name}' reads images of {SIZE}x{SIZE} pixels, not {width}x{height}")
         pictures = to_uint8(images)
         if self.subject:
             scores = [oracle.subject_fidelity(picture, self.subject) for picture in pictures]

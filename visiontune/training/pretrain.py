@@ -21,7 +21,7 @@ def warm_cosine(step: int, total: int, warmup: int) -> float:
     return 0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * min((step - warmup) / max(total - warmup, 1), 1)))
 
 
-def warm_average(decay: float) -> Callable[[list, list, torch.Tensor], None]:
+def warm_average(decay: float) -> Callable[..., None]:
     """Exponential average whose decay grows to ``decay``, so that the first random weights are soon forgotten."""
 
     def update(average: list[torch.Tensor], current: list[torch.Tensor], seen: torch.Tensor) -> None:
