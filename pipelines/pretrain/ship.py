@@ -6,6 +6,7 @@ python pipelines/pretrain/ship.py --sd runs/pretrain/sd/model --clip runs/pretra
 from __future__ import annotations
 
 import argparse
+import json
 import shutil
 from pathlib import Path
 
@@ -25,6 +26,16 @@ def replace(target: Path) -> Path:
     return target
 
 
+def forget_paths(folder: Path) -> None:
+    """Take out where the weights lay on the machine that made them, and let everybody read the files."""
+    for file in folder.rglob("*.*"):
+        file.chmod(0o644)
+        if file.suffix == ".json":
+            content = json.loads(file.read_text())
+            if content.pop("_name_or_path", None) is not None:
+                file.write_text(json.dumps(content, indent=2) + "\n")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sd", type=Path, help="folder of the trained pocket-sd pipeline")
@@ -32,11 +43,12 @@ def main() -> None:
     args = parser.parse_args()
     if args.sd:
         folder = replace(ASSETS / "pocket-sd")
-        pipe = StableDiffusionPipeline.from_pretrained(args.sd, torch_dtype=torch.float16)
+        pipe = StableDiffusionPipeline.from_pretrained(args.sd, dtype=torch.float16)
         pipe.save_pretrained(folder)
         pipe.tokenizer.backend_tokenizer.model.save(str(folder / "tokenizer"))
     if args.clip:
         shutil.copytree(args.clip, replace(ASSETS / "pocket-clip"), dirs_exist_ok=True)
+    forget_paths(ASSETS)
     for file in ASSETS.rglob("*.safetensors"):
         assert file.stat().st_size <= MOST_BYTES, f"{file} is larger than {MOST_BYTES} bytes"
 

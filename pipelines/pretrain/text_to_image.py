@@ -90,7 +90,7 @@ def main() -> None:
     parser.add_argument("--vae", type=Path, default=Path("runs/pretrain/vae/model"))
     parser.add_argument("--out", type=Path, default=Path("runs/pretrain/sd"))
     parser.add_argument("--scenes", type=int, default=50_000)
-    parser.add_argument("--steps", type=int, default=5500)
+    parser.add_argument("--steps", type=int, default=6000)
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--probe-every", type=int, default=1000)

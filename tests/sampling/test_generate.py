@@ -254,7 +254,7 @@ def test_kill_at_any_moment_then_run_again(folder: Path, finished: Path, tmp_pat
     out = tmp_path / "out"
     command = _command(1, tmp_path / "run.py", 0.3, _config(folder, out))
     process = subprocess.Popen(command, env=_ENV, stderr=subprocess.DEVNULL)
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 250
     while not (out / "manifest.jsonl").exists() and time.monotonic() < deadline:
         time.sleep(0.05)
     time.sleep(0.4)

@@ -147,9 +147,7 @@ def read_folder(folder: str | Path) -> list[Item]:
     if (folder / manifest.NAME).is_file():
         rows = manifest.read(folder / manifest.NAME)
         items = [Item(path=folder / row["file"], prompt=row["prompt"], meta=row) for row in rows]
-        _refuse(
-            [item.path.name for item in items if not item.path.is_file()], folder, "is in the manifest but absent"
-        )
+        _refuse([item.path.name for item in items if not item.path.is_file()], folder, "is in the manifest but absent")
     else:
         paths = sorted(p for p in folder.iterdir() if p.suffix.lower() in _SUFFIXES and p.name != "grid.png")
         _refuse([p.name for p in paths if not p.with_suffix(".txt").is_file()], folder, "has no .txt with its prompt")
