@@ -46,7 +46,7 @@ def train_and_measure(method: str | None, subject: str, seed: int, work: Path, o
         trainer = config.assemble(recipe)
         trainer.fit()
         model = trainer.model
-        trained = sum(p.numel() for p in trainer.parameters())
+        trained = sum(p.numel() for p in trainer.parameters.values())
         shutil.rmtree(recipe.folder, ignore_errors=True)
     scores = measure(model, subject, recipe.data.trigger, references).scores()
     row = {"method": method or "base", "subject": subject, "seed": seed, "parameters": trained, **scores}

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from PIL import Image
 
 DEFAULT_TRIGGER = "sks"
+# What [class] stands for until the user says what the pictures show.
+DEFAULT_CLASS = "object"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,7 +29,7 @@ class Config:
     root: str = option(help="folder of images, .parquet file, catalogue dataset (pocket/bumble) or Hub dataset id")
     prompt: str | None = option(None, help="caption of images without one: 'a photo of a [trigger] [class]'")
     trigger: str = option(DEFAULT_TRIGGER, help="word that [trigger] stands for")
-    class_noun: str | None = option(None, help="word that [class] stands for, such as circle")
+    class_noun: str | None = option(None, help="what [class] stands for, such as dog; else the dataset's, else object")
     resolution: int | None = option(None, help="side of the square whose area every image is resized to (model's own)")
     buckets: bool = option(True, help="keep aspect ratios up to 2:1 by grouping images; false crops all to squares")
     crop: Literal["center", "random"] = option("center", help="where to crop; random needs cache: false")

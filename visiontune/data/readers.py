@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from visiontune import catalogue
-from visiontune.data.base import DEFAULT_TRIGGER, Config, Sample
+from visiontune.data.base import DEFAULT_CLASS, DEFAULT_TRIGGER, Config, Sample
 from visiontune.data.folder import SUFFIXES, read_folder
 from visiontune.data.table import read_table
 from visiontune.errors import UserError
@@ -63,9 +63,9 @@ def read(config: Config) -> list[Sample]:
 
 
 def resolve(config: Config) -> Config:
-    """The config with the prompt, trigger word and class noun that a catalogue dataset brings, where it has none."""
+    """The config with a catalogue dataset's prompt, trigger and class noun where it has none; elsewhere, a noun."""
     if Path(config.root).expanduser().exists() or config.root not in catalogue.names("datasets"):
-        return config
+        return replace(config, class_noun=config.class_noun or DEFAULT_CLASS)
     spec = catalogue.load("datasets", config.root)
     trigger = config.trigger if config.trigger != DEFAULT_TRIGGER else spec.get("trigger", DEFAULT_TRIGGER)
     prompt, noun = config.prompt or spec.get("caption"), config.class_noun or spec.get("class_noun")

@@ -1,0 +1,62 @@
+"""The protocol that judges personalisation: which prompts it asks, and that it tells a learnt subject from none."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from visiontune.data import oracle
+from visiontune.data.pocket_world import SUBJECTS, held_out, render, sample_scene, subject_scene
+from visiontune.evaluation import personalise
+
+
+def test_ordinary_prompts_are_held_out_and_have_one_and_two_objects_by_turns():
+    prompts = personalise.ordinary_prompts(20)
+    assert len(prompts) == 20 and all(map(held_out, prompts))
+    assert [len(oracle.read_caption(p).things) for p in prompts] == [1, 2] * 10
+
+
+@pytest.mark.parametrize("name", SUBJECTS)
+def test_subject_prompts_name_the_trigger_and_the_class_and_class_prompts_a_colour(name):
+    subject = SUBJECTS[name]
+    for prompt in personalise.subject_prompts(subject, "sks"):
+        assert f"sks {subject.shape}" in prompt
+    for prompt in personalise.class_prompts(subject):
+        (thing,) = oracle.read_caption(prompt).things
+        assert thing.shape == subject.shape and thing.color
+
+
+class FakeClip:
+    """Mean colours as features."""
+
+
+@pytest.mark.parametrize("learnt", [False, True])
+def test_a_model_that_draws_the_subject_scores_high_and_one_that_does_not_low(monkeypatch, learnt):
+    """The sampler is replaced by ground truth: whatever is asked for, or the subject too when it is learnt."""
+    subject, rng = SUBJECTS["bumble"], np.random.default_rng(0)
+
+    def draw(model, prompts, seeds, **_):
+        return np.stack([_truth(prompt, learnt, subject, rng) for prompt in prompts])
+
+    monkeypatch.setattr(personalise, "images", draw)
+    monkeypatch.setattr(personalise, "load_clip", lambda name: FakeClip())
+    monkeypatch.setattr(personalise, "clip_image_similarity", lambda a, b, encoder: 0.5)
+    references = np.stack([render(subject_scene(subject, rng)) for _ in range(5)])
+    result = personalise.measure(None, "bumble", "sks", references, ordinary=6)
+    assert result.prompt_accuracy == 1.0 and result.class_kept == 1.0
+    assert (result.subject_known == 1.0) is learnt
+    assert (result.subject_oracle > 0.8) is learnt
+    assert set(result.scores()) == {
+        "subject_oracle", "subject_known", "subject_clip", "prompt_accuracy", "class_kept"
+    }  # fmt: skip
+
+
+def _truth(prompt, learnt, subject, rng):
+    """A picture that shows what the prompt asks."""
+    if "sks" in prompt and learnt:
+        return render(subject_scene(subject, rng))
+    kind = {1: "one", 2: "two"}[len(oracle.read_caption(prompt).things)]
+    while True:
+        image = render(sample_scene(rng, kind))
+        if oracle.matches(image, prompt):
+            return image

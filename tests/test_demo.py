@@ -1,0 +1,38 @@
+"""The demonstration and the README's example, on the shipped models but in few steps."""
+
+from __future__ import annotations
+
+import functools
+import json
+import re
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from visiontune import demo
+
+pytestmark = pytest.mark.pocket
+FEW = ["train.steps=2", "objective.prior_images=2", "objective.prior_steps=2", "preview.prompts=[]"]
+
+
+def test_the_demo_leaves_adapters_recipes_report_and_grid_and_can_be_run_again(tmp_path, monkeypatch):
+    monkeypatch.setattr(demo, "measure", functools.partial(demo.measure, ordinary=2, seeds=(1,), steps=2))
+    for _ in range(2):
+        report = json.loads(demo.run(tmp_path / "demo", FEW).read_text())
+    assert set(report["results"]) == {"base", "oft", "lora"}
+    for scores in report["results"].values():
+        assert all(-1 <= value <= 1 for value in scores.values()) and "prompt_accuracy" in scores
+    for path in report["adapters"].values():
+        assert Path(path).exists() and (Path(path).parent / "recipe.yaml").exists()
+    with Image.open(tmp_path / "demo" / "grid.png") as grid:
+        assert grid.width > 500
+
+
+def test_the_example_in_the_readme_runs(tmp_path, monkeypatch, capsys):
+    readme = (Path(__file__).parents[1] / "README.md").read_text()
+    (example,) = re.findall(r"```python\n(.*?)```", readme, re.S)
+    monkeypatch.chdir(tmp_path)
+    exec(example.replace("seeds=[0, 1, 2, 3]", "seeds=[0], steps=2"), {})
+    assert "parameters on" in capsys.readouterr().out
+    assert (tmp_path / "adapter.safetensors").exists() and (tmp_path / "merged" / "model_index.json").exists()
