@@ -5,11 +5,11 @@ Any other word falls back on its bytes, as in the full-size tokenizer.
 
 from __future__ import annotations
 
-import json
+from collections import Counter
+from itertools import pairwise
 from pathlib import Path
 
-from tokenizers import Tokenizer, models, trainers
-from tokenizers.pre_tokenizers import ByteLevel, WhitespaceSplit
+from tokenizers.pre_tokenizers import ByteLevel
 from transformers import CLIPTokenizer
 
 from visiontune.data.pocket_world import vocabulary
@@ -19,12 +19,28 @@ START, END = "<|startoftext|>", "<|endoftext|>"
 
 
 def merges() -> list[tuple[str, str]]:
-    """BPE merges learned until every word of the pocket vocabulary is one token."""
-    learner = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
-    learner.pre_tokenizer = WhitespaceSplit()
-    trainer = trainers.BpeTrainer(vocab_size=10_000, min_frequency=1, end_of_word_suffix="</w>", show_progress=False)
-    learner.train_from_iterator(vocabulary(), trainer)
-    return [tuple(pair) for pair in json.loads(learner.to_str())["model"]["merges"]]
+    """BPE merges learned until every word of the pocket vocabulary is one token.
+
+    The learner of the tokenizers library breaks ties at random; here the first pair in the alphabet wins, so that the
+    same words always have the same ids.
+    """
+    words = [[*word[:-1], word[-1] + "</w>"] for word in vocabulary()]
+    learned = []
+    while counts := Counter(pair for word in words for pair in pairwise(word)):
+        best = min(counts, key=lambda pair: (-counts[pair], pair))
+        learned.append(best)
+        words = [_merge(word, best) for word in words]
+    return learned
+
+
+def _merge(word: list[str], pair: tuple[str, str]) -> list[str]:
+    out: list[str] = []
+    for symbol in word:
+        if out and (out[-1], symbol) == pair:
+            out[-1] += symbol
+        else:
+            out.append(symbol)
+    return out
 
 
 def build_tokenizer() -> CLIPTokenizer:

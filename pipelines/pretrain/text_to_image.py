@@ -4,6 +4,10 @@
 
 The latents of ``--scenes`` scenes are computed once; captions are drawn afresh each time a scene is used and never
 from the held-out tenth. Run it again to go on after an interruption. The finished pipeline lands in ``<out>/model``.
+The first stage learns objects and colours; where things stand is learnt by a second one that starts from it:
+
+    python pipelines/pretrain/text_to_image.py --init runs/pretrain/sd/model --out runs/pretrain/sd-layout \\
+        --stage layout --lr 6e-4 --steps 3000
 """
 
 from __future__ import annotations
@@ -23,12 +27,17 @@ from tqdm import tqdm
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from visiontune.data.oracle import matches
-from visiontune.data.pocket_world import Scene, caption, held_out, render, sample_scene, stream
+from visiontune.data.pocket_world import SHAPES, Scene, caption, held_out, render, sample_scene, stream
 from visiontune.training.pretrain import fit, images_to_tensor
 
-KINDS = {"one": 0.25, "two": 0.55, "many": 0.12, "three": 0.08}
+KINDS = {
+    "objects": {"one": 0.25, "two": 0.55, "many": 0.12, "three": 0.08},
+    "layout": {"one": 0.15, "two": 0.70, "many": 0.08, "three": 0.07},
+}
 DROPOUT = 0.1
 SNR_GAMMA = 5.0
+MOST_WEIGHT = 25.0
+PLACE_WEIGHT = 0.2
 
 
 def build(tokenizer: CLIPTokenizer) -> tuple[CLIPTextModel, UNet2DConditionModel, DDIMScheduler]:
@@ -85,6 +94,33 @@ def training_caption(scene: Scene, rng: np.random.Generator) -> str:
     return text
 
 
+def error_weight(snr: torch.Tensor, stage: str) -> torch.Tensor:
+    """Weight of the squared error in eps: min-SNR of the eps loss, or for the layout stage that of the v loss.
+
+    Where things stand is settled at high noise, where an error in eps is small whatever the error in the picture is.
+    """
+    if stage == "objects":
+        return snr.clamp(max=SNR_GAMMA) / snr
+    return ((snr + 1).clamp(max=SNR_GAMMA) / snr).clamp(max=MOST_WEIGHT)
+
+
+def place_of(scene: Scene) -> tuple[float, float]:
+    """Where the second object stands as seen from the first, in half canvases; NaN without a relation."""
+    if scene.relation is None:
+        return (float("nan"),) * 2
+    first, second = scene.things
+    return (second.x - first.x) / 32, (second.y - first.y) / 32
+
+
+def place_error(hidden: torch.Tensor, ids: torch.Tensor, nouns: torch.Tensor, head: nn.Module, places: torch.Tensor):
+    """Squared error of the place read off the last noun's features: the encoder must carry the relation there."""
+    position = torch.arange(ids.shape[1]).expand_as(ids)
+    last = position.masked_fill(~torch.isin(ids, nouns), -1).amax(1)
+    rows = (last >= 0) & ~places.isnan().any(1)
+    found = head(hidden[rows, last[rows]].float())
+    return (found - places[rows]).square().mean()
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--vae", type=Path, default=Path("runs/pretrain/vae/model"))
@@ -93,23 +129,30 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=6000)
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--lr", type=float, default=1e-3)
+    parser.add_argument("--stage", choices=list(KINDS), default="objects")
+    parser.add_argument("--init", type=Path, help="pipeline folder to start from")
     parser.add_argument("--probe-every", type=int, default=1000)
     args = parser.parse_args()
     torch.manual_seed(0)
     args.out.mkdir(parents=True, exist_ok=True)
-    tokenizer = build_tokenizer()
+    tokenizer = CLIPTokenizer.from_pretrained(args.init, subfolder="tokenizer") if args.init else build_tokenizer()
     text, unet, scheduler = build(tokenizer)
+    if args.init:
+        text.load_state_dict(CLIPTextModel.from_pretrained(args.init, subfolder="text_encoder").state_dict())
+        unet.load_state_dict(UNet2DConditionModel.from_pretrained(args.init, subfolder="unet").state_dict())
     # On a CPU the fused attention's backward is the slower one for sequences as short as these (1.4 x a step).
     text.set_attn_implementation("eager")
     unet.set_attn_processor(AttnProcessor())
     vae = AutoencoderKL.from_pretrained(args.vae).eval()
-    rng = np.random.default_rng(31)
-    scenes = [sample_scene(rng, str(rng.choice(list(KINDS), p=list(KINDS.values())))) for _ in range(args.scenes)]
+    rng, kinds = np.random.default_rng([31, list(KINDS).index(args.stage)]), KINDS[args.stage]
+    scenes = [sample_scene(rng, str(rng.choice(list(kinds), p=list(kinds.values())))) for _ in range(args.scenes)]
+    places = torch.tensor([place_of(scene) for scene in scenes])
+    nouns = torch.tensor(tokenizer.convert_tokens_to_ids([f"{shape}</w>" for shape in SHAPES]))
     file = args.out / "latents.pt"
     if not file.exists():
         torch.save(latents_of(scenes, vae), file)
     latents = torch.load(file, weights_only=True)
-    model = nn.ModuleDict({"text": text, "unet": unet})
+    model = nn.ModuleDict({"text": text, "unet": unet, "place": nn.Linear(text.config.hidden_size, 2)})
 
     def tokens(prompts: list[str]) -> torch.Tensor:
         return tokenizer(prompts, padding="max_length", max_length=MAX_LENGTH, return_tensors="pt").input_ids
@@ -127,7 +170,9 @@ def main() -> None:
             prediction = unet(x_t, t, hidden).sample
         error = (prediction.float() - eps).pow(2).mean((1, 2, 3))
         snr = compute_snr(scheduler, t)
-        return {"loss": (error * snr.clamp(max=SNR_GAMMA) / snr).mean(), "mse": error.mean()}
+        place = place_error(hidden, ids, nouns, model["place"], places[rows])
+        loss = (error * error_weight(snr, args.stage)).mean() + PLACE_WEIGHT * place
+        return {"loss": loss, "mse": error.mean(), "place": place}
 
     def pipeline(averaged: nn.Module) -> StableDiffusionPipeline:
         return StableDiffusionPipeline(

@@ -68,7 +68,6 @@ def test_an_image_without_a_caption(cli, recipe, photos, unchanged):
         ("train.schedule=cosin", ("train.schedule", "did you mean 'cosine'?")),
         ("adapter.targets=to_qq", ("adapter: target 'to_qq' matches no layer", "did you mean 'to_q'?")),
         ("name=../elsewhere", ("name '../elsewhere'",)),
-        ("data.class_noun=null", ("[class]", "data.class_noun")),
         ("model=./no_such_model", ("./no_such_model",)),
         ("train.steps", ("one recipe at a time",)),
         ("=3", ("not an override",)),

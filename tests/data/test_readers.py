@@ -222,7 +222,8 @@ def test_resolve_makes_a_catalogue_datasets_words_part_of_the_recipe():
     resolved = resolve(Config(root="pocket/bumble", resolution=32))
     assert (resolved.class_noun, resolved.trigger, resolved.resolution) == ("circle", "sks", 32)
     assert resolve(resolved) == resolved
-    assert resolve(Config(root="someone/pets")) == Config(root="someone/pets")
+    assert resolve(Config(root="someone/pets")) == Config(root="someone/pets", class_noun="object")
+    assert resolve(Config(root="someone/pets", class_noun="cat")).class_noun == "cat"
 
 
 def test_a_catalogue_entry_can_stand_for_a_hub_dataset(monkeypatch):

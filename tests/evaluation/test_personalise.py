@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from visiontune.data import oracle
-from visiontune.data.pocket_world import SUBJECTS, held_out, render, sample_scene, subject_scene
+from visiontune.data.pocket_world import RADII, SUBJECTS, Scene, Thing, held_out, render, subject_scene
 from visiontune.evaluation import personalise
 
 
@@ -55,8 +55,11 @@ def _truth(prompt, learnt, subject, rng):
     """A picture that shows what the prompt asks."""
     if "sks" in prompt and learnt:
         return render(subject_scene(subject, rng))
-    kind = {1: "one", 2: "two"}[len(oracle.read_caption(prompt).things)]
-    while True:
-        image = render(sample_scene(rng, kind))
-        if oracle.matches(image, prompt):
-            return image
+    request, places = oracle.read_caption(prompt), [(18, 18), (46, 46)]
+    if request.relation in ("right of", "below"):
+        places.reverse()
+    things = [
+        Thing(shape=w.shape, color=w.color or "red", x=x, y=y, radius=RADII[w.size or "large"])
+        for w, (x, y) in zip(request.things, places, strict=False)
+    ]
+    return render(Scene(things=tuple(things)))

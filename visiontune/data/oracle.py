@@ -32,7 +32,7 @@ from visiontune.data.pocket_world import (
 )
 
 MIN_AREA = 40
-MIN_OVERLAP = 0.72
+MIN_OVERLAP = 0.6
 MAX_RADIUS = 20.0
 CHROMA_THRESHOLD = 38.0
 _PALETTE = np.array(list(COLORS.values()), np.float32)
