@@ -35,6 +35,7 @@ MIN_AREA = 40
 MIN_OVERLAP = 0.6
 MAX_RADIUS = 20.0
 CHROMA_THRESHOLD = 38.0
+EDGE_SHARE = 0.4
 _PALETTE = np.array(list(COLORS.values()), np.float32)
 
 
@@ -131,12 +132,15 @@ def read(image: np.ndarray) -> list[Found]:
     pixels = np.asarray(image, np.float32)
     if pixels.shape != (SIZE, SIZE, 3):
         raise ValueError(f"the oracle reads images of shape (64, 64, 3), not {pixels.shape}")
-    labels, n = ndimage.label(_chroma(pixels) > CHROMA_THRESHOLD)
+    chroma = _chroma(pixels)
+    labels, n = ndimage.label(chroma > CHROMA_THRESHOLD)
     found = []
     for index in range(1, n + 1):
         mask = labels == index
         if mask.sum() < MIN_AREA:
             continue
+        # A blurred edge is where the chroma has fallen to a share of the object's own, not where it has vanished.
+        mask &= chroma > EDGE_SHARE * np.percentile(chroma[mask], 90)
         mask = ndimage.binary_fill_holes(mask)
         shape, overlap, x, y, radius = _shape_of(mask)
         core = ndimage.binary_erosion(mask) if mask.sum() > 2 * MIN_AREA else mask
