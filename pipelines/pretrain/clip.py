@@ -26,7 +26,7 @@ WIDTH, LAYERS, HEADS, PATCH = 128, 4, 4, 8
 
 
 def build(vocab_size: int, end: int) -> CLIPModel:
-    """A 1.8 M parameter CLIP: both towers 4 layers of width 128, 8x8 pixel patches."""
+    """A 1.7 M parameter CLIP: both towers 4 layers of width 128, 8x8 pixel patches."""
     shared = {"hidden_size": WIDTH, "intermediate_size": 4 * WIDTH, "num_hidden_layers": LAYERS}
     shared |= {"num_attention_heads": HEADS, "projection_dim": WIDTH}
     text = {**shared, "vocab_size": vocab_size, "max_position_embeddings": MAX_LENGTH}

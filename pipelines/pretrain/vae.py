@@ -20,7 +20,7 @@ from visiontune.training.pretrain import fit, images_to_tensor
 
 
 def build() -> AutoencoderKL:
-    """A 1.3 M parameter AutoencoderKL without attention, so that it also codes other sizes well."""
+    """A 1.5 M parameter AutoencoderKL without attention, so that it also codes other sizes well."""
     return AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * 3,
         up_block_types=("UpDecoderBlock2D",) * 3,
