@@ -3,8 +3,8 @@
     python benchmarks/evidence/personalise.py
 
 Three subjects, three seeds, the catalogue's recipes as they are. Learning rates are to be chosen on another subject
-and another seed (``--tune``), never on these. Finished runs are kept in ``--work``, so the command goes on where it stopped.
-Writes ``benchmarks/results/personalise.json`` and ``personalise.md``.
+and another seed (``--tune``), never on these. Finished runs are kept in ``--work``, so the command goes on where it
+stopped. Writes ``benchmarks/results/personalise.json`` and ``personalise.md``.
 """
 
 from __future__ import annotations
