@@ -17,7 +17,8 @@ import numpy as np
 import torch
 
 from visiontune.data import oracle
-from visiontune.data.pocket_world import SUBJECTS, caption, held_out, render, sample_scene, stream, subject_scene
+from visiontune.data.pocket_scenes import caption, held_out, sample_scene, stream, subject_scene
+from visiontune.data.pocket_world import SUBJECTS, render
 from visiontune.evaluation.metrics import psnr, retrieval_top1
 from visiontune.models import load
 from visiontune.models.base import DiffusionModel

@@ -112,7 +112,7 @@ def measure(run: Run) -> Estimate:
         trainer = build(run, cache_dir=Path(cache), images=_stand_ins, fill=False)
         kept = Kept([*_tensors(trainer), *trainer.parameters.values()])
         with kept:
-            trainer._loss(0)
+            trainer.loss(0)
         _step(trainer, 0)
         if trainer.accelerator.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
@@ -147,7 +147,7 @@ def _estimate(run: Run, trainer: Trainer, activations: int, seconds: float) -> E
 
 def _step(trainer: Trainer, step: int) -> None:
     """One optimiser step as the loop does it, without its log."""
-    trainer._optimise(step)
+    trainer.optimise(step)
     if trainer.accelerator.device.type == "cuda":
         torch.cuda.synchronize()
 

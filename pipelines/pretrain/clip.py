@@ -19,7 +19,8 @@ from torch import nn
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
-from visiontune.data.pocket_world import SIZE, caption, held_out, render, sample_scene, stream
+from visiontune.data.pocket_scenes import caption, held_out, sample_scene, stream
+from visiontune.data.pocket_world import SIZE, render
 from visiontune.training.pretrain import fit, images_to_tensor
 
 WIDTH, LAYERS, HEADS, PATCH = 128, 4, 4, 8

@@ -7,29 +7,21 @@ from itertools import islice
 
 import numpy as np
 import pytest
+from scipy import ndimage
 
 from visiontune.data import oracle
-from visiontune.data.pocket_world import (
-    COLORS,
-    PATTERNS,
-    SIZE,
-    STYLES,
-    SUBJECTS,
-    TEXTURES,
-    TONES,
-    Scene,
-    Thing,
+from visiontune.data.pocket_scenes import (
     article,
     caption,
     codec_scene,
     held_out,
     plural,
-    render,
     sample_scene,
     stream,
     subject_scene,
     vocabulary,
 )
+from visiontune.data.pocket_world import COLORS, PATTERNS, SIZE, STYLES, SUBJECTS, TEXTURES, TONES, Scene, Thing, render
 
 KINDS = ("one", "two", "many", "three")
 
@@ -91,6 +83,14 @@ def test_a_caption_leaves_open_what_it_does_not_say_and_ignores_a_trigger():
 def test_the_oracle_reads_64_pixel_images_only():
     with pytest.raises(ValueError, match=r"\(64, 64, 3\)"):
         oracle.read(np.zeros((32, 32, 3), np.uint8))
+
+
+@pytest.mark.parametrize("color", COLORS)
+@pytest.mark.parametrize("tone", TONES)
+def test_a_blurred_star_is_still_read_as_a_star(color, tone):
+    sharp = picture(thing("star", color, 32, 32, 10.0), tone=tone).astype(np.float32)
+    blurred = ndimage.gaussian_filter(sharp, (1.3, 1.3, 0)).round().astype(np.uint8)
+    assert oracle.matches(blurred, f"a {color} star")
 
 
 @pytest.mark.parametrize("tone", TONES)

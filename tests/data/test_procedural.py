@@ -6,7 +6,8 @@ import pytest
 from visiontune import catalogue
 from visiontune.data import oracle
 from visiontune.data.base import Config
-from visiontune.data.pocket_world import SUBJECTS, held_out
+from visiontune.data.pocket_scenes import held_out
+from visiontune.data.pocket_world import SUBJECTS
 from visiontune.data.preflight import preflight
 from visiontune.data.procedural import Spec, samples
 from visiontune.data.readers import read

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from visiontune.data import pocket_world
+from visiontune.data import pocket_scenes, pocket_world
 from visiontune.errors import UserError
 from visiontune.evaluation import metrics
 
@@ -32,7 +32,7 @@ def _pictures(numbers: list[int]) -> np.ndarray:
 
 
 def test_prompt_accuracy_is_the_share_that_the_oracle_accepts() -> None:
-    pairs = list(itertools.islice(pocket_world.stream(3, "one"), 8))
+    pairs = list(itertools.islice(pocket_scenes.stream(3, "one"), 8))
     images = np.stack([pocket_world.render(scene) for scene, _ in pairs])
     texts = [text for _, text in pairs]
     full = metrics.prompt_accuracy(images, texts)
@@ -43,7 +43,7 @@ def test_prompt_accuracy_is_the_share_that_the_oracle_accepts() -> None:
 
 def test_subject_metrics_tell_subjects_apart() -> None:
     rng = np.random.default_rng(0)
-    scenes = [pocket_world.subject_scene(pocket_world.SUBJECTS[n], rng) for n in ("ember", "ember", "poppy", "poppy")]
+    scenes = [pocket_scenes.subject_scene(pocket_world.SUBJECTS[n], rng) for n in ("ember", "ember", "poppy", "poppy")]
     images = np.stack([pocket_world.render(scene) for scene in scenes])
     assert metrics.subject_recognition(images, "ember") == 0.5
     assert metrics.subject_fidelity(images[:2], "ember") > 0.8 > metrics.subject_fidelity(images[2:], "ember")

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from visiontune.data import oracle
-from visiontune.data.pocket_world import RADII, SUBJECTS, Scene, Thing, held_out, render, subject_scene
+from visiontune.data.pocket_scenes import held_out, subject_scene
+from visiontune.data.pocket_world import RADII, SUBJECTS, Scene, Thing, render
 from visiontune.evaluation import personalise
 
 

@@ -164,7 +164,8 @@ def test_missing_weights_are_a_user_error(
 
 @pytest.mark.pocket
 def test_both_formats_of_pocket_clip_agree_and_read_scenes() -> None:
-    from visiontune.data.pocket_world import render, stream
+    from visiontune.data.pocket_scenes import stream
+    from visiontune.data.pocket_world import render
     from visiontune.evaluation.metrics import retrieval_top1
 
     pairs = [pair for pair, _ in zip(stream(77), range(100), strict=False)]

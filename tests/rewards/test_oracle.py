@@ -10,7 +10,7 @@ import torch
 
 from visiontune import plugin
 from visiontune.data import oracle as pocket_oracle
-from visiontune.data import pocket_world
+from visiontune.data import pocket_scenes, pocket_world
 from visiontune.errors import UserError
 from visiontune.evaluation.metrics import to_tensor
 
@@ -22,11 +22,11 @@ def _reward(**options: object):
 
 def _subject(name: str, seed: int = 0) -> np.ndarray:
     rng = np.random.default_rng(seed)
-    return pocket_world.render(pocket_world.subject_scene(pocket_world.SUBJECTS[name], rng))
+    return pocket_world.render(pocket_scenes.subject_scene(pocket_world.SUBJECTS[name], rng))
 
 
 def test_own_prompts_score_one_and_foreign_ones_zero() -> None:
-    pairs = list(itertools.islice(pocket_world.stream(5, "one"), 12))
+    pairs = list(itertools.islice(pocket_scenes.stream(5, "one"), 12))
     images = to_tensor(np.stack([pocket_world.render(scene) for scene, _ in pairs]))
     assert _reward()(images, [text for _, text in pairs]).mean() > 0.9
     wrong = ["three red stars"] * len(pairs)

@@ -74,7 +74,7 @@ def test_gradient_checkpointing_changes_nothing_but_memory(tmp_path):
             return tensor
 
         with torch.autograd.graph.saved_tensors_hooks(count, lambda x: x):
-            trainer._loss(0)
+            trainer.loss(0)
         results.append((final(trainer), saved))
     (plain, much), (checkpointed, little) = results
     assert little < much / 2
@@ -154,8 +154,8 @@ def test_a_cached_condition_cannot_train_the_text_encoder(tmp_path):
 def test_rows_of_the_log_are_means_over_their_steps(tmp_path):
     trainer = tiny_trainer(tmp_path, steps=5, log_every=2)
     losses = []
-    optimise = trainer._optimise
-    trainer._optimise = lambda step: losses.append(optimise(step)) or losses[-1]
+    optimise = trainer.optimise
+    trainer.optimise = lambda step: losses.append(optimise(step)) or losses[-1]
     trainer.fit()
     rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == [2, 4, 5]

@@ -14,9 +14,9 @@ from dataclasses import dataclass, replace
 import numpy as np
 from scipy import ndimage
 
+from visiontune.data.pocket_scenes import NUMBERS, plural
 from visiontune.data.pocket_world import (
     COLORS,
-    NUMBERS,
     RADII,
     RELATIONS,
     SHAPES,
@@ -28,7 +28,6 @@ from visiontune.data.pocket_world import (
     coverage,
     outline,
     paint,
-    plural,
 )
 
 MIN_AREA = 40

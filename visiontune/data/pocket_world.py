@@ -9,9 +9,7 @@ fine-tuning: the pocket text-to-image model has never seen them.
 from __future__ import annotations
 
 import math
-import zlib
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 from PIL import Image, ImageDraw
@@ -28,15 +26,12 @@ COLORS: dict[str, tuple[int, int, int]] = {
     "purple": (138, 58, 184),
     "pink": (246, 140, 190),
 }
-RADII = {"small": 8.0, "large": 13.0}
+RADII = {"small": 9.0, "large": 13.0}
 TONES = {"light": ((226, 226, 226), (204, 204, 204)), "dark": ((44, 44, 44), (70, 70, 70))}
 TEXTURES = ("plain", "striped", "checked", "dotted")
 RELATIONS = ("left of", "right of", "above", "below")
-NUMBERS = {2: "two", 3: "three"}
 PATTERNS = ("stripes", "bars", "checks", "core", "halves", "rim")
 STYLES = ("flat", "outline", "pixel", "shaded", "hatched")
-OPENINGS = ("", "a photo of ", "a picture of ")
-TRIGGERS = ("sks", "zwx", "qrv", "vlp")
 _SUPERSAMPLE = 4
 
 
@@ -205,145 +200,3 @@ def _styled(thing: Thing, style: str) -> tuple[np.ndarray, np.ndarray]:
     elif style not in ("flat", "pixel"):
         raise ValueError(f"unknown style {style!r}; known: {', '.join(STYLES)}")
     return alpha.clip(0, 1), surface
-
-
-# ---------------------------------------------------------------------------------------------------- sampling
-
-
-def _radius(rng: np.random.Generator) -> float:
-    return RADII["small" if rng.random() < 0.5 else "large"] + rng.uniform(-1, 1)
-
-
-def _thing(rng: np.random.Generator, x: float, y: float, radius: float) -> Thing:
-    shape, color = SHAPES[rng.integers(len(SHAPES))], list(COLORS)[rng.integers(len(COLORS))]
-    return Thing(shape=shape, color=color, x=x, y=y, radius=radius)
-
-
-def _spot(rng: np.random.Generator, radius: float) -> float:
-    """A coordinate that keeps the whole object, and one pixel more, on the canvas."""
-    return float(rng.uniform(radius + 2, SIZE - radius - 2))
-
-
-def _pair_positions(rng: np.random.Generator, radii: tuple[float, float], relation: str) -> list[tuple[float, float]]:
-    gap = rng.uniform(4, 8)
-    room = SIZE - 2 * sum(radii) - gap - 4
-    start = 2 + rng.uniform(0, max(room, 0))
-    first, second = start + radii[0], start + 2 * radii[0] + gap + radii[1]
-    if relation in ("right of", "below"):
-        first, second = SIZE - first, SIZE - second
-    middle = rng.uniform(24, 40)
-    across = [float(np.clip(middle + rng.uniform(-5, 5), r + 2, SIZE - r - 2)) for r in radii]
-    along = (first, second)
-    return [(a, c) if relation in ("left of", "right of") else (c, a) for a, c in zip(along, across, strict=True)]
-
-
-def _triple_positions(rng: np.random.Generator) -> list[tuple[float, float]]:
-    """Three small objects at the corners of a jittered triangle, or in a row."""
-    layouts = ([(11, 32), (32, 32), (53, 32)], [(15, 16), (49, 16), (32, 48)], [(15, 48), (49, 48), (32, 16)])
-    spots = [(x + rng.uniform(-0.5, 0.5), y + rng.uniform(-5, 5)) for x, y in layouts[rng.integers(3)]]
-    return [spots[i] for i in rng.permutation(3)]
-
-
-def sample_scene(rng: np.random.Generator, kind: str | None = None) -> Scene:
-    """Draw a training scene.
-
-    Args:
-        rng: source of randomness.
-        kind: ``one``, ``two`` (with a relation), ``many`` (two or three alike) or ``three`` (all different); drawn
-            with probabilities 0.35, 0.45, 0.12, 0.08 when omitted.
-    """
-    kind = kind or str(rng.choice(["one", "two", "many", "three"], p=[0.35, 0.45, 0.12, 0.08]))
-    relation = None
-    if kind == "one":
-        radius = _radius(rng)
-        things = [_thing(rng, _spot(rng, radius), _spot(rng, radius), radius)]
-    elif kind == "two":
-        relation = RELATIONS[rng.integers(4)]
-        radii = (_radius(rng), _radius(rng))
-        things = [_thing(rng, x, y, r) for (x, y), r in zip(_pair_positions(rng, radii, relation), radii, strict=True)]
-    elif kind in ("many", "three"):
-        radius = RADII["small"] + rng.uniform(-1, 0)
-        things = [_thing(rng, x, y, radius) for x, y in _triple_positions(rng)]
-        if kind == "many":
-            alike = things[: rng.integers(2, 4)]
-            things = [replace(t, shape=things[0].shape, color=things[0].color) for t in alike]
-    else:
-        raise ValueError(f"unknown kind of scene {kind!r}; known: one, two, many, three")
-    tone, texture = list(TONES)[rng.integers(2)], TEXTURES[rng.integers(4)]
-    return Scene(things=tuple(things), tone=tone, texture=texture, relation=relation)
-
-
-def subject_scene(subject: Subject, rng: np.random.Generator, style: str = "flat") -> Scene:
-    """The subject alone, anywhere on any ground: what a user's photographs of it are."""
-    radius = RADII["large"] + rng.uniform(-1, 2)
-    thing = subject.thing(_spot(rng, radius), _spot(rng, radius), radius)
-    return Scene(things=(thing,), tone=list(TONES)[rng.integers(2)], texture=TEXTURES[rng.integers(4)], style=style)
-
-
-# ---------------------------------------------------------------------------------------------------- captions
-
-
-def held_out(caption: str) -> bool:
-    """One caption in ten is never trained on; the choice depends on its words alone."""
-    return zlib.crc32(caption.encode()) % 10 == 0
-
-
-def caption(scene: Scene, rng: np.random.Generator, detail: float = 0.5) -> str:
-    """Describe a scene, mentioning sizes and the ground each with probability ``detail``."""
-    sizes = rng.random() < detail
-    things = scene.things
-    names = [article(" ".join(filter(None, (t.size if sizes else "", t.color, t.shape)))) for t in things]
-    if scene.relation:
-        text = f"{names[0]} {scene.relation} {names[1]}"
-    elif len(things) == 1:
-        text = names[0]
-    elif len({(t.shape, t.color) for t in things}) == 1:
-        text = f"{NUMBERS[len(things)]} {things[0].color} {plural(things[0].shape)}"
-    else:
-        text = f"{', '.join(names[:-1])} and {names[-1]}"
-    if rng.random() < detail:
-        text += f" on a {scene.tone} {scene.texture} background"
-    return OPENINGS[rng.choice(3, p=[0.6, 0.2, 0.2])] + text
-
-
-def article(phrase: str) -> str:
-    """A noun phrase with its indefinite article in front."""
-    return f"{'an' if phrase[0] in 'aeiou' else 'a'} {phrase}"
-
-
-def plural(shape: str) -> str:
-    """The plural of a shape word."""
-    return shape + ("es" if shape.endswith("s") else "s")
-
-
-def codec_scene(rng: np.random.Generator) -> Scene:
-    """A scene for image codecs: any pattern, colours and style, so that a VAE can code what fine-tuning brings.
-
-    The held-out subjects themselves are never drawn.
-    """
-    scene = sample_scene(rng)
-    taboo = {(s.shape, s.color, s.accent, s.pattern) for s in SUBJECTS.values()}
-    things = []
-    for thing in scene.things:
-        painted = replace(thing, pattern=PATTERNS[rng.integers(6)], accent=list(COLORS)[rng.integers(len(COLORS))])
-        plain = rng.random() < 0.4 or (painted.shape, painted.color, painted.accent, painted.pattern) in taboo
-        things.append(thing if plain else painted)
-    style = STYLES[rng.integers(len(STYLES))] if rng.random() < 0.2 else "flat"
-    return replace(scene, things=tuple(things), style=style)
-
-
-def stream(seed: int, kind: str | None = None, holdout: bool = False) -> Iterator[tuple[Scene, str]]:
-    """Endless ``(scene, caption)`` pairs: the training world, or the held-out captions alone."""
-    rng = np.random.default_rng(seed)
-    while True:
-        scene = sample_scene(rng, kind)
-        text = caption(scene, rng)
-        if held_out(text) == holdout:
-            yield scene, text
-
-
-def vocabulary() -> list[str]:
-    """Every word a caption can hold, and the trigger words that no caption holds."""
-    words = {"a", "an", "and", "of", "on", "the", ",", "photo", "picture", "background", "left", "right", "above"}
-    words |= {"below", "drawing", "in", "style", "with", *SHAPES, *map(plural, SHAPES), *COLORS, *RADII, *TONES}
-    return sorted(words | set(TEXTURES) | set(NUMBERS.values()) | set(STYLES)) + list(TRIGGERS)

@@ -12,7 +12,8 @@ import numpy as np
 from PIL import Image
 
 from visiontune.data.base import DEFAULT_TRIGGER, Sample, substitute
-from visiontune.data.pocket_world import STYLES, SUBJECTS, Scene, caption, render, sample_scene, stream, subject_scene
+from visiontune.data.pocket_scenes import caption, sample_scene, stream, subject_scene
+from visiontune.data.pocket_world import STYLES, SUBJECTS, Scene, render
 from visiontune.errors import UserError
 from visiontune.schema import nearest, option
 

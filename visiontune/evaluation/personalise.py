@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from visiontune.data.pocket_world import SUBJECTS, Subject, article, stream
+from visiontune.data.pocket_scenes import article, stream
+from visiontune.data.pocket_world import SUBJECTS, Subject
 from visiontune.evaluation.metrics import (
     clip_image_similarity,
     prompt_accuracy,

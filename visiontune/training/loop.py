@@ -106,7 +106,7 @@ class Trainer:
                 quiet = not self.accelerator.is_local_main_process
                 bar = tqdm(range(start, self.train.steps), "training", self.train.steps, initial=start, disable=quiet)
                 for step in bar:
-                    bar.set_postfix(loss=f"{self._optimise(step):.4f}", refresh=False)
+                    bar.set_postfix(loss=f"{self.optimise(step):.4f}", refresh=False)
                     self._after(step + 1, metrics)
             finally:
                 metrics.close()
@@ -114,14 +114,14 @@ class Trainer:
 
     # -- one step -----------------------------------------------------------------------------------------------
 
-    def _optimise(self, step: int) -> float:
+    def optimise(self, step: int) -> float:
         """One optimiser step; returns its loss, averaged over accumulated batches and processes."""
         accelerator, started = self.accelerator, time.perf_counter()
         set_seed(seed_of(self.seed, "step", step, accelerator.process_index) % 2**32)
         total = torch.zeros((), device=accelerator.device)
         for part in range(self.train.accumulate):
             with accelerator.accumulate(self.step_module):
-                loss = self._loss(step * self.train.accumulate + part)
+                loss = self.loss(step * self.train.accumulate + part)
                 accelerator.backward(loss.total)
                 total += loss.total.detach() / self.train.accumulate
                 self.meter.add(loss.terms)
@@ -138,7 +138,7 @@ class Trainer:
             self.meter.add({"grad_norm": norm})
         return float(total)
 
-    def _loss(self, index: int) -> Loss:
+    def loss(self, index: int) -> Loss:
         """Loss of this process's batch number ``index``."""
         batch = self.rows.batch(index).to(self.accelerator.device)
         if self.train.text_encoder and batch.cond is not None:
