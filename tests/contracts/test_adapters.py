@@ -44,6 +44,8 @@ LAYERS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "conv_reflect": (lambda: nn.Conv2d(4, 6, 3, padding=1, dilation=1, padding_mode="reflect"), (2, 4, 5, 5)),
     "conv_grouped": (lambda: nn.Conv2d(8, 6, 3, padding=1, groups=2), (2, 8, 5, 5)),
     "conv1x1_grouped": (lambda: nn.Conv2d(16, 6, 1, stride=2, padding=1, groups=2), (2, 16, 4, 4)),
+    "layer_norm": (lambda: nn.LayerNorm(12), (2, 5, 12)),
+    "group_norm": (lambda: nn.GroupNorm(2, 8), (2, 8, 5, 4)),
     "embedding": (lambda: nn.Embedding(9, 12, padding_idx=0), (2, 5)),
 }
 
@@ -147,13 +149,13 @@ def test_fast_path_is_the_weight_path(method: str, options: dict, kind: str) -> 
         adapters.scale = scale
         x.requires_grad_(x.is_floating_point())
         slow = torch.autograd.grad(
-            run(net.layer, x, adapters.weight("layer")).pow(3).sum(),
+            run(net.layer, x, adapters.weight("layer"), adapters.bias("layer")).pow(3).sum(),
             [*adapters.parameters(), *([x] if x.requires_grad else [])],
         )
         fast = torch.autograd.grad(
             net.layer(x).pow(3).sum(), [*adapters.parameters(), *([x] if x.requires_grad else [])]
         )
-        expected = run(net.layer, x, adapters.weight("layer"))
+        expected = run(net.layer, x, adapters.weight("layer"), adapters.bias("layer"))
         torch.testing.assert_close(net.layer(x), expected, rtol=1e-10, atol=1e-12)
         with torch.no_grad():
             torch.testing.assert_close(net.layer(x), expected, rtol=1e-10, atol=1e-12)
@@ -269,7 +271,7 @@ def test_two_adapters_on_one_layer(method: str, options: dict, kind: str) -> Non
     _turn(lower)
     _turn(upper)
     x = net.input()
-    expected = run(net.layer, x, upper.weight("layer"))
+    expected = run(net.layer, x, upper.weight("layer"), upper.bias("layer"))
     torch.testing.assert_close(net.layer(x), expected, rtol=1e-10, atol=1e-12)
     grads = torch.autograd.grad(net.layer(x).pow(3).sum(), [*lower.parameters(), *upper.parameters()])
     slow = torch.autograd.grad(expected.pow(3).sum(), [*lower.parameters(), *upper.parameters()])
@@ -290,7 +292,9 @@ def test_two_adapters_on_one_layer(method: str, options: dict, kind: str) -> Non
         alone = net.layer(x)
     upper.detach()
     assert torch.equal(net.layer(x), alone)
-    torch.testing.assert_close(alone, run(net.layer, x, lower.weight("layer")), rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(
+        alone, run(net.layer, x, lower.weight("layer"), lower.bias("layer")), rtol=1e-10, atol=1e-12
+    )
 
 
 @pytest.mark.parametrize(("method", "options", "kind"), CASES)

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from visiontune.adapters.base import Adapter, AdapterSet, Method
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+NORMS = (nn.LayerNorm, nn.GroupNorm)
 
 
 @dataclass
@@ -57,9 +58,16 @@ class Beneath:
             weight = entry.adapter.weight(weight, entry.owner.scale)
         return weight
 
-    def using(self, x: Tensor, weight: Tensor) -> Tensor:
-        """The output of the layer if ``weight`` were its weight."""
-        return run(self.layer, x, weight)
+    def bias(self) -> Tensor | None:
+        """The layer's bias, in its own dtype; ``None`` where it has none."""
+        bias = getattr(self.layer, "bias", None)
+        for entry in self.entries:
+            bias = entry.adapter.bias(bias, entry.owner.scale)
+        return bias
+
+    def using(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        """The output of the layer if ``weight`` were its weight and ``bias`` its bias (``None``: the one it has)."""
+        return run(self.layer, x, weight, self.bias() if bias is None else bias)
 
 
 class Adapted:
@@ -121,13 +129,17 @@ def entries_of(layer: nn.Module) -> list[Entry]:
     return layer.__dict__.get("entries", []) if isinstance(layer, Adapted) else []
 
 
-def run(layer: Any, x: Tensor, weight: Tensor) -> Tensor:
-    """The output of a layer with another weight of the same shape."""
+def run(layer: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """The output of a layer with another weight and bias of the same shapes."""
     if isinstance(layer, nn.Linear):
-        return F.linear(x, weight, layer.bias)
+        return F.linear(x, weight, bias)
     if isinstance(layer, nn.Embedding):
         return F.embedding(x, weight, layer.padding_idx, None, 2.0, layer.scale_grad_by_freq, layer.sparse)
-    return layer._conv_forward(x, weight, layer.bias)
+    if isinstance(layer, nn.LayerNorm):
+        return F.layer_norm(x, layer.normalized_shape, weight, bias, layer.eps)
+    if isinstance(layer, nn.GroupNorm):
+        return F.group_norm(x, layer.num_groups, weight, bias, layer.eps)
+    return layer._conv_forward(x, weight, bias)
 
 
 def fan_in(layer: Any) -> int:
@@ -142,20 +154,30 @@ def masters(layer: Any) -> dict[str, Any]:
     return {"device": weight.device, "dtype": dtype}
 
 
-def swap_weights(layers: Mapping[str, nn.Module], weights: Mapping[str, Tensor]) -> dict[str, nn.Parameter]:
-    """Give layers other weights and return the parameters they had.
+Values = tuple[Tensor, Tensor | None]
 
-    The parameter is replaced rather than written to: a weight that another module shares stays as it is.
+
+def swap(layers: Mapping[str, nn.Module], values: Mapping[str, Values]) -> dict[str, Values]:
+    """Give layers another weight and bias and return the parameters they had.
+
+    The parameters are replaced rather than written to: one that another module shares stays as it is.
     """
-    before = {}
+    before: dict[str, Values] = {}
     for name, layer in layers.items():
-        old = layer.weight
-        assert isinstance(old, nn.Parameter)
-        before[name], new = old, weights[name]
-        if not isinstance(new, nn.Parameter):
-            new = nn.Parameter(new, requires_grad=old.requires_grad)
-        elif new.device != old.device or new.dtype != old.dtype:
-            # The model was moved or cast while its originals were laid aside.
-            new.data = new.data.to(old.device, old.dtype)
-        layer.weight = new
+        bias = getattr(layer, "bias", None)
+        assert isinstance(layer.weight, Tensor)
+        assert bias is None or isinstance(bias, Tensor)
+        before[name], (weight, other) = (layer.weight, bias), values[name]
+        layer.weight = _parameter(weight, layer.weight)
+        if other is not bias:
+            layer.register_parameter("bias", None if other is None else _parameter(other, layer.weight))
     return before
+
+
+def _parameter(new: Tensor, old: Tensor) -> nn.Parameter:
+    if not isinstance(new, nn.Parameter):
+        return nn.Parameter(new, requires_grad=old.requires_grad)
+    if new.device != old.device or new.dtype != old.dtype:
+        # The model was moved or cast while its originals were laid aside.
+        new.data = new.data.to(old.device, old.dtype)
+    return new

@@ -6,6 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from visiontune.adapters._layers import Beneath
 
@@ -19,6 +20,10 @@ class Adapter(ABC):
 
         ``scale`` 1 is the full effect and 0 gives ``w`` back.
         """
+
+    def bias(self, b: Tensor | None, scale: float) -> Tensor | None:
+        """The adapted bias, likewise; methods that leave biases alone, as most do, return ``b`` itself."""
+        return b
 
     @abstractmethod
     def forward(self, x: Tensor, beneath: Beneath, scale: float) -> Tensor:
@@ -37,8 +42,20 @@ class Method(nn.Module):
         self.adapters = dict(adapters)
         self.own = nn.ModuleList(a for a in self.adapters.values() if isinstance(a, nn.Module))
 
-    def after_step(self) -> None:
-        """Called after each optimiser step: the place for projections of the parameters."""
+    def before_step(self, loss_scale: float = 1.0) -> None:
+        """Called when the gradients of an optimiser step are complete: the place to change them.
+
+        Args:
+            loss_scale: what the loss, and so every gradient, is multiplied by (fp16 training).
+        """
+
+    def after_step(self, done: float = 0.0, optimizer: Optimizer | None = None) -> None:
+        """Called after each optimiser step: the place for projections of the parameters.
+
+        Args:
+            done: share of the run's steps that are done, in (0, 1].
+            optimizer: its state of a parameter is to be dropped where the parameter starts anew.
+        """
 
     def refresh(self) -> None:
         """Forget what was computed from the parameters."""

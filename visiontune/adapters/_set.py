@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from visiontune.adapters import _header, _layers, _storage
 from visiontune.adapters._layers import Beneath, Entry
@@ -42,7 +43,7 @@ class AdapterSet(nn.Module):
     ) -> None:
         super().__init__()
         self.name, self.method, self.config, self.targets = name, method, config, list(targets)
-        self._scale, self._enabled, self._originals = 1.0, True, dict[str, nn.Parameter]()
+        self._scale, self._enabled, self._originals = 1.0, True, dict[str, _layers.Values]()
         self._layers: dict[str, nn.Module] = {}
         self._adapters: dict[str, Adapter] = {}
         for component, found in layers.items():
@@ -71,9 +72,16 @@ class AdapterSet(nn.Module):
 
     def weight(self, layer: str) -> Tensor:
         """The weight of a layer as this set's method defines it: with the sets beneath, without those above."""
+        return self._up_to_here(layer).weight()
+
+    def bias(self, layer: str) -> Tensor | None:
+        """The bias likewise; ``None`` where there is none."""
+        return self._up_to_here(layer).bias()
+
+    def _up_to_here(self, layer: str) -> Beneath:
         entries = _layers.entries_of(self._layers[layer])
         top = next(i for i, entry in enumerate(entries) if entry.owner is self)
-        return Beneath(self._layers[layer], [e for e in entries[: top + 1] if e.owner.active]).weight()
+        return Beneath(self._layers[layer], [e for e in entries[: top + 1] if e.owner.active])
 
     # -- how much it acts ---------------------------------------------------------------------------------------
 
@@ -148,7 +156,7 @@ class AdapterSet(nn.Module):
             if below is not self:
                 raise UserError(f"adapter '{self.name}' acts on top of '{below.name}': merge '{below.name}' first")
             merged[name] = _merged(name, layer, self._adapters[name], self._scale)
-        self._originals = _layers.swap_weights(self._layers, merged)
+        self._originals = _layers.swap(self._layers, merged)
 
     def unmerge(self) -> None:
         """Put the original weights back, bit for bit.
@@ -160,7 +168,7 @@ class AdapterSet(nn.Module):
             return
         self._refuse_merged_above()
         originals, self._originals = self._originals, {}
-        _layers.swap_weights(self._layers, originals)
+        _layers.swap(self._layers, originals)
 
     def _refuse_merged_above(self) -> None:
         for layer in self._layers.values():
@@ -182,10 +190,15 @@ class AdapterSet(nn.Module):
         """The methods of the components."""
         return [child for child in self.children() if isinstance(child, Method)]
 
-    def after_step(self) -> None:
-        """To be called after each optimiser step (projections such as COFT's)."""
+    def before_step(self, loss_scale: float = 1.0) -> None:
+        """To be called when the gradients of a step are complete; see :meth:`Method.before_step`."""
         for method in self.methods():
-            method.after_step()
+            method.before_step(loss_scale)
+
+    def after_step(self, done: float = 0.0, optimizer: Optimizer | None = None) -> None:
+        """To be called after each optimiser step (projections such as COFT's); see :meth:`Method.after_step`."""
+        for method in self.methods():
+            method.after_step(done, optimizer)
             # Optimisers that are none of torch's may leave no trace of the change.
             method.refresh()
 
@@ -221,10 +234,13 @@ class AdapterSet(nn.Module):
         return _storage.write(path, self.tensors(), header, metadata or {})
 
 
-def _merged(name: str, layer: Any, adapter: Adapter, scale: float) -> Tensor:
-    weight = layer.weight
+def _merged(name: str, layer: Any, adapter: Adapter, scale: float) -> _layers.Values:
+    weight, bias = layer.weight, getattr(layer, "bias", None)
     if not weight.is_floating_point():
         raise UserError(f"layer '{name}' is quantised: load the base in a floating-point dtype to merge")
-    high = weight.to(torch.promote_types(weight.dtype, torch.float32))
+    high = torch.promote_types(weight.dtype, torch.float32)
     # empty_like keeps the memory format, channels_last for instance.
-    return torch.empty_like(weight).copy_(adapter.weight(high, scale))
+    merged = torch.empty_like(weight).copy_(adapter.weight(weight.to(high), scale))
+    precise = None if bias is None else bias.to(high)
+    other = adapter.bias(precise, scale)
+    return merged, bias if other is precise or other is None else other.to(weight.dtype)

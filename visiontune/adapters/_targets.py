@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 
 from torch import nn
 
-from visiontune.adapters._layers import CONVOLUTIONS, Adapted
+from visiontune.adapters._layers import CONVOLUTIONS, NORMS, Adapted
 from visiontune.errors import UserError
 from visiontune.schema import nearest
 
@@ -17,10 +17,11 @@ PRESETS: dict[str, tuple[str, ...]] = {
     "attention+ff": (*ATTENTION, "ff.net.0.proj", "ff.net.2", "fc1", "fc2"),
     "linear": ("Linear",),
     "conv": ("Conv2d",),
+    "norm": ("LayerNorm", "GroupNorm"),
     "all": ("Linear", "Conv2d"),
 }
 _TYPES: dict[str, type[nn.Module]] = {"Linear": nn.Linear, "Embedding": nn.Embedding}
-_TYPES |= {kind.__name__: kind for kind in CONVOLUTIONS}
+_TYPES |= {kind.__name__: kind for kind in (*CONVOLUTIONS, *NORMS)}
 _REGEX_CHARACTERS = set("*+?[](){}^$|\\")
 
 
@@ -63,7 +64,7 @@ def match(
             for name, module in named.items()
             if _matches(pattern, component, name, module)
         }
-        usable = {hit for hit in hits if isinstance(modules[hit[0]][hit[1]], supported)}
+        usable = {hit for hit in hits if _usable(modules[hit[0]][hit[1]], supported)}
         if not usable:
             raise _nothing(word, hits, modules, supported, known)
         found |= usable
@@ -92,6 +93,11 @@ def check(root: nn.Module, name: str, layer: nn.Module) -> None:
         raise UserError(f"layer '{name}' has a patched forward: attach adapters before offloading or other hooks")
     if isinstance(layer, nn.Embedding) and layer.max_norm is not None:
         raise UserError(f"layer '{name}' cannot be adapted: max_norm rewrites its weight; leave it out of the targets")
+
+
+def _usable(module: nn.Module, supported: tuple[type[nn.Module], ...]) -> bool:
+    """Whether a method adapts such a module, and it has a weight to adapt: many norms have none."""
+    return isinstance(module, supported) and module.weight is not None
 
 
 def _matches(pattern: str, component: str, name: str, module: nn.Module) -> bool:

@@ -22,6 +22,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from visiontune.adapters._cayley import Bank, Cache
 from visiontune.adapters._layers import CONVOLUTIONS, fan_in, masters
@@ -116,7 +117,7 @@ class OFT(Method):
         return [a for a in self.adapters.values() if isinstance(a, Rotation)]
 
     @torch.no_grad()
-    def after_step(self) -> None:
+    def after_step(self, done: float = 0.0, optimizer: Optimizer | None = None) -> None:
         """COFT: scale every block that left its ball back onto it."""
         if not self.config.coft:
             return
@@ -195,12 +196,12 @@ class Rotation(Adapter):
         """``layer(x R)`` or ``(W R^T) x``, whichever is cheaper."""
         layer = beneath.layer
         if isinstance(layer, nn.Linear):
-            return self._rescale(self._linear(x, beneath, scale), layer.bias, -1, scale)
+            return self._rescale(self._linear(x, beneath, scale), beneath.bias(), -1, scale)
         pointwise = all(k == 1 for k in layer.kernel_size) and x.dim() == layer.weight.dim()
         if pointwise and not self._weight_side(x.numel() // x.shape[1], beneath):
             # A rotation of channels at each place commutes with striding and padding.
             rotated = rotate_channels(x, self.rotation(scale, _compute_dtype(x)))
-            return self._rescale(beneath(rotated), layer.bias, 1, scale)
+            return self._rescale(beneath(rotated), beneath.bias(), 1, scale)
         return beneath.using(x, self.weight(beneath.weight(), scale))
 
     def tensors(self) -> dict[str, Tensor]:

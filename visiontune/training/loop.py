@@ -125,6 +125,8 @@ class Trainer:
                 accelerator.backward(loss.total)
                 total += loss.total.detach() / self.train.accumulate
                 self.meter.add(loss.terms)
+        if self.adapters is not None:
+            self.adapters.before_step(1.0 if accelerator.scaler is None else accelerator.scaler.get_scale())
         norm = None
         if self.train.max_grad_norm is not None:
             norm = accelerator.clip_grad_norm_(list(self.parameters.values()), self.train.max_grad_norm)
@@ -132,7 +134,7 @@ class Trainer:
         guards.check_loss(float(total), step + 1, self.out)
         if norm is not None and accelerator.scaler is None:
             guards.check_loss(float(norm), step + 1, self.out, "gradient")
-        self._update()
+        self._update(step)
         self.meter.add({"loss": total, "seconds": torch.tensor(time.perf_counter() - started, device=total.device)})
         if norm is not None:
             self.meter.add({"grad_norm": norm})
@@ -148,12 +150,12 @@ class Trainer:
             batch = self.objective.rollout(self.model, batch, rng)
         return self.step_module(batch, rng)
 
-    def _update(self) -> None:
+    def _update(self, step: int) -> None:
         self.optimizer.step()
         if not self.optimizer.step_was_skipped:
             self.schedule.step()
             if self.adapters is not None:
-                self.adapters.after_step()
+                self.adapters.after_step((step + 1) / self.train.steps, self.optimizer)
             self.average.update()
         self.optimizer.zero_grad()
 
