@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import math
 import pickle
 from collections.abc import Callable
 
@@ -18,14 +19,18 @@ from torch.utils.checkpoint import checkpoint
 
 from visiontune import plugin
 from visiontune.adapters import AdapterSet, attach, attached, load, read_header
-from visiontune.adapters._layers import run
+from visiontune.adapters._layers import NORMS, run
 from visiontune.errors import UserError
 
 # A few steps on tiny layers turn far; that the series then leaves the rotations is test_oft.py's matter.
 pytestmark = pytest.mark.filterwarnings("ignore:the Neumann series")
 
 METHODS = plugin.names("adapters")
-OPTIONS: dict[str, dict] = {"lora": {"rank": 2, "alpha": 3.0}, "oft": {"block_size": 4}}
+OPTIONS: dict[str, dict] = {
+    "lora": {"rank": 2, "alpha": 3.0},
+    "oft": {"block_size": 4},
+    "sara": {"budget": 0.4},
+}
 VARIANTS: list[tuple[str, dict]] = [
     *((method, OPTIONS.get(method, {})) for method in METHODS),
     ("lora", {"rank": 4, "rslora": True}),
@@ -35,6 +40,7 @@ VARIANTS: list[tuple[str, dict]] = [
     ("oft", {"n_blocks": 2, "block_share": True}),
     ("oft", {"block_size": 4, "cayley": "neumann"}),
     ("oft", {"block_size": 4, "coft": True, "eps": 0.01}),
+    ("sara", {"threshold": 0.2}),
 ]
 LAYERS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "linear": (lambda: nn.Linear(12, 8), (2, 5, 12)),
@@ -69,7 +75,14 @@ def _count_lora(module: nn.Module, options: dict) -> int:
     return options["rank"] * (groups * module.weight[0].numel() + module.weight.shape[0])
 
 
-COUNT = {"lora": _count_lora, "oft": _count_oft}
+def _count_sara(module: nn.Module, options: dict) -> int:
+    sizes = torch.cat([p.detach().flatten().abs() for p in module.parameters()])
+    if "threshold" in options:
+        return int((sizes < options["threshold"]).sum())
+    return math.ceil(options["budget"] * len(sizes) - 1e-6)
+
+
+COUNT = {"lora": _count_lora, "oft": _count_oft, "sara": _count_sara}
 
 CASES = [
     pytest.param(method, options, kind, id=f"{method}-{'-'.join(map(str, options.values()))}-{kind}")
@@ -90,6 +103,9 @@ class Net(nn.Module):
         make, self.shape = LAYERS[kind]
         self.before = nn.Identity()
         self.layer = make()
+        if isinstance(self.layer, NORMS):
+            nn.init.normal_(self.layer.weight, std=0.3)
+            nn.init.normal_(self.layer.bias, std=0.3)
         self.to(dtype)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -267,6 +283,8 @@ def test_two_adapters_on_one_layer(method: str, options: dict, kind: str) -> Non
     upper_method = "lora" if method != "lora" else "oft"
     if kind == "embedding":
         upper_method = "lora"
+    if kind in ("layer_norm", "group_norm"):
+        upper_method = "sara"
     upper = attach(net, upper_method, targets="layer", name="upper", **OPTIONS[upper_method])
     _turn(lower)
     _turn(upper)
@@ -359,8 +377,9 @@ def test_checkpointing_gives_the_same_gradients(method: str, options: dict, kind
 @pytest.mark.parametrize(("method", "options", "kind"), CASES)
 def test_bf16_base_with_float32_masters(method: str, options: dict, kind: str) -> None:
     net, adapters = _net(method, options, kind, torch.bfloat16)
-    full_net, full = _net(method, options, kind, torch.float32)
+    full_net = Net(kind, torch.float32)
     full_net.layer.load_state_dict(net.layer.state_dict())
+    full = attach(full_net, method, targets="layer", **options)
     assert all(p.dtype == torch.float32 for p in adapters.parameters())
     _turn(adapters)
     _turn(full)
@@ -393,7 +412,7 @@ def test_autocast(method: str, options: dict, kind: str) -> None:
     adapters.refresh()
     with torch.autocast("cpu", torch.bfloat16):
         y = net(x)
-    assert kind == "embedding" or y.dtype == torch.bfloat16
+    assert kind in ("embedding", "layer_norm", "group_norm") or y.dtype == torch.bfloat16
     torch.testing.assert_close(y.float(), expected, rtol=0.05, atol=0.05)
     y.float().sum().backward()
     assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in adapters.parameters())

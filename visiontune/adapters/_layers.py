@@ -154,6 +154,14 @@ def masters(layer: Any) -> dict[str, Any]:
     return {"device": weight.device, "dtype": dtype}
 
 
+def compute_dtype(x: Tensor) -> torch.dtype:
+    """The dtype in which a layer multiplies ``x``: autocast's, where it is on."""
+    kind = x.device.type
+    if x.dtype == torch.float64:
+        return x.dtype  # autocast leaves it alone
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+
+
 Values = tuple[Tensor, Tensor | None]
 
 

@@ -42,10 +42,11 @@ class Method(nn.Module):
         self.adapters = dict(adapters)
         self.own = nn.ModuleList(a for a in self.adapters.values() if isinstance(a, nn.Module))
 
-    def before_step(self, loss_scale: float = 1.0) -> None:
+    def before_step(self, step: int = 0, loss_scale: float = 1.0) -> None:
         """Called when the gradients of an optimiser step are complete: the place to change them.
 
         Args:
+            step: number of the step, the seed of whatever is drawn.
             loss_scale: what the loss, and so every gradient, is multiplied by (fp16 training).
         """
 
@@ -55,6 +56,12 @@ class Method(nn.Module):
         Args:
             done: share of the run's steps that are done, in (0, 1].
             optimizer: its state of a parameter is to be dropped where the parameter starts anew.
+        """
+
+    def fit(self, saved: Mapping[str, Mapping[str, Tensor]]) -> None:
+        """Called before saved tensors (layer -> name -> tensor) are copied into :meth:`Adapter.tensors`.
+
+        For methods whose shapes depend on more than the config: theirs must become the saved ones.
         """
 
     def refresh(self) -> None:

@@ -190,10 +190,10 @@ class AdapterSet(nn.Module):
         """The methods of the components."""
         return [child for child in self.children() if isinstance(child, Method)]
 
-    def before_step(self, loss_scale: float = 1.0) -> None:
+    def before_step(self, step: int = 0, loss_scale: float = 1.0) -> None:
         """To be called when the gradients of a step are complete; see :meth:`Method.before_step`."""
         for method in self.methods():
-            method.before_step(loss_scale)
+            method.before_step(step, loss_scale)
 
     def after_step(self, done: float = 0.0, optimizer: Optimizer | None = None) -> None:
         """To be called after each optimiser step (projections such as COFT's); see :meth:`Method.after_step`."""
@@ -214,6 +214,17 @@ class AdapterSet(nn.Module):
             for layer, adapter in self._adapters.items()
             for key, value in adapter.tensors().items()
         }
+
+    def fit(self, saved: Mapping[str, Tensor]) -> None:
+        """Take on the shapes of saved tensors, named as in :meth:`tensors`; see :meth:`Method.fit`."""
+        grouped: dict[str, dict[str, Tensor]] = {}
+        for key, value in saved.items():
+            layer, _, name = key.rpartition(".")
+            grouped.setdefault(layer, {})[name] = value
+        for component, method in self.named_children():
+            prefix = "" if component == "model" else f"{component}."
+            own = {layer.removeprefix(prefix): values for layer, values in grouped.items()}
+            method.fit({layer: values for layer, values in own.items() if layer in method.adapters})  # type: ignore[operator]
 
     def save(self, path: str | Path, metadata: Mapping[str, str] | None = None) -> Path:
         """Write a safetensors file whose header holds method, config, targets, layers and a hash of the base.

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from visiontune.adapters._cayley import Bank, Cache
-from visiontune.adapters._layers import CONVOLUTIONS, fan_in, masters
+from visiontune.adapters._layers import CONVOLUTIONS, compute_dtype, fan_in, masters
 from visiontune.adapters._rotate import rotate_channels, rotate_input, rotate_weight, rotated_linear
 from visiontune.adapters.base import Adapter, Beneath, Method
 from visiontune.errors import UserError
@@ -200,7 +200,7 @@ class Rotation(Adapter):
         pointwise = all(k == 1 for k in layer.kernel_size) and x.dim() == layer.weight.dim()
         if pointwise and not self._weight_side(x.numel() // x.shape[1], beneath):
             # A rotation of channels at each place commutes with striding and padding.
-            rotated = rotate_channels(x, self.rotation(scale, _compute_dtype(x)))
+            rotated = rotate_channels(x, self.rotation(scale, compute_dtype(x)))
             return self._rescale(beneath(rotated), beneath.bias(), 1, scale)
         return beneath.using(x, self.weight(beneath.weight(), scale))
 
@@ -209,7 +209,7 @@ class Rotation(Adapter):
         return saved if self.gain is None else {**saved, "gain": self.gain}
 
     def _linear(self, x: Tensor, beneath: Beneath, scale: float) -> Tensor:
-        layer, dtype = beneath.layer, _compute_dtype(x)
+        layer, dtype = beneath.layer, compute_dtype(x)
         rotation = self.rotation(scale, dtype)
         plain = beneath.frozen and layer.weight.is_floating_point()
         keep = self.config.keep_rotated and self.config.cayley == "exact"
@@ -242,10 +242,3 @@ class Rotation(Adapter):
         # Added to y rather than multiplied, so that a gain of zero changes no bit.
         linear = y if bias is None else y - bias.to(y.dtype).view(shape)
         return y + (scale * self.gain).to(y.dtype).view(shape) * linear
-
-
-def _compute_dtype(x: Tensor) -> torch.dtype:
-    kind = x.device.type
-    if x.dtype == torch.float64:
-        return x.dtype  # autocast leaves it alone
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype

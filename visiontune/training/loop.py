@@ -126,7 +126,7 @@ class Trainer:
                 total += loss.total.detach() / self.train.accumulate
                 self.meter.add(loss.terms)
         if self.adapters is not None:
-            self.adapters.before_step(1.0 if accelerator.scaler is None else accelerator.scaler.get_scale())
+            self.adapters.before_step(step, 1.0 if accelerator.scaler is None else accelerator.scaler.get_scale())
         norm = None
         if self.train.max_grad_norm is not None:
             norm = accelerator.clip_grad_norm_(list(self.parameters.values()), self.train.max_grad_norm)
