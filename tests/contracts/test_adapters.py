@@ -30,6 +30,11 @@ OPTIONS: dict[str, dict] = {
     "lora": {"rank": 2, "alpha": 3.0},
     "oft": {"block_size": 4},
     "sara": {"budget": 0.4},
+    "boft": {"block_size": 4, "factors": 1},
+    "diablo": {"blocks": 4},
+    "svfit": {"rank": 3},
+    "loldu": {"rank": 3, "alpha": 4.5},
+    "bitfit": {"create": True},
 }
 VARIANTS: list[tuple[str, dict]] = [
     *((method, OPTIONS.get(method, {})) for method in METHODS),
@@ -41,6 +46,8 @@ VARIANTS: list[tuple[str, dict]] = [
     ("oft", {"block_size": 4, "cayley": "neumann"}),
     ("oft", {"block_size": 4, "coft": True, "eps": 0.01}),
     ("sara", {"threshold": 0.2}),
+    ("boft", {"block_size": 2, "factors": 2, "rescale": True}),
+    ("svfit", {"energy": 0.9}),
 ]
 LAYERS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "linear": (lambda: nn.Linear(12, 8), (2, 5, 12)),
@@ -82,7 +89,42 @@ def _count_sara(module: nn.Module, options: dict) -> int:
     return math.ceil(options["budget"] * len(sizes) - 1e-6)
 
 
-COUNT = {"lora": _count_lora, "oft": _count_oft, "sara": _count_sara}
+def _count_boft(module: nn.Module, options: dict) -> int:
+    d = getattr(module, "groups", 1) * module.weight[0].numel()
+    turned = options["factors"] * d * (options["block_size"] - 1) // 2
+    return turned + (module.weight.shape[0] if options.get("rescale") else 0)
+
+
+def _count_diablo(module: nn.Module, options: dict) -> int:
+    n, groups = options["blocks"], getattr(module, "groups", 1)
+    if isinstance(module, nn.Linear):
+        return module.weight.numel() // n
+    common = math.gcd(module.in_channels, module.out_channels)
+    n = max(i for i in range(1, n + 1) if common % i == 0 and i % groups == 0)
+    return module.weight.numel() * groups // n
+
+
+def _count_singular(module: nn.Module, options: dict) -> int:
+    groups = getattr(module, "groups", 1)
+    parts = module.weight.detach().reshape(groups, module.weight.shape[0] // groups, -1)
+    if "rank" in options:
+        return groups * min(options["rank"], *parts.shape[1:])
+    share = torch.linalg.svdvals(parts).square()
+    ranks = ((share.cumsum(1) / share.sum(1, keepdim=True)) < options["energy"]).sum(1) + 1
+    return groups * int(ranks.max())
+
+
+COUNT = {
+    "lora": _count_lora,
+    "oft": _count_oft,
+    "sara": _count_sara,
+    "boft": _count_boft,
+    "diablo": _count_diablo,
+    "svfit": _count_singular,
+    "loldu": _count_singular,
+    "ssf": lambda module, options: 2 * module.weight.shape[0],
+    "bitfit": lambda module, options: module.weight.shape[0],
+}
 
 CASES = [
     pytest.param(method, options, kind, id=f"{method}-{'-'.join(map(str, options.values()))}-{kind}")
@@ -132,6 +174,13 @@ def _turn(adapters: AdapterSet, std: float = 0.1, seed: int = 2) -> None:
             parameter.add_(std * torch.randn(parameter.shape, generator=rng).to(parameter))
 
 
+def _moved(net: Net, adapters: AdapterSet) -> float:
+    """The largest change of a weight or bias."""
+    bias, before = adapters.bias("layer"), getattr(net.layer, "bias", None)
+    moved = torch.zeros(()) if bias is None else (bias if before is None else bias - before).abs().max()
+    return float(torch.maximum((adapters.weight("layer") - net.layer.weight).abs().max(), moved))
+
+
 def _gradients(adapters: AdapterSet, loss: Callable[[], Tensor]) -> list[Tensor]:
     adapters.zero_grad()
     loss().backward()
@@ -159,8 +208,8 @@ def test_identity_at_init_is_bit_exact(method: str, options: dict, kind: str, dt
 def test_fast_path_is_the_weight_path(method: str, options: dict, kind: str) -> None:
     net, adapters = _net(method, options, kind)
     _turn(adapters)
-    x, before = net.input(), net.layer.weight
-    assert (adapters.weight("layer") - before).abs().max() > 1e-3
+    x = net.input()
+    assert _moved(net, adapters) > 1e-3
     for scale in (1.0, 0.4):
         adapters.scale = scale
         x.requires_grad_(x.is_floating_point())
@@ -200,9 +249,10 @@ def test_merge_equals_unmerged_and_unmerge_restores(method: str, options: dict, 
     net, adapters = _net(method, options, kind)
     _turn(adapters)
     x, weight, bits = net.input(), net.layer.weight, net.layer.weight.detach().clone()
+    bias, plain = getattr(net.layer, "bias", None), Net(kind)
     expected = net(x).detach()
     adapters.merge()
-    assert not torch.equal(net.layer.weight, bits)
+    assert not torch.equal(run(net.layer, x, net.layer.weight, getattr(net.layer, "bias", None)), plain.layer(x))
     torch.testing.assert_close(net(x), expected, rtol=1e-10, atol=1e-12)
     with adapters.disable():
         assert torch.equal(net.layer.weight, bits)
@@ -212,6 +262,7 @@ def test_merge_equals_unmerged_and_unmerge_restores(method: str, options: dict, 
     merged = net(x)
     adapters.unmerge()
     assert net.layer.weight is weight
+    assert getattr(net.layer, "bias", None) is bias
     assert torch.equal(weight, bits)
     torch.testing.assert_close(net(x), merged, rtol=1e-10, atol=1e-12)
 

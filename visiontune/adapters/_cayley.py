@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.optim.optimizer import register_optimizer_step_post_hook
+
+from visiontune.adapters._layers import masters
 
 
 def skew(v: Tensor, b: int) -> Tensor:
@@ -166,3 +168,16 @@ class Bank(nn.Module):
         if self.on_made is not None:
             self.on_made(r.detach())
         return r
+
+
+def make_banks(
+    layers: Mapping[str, nn.Module], shapes: Mapping[str, tuple[int, int]], terms: int = 0
+) -> tuple[nn.ModuleDict, dict[str, tuple[Bank, int]]]:
+    """Banks for layers whose (block size, number of blocks) are given, and each layer's bank and number in it."""
+    banks, where = nn.ModuleDict(), dict[str, tuple[Bank, int]]()
+    for b in sorted({size for size, _ in shapes.values()}):
+        members = [name for name, (size, _) in shapes.items() if size == b]
+        bank = Bank(b, [shapes[name][1] for name in members], masters(layers[members[0]]), terms)
+        banks[f"b{b}"] = bank
+        where |= {name: (bank, i) for i, name in enumerate(members)}
+    return banks, where

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from visiontune.adapters._cayley import Bank, Cache
+from visiontune.adapters._cayley import Bank, Cache, make_banks
 from visiontune.adapters._layers import CONVOLUTIONS, compute_dtype, fan_in, masters
 from visiontune.adapters._rotate import rotate_channels, rotate_input, rotate_weight, rotated_linear
 from visiontune.adapters.base import Adapter, Beneath, Method
@@ -92,24 +92,20 @@ class OFT(Method):
 
     def __init__(self, config: Config, layers: Mapping[str, nn.Module]) -> None:
         sizes = {name: block_size(config, name, fan_in(layer)) for name, layer in layers.items()}
-        banks: dict[int, Bank] = {}
-        adapters: dict[str, Adapter] = {}
-        gains = nn.ParameterList(_gain(layer) for layer in layers.values() if config.rescale)
-        for b in sorted(set(sizes.values())):
-            members = {name: layer for name, layer in layers.items() if sizes[name] == b}
-            counts = [1 if config.block_share else _blocks(layer, b) for layer in members.values()]
-            place = masters(next(iter(members.values())))
-            banks[b] = Bank(b, counts, place, config.terms if config.cayley == "neumann" else 0)
-            for index, (name, layer) in enumerate(members.items()):
-                gain = (gains, list(layers).index(name)) if config.rescale else None
-                adapters[name] = Rotation(config, layer, (banks[b], index), gain)
-        super().__init__({name: adapters[name] for name in layers})
-        self.config = config
-        self.banks = nn.ModuleDict({f"b{b}": bank for b, bank in banks.items()})
-        self.gains = gains
+        shapes = {n: (b, 1 if config.block_share else blocks(layers[n], b)) for n, b in sizes.items()}
+        banks, where = make_banks(layers, shapes, config.terms if config.cayley == "neumann" else 0)
+        gains = nn.ParameterList(new_gain(layer) for layer in layers.values() if config.rescale)
+        super().__init__(
+            {
+                name: Rotation(config, layer, where[name], (gains, i) if config.rescale else None)
+                for i, (name, layer) in enumerate(layers.items())
+            }
+        )
+        self.config, self.banks, self.gains = config, banks, gains
         self._warned = False
         if config.cayley == "neumann":
             for bank in banks.values():
+                assert isinstance(bank, Bank)
                 bank.on_made = self._watch
 
     def rotations(self) -> list[Rotation]:
@@ -157,11 +153,13 @@ def orthogonality_error(rotation: Tensor) -> float:
     return float((rotation.mT @ rotation - identity).abs().max())
 
 
-def _gain(layer: Any) -> nn.Parameter:
+def new_gain(layer: Any) -> nn.Parameter:
+    """The trained factor of each output minus one, [out]."""
     return nn.Parameter(torch.zeros(layer.weight.shape[0], **masters(layer)))
 
 
-def _blocks(layer: nn.Module, b: int) -> int:
+def blocks(layer: nn.Module, b: int) -> int:
+    """Number of blocks of size ``b``, over all groups of a layer."""
     return int(getattr(layer, "groups", 1)) * fan_in(layer) // b
 
 
@@ -173,7 +171,7 @@ class Rotation(Adapter):
     ) -> None:
         self.config, self._gain = config, gain
         self.bank, self.index = bank
-        self.groups, self.blocks = int(getattr(layer, "groups", 1)), _blocks(layer, self.bank.b)
+        self.groups, self.blocks = int(getattr(layer, "groups", 1)), blocks(layer, self.bank.b)
         self.kept = Cache()
 
     @property
