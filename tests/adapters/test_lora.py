@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -81,3 +83,30 @@ def test_dropout_acts_in_training_only_and_only_on_the_branch() -> None:
 def test_impossible_options_are_refused(option: str, value: float) -> None:
     with pytest.raises(UserError, match=option):
         attach(nn.ModuleDict({"a": nn.Linear(4, 4)}), "lora", targets="a", **{option: value})
+
+
+def test_dora_agrees_with_pefts() -> None:
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(0)
+    layer = nn.Linear(12, 8)
+    theirs = get_peft_model(
+        nn.Sequential(copy.deepcopy(layer)), LoraConfig(r=3, lora_alpha=6, use_dora=True, target_modules=["0"])
+    )
+    own = nn.Sequential(layer)
+    adapters = attach(own, "lora", targets="0", rank=3, alpha=6.0, dora=True)
+    (adapter,) = adapters.methods()[0].adapters.values()
+    with torch.no_grad():
+        for p in adapters.parameters():
+            p.add_(0.1 * torch.randn(p.shape))
+        module = theirs.base_model.model[0]
+        module.lora_A["default"].weight.copy_(adapter.down)
+        module.lora_B["default"].weight.copy_(adapter.up)
+        magnitude = module.lora_magnitude_vector["default"].weight
+        magnitude.copy_(layer.weight.norm(dim=1) + adapter.gain)
+    x = torch.randn(5, 12)
+    torch.testing.assert_close(own(x), theirs(x))
+    own(x).pow(2).sum().backward()
+    theirs(x).pow(2).sum().backward()
+    torch.testing.assert_close(adapter.gain.grad, magnitude.grad)
+    torch.testing.assert_close(adapter.down.grad, module.lora_A["default"].weight.grad)

@@ -9,6 +9,11 @@ B starts at zero, so the adapted model starts as the base model. A convolution's
 and padding and its B is 1x1; with groups every group has its own A and B. For an embedding (held as W = A B with
 A [num_embeddings, r], B [embedding_dim, r] transposed) A is the one at zero, so that rows of tokens that never occur
 stay as they are.
+
+With ``dora`` (Liu et al., "DoRA: Weight-Decomposed Low-Rank Adaptation", arXiv 2402.09353, equations 5 and 11) the
+length of each output's row is trained apart from its direction, and the length of V counts as constant in gradients:
+
+    W' = (|W| + g) V / |V|,    V = W + s B A,    g [out], zero at the start
 """
 
 from __future__ import annotations
@@ -16,6 +21,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -23,6 +29,7 @@ from torch import Tensor, nn
 
 from visiontune.adapters._layers import CONVOLUTIONS, fan_in, masters
 from visiontune.adapters.base import Adapter, Beneath, Method
+from visiontune.errors import UserError
 from visiontune.schema import option
 
 LAYERS: tuple[type[nn.Module], ...] = (nn.Linear, *CONVOLUTIONS, nn.Embedding)
@@ -37,6 +44,7 @@ class Config:
     alpha: float | None = option(None, help="strength: the change is multiplied by alpha / rank; default: rank")
     dropout: float = option(0.0, help="probability of dropping an input of the trained branch while training")
     rslora: bool = option(False, help="divide alpha by sqrt(rank) instead of rank")
+    dora: bool = option(False, help="train the length of each output's row apart from its direction (no embeddings)")
 
     def __post_init__(self) -> None:
         if self.rank < 1:
@@ -52,8 +60,16 @@ class Config:
 
 
 def build(config: Config, layers: Mapping[str, nn.Module]) -> Method:
-    """LoRA for the layers of one component."""
-    return Method({name: LoRA(config, layer) for name, layer in layers.items()})
+    """LoRA for the layers of one component.
+
+    Raises:
+        UserError: an embedding with ``dora``.
+    """
+    lookups = [name for name, layer in layers.items() if isinstance(layer, nn.Embedding)]
+    if config.dora and lookups:
+        raise UserError(f"DoRA does not adapt the embedding '{lookups[0]}': narrow adapter.targets, or dora=false")
+    kind = DoRA if config.dora else LoRA
+    return Method({name: kind(config, layer) for name, layer in layers.items()})
 
 
 class LoRA(nn.Module, Adapter):
@@ -78,29 +94,66 @@ class LoRA(nn.Module, Adapter):
 
     def weight(self, w: Tensor, scale: float) -> Tensor:
         """``w + scale s B A``, group by group."""
-        if self.embedding:
-            change = self.down @ self.up.T
-        else:
-            down = self.down.reshape(self.groups, self.rank, -1)
-            change = (self.up.view(self.groups, -1, self.rank) @ down).view(w.shape)
-        return w + (scale * self.strength * change).to(w.dtype)
+        return w + (scale * self._change(w)).to(w.dtype)
 
     def forward(self, x: Tensor, beneath: Beneath, scale: float) -> Tensor:
         """``layer(x) + scale s B A x``; the product B A is never formed."""
-        layer, y = beneath.layer, beneath(x)
-        if self.embedding:
-            # With the padding index a padding token's row of A gets no gradient, as in the layer itself.
-            low = F.embedding(x, self.down, layer.padding_idx)
-            return y + (scale * self.strength * F.linear(low, self.up)).to(y.dtype)
-        x = F.dropout(x, self.dropout, self.training)
-        down, up = self.down.to(x.dtype), self.up.to(x.dtype)
-        if isinstance(layer, nn.Linear):
-            change = F.linear(F.linear(x, down), up)
-        else:
-            low = layer._conv_forward(x, down, None)
-            convolve = _CONV[down.dim()]
-            change = convolve(low, up.view(*up.shape, *[1] * (down.dim() - 2)), groups=self.groups)
-        return torch.add(y, change, alpha=scale * self.strength)
+        y = beneath(x)
+        return torch.add(y, self._low(x, beneath.layer).to(y.dtype), alpha=scale * self.strength)
 
     def tensors(self) -> dict[str, Tensor]:
         return {"down": self.down, "up": self.up}
+
+    def _change(self, w: Tensor) -> Tensor:
+        """``s B A`` in the shape of ``w``."""
+        if self.embedding:
+            return self.strength * (self.down @ self.up.T)
+        down = self.down.reshape(self.groups, self.rank, -1)
+        return self.strength * (self.up.view(self.groups, -1, self.rank) @ down).view(w.shape)
+
+    def _low(self, x: Tensor, layer: Any) -> Tensor:
+        """``B A x``."""
+        if self.embedding:
+            # With the padding index a padding token's row of A gets no gradient, as in the layer itself.
+            return F.linear(F.embedding(x, self.down, layer.padding_idx), self.up)
+        x = F.dropout(x, self.dropout, self.training)
+        down, up = self.down.to(x.dtype), self.up.to(x.dtype)
+        if isinstance(layer, nn.Linear):
+            return F.linear(F.linear(x, down), up)
+        low = layer._conv_forward(x, down, None)
+        return _CONV[down.dim()](low, up.view(*up.shape, *[1] * (down.dim() - 2)), groups=self.groups)
+
+
+class DoRA(LoRA):
+    """LoRA with ``gain`` [out], the change of the rows' lengths."""
+
+    def __init__(self, config: Config, layer: Any) -> None:
+        super().__init__(config, layer)
+        self.gain = nn.Parameter(torch.zeros(layer.weight.shape[0], **masters(layer)))
+
+    def weight(self, w: Tensor, scale: float) -> Tensor:
+        """``(|w| + scale g) v / |v|`` with ``v = w + scale s B A``."""
+        v = w + (scale * self._change(w)).to(w.dtype)
+        return v + (self._stretch(w, v, scale) * v).to(w.dtype)
+
+    def forward(self, x: Tensor, beneath: Beneath, scale: float) -> Tensor:
+        """The weight is formed for the lengths of its rows only, and not kept."""
+        y, w, bias = beneath(x), beneath.weight(), beneath.bias()
+        with torch.no_grad():
+            v = w + (scale * self._change(w)).to(w.dtype)
+        channels = [-1] if isinstance(beneath.layer, nn.Linear) else [-1, *[1] * (w.dim() - 2)]
+        stretch = self._stretch(w, v, scale).view(channels).to(y.dtype)
+        change = scale * self.strength * self._low(x, beneath.layer).to(y.dtype)
+        straight = y if bias is None else y - bias.view(channels).to(y.dtype)
+        # Added to y, so that nothing moves by a bit while the stretch is zero.
+        return y + change + stretch * (straight + change)
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {**super().tensors(), "gain": self.gain}
+
+    def _stretch(self, w: Tensor, v: Tensor, scale: float) -> Tensor:
+        """``(|w| + scale g) / |v| - 1`` for each row, [out, 1 ...]."""
+        with torch.no_grad():
+            before, after = (t.flatten(1).to(self.gain).norm(dim=1) for t in (w, v))
+            after = after.clamp_min(torch.finfo(after.dtype).tiny)
+        return ((before - after + scale * self.gain) / after).view(-1, *[1] * (w.dim() - 1))
