@@ -2,14 +2,15 @@
 
     python benchmarks/evidence/personalise.py
 
-Three subjects, three seeds, the catalogue's recipes as they are. Learning rates are to be chosen on another subject
-and another seed (``--tune``), never on these. Finished runs are kept in ``--work``, so the command goes on where it
-stopped. Writes ``benchmarks/results/personalise.json`` and ``personalise.md``.
+Three subjects, three seeds, the catalogue's recipes as they are. Their learning rates were chosen on another subject
+and another seed (``--tune oft,train.lr=1e-2``), never on these. Finished runs are kept in ``--work``, so the command
+goes on where it stopped. Writes ``benchmarks/results/personalise.json`` and ``personalise.md``.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import shutil
 from pathlib import Path
@@ -70,14 +71,22 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, default=Path("runs/evidence/personalise"))
     parser.add_argument("--out", type=Path, default=RESULTS)
-    parser.add_argument("--tune", nargs="*", metavar="METHOD:LR", help="try learning rates on the tuning subject only")
+    parser.add_argument(
+        "--methods", nargs="+", choices=METHODS, help="only run these: to share the work, before a full run"
+    )
+    parser.add_argument("--tune", nargs="+", metavar="METHOD[,OVERRIDE]", help="try options on the tuning subject only")
     args = parser.parse_args()
     args.work.mkdir(parents=True, exist_ok=True)
-    if args.tune is not None:
+    if args.tune:
         for trial in args.tune:
-            method, _, lr = trial.partition(":")
-            row = train_and_measure(method, *TUNING, args.work / f"tune-{lr}", [f"train.lr={lr}"])
-            print(trial, {s: row[s] for s in SCORES}, flush=True)
+            method, *overrides = trial.split(",")
+            work = args.work / "-".join(["tune", *overrides])
+            work.mkdir(exist_ok=True)
+            train_and_measure(method, *TUNING, work, overrides)
+        return
+    if args.methods:
+        for seed, subject, method in itertools.product(SEEDS, SUBJECTS, args.methods):
+            train_and_measure(method, subject, seed, args.work, [])
         return
     rows = [train_and_measure(None, subject, 0, args.work, []) for subject in SUBJECTS]
     for seed in SEEDS:

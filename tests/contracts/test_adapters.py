@@ -35,6 +35,7 @@ OPTIONS: dict[str, dict] = {
     "svfit": {"rank": 3},
     "loldu": {"rank": 3, "alpha": 4.5},
     "bitfit": {"create": True},
+    "s2ft": {"share": 0.3},
 }
 VARIANTS: list[tuple[str, dict]] = [
     *((method, OPTIONS.get(method, {})) for method in METHODS),
@@ -49,6 +50,7 @@ VARIANTS: list[tuple[str, dict]] = [
     ("sara", {"threshold": 0.2}),
     ("boft", {"block_size": 2, "factors": 2, "rescale": True}),
     ("svfit", {"energy": 0.9}),
+    ("s2ft", {"share": 0.2, "side": "outputs", "choice": "largest"}),
 ]
 LAYERS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "linear": (lambda: nn.Linear(12, 8), (2, 5, 12)),
@@ -115,6 +117,12 @@ def _count_singular(module: nn.Module, options: dict) -> int:
     return groups * int(ranks.max())
 
 
+def _count_s2ft(module: nn.Module, options: dict) -> int:
+    dim = 0 if options.get("side") == "outputs" else 1
+    channels = module.weight.shape[dim]
+    return math.ceil(options["share"] * channels - 1e-9) * module.weight.numel() // channels
+
+
 COUNT = {
     "lora": _count_lora,
     "oft": _count_oft,
@@ -123,6 +131,7 @@ COUNT = {
     "diablo": _count_diablo,
     "svfit": _count_singular,
     "loldu": _count_singular,
+    "s2ft": _count_s2ft,
     "ssf": lambda module, options: 2 * module.weight.shape[0],
     "bitfit": lambda module, options: module.weight.shape[0],
 }
