@@ -33,6 +33,7 @@ MAY_IMPORT = {
     "diffusion": {"errors", "files", "schema", "core"},
     "models": {"errors", "files", "schema", "core", "diffusion"},
     "adapters": {"errors", "files", "schema", "plugin", "core", "ops"},
+    "weights": {"errors", "files", "core", "ops"},
     "rewards": {"errors", "files", "schema", "plugin", "core", "ops", "data.oracle", "data.pocket_world"},
     "data": {"errors", "files", "schema", "catalogue", "core", "ops"},
     "objectives": {"errors", "files", "schema", "core", "diffusion", "models.base", "data.base"},
@@ -43,7 +44,9 @@ MAY_IMPORT = {
     "assemble": GROUND | LIBRARY | {"sampling", "training", "config"},
     "estimate": GROUND | LIBRARY | {"sampling", "training", "config", "assemble"},
     "demo": GROUND | LIBRARY | {"sampling", "training", "evaluation", "config"},
-    "cli": GROUND | LIBRARY | {"sampling", "training", "evaluation", "config", "estimate", "demo", "__version__"},
+    "cli": GROUND
+    | LIBRARY
+    | {"weights", "sampling", "training", "evaluation", "config", "estimate", "demo", "__version__"},
     "__main__": {"cli"},
     "__init__": {"errors"},
 }

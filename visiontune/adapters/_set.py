@@ -78,6 +78,23 @@ class AdapterSet(nn.Module):
         """The bias likewise; ``None`` where there is none."""
         return self._up_to_here(layer).bias()
 
+    @torch.no_grad()
+    def change(self, layer: str) -> tuple[Tensor, Tensor | None]:
+        """What this set alone adds to the base's weight and bias (``None``: nothing), in float32 or wider."""
+        base, adapter = self._layers[layer], self._adapters[layer]
+        weight, bias = base.weight, getattr(base, "bias", None)
+        assert isinstance(weight, Tensor)
+        high = weight.to(torch.promote_types(weight.dtype, torch.float32))
+        precise = None if bias is None else bias.to(high)
+        moved = adapter.bias(precise, self._scale)
+        if moved is not None and moved is not precise:
+            moved = moved if precise is None else moved - precise
+        return adapter.weight(high, self._scale) - high, None if moved is precise else moved
+
+    def factors(self, layer: str) -> tuple[Tensor, Tensor] | None:
+        """The same change of the weight as two factors, where the method has them; see :meth:`Adapter.factors`."""
+        return self._adapters[layer].factors(self._scale)
+
     def _up_to_here(self, layer: str) -> Beneath:
         entries = _layers.entries_of(self._layers[layer])
         top = next(i for i, entry in enumerate(entries) if entry.owner is self)

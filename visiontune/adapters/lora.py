@@ -104,6 +104,11 @@ class LoRA(nn.Module, Adapter):
     def tensors(self) -> dict[str, Tensor]:
         return {"down": self.down, "up": self.up}
 
+    def factors(self, scale: float) -> tuple[Tensor, Tensor] | None:
+        """A and ``scale s B``; none for an embedding and for several groups, whose factors are others."""
+        whole = not self.embedding and self.groups == 1
+        return (self.down.detach(), scale * self.strength * self.up.detach()) if whole else None
+
     def _change(self, w: Tensor) -> Tensor:
         """``s B A`` in the shape of ``w``."""
         if self.embedding:
@@ -147,6 +152,9 @@ class DoRA(LoRA):
         straight = y if bias is None else y - bias.view(channels).to(y.dtype)
         # Added to y, so that nothing moves by a bit while the stretch is zero.
         return y + change + stretch * (straight + change)
+
+    def factors(self, scale: float) -> None:
+        """The stretch makes it none."""
 
     def tensors(self) -> dict[str, Tensor]:
         return {**super().tensors(), "gain": self.gain}

@@ -1,0 +1,74 @@
+"""``visiontune export``: files that diffusers loads, a merged model, and what it refuses."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline
+from tiny import tiny_model
+
+from visiontune.adapters import attach
+
+
+@pytest.fixture
+def adapter(tmp_path, tiny_folder):
+    """An OFT file of the tiny model, and the model's UNet weights with it merged at half strength."""
+    model = tiny_model()
+    adapters = attach({"unet": model.denoiser}, "oft", targets="attention", block_size=4)
+    with torch.no_grad():
+        for p in adapters.parameters():
+            p.add_(0.3 * torch.randn(p.shape, generator=torch.Generator().manual_seed(0)))
+    path = adapters.save(tmp_path / "adapter.safetensors", {"base_model": str(tiny_folder)})
+    adapters.scale = 0.5
+    adapters.merge()
+    return path, {name: p.detach().clone() for name, p in model.denoiser.named_parameters()}
+
+
+def test_a_merged_model_is_a_plain_diffusers_folder(cli, adapter, tmp_path) -> None:
+    path, weights = adapter
+    result = cli("export", path, "merged", "--format", "merged", "--scale", 0.5, "--dtype", "fp32")
+    assert result.code == 0
+    assert "merged" in result.out
+    unet = StableDiffusionPipeline.from_pretrained(tmp_path / "merged").unet
+    for name, p in unet.named_parameters():
+        torch.testing.assert_close(p.detach(), weights[name])
+
+
+@pytest.mark.parametrize("kind", ["diffusers", "kohya"])
+def test_a_lora_file_says_what_it_leaves_out(cli, adapter, tmp_path, kind, tiny_folder) -> None:
+    path, weights = adapter
+    result = cli("export", path, "lora.safetensors", "--format", kind, "--scale", 0.5, "--dtype", "fp32")
+    assert result.code == 0
+    assert "leaves out 0.00%" in result.out
+    pipe = StableDiffusionPipeline.from_pretrained(tiny_folder)
+    pipe.load_lora_weights(str(tmp_path), weight_name="lora.safetensors")
+    pipe.fuse_lora()
+    pipe.unload_lora_weights()
+    for name, p in pipe.unet.named_parameters():
+        torch.testing.assert_close(p.detach(), weights[name], rtol=1e-3, atol=1e-5)
+    thin = cli("export", path, "thin.safetensors", "--format", kind, "--rank", 1)
+    assert "ranks 1 to 1" in thin.out
+    assert "leaves out 0.00%" not in thin.out
+
+
+def test_what_export_refuses(cli, adapter, tmp_path) -> None:
+    path, _ = adapter
+    before = sorted(tmp_path.iterdir())
+    for words, message in (
+        (("export", "nowhere", "a.safetensors"), "there is no adapter nowhere"),
+        (("export", path, "a.bin"), "diffusers is written to a .safetensors file"),
+        (("export", path, path), "exists: name another output"),
+        (("export", path, "a.safetensors", "--rank", 0), "--rank must be at least 1"),
+    ):
+        result = cli(*words)
+        assert result.code == 2
+        assert message in result.err
+        assert result.err.count("\n") == 1
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_an_adapter_without_a_base_needs_one(cli, tmp_path, tiny_folder) -> None:
+    adapters = attach({"unet": tiny_model().denoiser}, "lora", rank=2)
+    path = adapters.save(tmp_path / "adapter.safetensors")
+    assert "name the base with --model" in cli("export", path, "a.safetensors").err
+    assert cli("export", path, "a.safetensors", "--model", tiny_folder).code == 0

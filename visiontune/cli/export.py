@@ -1,0 +1,62 @@
+"""Write a trained adapter in the format of another tool.
+
+  visiontune export runs/oft exported.safetensors
+  visiontune export runs/oft exported.safetensors --format kohya --rank 32
+  visiontune export runs/oft merged_model --format merged
+
+diffusers (also PEFT, ComfyUI) and kohya (also A1111) take LoRA as it is; any other method becomes the best LoRA of the
+given rank, whose error is printed. diff (ComfyUI) holds the whole change. merged is a plain diffusers model.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from visiontune.errors import UserError
+
+FORMATS = ("diffusers", "kohya", "diff", "merged")
+DTYPES = {"fp16": "float16", "bf16": "bfloat16", "fp32": "float32"}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("adapter", help="an adapter.safetensors, or the folder of a finished run")
+    parser.add_argument("out", type=Path, help="the file (.safetensors) to write; for merged a folder")
+    parser.add_argument("--format", choices=FORMATS, default="diffusers", help="default: %(default)s")
+    parser.add_argument("--rank", type=int, help="of the approximation of a method other than LoRA; default: in full")
+    parser.add_argument("--scale", type=float, default=1.0, help="strength that is written (default: %(default)s)")
+    parser.add_argument("--dtype", choices=DTYPES, default="fp16", help="of the written tensors (default: %(default)s)")
+    parser.add_argument("--model", help="the base, where it has moved; default: what the adapter was trained on")
+
+
+def run(args: argparse.Namespace) -> None:
+    if args.out.exists():
+        raise UserError(f"{args.out} exists: name another output, or remove it")
+    if args.format != "merged" and args.out.suffix != ".safetensors":
+        raise UserError(f"{args.format} is written to a .safetensors file, not {args.out.name}")
+    if args.rank is not None and args.rank < 1:
+        raise UserError(f"--rank must be at least 1, not {args.rank}")
+    import torch
+
+    from visiontune import adapters, models
+    from visiontune.files import atomic_write
+    from visiontune.sampling.sources import adapter_file
+    from visiontune.weights.export import export
+
+    file, dtype = adapter_file(args.adapter), getattr(torch, DTYPES[args.dtype])
+    base = args.model or adapters.read_header(file).get("base_model")
+    if not base:
+        raise UserError(f"{file} does not say what it was trained on: name the base with --model")
+    model = models.load(base)
+    attached = adapters.load(model.components(), file)
+    attached.scale = args.scale
+    if args.format == "merged":
+        attached.merge()
+        with atomic_write(args.out) as partial:
+            model.pipe.to(dtype=dtype).save_pretrained(partial)
+        print(f"written: {args.out}, a diffusers model of {base} with the adapter in it")
+        return
+    done = export(attached, args.out, args.format, rank=args.rank, dtype=dtype)
+    ranks = f", ranks {min(done.ranks.values())} to {max(done.ranks.values())}" if done.ranks else ""
+    loss = f", leaves out {done.worst:.2%} of a layer's change at most" if done.errors else ""
+    print(f"written: {args.out}, {len(attached.layers)} layers{ranks}{loss}")
