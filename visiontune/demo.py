@@ -1,7 +1,8 @@
 """The demonstration: personalise pocket-sd on five pictures of a subject it has never seen, and judge the result.
 
-OFT and LoRA are trained by the catalogue's own recipes; the base and both results are measured on the same prompts and
-seeds. Everything lands in one folder: each run with its adapter and resolved recipe, ``report.json`` and ``grid.png``.
+OFT and LoRA are trained by the catalogue's own recipes, in bfloat16 where the processor has it; the base and both
+results are measured on the same prompts and seeds. Everything lands in one folder: each run with its adapter and
+resolved recipe, ``report.json`` and ``grid.png``.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from visiontune.evaluation.personalise import Personalisation, measure
 from visiontune.files import atomic_write, write_json
 from visiontune.models import load
 from visiontune.sampling.grid import grid
+from visiontune.training.devices import native_bf16
 
 METHODS = ("oft", "lora")
 _COLUMNS = 8
@@ -35,21 +37,23 @@ def run(out: Path, overrides: Sequence[str] = ()) -> Path:
         The path of ``report.json``.
     """
     start = time.monotonic()
-    recipes = {m: config.load_run(f"personalise/{m}", [f"out={out}", f"name={m}", *overrides]) for m in METHODS}
+    bf16 = native_bf16()
+    fast = ["train.precision=bf16"] if bf16 else []
+    recipes = {m: config.load_run(f"personalise/{m}", [f"out={out}", f"name={m}", *fast, *overrides]) for m in METHODS}
     data = recipes[METHODS[0]].data
     subject, trigger = data.root.removeprefix("pocket/"), data.trigger
     references = np.stack([np.asarray(sample.open()) for sample in read(data)])
     print(f"pocket-sd meets {subject}: {len(references)} pictures it has never seen, called '{trigger}'")
 
     print("measuring the base model ...")
-    results = {"base": measure(load("pocket/sd"), subject, trigger, references)}
+    results = {"base": measure(load("pocket/sd"), subject, trigger, references, bf16=bf16)}
     for method, recipe in recipes.items():
         print(f"training {method}: {recipe.train.steps} steps ...")
         shutil.rmtree(recipe.folder, ignore_errors=True)
         trainer = config.assemble(recipe)
         trainer.fit()
         print(f"measuring {method} ...")
-        results[method] = measure(trainer.model, subject, trigger, references)
+        results[method] = measure(trainer.model, subject, trigger, references, bf16=bf16)
 
     seconds = time.monotonic() - start
     report = {"subject": subject, "trigger": trigger, "seconds": round(seconds, 1)}

@@ -22,6 +22,7 @@ from visiontune.data.readers import read
 from visiontune.evaluation.personalise import measure
 from visiontune.files import write_json
 from visiontune.models import load
+from visiontune.training.devices import native_bf16
 
 METHODS = ("lora", "oft", "coft", "full")
 SUBJECTS = ("bumble", "domino", "lagoon")
@@ -37,7 +38,15 @@ def train_and_measure(method: str | None, subject: str, seed: int, work: Path, o
     file = work / f"{name}.json"
     if file.exists():
         return json.loads(file.read_text())
-    own = [f"out={work}", f"name={name}", f"seed={seed}", f"data.root=pocket/{subject}", "preview.prompts=[]"]
+    bf16 = native_bf16()
+    own = [
+        f"train.precision={'bf16' if bf16 else 'no'}",
+        f"out={work}",
+        f"name={name}",
+        f"seed={seed}",
+        f"data.root=pocket/{subject}",
+        "preview.prompts=[]",
+    ]
     recipe = config.load_run(f"personalise/{method or 'lora'}", [*own, *overrides])
     references = np.stack([np.asarray(sample.open()) for sample in read(recipe.data)])
     if method is None:
@@ -49,7 +58,7 @@ def train_and_measure(method: str | None, subject: str, seed: int, work: Path, o
         model = trainer.model
         trained = sum(p.numel() for p in trainer.parameters.values())
         shutil.rmtree(recipe.folder, ignore_errors=True)
-    scores = measure(model, subject, recipe.data.trigger, references).scores()
+    scores = measure(model, subject, recipe.data.trigger, references, bf16=bf16).scores()
     row = {"method": method or "base", "subject": subject, "seed": seed, "parameters": trained, **scores}
     write_json(file, row)
     print(json.dumps(row), flush=True)

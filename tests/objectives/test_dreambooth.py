@@ -137,6 +137,21 @@ def test_other_prior_settings_make_other_images(tmp_path, change):
     assert len(images.calls) == 2 and not {s.image for s in first} & {s.image for s in second}
 
 
+def test_several_prior_prompts_take_turns_and_each_image_keeps_its_own(tmp_path):
+    drawn = []
+
+    def images(model, prompts, seeds, **_):
+        drawn.extend(zip(prompts, seeds, strict=True))
+        return np.zeros((len(seeds), 16, 16, 3), np.uint8)
+
+    config = Config(prior_prompt=["a [class]", "a tree", "a house"], prior_images=5, prior_batch_size=2)
+    samples = prepare(config, tmp_path, images)
+    assert [s.caption for s in samples] == ["a dog", "a tree", "a house", "a dog", "a tree"]
+    assert drawn == [(s.caption, i) for i, s in enumerate(samples)]
+    with pytest.raises(ValueError, match="prior_prompt must not be empty"):
+        Config(prior_prompt=[])
+
+
 def test_no_images_without_a_prior_term(tmp_path):
     images = painter()
     assert not prepare(Config(prior_weight=0.0), tmp_path, images)

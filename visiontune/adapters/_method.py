@@ -29,7 +29,7 @@ class Adapter(ABC):
     def forward(self, x: Tensor, beneath: Beneath, scale: float) -> Tensor:
         """The layer's output for its input ``x``, as if ``beneath.weight()`` went through :meth:`weight`."""
 
-    def factors(self, scale: float) -> tuple[Tensor, Tensor] | None:
+    def low_rank(self, scale: float) -> tuple[Tensor, Tensor] | None:
         """``down`` [r, in, kernel ...] and ``up`` [out, r] where the change of the weight is just ``up @ down``."""
         return None
 

@@ -91,9 +91,9 @@ class AdapterSet(nn.Module):
             moved = moved if precise is None else moved - precise
         return adapter.weight(high, self._scale) - high, None if moved is precise else moved
 
-    def factors(self, layer: str) -> tuple[Tensor, Tensor] | None:
-        """The same change of the weight as two factors, where the method has them; see :meth:`Adapter.factors`."""
-        return self._adapters[layer].factors(self._scale)
+    def low_rank(self, layer: str) -> tuple[Tensor, Tensor] | None:
+        """The same change of the weight as two factors, where the method has them; see :meth:`Adapter.low_rank`."""
+        return self._adapters[layer].low_rank(self._scale)
 
     def _up_to_here(self, layer: str) -> Beneath:
         entries = _layers.entries_of(self._layers[layer])

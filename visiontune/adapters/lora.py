@@ -104,7 +104,7 @@ class LoRA(nn.Module, Adapter):
     def tensors(self) -> dict[str, Tensor]:
         return {"down": self.down, "up": self.up}
 
-    def factors(self, scale: float) -> tuple[Tensor, Tensor] | None:
+    def low_rank(self, scale: float) -> tuple[Tensor, Tensor] | None:
         """A and ``scale s B``; none for an embedding and for several groups, whose factors are others."""
         whole = not self.embedding and self.groups == 1
         return (self.down.detach(), scale * self.strength * self.up.detach()) if whole else None
@@ -153,7 +153,7 @@ class DoRA(LoRA):
         # Added to y, so that nothing moves by a bit while the stretch is zero.
         return y + change + stretch * (straight + change)
 
-    def factors(self, scale: float) -> None:
+    def low_rank(self, scale: float) -> None:
         """The stretch makes it none."""
 
     def tensors(self) -> dict[str, Tensor]:

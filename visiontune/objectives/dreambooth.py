@@ -34,7 +34,9 @@ class Config(denoising.Config):
 
     prior_weight: float = option(1.0, help="lambda, the weight of the prior rows; 0 trains without prior preservation")
     prior_images: int = option(100, help="class images the base generates once before training")
-    prior_prompt: str = option("a photo of a [class]", help="prompt of the class images; [class] is data.class_noun")
+    prior_prompt: str | list[str] = option(
+        "a photo of a [class]", help="prompt of the class images, or several by turns; [class] is data.class_noun"
+    )
     prior_steps: int = option(25, help="sampling steps per class image")
     prior_cfg_scale: float = option(4.0, help="guidance scale of the class images")
     prior_batch_size: int = option(8, help="class images sampled at once; has no effect on the images")
@@ -43,6 +45,8 @@ class Config(denoising.Config):
         super().__post_init__()
         if self.prior_weight < 0 or self.prior_images < 0:
             raise ValueError("prior_weight and prior_images must be 0 or more")
+        if not self.prior_prompt:
+            raise ValueError("prior_prompt must not be empty")
         if self.prior_steps < 1 or self.prior_batch_size < 1:
             raise ValueError("prior_steps and prior_batch_size must be 1 or more")
 
@@ -73,43 +77,48 @@ class DreamBooth(denoising.Denoising):
         """
         if not self.config.prior_weight or not self.config.prior_images:
             return []
-        prompt = substitute(self.config.prior_prompt, data.trigger, data.class_noun)
-        folder = cache_dir / f"prior-{self._key(model, prompt)}"
-        files = [folder / f"{i:05d}.png" for i in range(self.config.prior_images)]
+        wanted = self.config.prior_prompt
+        prompts = [
+            substitute(p, data.trigger, data.class_noun) for p in ([wanted] if isinstance(wanted, str) else wanted)
+        ]
+        folder = cache_dir / f"prior-{self._key(model, prompts)}"
+        files = {folder / f"{i:05d}.png": prompts[i % len(prompts)] for i in range(self.config.prior_images)}
         with adapters.disable() if adapters is not None else nullcontext():
-            self._generate(model, prompt, files, images)
+            self._generate(model, prompts, files, images)
         return [
             Sample(id=f"{folder.name}/{f.name}", image=f, caption=prompt, prior=True, weight=self.config.prior_weight)
-            for f in files
+            for f, prompt in files.items()
         ]
 
-    def _settings(self, model: DiffusionModel, prompt: str) -> dict[str, Any]:
+    def _settings(self, model: DiffusionModel, prompts: list[str]) -> dict[str, Any]:
         return {
             "base": {part: model.fingerprint(part) for part in ("denoiser", "text", "vae")},
-            "prompt": prompt,
+            "prompts": prompts,
             "steps": self.config.prior_steps,
             "cfg_scale": self.config.prior_cfg_scale,
         }
 
-    def _key(self, model: DiffusionModel, prompt: str) -> str:
-        settings = json.dumps(self._settings(model, prompt), sort_keys=True)
+    def _key(self, model: DiffusionModel, prompts: list[str]) -> str:
+        settings = json.dumps(self._settings(model, prompts), sort_keys=True)
         return hashlib.sha256(settings.encode()).hexdigest()[:16]
 
-    def _generate(self, model: DiffusionModel, prompt: str, files: list[Path], images: Callable[..., Any]) -> None:
+    def _generate(
+        self, model: DiffusionModel, prompts: list[str], wanted: dict[Path, str], images: Callable[..., Any]
+    ) -> None:
         """Image ``i`` has seed ``i``; batches are sampled whole, so that a killed run's images end up the same."""
         from PIL import Image
         from tqdm.auto import tqdm
 
-        size = self.config.prior_batch_size
+        size, files = self.config.prior_batch_size, list(wanted)
         chunks = [range(start, min(start + size, len(files))) for start in range(0, len(files), size)]
         chunks = [chunk for chunk in chunks if not all(files[i].exists() for i in chunk)]
         if not chunks:
             return
-        write_json(files[0].parent / "settings.json", self._settings(model, prompt))
+        write_json(files[0].parent / "settings.json", self._settings(model, prompts))
         for chunk in tqdm(chunks, desc="prior images"):
             made = images(
                 model,
-                [prompt] * len(chunk),
+                [wanted[files[i]] for i in chunk],
                 list(chunk),
                 steps=self.config.prior_steps,
                 cfg_scale=self.config.prior_cfg_scale,

@@ -80,7 +80,7 @@ def export(
             continue
         if bias is not None and bias.any():
             raise UserError(f"'{layer}' has a changed bias, which {kind} cannot hold: export as 'diff', or merge")
-        factors = adapters.factors(layer)
+        factors = adapters.low_rank(layer)
         down, up = factorise(weight, rank) if factors is None else factors
         done.ranks[layer] = up.shape[1]
         done.errors[layer] = _error(weight, down, up)
