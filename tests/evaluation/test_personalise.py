@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
+import torch
 
 from visiontune.data import oracle
 from visiontune.data.pocket_scenes import held_out, subject_scene
@@ -43,7 +46,8 @@ def test_a_model_that_draws_the_subject_scores_high_and_one_that_does_not_low(mo
     monkeypatch.setattr(personalise, "load_clip", lambda name: FakeClip())
     monkeypatch.setattr(personalise, "clip_image_similarity", lambda a, b, encoder: 0.5)
     references = np.stack([render(subject_scene(subject, rng)) for _ in range(5)])
-    result = personalise.measure(None, "bumble", "sks", references, ordinary=6)
+    model = SimpleNamespace(device=torch.device("cpu"))
+    result = personalise.measure(model, "bumble", "sks", references, ordinary=6)
     assert result.prompt_accuracy == 1.0 and result.class_kept == 1.0
     assert (result.subject_known == 1.0) is learnt
     assert (result.subject_oracle > 0.8) is learnt

@@ -94,7 +94,7 @@ def measure(
         cfg_scale: scale of classifier-free guidance.
         bf16: sample under bfloat16 autocast, which is the faster where the device has it.
     """
-    individual, kind = SUBJECTS[subject], next(model.denoiser.parameters()).device.type
+    individual, kind = SUBJECTS[subject], model.device.type
 
     def draw(prompts: Sequence[str], own_seeds: Sequence[int]) -> tuple[list[str], np.ndarray]:
         pairs = [(p, s) for p in prompts for s in own_seeds]
