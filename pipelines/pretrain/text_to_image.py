@@ -6,12 +6,18 @@ The latents of ``--scenes`` scenes are computed once; captions are drawn afresh 
 from the held-out tenth. Two things teach the order of a relation, which a small model otherwise takes for a coin toss:
 the text encoder first learns alone to tell from the end of a caption what stands on which side, and scenes of two
 objects come in twins, equal but for their relation and seen through the same noise.
-Run it again to go on after an interruption. The finished pipeline lands in ``<out>/model``.
+
+    python pipelines/pretrain/text_to_image.py --init runs/pretrain/sd/model --out runs/pretrain/sd2 \\
+        --scenes 20000 --steps 1000 --lr 5e-4
+
+trains the UNet alone for another while, mostly on single objects, of which the first part leaves some out.
+Run either again to go on after an interruption. The finished pipeline lands in ``<out>/model``.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 from dataclasses import replace
 from pathlib import Path
 
@@ -27,11 +33,12 @@ from tqdm import tqdm
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from visiontune.data.oracle import matches
-from visiontune.data.pocket_scenes import caption, held_out, sample_scene, stream
+from visiontune.data.pocket_scenes import TRIGGERS, caption, held_out, sample_scene, stream, vocabulary
 from visiontune.data.pocket_world import COLORS, SHAPES, SIZE, Scene, render
 from visiontune.training.pretrain import fit, images_to_tensor
 
 KINDS = {"one": 0.25, "two": 0.55, "many": 0.12, "three": 0.08}
+LATER_KINDS = {"one": 0.55, "two": 0.3, "many": 0.08, "three": 0.07}
 DROPOUT = 0.1
 SNR_GAMMA = 5.0
 READING_WEIGHT = 0.02
@@ -84,12 +91,12 @@ def twin(scene: Scene) -> Scene:
     return replace(scene, things=things, relation=OPPOSITE[scene.relation])
 
 
-def training_scenes(count: int) -> list[Scene]:
+def training_scenes(count: int, kinds: dict[str, float], seed: int) -> list[Scene]:
     """``count`` scenes in pairs: a scene of two objects is followed by its twin, any other by another of its kind."""
-    rng = np.random.default_rng(31)
+    rng = np.random.default_rng(seed)
     scenes: list[Scene] = []
     while len(scenes) < count:
-        kind = str(rng.choice(list(KINDS), p=list(KINDS.values())))
+        kind = str(rng.choice(list(kinds), p=list(kinds.values())))
         scene = sample_scene(rng, kind)
         scenes += [scene, twin(scene) if scene.relation else sample_scene(rng, kind)]
     return scenes
@@ -117,6 +124,24 @@ def training_caption(scene: Scene, rng: np.random.Generator) -> str:
 def training_captions(scenes: list[Scene], seed: list[int]) -> list[str]:
     """One caption a scene; the two of a pair are worded alike."""
     return [training_caption(scene, np.random.default_rng([*seed, i // 2])) for i, scene in enumerate(scenes)]
+
+
+@torch.no_grad()
+def lengthen_unseen(text: CLIPTextModel, tokenizer: CLIPTokenizer) -> CLIPTextModel:
+    """A copy in which the words that no caption holds have vectors as long as the trained ones.
+
+    They keep the directions of their initialisation; as short as they were, a trigger word would hardly tell one
+    prompt from another.
+    """
+    text = copy.deepcopy(text)
+    embedding = text.get_input_embeddings().weight
+    words = [word for word in vocabulary() if word not in TRIGGERS]
+    seen = sorted({token for ids in tokenizer(words).input_ids for token in ids})
+    lengths = embedding.norm(dim=1, keepdim=True)
+    unseen = torch.ones(len(embedding), dtype=torch.bool)
+    unseen[seen] = False
+    embedding[unseen] *= lengths[seen].median() / lengths[unseen]
+    return text
 
 
 # ---------------------------------------------------------------------------------------------------- sides
@@ -151,6 +176,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--vae", type=Path, default=Path("runs/pretrain/vae/model"))
     parser.add_argument("--out", type=Path, default=Path("runs/pretrain/sd"))
+    parser.add_argument("--init", type=Path, help="the pipeline of an earlier run, whose UNet is trained further")
     parser.add_argument("--scenes", type=int, default=50_000)
     parser.add_argument("--steps", type=int, default=5500)
     parser.add_argument("--reading-steps", type=int, default=800)
@@ -169,7 +195,11 @@ def main() -> None:
     text.set_attn_implementation("eager")
     unet.set_attn_processor(AttnProcessor())
     vae = AutoencoderKL.from_pretrained(args.vae).eval()
-    scenes = training_scenes(args.scenes)
+    if args.init:
+        trained = StableDiffusionPipeline.from_pretrained(args.init)
+        text.load_state_dict(trained.text_encoder.state_dict())
+        unet.load_state_dict(trained.unet.state_dict())
+    scenes = training_scenes(args.scenes, LATER_KINDS, 36) if args.init else training_scenes(args.scenes, KINDS, 31)
     file = args.out / "latents.pt"
     if not file.exists():
         torch.save(latents_of(scenes, vae), file)
@@ -187,20 +217,25 @@ def main() -> None:
             hidden = text(ids).last_hidden_state
         return {"loss": head.loss(hidden.float(), ids == tokenizer.eos_token_id, pairs)}
 
-    reader = nn.ModuleDict({"text": text, "head": head})
-    fit(reader, reading_loss, steps=args.reading_steps, lr=args.lr, folder=args.out / "reader", warmup=100)
+    if args.init:
+        text.requires_grad_(False)
+    else:
+        reader = nn.ModuleDict({"text": text, "head": head})
+        fit(reader, reading_loss, steps=args.reading_steps, lr=args.lr, folder=args.out / "reader", warmup=100)
     model = nn.ModuleDict({"text": text, "unet": unet, "head": head})
     denoise = torch.compile(unet) if args.compile else unet
 
     def loss_at(step: int) -> dict[str, torch.Tensor]:
-        draw, generator = np.random.default_rng([32, step]), torch.Generator().manual_seed(step)
+        draw, generator = np.random.default_rng([37 if args.init else 32, step]), torch.Generator().manual_seed(step)
         first = 2 * draw.integers(len(scenes) // 2, size=args.batch // 2)
         rows = np.stack([first, first + 1], 1).ravel()
         pairs = [scenes[i] for i in rows]
         x_0 = latents[rows].float()
         ids = tokens(training_captions(pairs, [35, step]))
         eps = torch.randn(x_0.shape, generator=generator)
-        t = torch.randint(1000, (args.batch,), generator=generator)
+        u = torch.rand(args.batch, generator=generator)
+        # How many objects there will be, and where, is decided at high noise: later on it is visited more often.
+        t = (1000 * (u.sqrt() if args.init else u)).long()
         twins = torch.tensor([scene.relation is not None for scene in pairs[::2]])
         eps[1::2][twins], t[1::2][twins] = eps[::2][twins], t[::2][twins]
         empty = torch.rand(args.batch // 2, generator=generator) < DROPOUT
@@ -212,6 +247,8 @@ def main() -> None:
         error = (prediction.float() - eps).pow(2).mean((1, 2, 3))
         snr = compute_snr(scheduler, t)
         denoising = (error * snr.clamp(max=SNR_GAMMA) / snr).mean()
+        if args.init:
+            return {"loss": denoising}
         kept = ~empty.repeat_interleave(2)
         captioned = [scene for scene, keep in zip(pairs, kept, strict=True) if keep]
         reading = head.loss(hidden[kept].float(), ids[kept] == tokenizer.eos_token_id, captioned)
@@ -219,7 +256,8 @@ def main() -> None:
 
     def pipeline(averaged: nn.Module) -> StableDiffusionPipeline:
         return StableDiffusionPipeline(
-            vae=vae, text_encoder=averaged["text"], tokenizer=tokenizer, unet=averaged["unet"], scheduler=scheduler,
+            vae=vae, text_encoder=lengthen_unseen(averaged["text"], tokenizer), tokenizer=tokenizer,
+            unet=averaged["unet"], scheduler=scheduler,
             safety_checker=None, feature_extractor=None, requires_safety_checker=False,
         )  # fmt: skip
 
@@ -243,7 +281,16 @@ def main() -> None:
         print(f"step {step}: prompt accuracy {verdict}", flush=True)
         Image.fromarray(np.concatenate(pictures)).save(args.out / f"samples-{step:05d}.png")
 
-    fit(model, loss_at, steps=args.steps, lr=args.lr, folder=args.out, warmup=300, ema=0.999, probe=probe)
+    fit(
+        model,
+        loss_at,
+        steps=args.steps,
+        lr=args.lr,
+        folder=args.out,
+        warmup=100 if args.init else 300,
+        ema=0.999,
+        probe=probe,
+    )
     tokenizer.backend_tokenizer.model.save(str(args.out / "model" / "tokenizer"))
 
 

@@ -16,7 +16,7 @@ from visiontune.evaluation import personalise
 
 def test_ordinary_prompts_are_held_out_and_have_one_and_two_objects_by_turns():
     prompts = personalise.ordinary_prompts(20)
-    assert len(prompts) == 20 and all(map(held_out, prompts))
+    assert len(set(prompts)) == 20 and all(map(held_out, prompts))
     assert [len(oracle.read_caption(p).things) for p in prompts] == [1, 2] * 10
 
 
