@@ -65,12 +65,11 @@ def class_prompts(subject: Subject) -> list[str]:
 
 def ordinary_prompts(n: int = 100) -> list[str]:
     """Held-out prompts, each once, by turns with one object and with two in a relation."""
+    sources = itertools.cycle([stream(505, "one", holdout=True), stream(505, "two", holdout=True)])
     prompts: dict[str, None] = {}
-    for source in itertools.cycle([stream(505, "one", holdout=True), stream(505, "two", holdout=True)]):
-        if len(prompts) == n:
-            return list(prompts)
-        prompts[next(text for _, text in source if text not in prompts)] = None
-    raise AssertionError("the streams do not end")
+    while len(prompts) < n:
+        prompts[next(text for _, text in next(sources) if text not in prompts)] = None
+    return list(prompts)
 
 
 def measure(
