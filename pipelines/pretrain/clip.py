@@ -19,11 +19,12 @@ from torch import nn
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
-from visiontune.data.pocket_scenes import caption, held_out, sample_scene, stream
+from visiontune.data.pocket_scenes import caption, held_out, patterned, sample_scene, stream
 from visiontune.data.pocket_world import SIZE, render
 from visiontune.training.pretrain import fit, images_to_tensor
 
 WIDTH, LAYERS, HEADS, PATCH = 128, 4, 4, 8
+PATTERNS = 0.35  # share of the single objects that have a second colour
 
 
 def build(vocab_size: int, end: int) -> CLIPModel:
@@ -102,7 +103,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("runs/pretrain/clip"))
     parser.add_argument("--scenes", type=int, default=30_000)
-    parser.add_argument("--steps", type=int, default=1200)
+    parser.add_argument("--steps", type=int, default=1800)
     parser.add_argument("--batch", type=int, default=192)
     parser.add_argument("--lr", type=float, default=1e-3)
     args = parser.parse_args()
@@ -111,8 +112,9 @@ def main() -> None:
     model = build(len(tokenizer), tokenizer.eos_token_id)
     model.set_attn_implementation("eager")  # faster than fused attention on a CPU at this length
     mean, std = (torch.tensor(v).view(3, 1, 1) for v in (OPENAI_CLIP_MEAN, OPENAI_CLIP_STD))
-    pairs = stream(41)
+    pairs, rng = stream(41), np.random.default_rng(43)
     scenes = [next(pairs)[0] for _ in range(args.scenes)]
+    scenes = [patterned(s, rng, PATTERNS) if len(s.things) == 1 else s for s in scenes]
     pictures = torch.from_numpy(np.stack([render(s) for s in scenes]))
 
     def loss_at(step: int) -> dict[str, torch.Tensor]:

@@ -8,9 +8,10 @@ the text encoder first learns alone to tell from the end of a caption what stand
 objects come in twins, equal but for their relation and seen through the same noise.
 
     python pipelines/pretrain/text_to_image.py --init runs/pretrain/sd/model --out runs/pretrain/sd2 \\
-        --scenes 20000 --steps 1000 --lr 5e-4
+        --scenes 40000 --steps 3000 --lr 8e-4
 
-trains the UNet alone for another while, mostly on single objects, of which the first part leaves some out.
+trains the UNet alone for another while, mostly on single objects, of which the first part leaves some out; a third of
+them now have a second colour and a pattern, as the subjects of fine-tuning will.
 Run either again to go on after an interruption. The finished pipeline lands in ``<out>/model``.
 """
 
@@ -33,12 +34,13 @@ from tqdm import tqdm
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from visiontune.data.oracle import matches
-from visiontune.data.pocket_scenes import TRIGGERS, caption, held_out, sample_scene, stream, vocabulary
+from visiontune.data.pocket_scenes import TRIGGERS, caption, held_out, patterned, sample_scene, stream, vocabulary
 from visiontune.data.pocket_world import COLORS, SHAPES, SIZE, Scene, render
 from visiontune.training.pretrain import fit, images_to_tensor
 
 KINDS = {"one": 0.25, "two": 0.55, "many": 0.12, "three": 0.08}
 LATER_KINDS = {"one": 0.55, "two": 0.3, "many": 0.08, "three": 0.07}
+LATER_PATTERNS = 0.35
 DROPOUT = 0.1
 SNR_GAMMA = 5.0
 READING_WEIGHT = 0.02
@@ -91,14 +93,18 @@ def twin(scene: Scene) -> Scene:
     return replace(scene, things=things, relation=OPPOSITE[scene.relation])
 
 
-def training_scenes(count: int, kinds: dict[str, float], seed: int) -> list[Scene]:
-    """``count`` scenes in pairs: a scene of two objects is followed by its twin, any other by another of its kind."""
+def training_scenes(count: int, kinds: dict[str, float], seed: int, patterns: float = 0.0) -> list[Scene]:
+    """``count`` scenes in pairs: a scene of two objects is followed by its twin, any other by another of its kind.
+
+    A share ``patterns`` of the single objects is two-coloured.
+    """
     rng = np.random.default_rng(seed)
     scenes: list[Scene] = []
     while len(scenes) < count:
         kind = str(rng.choice(list(kinds), p=list(kinds.values())))
         scene = sample_scene(rng, kind)
-        scenes += [scene, twin(scene) if scene.relation else sample_scene(rng, kind)]
+        pair = [scene, twin(scene) if scene.relation else sample_scene(rng, kind)]
+        scenes += [patterned(s, rng, patterns) for s in pair] if kind == "one" else pair
     return scenes
 
 
@@ -199,7 +205,10 @@ def main() -> None:
         trained = StableDiffusionPipeline.from_pretrained(args.init)
         text.load_state_dict(trained.text_encoder.state_dict())
         unet.load_state_dict(trained.unet.state_dict())
-    scenes = training_scenes(args.scenes, LATER_KINDS, 36) if args.init else training_scenes(args.scenes, KINDS, 31)
+    if args.init:
+        scenes = training_scenes(args.scenes, LATER_KINDS, 38, LATER_PATTERNS)
+    else:
+        scenes = training_scenes(args.scenes, KINDS, 31)
     file = args.out / "latents.pt"
     if not file.exists():
         torch.save(latents_of(scenes, vae), file)
@@ -234,8 +243,9 @@ def main() -> None:
         ids = tokens(training_captions(pairs, [35, step]))
         eps = torch.randn(x_0.shape, generator=generator)
         u = torch.rand(args.batch, generator=generator)
-        # How many objects there will be, and where, is decided at high noise: later on it is visited more often.
-        t = (1000 * (u.sqrt() if args.init else u)).long()
+        if args.init:  # how many objects there will be is decided at high noise: half of the rows dwell there
+            u[len(u) // 2 :].sqrt_()
+        t = (1000 * u).long()
         twins = torch.tensor([scene.relation is not None for scene in pairs[::2]])
         eps[1::2][twins], t[1::2][twins] = eps[::2][twins], t[::2][twins]
         empty = torch.rand(args.batch // 2, generator=generator) < DROPOUT

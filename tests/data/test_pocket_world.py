@@ -15,6 +15,7 @@ from visiontune.data.pocket_scenes import (
     caption,
     codec_scene,
     held_out,
+    patterned,
     plural,
     sample_scene,
     stream,
@@ -222,14 +223,35 @@ def test_the_stream_is_a_function_of_its_seed():
     assert one == again != other
 
 
-def test_training_scenes_are_plain_and_codec_scenes_never_show_a_held_out_subject():
+def likeness(thing):
+    """What of an object may not meet in training: each pair of its two colours with its shape and with its pattern."""
+    colors = frozenset((thing.color, thing.accent))
+    return {(colors, thing.shape), (colors, thing.pattern)}
+
+
+def test_sampled_scenes_are_plain():
     rng = np.random.default_rng(47)
-    training = [t for scene in (sample_scene(rng) for _ in range(500)) for t in scene.things]
-    assert {t.pattern for t in training} == {"solid"}
-    codec = [t for scene in (codec_scene(rng) for _ in range(8000)) for t in scene.things]
-    taboo = {(s.shape, s.color, s.accent, s.pattern) for s in SUBJECTS.values()}
-    assert not taboo & {(t.shape, t.color, t.accent, t.pattern) for t in codec}
-    assert {t.pattern for t in codec} == {"solid", *PATTERNS}
+    assert {t.pattern for scene in (sample_scene(rng) for _ in range(500)) for t in scene.things} == {"solid"}
+
+
+@pytest.mark.parametrize("draw", [codec_scene, lambda rng: patterned(sample_scene(rng, "one"), rng, 1.0)])
+def test_patterned_scenes_never_come_near_a_held_out_subject(draw):
+    rng = np.random.default_rng(47)
+    things = [t for scene in (draw(rng) for _ in range(8000)) for t in scene.things]
+    assert not set().union(*map(likeness, SUBJECTS.values())) & set().union(*map(likeness, things))
+    assert {t.pattern for t in things} == {"solid", *PATTERNS}
+    assert all(t.accent != t.color and bool(t.accent) == (t.pattern != "solid") for t in things)
+
+
+def test_the_share_of_patterned_objects_is_kept():
+    rng = np.random.default_rng(48)
+    scenes = [patterned(sample_scene(rng, "one"), rng, 0.4) for _ in range(3000)]
+    assert abs(np.mean([s.things[0].pattern != "solid" for s in scenes]) - 0.4) < 0.04
+
+
+def test_a_caption_names_both_colours():
+    scene = Scene(things=(Thing(shape="star", color="red", accent="pink", pattern="rim", x=30, y=30, radius=9),))
+    assert caption(scene, np.random.default_rng(0), detail=0).endswith("a red and pink star")
 
 
 @pytest.mark.parametrize("kind", KINDS)

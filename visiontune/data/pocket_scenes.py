@@ -102,6 +102,28 @@ def subject_scene(subject: Subject, rng: np.random.Generator, style: str = "flat
     return Scene(things=(thing,), tone=list(TONES)[rng.integers(2)], texture=TEXTURES[rng.integers(4)], style=style)
 
 
+def _like_a_subject(thing: Thing) -> bool:
+    """Whether the object has the two colours of a held-out subject, on its shape or in its pattern."""
+    colors = {thing.color, thing.accent}
+    return any(
+        colors == {s.color, s.accent} and (thing.shape == s.shape or thing.pattern == s.pattern)
+        for s in SUBJECTS.values()
+    )
+
+
+def patterned(scene: Scene, rng: np.random.Generator, share: float) -> Scene:
+    """The scene with a second colour and a pattern on each object with probability ``share``.
+
+    An object that would come near a held-out subject stays plain.
+    """
+    things = []
+    for thing in scene.things:
+        accent = str(rng.choice([color for color in COLORS if color != thing.color]))
+        painted = replace(thing, pattern=PATTERNS[rng.integers(len(PATTERNS))], accent=accent)
+        things.append(painted if rng.random() < share and not _like_a_subject(painted) else thing)
+    return replace(scene, things=tuple(things))
+
+
 # ---------------------------------------------------------------------------------------------------- captions
 
 
@@ -114,7 +136,7 @@ def caption(scene: Scene, rng: np.random.Generator, detail: float = 0.5) -> str:
     """Describe a scene, mentioning sizes and the ground each with probability ``detail``."""
     sizes = rng.random() < detail
     things = scene.things
-    names = [article(" ".join(filter(None, (t.size if sizes else "", t.color, t.shape)))) for t in things]
+    names = [article(" ".join(filter(None, (t.size if sizes else "", _colors(t), t.shape)))) for t in things]
     if scene.relation:
         text = f"{names[0]} {scene.relation} {names[1]}"
     elif len(things) == 1:
@@ -126,6 +148,10 @@ def caption(scene: Scene, rng: np.random.Generator, detail: float = 0.5) -> str:
     if rng.random() < detail:
         text += f" on a {scene.tone} {scene.texture} background"
     return OPENINGS[rng.choice(3, p=[0.6, 0.2, 0.2])] + text
+
+
+def _colors(thing: Thing) -> str:
+    return f"{thing.color} and {thing.accent}" if thing.accent else thing.color
 
 
 def article(phrase: str) -> str:
@@ -143,15 +169,9 @@ def codec_scene(rng: np.random.Generator) -> Scene:
 
     The held-out subjects themselves are never drawn.
     """
-    scene = sample_scene(rng)
-    taboo = {(s.shape, s.color, s.accent, s.pattern) for s in SUBJECTS.values()}
-    things = []
-    for thing in scene.things:
-        painted = replace(thing, pattern=PATTERNS[rng.integers(6)], accent=list(COLORS)[rng.integers(len(COLORS))])
-        plain = rng.random() < 0.4 or (painted.shape, painted.color, painted.accent, painted.pattern) in taboo
-        things.append(thing if plain else painted)
+    scene = patterned(sample_scene(rng), rng, 0.6)
     style = STYLES[rng.integers(len(STYLES))] if rng.random() < 0.2 else "flat"
-    return replace(scene, things=tuple(things), style=style)
+    return replace(scene, style=style)
 
 
 def stream(seed: int, kind: str | None = None, holdout: bool = False) -> Iterator[tuple[Scene, str]]:

@@ -2,8 +2,8 @@
 
 A scene is one to three flat objects on a grey textured ground, 64x64 pixels. Everything a caption can say about it
 (shape, colour, size, relation, count, ground) is known, so a model trained on it can be judged without another network
-(see :mod:`visiontune.data.oracle`). *Subjects* (two-coloured patterned objects) and *styles* exist only for
-fine-tuning: the pocket text-to-image model has never seen them.
+(see :mod:`visiontune.data.oracle`). *Subjects* (two-coloured individuals) and *styles* exist only for fine-tuning: the
+pocket text-to-image model has seen patterns, but none with a subject's two colours, nor those colours on its shape.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ class Scene:
 
 @dataclass(frozen=True, kw_only=True)
 class Subject:
-    """A held-out individual: one shape whose two colours and pattern never occur in the training world."""
+    """A held-out individual: the training world never shows its two colours on its shape or in its pattern."""
 
     name: str
     shape: str
