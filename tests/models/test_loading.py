@@ -62,6 +62,12 @@ def test_a_folder_gives_the_model_that_was_saved(saved):
     assert (model.resolution, model.downsample, model.latent_channels, model.max_tokens) == (16, 2, 4, 32)
 
 
+def test_the_folder_of_a_run_stands_for_the_model_in_it(folder):
+    model = models.load(str(folder.parent))
+    assert model.fingerprint("denoiser") == tiny_model("sd").fingerprint("denoiser")
+    assert model.source == str(folder.parent)
+
+
 def test_the_pipeline_class_chooses_the_family(tmp_path):
     tiny_sdxl().save_pretrained(tmp_path)
     model, original = models.load(str(tmp_path)), tiny_model("sdxl")

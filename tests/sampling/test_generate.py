@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -113,6 +114,15 @@ def test_other_settings_in_the_same_folder_are_refused(folder: Path, finished: P
     with pytest.raises(UserError, match=r"prompts\[0\] was 'a red circle' and is 'x'"):
         generate(_config(folder, finished, prompts=["x", *PROMPTS[1:]]))
     assert _bytes(finished) == before
+
+
+def test_other_weights_under_the_same_name_are_refused(folder: Path, tmp_path: Path) -> None:
+    mine, out = shutil.copytree(folder, tmp_path / "mine"), tmp_path / "out"
+    generate(_config(mine, out, prompts=PROMPTS[:1], seeds=1))
+    generate(_config(mine, out, prompts=PROMPTS[:1], seeds=1))
+    next(mine.rglob("*.safetensors")).touch()
+    with pytest.raises(UserError, match="model_files was"):
+        generate(_config(mine, out, prompts=PROMPTS[:1], seeds=2))
 
 
 def test_webp_holds_the_same_pixels(folder: Path, finished: Path, tmp_path: Path) -> None:

@@ -131,6 +131,14 @@ def test_ddim_does_not_clip_latents_where_the_folder_does_not_say(model) -> None
     assert make_scheduler("ddim", PNDMScheduler(skip_prk_steps=True)).config.clip_sample is False
 
 
+def test_ddim_keeps_what_the_folder_leaves_to_its_own_scheduler(model) -> None:
+    """PNDM ends on the first alpha where its file does not say otherwise, DDIM on one."""
+    from diffusers import PNDMScheduler
+
+    base = PNDMScheduler(skip_prk_steps=True)
+    assert make_scheduler("ddim", base).final_alpha_cumprod == base.final_alpha_cumprod == base.alphas_cumprod[0]
+
+
 def test_pairs() -> None:
     assert pair("a", [1, 2]) == [("a", 1), ("a", 2)]
     assert pair(["a", "b"], 3) == [("a", 3), ("b", 3)]

@@ -77,7 +77,8 @@ def _locate(source: str, revision: str | None) -> tuple[Path | None, dict[str, A
         return pocket.folder(source), {"local_files_only": True}
     path = Path(source).expanduser()
     if source and path.is_dir():
-        return path, {"local_files_only": True}
+        trained = path / "model"  # where a run that trains every weight leaves its model
+        return trained if (trained / INDEX).is_file() else path, {"local_files_only": True}
     if path.is_file():
         raise UserError(f"model '{source}' is a file: give a folder in the diffusers layout, which holds {INDEX}")
     if not _HUB_ID.fullmatch(source):

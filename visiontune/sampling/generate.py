@@ -155,6 +155,7 @@ def _settings(config: SampleConfig, model: DiffusionModel | None) -> dict[str, A
     adapters = [(name, hashlib.sha256(adapter_file(name).read_bytes()).hexdigest()) for name in config.adapter_list()]
     return {
         "model": model.source if model else config.model,
+        "model_files": None if model else _stamp(Path(config.model).expanduser()),
         "revision": config.revision,
         "dtype": config.dtype,
         "adapter": [{"file": name, "sha256": digest[:16]} for name, digest in adapters],
@@ -167,3 +168,14 @@ def _settings(config: SampleConfig, model: DiffusionModel | None) -> dict[str, A
         "width": config.width,
         "format": config.format,
     }
+
+
+def _stamp(folder: Path) -> str | None:
+    """Tells the weights of a model folder from those that replace them, without reading gigabytes; None for a name."""
+    if not folder.is_dir():
+        return None
+    digest = hashlib.sha256()
+    for file in sorted(folder.rglob("*.safetensors")):
+        status = file.stat()
+        digest.update(f"{file.relative_to(folder)} {status.st_size} {status.st_mtime_ns}\n".encode())
+    return digest.hexdigest()[:16]

@@ -12,11 +12,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, EulerDiscreteScheduler
+from diffusers import DPMSolverMultistepScheduler, EulerDiscreteScheduler
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from visiontune import adapters
+from visiontune.diffusion.schedule import ddim_scheduler
 from visiontune.errors import UserError
 
 if TYPE_CHECKING:
@@ -35,13 +36,10 @@ def initial_noise(prompt: str, seed: int, shape: Sequence[int]) -> Tensor:
 
 
 def make_scheduler(name: str, base: Any) -> Any:
-    """A fresh sampler on the noise schedule of the scheduler ``base``.
-
-    Latents are not bounded as pixels are, so DDIM never clips them here, whatever the folder's file leaves out.
-    """
+    """A fresh sampler on the noise schedule of the scheduler ``base``; ``ddim`` is the one that rollouts step by."""
     config = base.config
     if name == "ddim":
-        return DDIMScheduler.from_config(config, clip_sample=False)
+        return ddim_scheduler(base)
     if name == "dpm++":
         return DPMSolverMultistepScheduler.from_config(config)
     if name == "euler":
