@@ -37,7 +37,7 @@ def test_transposed_views_equal_the_explicit_product_of_factors(m: int) -> None:
     factors, full = random_factors(m, d, b), torch.eye(d, dtype=torch.float64)
     for level in range(m):
         p = torch.eye(d, dtype=torch.float64)[:, permutation(level, d, b)]
-        full = full @ p @ torch.block_diag(*factors[level]) @ p.mT
+        full = p @ torch.block_diag(*factors[level]) @ p.mT @ full
     x, w = torch.randn(3, 5, d, dtype=torch.float64), torch.randn(6, d, dtype=torch.float64)
     torch.testing.assert_close(turn_input(x, factors), x @ full)
     torch.testing.assert_close(turn_weight(w, factors), w @ full.mT)

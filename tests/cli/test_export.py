@@ -7,7 +7,7 @@ import torch
 from diffusers import StableDiffusionPipeline
 from tiny import tiny_model
 
-from visiontune.adapters import attach
+from visiontune.adapters import attach, load, read_header
 
 
 @pytest.fixture
@@ -72,3 +72,47 @@ def test_an_adapter_without_a_base_needs_one(cli, tmp_path, tiny_folder) -> None
     path = adapters.save(tmp_path / "adapter.safetensors")
     assert "name the base with --model" in cli("export", path, "a.safetensors").err
     assert cli("export", path, "a.safetensors", "--model", tiny_folder).code == 0
+
+
+def unet_output(model) -> torch.Tensor:
+    cond = model.embed(["a red circle"])
+    with torch.no_grad():
+        return model.predict(torch.ones(1, 4, 8, 8), torch.tensor([400]), cond)
+
+
+@pytest.mark.parametrize("words", [("peft_folder", "--format", "peft"), ("lora.safetensors", "--format", "kohya")])
+def test_what_was_exported_can_be_imported(cli, tmp_path, tiny_folder, words) -> None:
+    model = tiny_model()
+    before = unet_output(model)
+    adapters = attach({"unet": model.denoiser}, "lora", targets="attention", rank=3)
+    with torch.no_grad():
+        for p in adapters.parameters():
+            p.add_(0.3 * torch.randn(p.shape, generator=torch.Generator().manual_seed(0)))
+    path = adapters.save(tmp_path / "adapter.safetensors", {"base_model": str(tiny_folder)})
+    assert cli("export", path, *words, "--dtype", "fp32").code == 0
+    result = cli("import", words[0], "back.safetensors", "--model", tiny_folder, "--trigger", "sks")
+    assert result.code == 0
+    assert "lora on" in result.out
+    other = tiny_model()
+    load(other.components(), tmp_path / "back.safetensors")
+    torch.testing.assert_close(unet_output(other), unet_output(model), rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(before, unet_output(model), atol=1e-3)
+    assert read_header(tmp_path / "back.safetensors")["trigger"] == "sks"
+
+
+def test_what_import_refuses(cli, adapter, tmp_path, tiny_folder) -> None:
+    path, _ = adapter
+    before = sorted(tmp_path.iterdir())
+    for words, message in (
+        (("nowhere", "a.safetensors"), "there is no nowhere"),
+        ((path, "a.bin"), "an adapter is a .safetensors file"),
+        ((path, path), "exists: name another output"),
+        ((path, "a.safetensors"), "keys belong to no layer of this model"),
+        ((tiny_folder, "a.safetensors"), "no readable adapter_config.json"),
+        ((tiny_folder, "a.safetensors", "--component", "transformer"), "has no component 'transformer'"),
+    ):
+        result = cli("import", *words, "--model", tiny_folder)
+        assert result.code == 2
+        assert message in result.err
+        assert "Traceback" not in result.err
+    assert sorted(tmp_path.iterdir()) == before

@@ -224,6 +224,10 @@ class AdapterSet(nn.Module):
         for method in self.methods():
             method.refresh()
 
+    def adapters(self) -> dict[str, Any]:
+        """What the method does in each layer, by the layer's name."""
+        return dict(self._adapters)
+
     def tensors(self) -> dict[str, Tensor]:
         """What is saved: ``<layer>.<name>`` -> tensor that shares memory with the parameters."""
         return {
@@ -232,8 +236,22 @@ class AdapterSet(nn.Module):
             for key, value in adapter.tensors().items()
         }
 
-    def fit(self, saved: Mapping[str, Tensor]) -> None:
-        """Take on the shapes of saved tensors, named as in :meth:`tensors`; see :meth:`Method.fit`."""
+    def fill(self, path: str | Path, saved: Mapping[str, Tensor]) -> None:
+        """Take on the shapes and values of saved tensors, named as in :meth:`tensors`.
+
+        Args:
+            path: where they come from, for messages.
+            saved: every tensor of the set.
+
+        Raises:
+            UserError: a key on one side only, or another shape.
+        """
+        self._fit(saved)
+        _storage.fill(path, self.tensors(), saved)
+        self.refresh()
+
+    def _fit(self, saved: Mapping[str, Tensor]) -> None:
+        """See :meth:`Method.fit`."""
         grouped: dict[str, dict[str, Tensor]] = {}
         for key, value in saved.items():
             layer, _, name = key.rpartition(".")

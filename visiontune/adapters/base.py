@@ -129,8 +129,7 @@ def load(
         _storage.check_base(path, header, flat)
     adapters = assemble(roots, name, key, config, module, header["targets"], layers)
     try:
-        adapters.fit(tensors)
-        _storage.fill(path, adapters.tensors(), tensors)
+        adapters.fill(path, tensors)
     except UserError:
         adapters.detach()
         raise

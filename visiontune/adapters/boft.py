@@ -3,11 +3,11 @@
 Liu et al., "Parameter-Efficient Orthogonal Finetuning via Butterfly Factorization", ICLR 2024, arXiv 2311.06243,
 sections 4 and 5.
 
-    W' = W R^T,   x R = x B_0 B_1 .. B_(m-1),   B_j = P_j blockdiag(R_j1 .. R_jD) P_j^T,   R_ji exact Cayley of Q_ji
+    W' = W R^T,   x R = x B_(m-1) .. B_1 B_0,   B_j = P_j blockdiag(R_j1 .. R_jD) P_j^T,   R_ji exact Cayley of Q_ji
 
 P_j puts beside each half-block (b / 2 inputs) the one that lies 2^j half-blocks further, in runs of b 2^j inputs. One
 factor is OFT with the same blocks; m = log2(2 d / b) factors reach every input from every other. Permutations are
-transposed views here, and no d x d matrix exists.
+transposed views here, and no d x d matrix exists. Permutations and order are those of the authors' code in PEFT.
 """
 
 from __future__ import annotations
@@ -153,17 +153,18 @@ class Butterfly(Adapter):
 
 
 def turn_input(x: Tensor, factors: Tensor) -> Tensor:
-    """``x B_0 .. B_(m-1)`` for x [..., d], factors [m, D, b, b]."""
-    for level, rotation in enumerate(factors):
-        x = _unshuffled(rotate_input(_shuffled(x, level, rotation.shape[-1]), rotation), level, rotation.shape[-1])
+    """``x B_(m-1) .. B_0`` for x [..., d], factors [m, D, b, b]."""
+    b = factors.shape[-1]
+    for level in reversed(range(len(factors))):
+        x = _unshuffled(rotate_input(_shuffled(x, level, b), factors[level]), level, b)
     return x
 
 
 def turn_weight(w: Tensor, factors: Tensor, groups: int = 1) -> Tensor:
     """``W R^T`` for w [out, in / groups, ...], factors [m, groups D, b, b]."""
     rows, b = w.reshape(w.shape[0], -1), factors.shape[-1]
-    for level in reversed(range(len(factors))):
-        rows = _unshuffled(rotate_weight(_shuffled(rows, level, b), factors[level], groups), level, b)
+    for level, rotation in enumerate(factors):
+        rows = _unshuffled(rotate_weight(_shuffled(rows, level, b), rotation, groups), level, b)
     return rows.reshape(w.shape)
 
 

@@ -5,7 +5,8 @@
   visiontune export runs/oft merged_model --format merged
 
 diffusers (also PEFT, ComfyUI) and kohya (also A1111) take LoRA as it is; any other method becomes the best LoRA of the
-given rank, whose error is printed. diff (ComfyUI) holds the whole change. merged is a plain diffusers model.
+given rank, whose error is printed. diff (ComfyUI) holds the whole change. merged is a plain diffusers model. peft is a
+folder with LoRA, OFT or BOFT of one component, as they are.
 """
 
 from __future__ import annotations
@@ -15,13 +16,14 @@ from pathlib import Path
 
 from visiontune.errors import UserError
 
-FORMATS = ("diffusers", "kohya", "diff", "merged")
+FORMATS = ("diffusers", "kohya", "diff", "merged", "peft")
+FOLDERS = ("merged", "peft")
 DTYPES = {"fp16": "float16", "bf16": "bfloat16", "fp32": "float32"}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("adapter", help="an adapter.safetensors, or the folder of a finished run")
-    parser.add_argument("out", type=Path, help="the file (.safetensors) to write; for merged a folder")
+    parser.add_argument("out", type=Path, help="the file (.safetensors) to write; for merged and peft a folder")
     parser.add_argument("--format", choices=FORMATS, default="diffusers", help="default: %(default)s")
     parser.add_argument("--rank", type=int, help="of the approximation of a method other than LoRA; default: in full")
     parser.add_argument("--scale", type=float, default=1.0, help="strength that is written (default: %(default)s)")
@@ -32,7 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     if args.out.exists():
         raise UserError(f"{args.out} exists: name another output, or remove it")
-    if args.format != "merged" and args.out.suffix != ".safetensors":
+    if args.format not in FOLDERS and args.out.suffix != ".safetensors":
         raise UserError(f"{args.format} is written to a .safetensors file, not {args.out.name}")
     if args.rank is not None and args.rank < 1:
         raise UserError(f"--rank must be at least 1, not {args.rank}")
@@ -42,6 +44,7 @@ def run(args: argparse.Namespace) -> None:
     from visiontune.files import atomic_write
     from visiontune.sampling.sources import adapter_file
     from visiontune.weights.export import export
+    from visiontune.weights.peft_folders import write_peft
 
     file, dtype = adapter_file(args.adapter), getattr(torch, DTYPES[args.dtype])
     base = args.model or adapters.read_header(file).get("base_model")
@@ -55,6 +58,10 @@ def run(args: argparse.Namespace) -> None:
         with atomic_write(args.out) as partial:
             model.pipe.to(dtype=dtype).save_pretrained(partial)
         print(f"written: {args.out}, a diffusers model of {base} with the adapter in it")
+        return
+    if args.format == "peft":
+        write_peft(attached, args.out, dtype)
+        print(f"written: {args.out}, PEFT's {attached.method} on {len(attached.layers)} layers")
         return
     done = export(attached, args.out, args.format, rank=args.rank, dtype=dtype)
     ranks = f", ranks {min(done.ranks.values())} to {max(done.ranks.values())}" if done.ranks else ""

@@ -13,7 +13,7 @@ from typing import NoReturn
 from visiontune import __version__
 from visiontune.errors import UserError
 
-VERBS = ("demo", "train", "sample", "list", "show", "copy", "check", "score", "export")
+VERBS = ("demo", "train", "sample", "list", "show", "copy", "check", "score", "export", "import")
 _EXAMPLES = """examples:
   visiontune demo
   visiontune train personalise/oft data.root=my_photos train.steps=200

@@ -14,10 +14,9 @@ given rank, whose error is returned, or in full as ``diff``.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from safetensors.torch import save_file
@@ -25,6 +24,7 @@ from torch import Tensor
 
 from visiontune.errors import UserError
 from visiontune.files import atomic_write
+from visiontune.weights.names import kohya_name, public_name
 
 if TYPE_CHECKING:
     from visiontune.adapters import AdapterSet
@@ -76,7 +76,7 @@ def export(
     for layer in adapters.layers:
         weight, bias = adapters.change(layer)
         if kind == "diff":
-            tensors |= _dense(_kohya_name(layer, adapters), weight, bias)
+            tensors |= _dense(kohya_name(layer, _two_encoders(adapters)), weight, bias)
             continue
         if bias is not None and bias.any():
             raise UserError(f"'{layer}' has a changed bias, which {kind} cannot hold: export as 'diff', or merge")
@@ -107,37 +107,19 @@ def _error(change: Tensor, down: Tensor, up: Tensor) -> float:
     return float(left.norm() / change.double().norm().clamp_min(1e-30))
 
 
+def _two_encoders(adapters: AdapterSet) -> bool:
+    return any(name.startswith("text_encoder_2.") for name in adapters.layers)
+
+
 def _pair(kind: Format, layer: str, adapters: AdapterSet, down: Tensor, up: Tensor) -> dict[str, Tensor]:
     up = up.view(*up.shape, *[1] * (down.dim() - 2))
     if kind == "diffusers":
-        name = _public_name(layer)
+        name = public_name(layer)
         return {f"{name}.lora_A.weight": down, f"{name}.lora_B.weight": up}
     # Readers multiply by alpha / rank. One alpha for all layers, whatever their ranks: diffusers mixes up several.
-    name, alpha = _kohya_name(layer, adapters), torch.tensor(1.0)
+    name, alpha = kohya_name(layer, _two_encoders(adapters)), torch.tensor(1.0)
     return {f"{name}.lora_down.weight": down, f"{name}.lora_up.weight": up * down.shape[0], f"{name}.alpha": alpha}
 
 
 def _dense(name: str, weight: Tensor, bias: Tensor | None) -> dict[str, Tensor]:
     return {f"{name}.diff": weight} | ({} if bias is None else {f"{name}.diff_b": bias})
-
-
-def _public_name(layer: str) -> str:
-    """The layer's name in published files, in which text encoders keep a level that transformers 5 has dropped."""
-    component, _, rest = layer.partition(".")
-    if component.startswith("text_encoder") and not rest.startswith("text_model."):
-        rest = f"text_model.{rest}"
-    return f"{component}.{rest}"
-
-
-def _kohya_name(layer: str, adapters: AdapterSet) -> str:
-    component, _, rest = _public_name(layer).partition(".")
-    two = any(name.startswith("text_encoder_2.") for name in adapters.layers)
-    prefixes: Mapping[str, Any] = {
-        "unet": "lora_unet",
-        "transformer": "lora_transformer",
-        "text_encoder": "lora_te1" if two else "lora_te",
-        "text_encoder_2": "lora_te2",
-    }
-    if component not in prefixes:
-        raise UserError(f"'{layer}' belongs to no component that kohya's format knows: {', '.join(prefixes)}")
-    return f"{prefixes[component]}_{rest.replace('.', '_')}"

@@ -1,0 +1,46 @@
+"""Turn an adapter of another tool into one of visiontune's.
+
+  visiontune import downloaded.safetensors runs/lora.safetensors --model stable-diffusion-v1-5/stable-diffusion-v1-5
+  visiontune import peft_folder runs/oft.safetensors --model pocket/sd
+
+Files are LoRA as diffusers, PEFT or kohya's scripts write it; folders are those of PEFT, with LoRA, OFT or BOFT. A key
+that belongs to no layer of the model is an error.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from visiontune.errors import UserError
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("source", type=Path, help="a .safetensors file with LoRA, or a folder that PEFT saved")
+    parser.add_argument("out", type=Path, help="the .safetensors file to write")
+    parser.add_argument("--model", required=True, help="the base it was trained on: pocket/sd, a folder, or a Hub id")
+    parser.add_argument("--component", default="unet", help="what a folder belongs to (default: %(default)s)")
+    parser.add_argument("--trigger", help="the word that stands for what was learnt, for [trigger] in prompts")
+
+
+def run(args: argparse.Namespace) -> None:
+    if args.out.exists():
+        raise UserError(f"{args.out} exists: name another output, or remove it")
+    if args.out.suffix != ".safetensors":
+        raise UserError(f"an adapter is a .safetensors file, not {args.out.name}")
+    if not args.source.exists():
+        raise UserError(f"there is no {args.source}: give a .safetensors file or a folder that PEFT saved")
+    from visiontune import models
+    from visiontune.weights.lora_files import read_lora
+    from visiontune.weights.peft_folders import read_peft
+
+    components = models.load(args.model).components()
+    if args.source.is_dir():
+        if args.component not in components:
+            raise UserError(f"'{args.model}' has no component '{args.component}'; it has {', '.join(components)}")
+        attached = read_peft(args.source, {args.component: components[args.component]})
+    else:
+        attached = read_lora(args.source, components)
+    metadata = {"base_model": args.model} | ({"trigger": args.trigger} if args.trigger else {})
+    attached.save(args.out, metadata)
+    print(f"written: {args.out}, {attached.method} on {len(attached.layers)} layers")
