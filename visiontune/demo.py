@@ -38,8 +38,8 @@ def run(out: Path, overrides: Sequence[str] = ()) -> Path:
     """
     start = time.monotonic()
     bf16 = native_bf16()
-    fast = ["train.precision=bf16"] if bf16 else []
-    recipes = {m: config.load_run(f"personalise/{m}", [f"out={out}", f"name={m}", *fast, *overrides]) for m in METHODS}
+    own = [f"out={out}", "preview.prompts=[]", f"train.precision={'bf16' if bf16 else 'no'}"]
+    recipes = {m: config.load_run(f"personalise/{m}", [*own, f"name={m}", *overrides]) for m in METHODS}
     data = recipes[METHODS[0]].data
     subject, trigger = data.root.removeprefix("pocket/"), data.trigger
     references = np.stack([np.asarray(sample.open()) for sample in read(data)])

@@ -29,6 +29,7 @@ __all__ = ["Adapter", "AdapterSet", "Beneath", "Method", "attach", "attached", "
 def attach(
     modules: nn.Module | Mapping[str, nn.Module],
     method: str | Any,
+    /,
     *,
     targets: str | Sequence[str] = "attention",
     name: str = "default",

@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import ProjectConfiguration
+from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
 
 from visiontune.errors import UserError
 from visiontune.training.config import TrainConfig
 from visiontune.training.trackers import check_trackers
+
+if TYPE_CHECKING:
+    from visiontune.models.base import DiffusionModel
+
+_FEW_TOKENS = 1024
 
 
 def native_bf16() -> bool:
@@ -44,3 +53,27 @@ def make_accelerator(train: TrainConfig, out: Path) -> Accelerator:
         # accelerate would go on in float32 without a word.
         raise UserError("train.precision=fp16 needs a GPU: use bf16 or no on a CPU")
     return accelerator
+
+
+@contextmanager
+def attention_for_training(model: DiffusionModel, accelerator: Accelerator) -> Iterator[None]:
+    """On a CPU in bfloat16, attention over few tokens as plain products, which fused kernels only match on GPUs.
+
+    With 256 tokens a training step of pocket-sd takes 0.7 of the time; memory grows with the square of their number.
+    """
+    denoiser = model.denoiser
+    plain = accelerator.device.type == "cpu" and accelerator.mixed_precision == "bf16"
+    if (
+        not plain
+        or (model.resolution // model.downsample) ** 2 > _FEW_TOKENS
+        or not hasattr(denoiser, "attn_processors")
+    ):
+        yield
+        return
+    before = dict(denoiser.attn_processors)
+    stock = {name: AttnProcessor() if type(p) is AttnProcessor2_0 else p for name, p in before.items()}
+    denoiser.set_attn_processor(stock)
+    try:
+        yield
+    finally:
+        denoiser.set_attn_processor(before)

@@ -24,7 +24,7 @@ from visiontune.files import atomic_write
 from visiontune.objectives.base import Objective, generator, seed_of
 from visiontune.training import card, checkpoint, guards, optim, preview
 from visiontune.training.config import PreviewConfig, TrainConfig
-from visiontune.training.devices import make_accelerator
+from visiontune.training.devices import attention_for_training, make_accelerator
 from visiontune.training.ema import Average
 from visiontune.training.step import Rows, Step
 from visiontune.training.trackers import Meter, Metrics
@@ -105,9 +105,10 @@ class Trainer:
                     self._preview(0, metrics)
                 quiet = not self.accelerator.is_local_main_process
                 bar = tqdm(range(start, self.train.steps), "training", self.train.steps, initial=start, disable=quiet)
-                for step in bar:
-                    bar.set_postfix(loss=f"{self.optimise(step):.4f}", refresh=False)
-                    self._after(step + 1, metrics)
+                with attention_for_training(self.model, self.accelerator):
+                    for step in bar:
+                        bar.set_postfix(loss=f"{self.optimise(step):.4f}", refresh=False)
+                        self._after(step + 1, metrics)
             finally:
                 metrics.close()
             return self._finish()
