@@ -36,6 +36,7 @@ OPTIONS: dict[str, dict] = {
     "loldu": {"rank": 3, "alpha": 4.5},
     "bitfit": {"create": True},
     "s2ft": {"share": 0.3},
+    "peft": {"method": "LoHa", "options": {"r": 2}},
 }
 VARIANTS: list[tuple[str, dict]] = [
     *((method, OPTIONS.get(method, {})) for method in METHODS),
@@ -51,6 +52,7 @@ VARIANTS: list[tuple[str, dict]] = [
     ("boft", {"block_size": 2, "factors": 2, "rescale": True}),
     ("svfit", {"energy": 0.9}),
     ("s2ft", {"share": 0.2, "side": "outputs", "choice": "largest"}),
+    ("peft", {"method": "Vera", "options": {"r": 3}}),
 ]
 LAYERS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "linear": (lambda: nn.Linear(12, 8), (2, 5, 12)),
@@ -123,7 +125,13 @@ def _count_s2ft(module: nn.Module, options: dict) -> int:
     return math.ceil(options["share"] * channels - 1e-9) * module.weight.numel() // channels
 
 
+def _count_peft(module: nn.Module, options: dict) -> int:
+    r, (out, inputs) = options["options"]["r"], module.weight.shape
+    return 2 * r * (out + inputs) if options["method"] == "LoHa" else out + r
+
+
 COUNT = {
+    "peft": _count_peft,
     "lora": _count_lora,
     "oft": _count_oft,
     "sara": _count_sara,

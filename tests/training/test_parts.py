@@ -15,6 +15,7 @@ from visiontune.errors import UserError
 from visiontune.schema import from_mapping
 from visiontune.training import optim, preview
 from visiontune.training.config import PreviewConfig, TrainConfig
+from visiontune.training.devices import attention_for_training, make_accelerator
 from visiontune.training.ema import Average
 
 
@@ -225,3 +226,24 @@ def test_an_average_that_starts_late_begins_at_the_weights():
 
 def test_no_prompts_no_previews():
     assert not preview.due(0, 10, PreviewConfig())
+
+
+# ---------------------------------------------------------------------------------------------------- devices
+
+
+@pytest.mark.parametrize(
+    ("precision", "resolution", "plain"), [("bf16", 16, True), ("no", 16, False), ("bf16", 512, False)]
+)
+def test_attention_is_written_out_for_few_tokens_in_bf16_and_put_back(tmp_path, precision, resolution, plain):
+    model = tiny_model()
+    model.resolution = resolution
+    before = dict(model.denoiser.attn_processors)
+    accelerator = make_accelerator(TrainConfig(precision=precision, device="cpu"), tmp_path)
+    cond, x_t, t = model.embed(["a"]), torch.ones(1, 4, 8, 8), torch.tensor([500])
+    with torch.no_grad():
+        expected = model.predict(x_t, t, cond)
+        with attention_for_training(model, accelerator):
+            kinds = {type(p).__name__ for p in model.denoiser.attn_processors.values()}
+            assert kinds == ({"AttnProcessor"} if plain else {"AttnProcessor2_0"})
+            torch.testing.assert_close(model.predict(x_t, t, cond), expected, rtol=1e-4, atol=1e-5)
+    assert model.denoiser.attn_processors == before

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate import Accelerator
@@ -61,18 +61,13 @@ def attention_for_training(model: DiffusionModel, accelerator: Accelerator) -> I
 
     With 256 tokens a training step of pocket-sd takes 0.7 of the time; memory grows with the square of their number.
     """
-    denoiser = model.denoiser
-    plain = accelerator.device.type == "cpu" and accelerator.mixed_precision == "bf16"
-    if (
-        not plain
-        or (model.resolution // model.downsample) ** 2 > _FEW_TOKENS
-        or not hasattr(denoiser, "attn_processors")
-    ):
+    denoiser: Any = model.denoiser
+    before = dict(getattr(denoiser, "attn_processors", {}))
+    few = (model.resolution // model.downsample) ** 2 <= _FEW_TOKENS
+    if not before or not few or accelerator.device.type != "cpu" or accelerator.mixed_precision != "bf16":
         yield
         return
-    before = dict(denoiser.attn_processors)
-    stock = {name: AttnProcessor() if type(p) is AttnProcessor2_0 else p for name, p in before.items()}
-    denoiser.set_attn_processor(stock)
+    denoiser.set_attn_processor({n: AttnProcessor() if type(p) is AttnProcessor2_0 else p for n, p in before.items()})
     try:
         yield
     finally:

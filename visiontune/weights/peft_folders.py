@@ -68,7 +68,7 @@ def write_peft(attached: AdapterSet, folder: str | Path, dtype: torch.dtype = to
 def _lora(attached: AdapterSet) -> tuple[PeftConfig, Tensors]:
     from peft import LoraConfig
 
-    tensors = {}
+    tensors: Tensors = {}
     for layer in attached.layers:
         factors = attached.low_rank(layer)
         if factors is None:
@@ -87,7 +87,8 @@ def _oft(attached: AdapterSet) -> tuple[PeftConfig, Tensors]:
 
     config = attached.config
     sign = -1 if config.cayley == "exact" else 1
-    tensors, sizes = {}, set()
+    tensors: Tensors = {}
+    sizes = set()
     for layer, adapter in attached.adapters().items():
         _refuse_kernel(layer, attached.weight(layer))
         if adapter.gain is not None:
@@ -106,7 +107,8 @@ def _oft(attached: AdapterSet) -> tuple[PeftConfig, Tensors]:
 def _boft(attached: AdapterSet) -> tuple[PeftConfig, Tensors]:
     from peft import BOFTConfig
 
-    tensors, sizes, counts = {}, set(), set()
+    tensors: Tensors = {}
+    sizes, counts = set(), set()
     for layer, adapter in attached.adapters().items():
         weight = attached.weight(layer)
         _refuse_kernel(layer, weight)

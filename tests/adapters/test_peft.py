@@ -1,0 +1,97 @@
+"""The bridge to PEFT: PEFT's own answers, and clear refusals. The contract suite has what every method owes."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from peft import get_peft_model
+from torch import nn
+
+from visiontune.adapters import attach, load
+from visiontune.adapters.peft import Config, peft_config
+from visiontune.errors import UserError
+
+# Additive, multiplicative, with tensors that layers share, LoRA itself, and one that changes biases.
+METHODS: dict[str, dict] = {
+    "LoHa": {"r": 2},
+    "HRA": {"r": 2},
+    "FourierFT": {"n_frequency": 20},
+    "Vera": {"r": 4, "d_initial": 0.5},
+    "Lora": {"r": 2, "lora_alpha": 6},
+    "IA3": {"feedforward_modules": []},
+}
+
+
+def net() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(12, 8), nn.Tanh(), nn.Linear(8, 12))
+
+
+X = torch.randn(3, 12, generator=torch.Generator().manual_seed(1))
+
+
+def moved(module: nn.Module) -> None:
+    rng = torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        for p in sorted((p for p in module.parameters() if p.requires_grad), key=lambda p: tuple(p.shape)):
+            p.add_(0.1 * torch.randn(p.shape, generator=rng))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_outputs_are_those_of_peft_itself(method: str) -> None:
+    mine, options = net(), METHODS[method]
+    bridge = attach({"unet": mine}, "peft", targets=["0", "2"], method=method, options=options)
+    theirs = get_peft_model(net(), peft_config(Config(method=method, options=options), ["0", "2"]))
+    trained = {name: p for name, p in theirs.named_parameters() if p.requires_grad}
+    own = [p for p in bridge.parameters() if p.requires_grad]
+    assert sorted(tuple(p.shape) for p in own) == sorted(tuple(p.shape) for p in trained.values())
+    moved(bridge)
+    with torch.no_grad():
+        for p, q in zip(trained.values(), own, strict=True):
+            p.copy_(q)
+    torch.testing.assert_close(mine(X), theirs(X), rtol=1e-5, atol=1e-6)
+    assert not torch.allclose(mine(X), net()(X), atol=1e-3)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_file_brings_shared_tensors_back(method: str, tmp_path) -> None:
+    one, other = net(), net()
+    bridge = attach({"unet": one}, "peft", targets=["0", "2"], method=method, options=METHODS[method])
+    moved(bridge)
+    torch.manual_seed(5)
+    load({"unet": other}, bridge.save(tmp_path / "a.safetensors"))
+    assert torch.equal(one.eval()(X), other(X))
+
+
+def test_it_lies_on_top_of_other_sets() -> None:
+    model = net()
+    below = attach({"unet": model}, "oft", targets=["0"], name="below", block_size=4)
+    above = attach({"unet": model}, "peft", targets=["0"], method="HRA", options={"r": 2})
+    moved(below)
+    moved(above)
+    expected = torch.nn.functional.linear(X, above.weight("unet.0"), model[0].bias)
+    torch.testing.assert_close(model[0](X), expected, rtol=1e-5, atol=1e-6)
+    with below.disable():
+        assert not torch.allclose(model[0](X), expected, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("method", "options", "message"),
+    [
+        ("LoHaha", {}, "no method 'LoHaha'; did you mean 'loha'"),
+        ("LoHa", {"rank": 2}, "adapter.options.rank is not an option of PEFT's LoHaConfig"),
+        ("LoHa", {"target_modules": ["0"]}, "adapter.options.target_modules is not an option"),
+        ("AdaLora", {}, "AdaLoraConfig refuses its options"),
+        ("PrefixTuning", {}, "PrefixTuningConfig"),
+        ("LNTuning", {}, "does not run on a plain linear layer"),
+        ("Lily", {}, "more than another weight and bias"),
+        ("Miss", {"r": 64}, "cannot put its 'Miss' on linear layers of these sizes"),
+    ],
+)
+def test_what_it_cannot_hold_is_refused_in_one_line(method: str, options: dict, message: str) -> None:
+    model = net()
+    with pytest.raises(UserError) as caught:
+        attach({"unet": model}, "peft", targets=["0"], method=method, options=options)
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert type(model[0]) is nn.Linear
