@@ -52,6 +52,7 @@ VARIANTS: list[tuple[str, dict]] = [
     ("boft", {"block_size": 2, "factors": 2, "rescale": True}),
     ("svfit", {"energy": 0.9}),
     ("s2ft", {"share": 0.2, "side": "outputs", "choice": "largest"}),
+    ("dense", {"biases": False}),
     ("peft", {"method": "Vera", "options": {"r": 3}}),
 ]
 LAYERS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
@@ -130,7 +131,13 @@ def _count_peft(module: nn.Module, options: dict) -> int:
     return 2 * r * (out + inputs) if options["method"] == "LoHa" else out + r
 
 
+def _count_dense(module: nn.Module, options: dict) -> int:
+    bias = getattr(module, "bias", None) if options.get("biases", True) else None
+    return module.weight.numel() + (0 if bias is None else bias.numel())
+
+
 COUNT = {
+    "dense": _count_dense,
     "peft": _count_peft,
     "lora": _count_lora,
     "oft": _count_oft,
