@@ -63,8 +63,8 @@ def attention_for_training(model: DiffusionModel, accelerator: Accelerator) -> I
     """
     denoiser: Any = model.denoiser
     before = dict(getattr(denoiser, "attn_processors", {}))
-    few = (model.resolution // model.downsample) ** 2 <= _FEW_TOKENS
-    if not before or not few or accelerator.device.type != "cpu" or accelerator.mixed_precision != "bf16":
+    slow = accelerator.device.type == "cpu" and accelerator.mixed_precision == "bf16"
+    if not before or not slow or (model.resolution // model.downsample) ** 2 > _FEW_TOKENS:
         yield
         return
     denoiser.set_attn_processor({n: AttnProcessor() if type(p) is AttnProcessor2_0 else p for n, p in before.items()})
