@@ -37,6 +37,8 @@ OPTIONS: dict[str, dict] = {
     "bitfit": {"create": True},
     "s2ft": {"share": 0.3},
     "peft": {"method": "LoHa", "options": {"r": 2}},
+    # With more, a forward pass is drawn at random; test_mosa.py has that.
+    "mosa": {"rank": 2, "experts": 1},
 }
 VARIANTS: list[tuple[str, dict]] = [
     *((method, OPTIONS.get(method, {})) for method in METHODS),
@@ -140,6 +142,7 @@ COUNT = {
     "dense": _count_dense,
     "peft": _count_peft,
     "lora": _count_lora,
+    "mosa": _count_lora,
     "oft": _count_oft,
     "sara": _count_sara,
     "boft": _count_boft,

@@ -107,14 +107,22 @@ class LoRA(nn.Module, Adapter):
     def low_rank(self, scale: float) -> tuple[Tensor, Tensor] | None:
         """A and ``scale s B``; none for an embedding and for several groups, whose factors are others."""
         whole = not self.embedding and self.groups == 1
-        return (self.down.detach(), scale * self.strength * self.up.detach()) if whole else None
+        return (self.down.detach(), scale * self.strength * self.final_up().detach()) if whole else None
+
+    def final_up(self) -> Tensor:
+        """B as it is merged."""
+        return self.up
+
+    def active_up(self) -> Tensor:
+        """B as this forward pass uses it."""
+        return self.up
 
     def _change(self, w: Tensor) -> Tensor:
         """``s B A`` in the shape of ``w``."""
         if self.embedding:
             return self.strength * (self.down @ self.up.T)
         down = self.down.reshape(self.groups, self.rank, -1)
-        return self.strength * (self.up.view(self.groups, -1, self.rank) @ down).view(w.shape)
+        return self.strength * (self.final_up().view(self.groups, -1, self.rank) @ down).view(w.shape)
 
     def _low(self, x: Tensor, layer: Any) -> Tensor:
         """``B A x``."""
@@ -122,7 +130,7 @@ class LoRA(nn.Module, Adapter):
             # With the padding index a padding token's row of A gets no gradient, as in the layer itself.
             return F.linear(F.embedding(x, self.down, layer.padding_idx), self.up)
         x = F.dropout(x, self.dropout, self.training)
-        down, up = self.down.to(x.dtype), self.up.to(x.dtype)
+        down, up = self.down.to(x.dtype), self.active_up().to(x.dtype)
         if isinstance(layer, nn.Linear):
             return F.linear(F.linear(x, down), up)
         low = layer._conv_forward(x, down, None)
