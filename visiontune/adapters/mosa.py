@@ -47,11 +47,11 @@ def build(config: Config, layers: Mapping[str, nn.Module]) -> Method:
     Raises:
         UserError: more experts than a layer's second factor has entries.
     """
-    for name, layer in layers.items():
-        entries = int(layer.weight.shape[0]) * config.rank  # type: ignore[union-attr, operator]
-        if entries < config.experts:
+    adapters = {name: Split(config, layer) for name, layer in layers.items()}
+    for name, adapter in adapters.items():
+        if (entries := adapter.up.numel()) < config.experts:
             raise UserError(f"'{name}' has {entries} entries to split, fewer than adapter.experts={config.experts}")
-    return Method({name: Split(config, layer) for name, layer in layers.items()})
+    return Method(adapters)
 
 
 class Split(lora.LoRA):
