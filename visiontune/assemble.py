@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from visiontune.models.base import DiffusionModel
     from visiontune.training.loop import Trainer
 
-RECIPE = "recipe.yaml"
+RECIPE, PLAN = "recipe.yaml", "plan.safetensors"
 # Sections that may change when a run goes on; anything else would make it another run.
 _FREE = ("description", "train", "preview")
 
@@ -32,20 +32,23 @@ def assemble(run: Run) -> Trainer:
         UserError: the folder holds another run, or model, adapter or data are not usable; no recipe is written then.
     """
     check_folder(run)
-    trainer = build(run, cache_dir=Path(run.out).expanduser() / ".cache")
+    trainer = build(run, cache_dir=Path(run.out).expanduser() / ".cache", plan=True)
     if trainer.accelerator.is_main_process:
         write_text(run.folder / RECIPE, dump(run))
     return trainer
 
 
-def build(run: Run, *, cache_dir: Path, images: Callable[..., Any] | None = None, fill: bool = True) -> Trainer:
-    """The trainer of a run; nothing is written outside ``cache_dir``.
+def build(
+    run: Run, *, cache_dir: Path, images: Callable[..., Any] | None = None, fill: bool = True, plan: bool = False
+) -> Trainer:
+    """The trainer of a run; nothing is written outside ``cache_dir`` unless ``plan``.
 
     Args:
         run: from :func:`visiontune.config.load_run`.
         cache_dir: where latents, text features and prior images are kept.
         images: what draws prior images; ``visiontune.sampling.pipeline.images`` unless given.
         fill: encode all data now rather than when it is first drawn.
+        plan: let the adapter look at the task; what it decides is kept in the run folder.
     """
     # Cheap mistakes are found first: words and data before the model, which may take minutes to open.
     preview = dataclasses.replace(run.preview, prompts=[in_words(run, prompt) for prompt in run.preview.prompts])
@@ -57,6 +60,7 @@ def build(run: Run, *, cache_dir: Path, images: Callable[..., Any] | None = None
     from visiontune.data.loader import BatchSampler
     from visiontune.data.rows import Rows
     from visiontune.sampling.pipeline import images as stock_images
+    from visiontune.training import plan as planning
     from visiontune.training.devices import make_accelerator
     from visiontune.training.loop import Trainer
 
@@ -76,11 +80,23 @@ def build(run: Run, *, cache_dir: Path, images: Callable[..., Any] | None = None
     if fill:
         rows.fill(rank, world)
         accelerator.wait_for_everyone()
+    batches = BatchSampler(rows, run.train.batch_size, run.seed, rank, world)
+    if plan and adapters is not None and adapters.plans:
+        planning.plan(
+            run.folder / PLAN,
+            model=model,
+            adapters=adapters,
+            objective=objective,
+            rows=batches,
+            seed=run.seed,
+            accelerator=accelerator,
+            again=(run.folder / RECIPE).exists(),
+        )
     return Trainer(
         model=model,
         adapters=adapters,
         objective=objective,
-        rows=BatchSampler(rows, run.train.batch_size, run.seed, rank, world),
+        rows=batches,
         train=run.train,
         preview=preview,
         out=run.folder,

@@ -2,7 +2,7 @@
 
     python benchmarks/evidence/personalise.py
 
-Two subjects, three seeds, the catalogue's recipes as they are. Their learning rates were chosen on another subject
+Three subjects, three seeds, the catalogue's recipes as they are. Their learning rates were chosen on another subject
 and another seed (``--tune oft,train.lr=1e-2``), never on these. Finished runs are kept in ``--work``, so the command
 goes on where it stopped. Writes ``benchmarks/results/personalise.json`` and ``personalise.md``.
 """
@@ -25,7 +25,7 @@ from visiontune.models import load
 from visiontune.training.devices import native_bf16
 
 METHODS = ("lora", "oft", "coft", "full")
-SUBJECTS = ("bumble", "lagoon")
+SUBJECTS = ("bumble", "domino", "lagoon")
 SEEDS = (0, 1, 2)
 TUNING = ("mallow", 7)
 RESULTS = Path(__file__).parents[1] / "results"

@@ -95,6 +95,12 @@ def test_timesteps_stay_in_their_range_and_reach_its_ends():
     assert whole.min() == 0 and whole.max() == 999
 
 
+def test_quantiles_place_timesteps_evenly():
+    objective, schedule = build(Config(min_timestep=100, max_timestep=500)), TinyModel().schedule
+    quantile = (torch.arange(400) + 0.5) / 400
+    assert objective.timesteps(schedule, 400, generator(0), quantile).tolist() == list(range(100, 500))
+
+
 def test_timesteps_beyond_the_schedule_are_refused():
     with pytest.raises(UserError, match="1000 timesteps"):
         build(Config(max_timestep=1001)).timesteps(TinyModel().schedule, 1, generator(0))

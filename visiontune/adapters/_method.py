@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from visiontune.adapters._layers import Beneath
+
+if TYPE_CHECKING:
+    from visiontune.adapters._evidence import Evidence
 
 
 class Adapter(ABC):
@@ -39,12 +43,24 @@ class Adapter(ABC):
 
 
 class Method(nn.Module):
-    """The adapters of one component, by layer name, and the owner of their parameters."""
+    """The adapters of one component, by layer name, and the owner of their parameters.
+
+    A method with ``plans`` looks at the task before training; its ``Config`` has an option ``batches``, the number of
+    losses that it wants to see.
+    """
+
+    plans = False
 
     def __init__(self, adapters: Mapping[str, Adapter]) -> None:
         super().__init__()
         self.adapters = dict(adapters)
         self.own = nn.ModuleList(a for a in self.adapters.values() if isinstance(a, nn.Module))
+
+    def prepare(self, evidence: Evidence) -> None:
+        """Called once before training, for methods with ``plans``: choose ranks, entries or starting values.
+
+        What is chosen must be found in :meth:`Adapter.tensors`, and :meth:`fit` must take on its shapes.
+        """
 
     def before_step(self, step: int = 0, loss_scale: float = 1.0) -> None:
         """Called when the gradients of an optimiser step are complete: the place to change them.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from visiontune.adapters import _header, _layers, _storage
+from visiontune.adapters._evidence import Evidence, Reduce
 from visiontune.adapters._layers import Beneath, Entry
 from visiontune.adapters._method import Adapter, Method
 from visiontune.errors import UserError
@@ -207,6 +208,24 @@ class AdapterSet(nn.Module):
         """The methods of the components."""
         return [child for child in self.children() if isinstance(child, Method)]
 
+    @property
+    def plans(self) -> bool:
+        """Whether :meth:`prepare` is to be called before training."""
+        return any(method.plans for method in self.methods())
+
+    def prepare(self, losses: Sequence[Callable[[], Tensor]], reduce: Reduce | None = None) -> None:
+        """Let the method look at the task; parameters may be replaced by others of other shapes.
+
+        Args:
+            losses: ``config.batches`` of them; see :class:`Evidence`.
+            reduce: sums a tensor over processes.
+        """
+        for component, method in self.named_children():
+            prefix = "" if component == "model" else f"{component}."
+            layers = {n.removeprefix(prefix): layer for n, layer in self._layers.items() if n.startswith(prefix)}
+            method.prepare(Evidence(layers, losses, reduce, self.disable))  # type: ignore[operator]
+        self.refresh()
+
     def before_step(self, step: int = 0, loss_scale: float = 1.0) -> None:
         """To be called when the gradients of a step are complete; see :meth:`Method.before_step`."""
         for method in self.methods():
@@ -235,6 +254,14 @@ class AdapterSet(nn.Module):
             for layer, adapter in self._adapters.items()
             for key, value in adapter.tensors().items()
         }
+
+    def restore(self, path: str | Path) -> None:
+        """Take on what :meth:`save` wrote for a set of the same method on the same layers.
+
+        Raises:
+            UserError: the file is damaged, or does not fit.
+        """
+        self.fill(path, _storage.read(path)[1])
 
     def fill(self, path: str | Path, saved: Mapping[str, Tensor]) -> None:
         """Take on the shapes and values of saved tensors, named as in :meth:`tensors`.

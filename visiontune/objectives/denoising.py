@@ -84,7 +84,7 @@ class Denoising(Objective):
     def errors(self, model: DiffusionModel, batch: Batch, rng: torch.Generator) -> Tensor:
         """Error of each row ``[b]`` in float32, min-SNR weighted, before the row weights."""
         x_0 = batch.latents.float()
-        t = self.timesteps(model.schedule, len(x_0), rng).to(x_0.device)
+        t = self.timesteps(model.schedule, len(x_0), rng, batch.extra.get("quantile")).to(x_0.device)
         eps = self.noise(x_0, rng)
         x_t = model.schedule.add_noise(x_0, eps, t)
         pred = model.predict(x_t, t, condition_of(model, batch)).float()
@@ -93,12 +93,18 @@ class Denoising(Objective):
             return error
         return error * min_snr_weight(model.schedule.snr(t), self.config.snr_gamma, model.schedule.prediction)
 
-    def timesteps(self, schedule: Schedule, rows: int, rng: torch.Generator) -> Tensor:
-        """Uniform timesteps, int64 ``[rows]`` on the CPU, in ``[min_timestep, max_timestep)``."""
-        total, end = schedule.num_train_timesteps, self.config.max_timestep
-        if max(end or 0, self.config.min_timestep + 1) > total:
+    def timesteps(self, schedule: Schedule, rows: int, rng: torch.Generator, quantile: Tensor | None = None) -> Tensor:
+        """Uniform timesteps, int64 ``[rows]`` on the CPU, in ``[min_timestep, max_timestep)``.
+
+        Args:
+            quantile: ``[rows]`` in [0, 1), where in that range they are to lie; drawn from ``rng`` unless given.
+        """
+        total, start, end = schedule.num_train_timesteps, self.config.min_timestep, self.config.max_timestep
+        if max(end or 0, start + 1) > total:
             raise UserError(f"objective.max_timestep and min_timestep must fit the model's {total} timesteps")
-        return torch.randint(self.config.min_timestep, end or total, (rows,), generator=rng)
+        if quantile is not None:
+            return (start + quantile.cpu().double() * ((end or total) - start)).long()
+        return torch.randint(start, end or total, (rows,), generator=rng)
 
     def noise(self, x_0: Tensor, rng: torch.Generator) -> Tensor:
         """eps of the shape and device of ``x_0``: standard normal, plus the offset shared by a channel's pixels.
