@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from visiontune.adapters import AdapterSet, attach, oft
-from visiontune.adapters._cayley import cayley, neumann, packed, rotations, skew
-from visiontune.adapters._rotate import rotate_channels, rotate_input, rotate_weight
+from visiontune.adapters._cayley import cayley, inverse, neumann, packed, rotations, skew
+from visiontune.adapters._rotate import multiply, rotate_channels, rotate_input, rotate_weight
 from visiontune.errors import UserError
 
 
@@ -223,7 +223,7 @@ def test_kept_weights_are_made_once_a_step_and_follow_base_and_parameters() -> N
     layer = nn.Linear(8, 8)
     adapters = _attach(layer, block_size=4, keep_rotated=True)
     x = torch.randn(4, 8)
-    with mock.patch("visiontune.adapters.oft.rotate_weight", wraps=rotate_weight) as made:
+    with mock.patch("visiontune.adapters.oft.multiply", wraps=multiply) as made:
         layer(x), layer(x)
         assert made.call_count == 1
         for parameter in (next(adapters.parameters()), layer.weight):
@@ -317,3 +317,12 @@ def test_scale_keeps_rotations() -> None:
     w, turned = layer.weight, adapters.weight("layer")
     torch.testing.assert_close(turned @ turned.T, w @ w.T)
     assert 0.1 < (turned - w).norm() / w.norm() < 0.6
+
+
+@pytest.mark.parametrize("std", [0.01, 0.3, 3.0])
+@pytest.mark.parametrize("b", [5, 8, 12, 32, 36, 64, 72])
+def test_inverse_by_quarters(b: int, std: float) -> None:
+    v = std * torch.randn(3, b * (b - 1) // 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    a = torch.eye(b, dtype=torch.float64) - skew(v, b)
+    torch.testing.assert_close(inverse(a), torch.linalg.inv(a), rtol=1e-11, atol=1e-13)
+    assert oft.orthogonality_error(cayley(skew(v.float(), b))[0]) < 1e-5

@@ -57,6 +57,8 @@ def rotate_weight(w: Tensor, rotation: Tensor, groups: int = 1) -> Tensor:
 
     The rows are flattened to inputs x kernel; the rotations [groups r, b, b] of a group act on the rows of that group.
     """
+    if groups == 1:
+        return rotate_input(w.flatten(1), rotation.mT).view(w.shape)
     b = rotation.shape[-1]
     # [out, r b] -> [groups, r, out / groups, b]
     rows = w.reshape(groups, w.shape[0] // groups, -1, b).transpose(1, 2)
@@ -67,37 +69,71 @@ class _RotatedLinear(torch.autograd.Function):
     """``F.linear(x, W R^T, bias)`` for a frozen W: gradients of x and R from g W alone."""
 
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, rotation: Tensor, w: Tensor, bias: Tensor | None, rotated: Tensor | None
-    ) -> Tensor:
-        ctx.reuse = rotated is not None
-        # Keeping a rotated weight made only for this call would hold a copy of every weight until the backward pass.
-        ctx.save_for_backward(x, rotation, w if rotated is None else rotated)
-        return F.linear(x, rotate_weight(w, rotation) if rotated is None else rotated, bias)
+    def forward(ctx: Any, x: Tensor, rotation: Tensor, w: Tensor, bias: Tensor | None) -> Tensor:
+        # Keeping the rotated weight would hold a copy of every weight until the backward pass.
+        ctx.save_for_backward(x, rotation, w)
+        return F.linear(x, multiply(w, rotation.mT), bias)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, Tensor, None, None, None]:
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, Tensor, None, None]:
         x, rotation, w = ctx.saved_tensors
-        r, g = len(rotation), g.reshape(-1, g.shape[-1])
-        flat = x.reshape(-1, x.shape[-1]).contiguous()
-        inner = g @ w
-        grad_r = torch.bmm(blocks_of(flat, r).mT, blocks_of(inner, r))
-        if ctx.reuse:
-            # g W R^T is the gradient of x already, and undoing the orthogonal R on the small matrix gives x^T g W.
-            grad_x, grad_r = inner, grad_r @ rotation
-        else:
-            grad_x = multiply(inner, rotation.mT) if ctx.needs_input_grad[0] else None
-        return None if grad_x is None else grad_x.view(x.shape), grad_r, None, None, None
+        inner = g.reshape(-1, g.shape[-1]) @ w
+        grad_x = multiply(inner, rotation.mT).view(x.shape) if ctx.needs_input_grad[0] else None
+        return grad_x, _blocks_of_product(x, inner, len(rotation)), None, None
 
 
-def rotated_linear(
-    x: Tensor, rotation: Tensor, w: Tensor, bias: Tensor | None, rotated: Tensor | None = None
-) -> Tensor:
+class _KeptLinear(torch.autograd.Function):
+    """The same with W R^T at hand; the gradient of R is short of a last factor R, see :func:`kept_linear`."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, through: Tensor, rotated: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.blocks = len(through)
+        ctx.save_for_backward(x, rotated)
+        return F.linear(x, rotated, bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        x, rotated = ctx.saved_tensors
+        grad_x = g.reshape(-1, g.shape[-1]) @ rotated
+        return grad_x.view(x.shape), _blocks_of_product(x, grad_x, ctx.blocks), None, None
+
+
+def _blocks_of_product(x: Tensor, y: Tensor, r: int) -> Tensor:
+    """The r diagonal blocks of ``x^T y`` [r, b, b]."""
+    flat = x.reshape(-1, x.shape[-1]).contiguous()
+    return torch.bmm(blocks_of(flat, r).mT, blocks_of(y, r))
+
+
+def rotated_linear(x: Tensor, rotation: Tensor, w: Tensor, bias: Tensor | None) -> Tensor:
     """A linear layer with its weight rotated.
 
     Args:
         x: [..., in]. rotation: [r, b, b]. w: [out, in], frozen. bias: [out], frozen. All of one dtype.
-        rotated: ``rotate_weight(w, rotation)`` where it is kept anyway; saves two products. Only for orthogonal R.
     """
-    return _RotatedLinear.apply(x, rotation, w, bias, rotated)
+    return _RotatedLinear.apply(x, rotation, w, bias)
+
+
+def kept_linear(x: Tensor, through: Tensor, rotated: Tensor, bias: Tensor | None) -> Tensor:
+    """A linear layer whose rotated weight ``W R^T`` is kept: two products fewer. Only for orthogonal R.
+
+    The gradient x^T g W R^T of that weight is the one of R times R^T, so R is undone on the small matrices: by
+    ``through`` [r, b, b], which is R with a backward pass that multiplies by R, once for the layers of a whole bank.
+    """
+    return _KeptLinear.apply(x, through, rotated, bias)
+
+
+class Through(torch.autograd.Function):
+    """R [n, b, b] as ``through`` of :func:`kept_linear`."""
+
+    @staticmethod
+    def forward(ctx: Any, rotation: Tensor) -> Tensor:
+        # An attribute, since the result serves every micro-batch of an optimiser step.
+        ctx.rotation = rotation.detach()
+        return rotation.view_as(rotation)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, g: Tensor) -> Tensor:
+        return g @ ctx.rotation

@@ -26,7 +26,14 @@ from torch.optim import Optimizer
 
 from visiontune.adapters._cayley import Bank, Cache, make_banks
 from visiontune.adapters._layers import CONVOLUTIONS, compute_dtype, fan_in, masters
-from visiontune.adapters._rotate import rotate_channels, rotate_input, rotate_weight, rotated_linear
+from visiontune.adapters._rotate import (
+    kept_linear,
+    multiply,
+    rotate_channels,
+    rotate_input,
+    rotate_weight,
+    rotated_linear,
+)
 from visiontune.adapters.base import Adapter, Beneath, Method
 from visiontune.errors import UserError
 from visiontune.schema import option
@@ -208,20 +215,26 @@ class Rotation(Adapter):
 
     def _linear(self, x: Tensor, beneath: Beneath, scale: float) -> Tensor:
         layer, dtype = beneath.layer, compute_dtype(x)
-        rotation = self.rotation(scale, dtype)
         plain = beneath.frozen and layer.weight.is_floating_point()
         keep = self.config.keep_rotated and self.config.cayley == "exact"
         if not plain or not (keep or self._weight_side(x.numel() // x.shape[-1], beneath)):
-            return beneath(rotate_input(x.to(dtype), rotation))
-        w, bias = layer.weight.to(dtype), None if layer.bias is None else layer.bias.to(dtype)
-        with torch.autocast(x.device.type, enabled=False):
-            kept = self._kept(w, layer.weight, rotation, scale) if keep else None
-            return rotated_linear(x.to(dtype), rotation, w, bias, kept)
+            return beneath(rotate_input(x.to(dtype), self.rotation(scale, dtype)))
+        bias = None if layer.bias is None else layer.bias.to(dtype)
+        if not keep:
+            return rotated_linear(x.to(dtype), self.rotation(scale, dtype), layer.weight.to(dtype), bias)
+        through, inverse = (parts[self.index] for parts in self.bank.through(scale, dtype))
+        kept = self._kept(layer.weight, inverse)
+        return kept_linear(x.to(dtype), through.expand(self.blocks, -1, -1), kept, bias)
 
-    def _kept(self, w: Tensor, master: Tensor, rotation: Tensor, scale: float) -> Tensor:
-        key = (self.bank.key(scale), w.dtype, id(master), master._version, master.data_ptr())
+    def _kept(self, w: Tensor, inverse: Tensor) -> Tensor:
+        """``W R^T``, made once for a version of both."""
+        # The value holds `inverse`, so that no other tensor can come by its id.
+        key = (id(inverse), id(w), w._version, w.data_ptr())
+        return self.kept.get(key, lambda: (self._rotated(w, inverse), inverse))[0]
+
+    def _rotated(self, w: Tensor, inverse: Tensor) -> Tensor:
         with torch.inference_mode(False), torch.no_grad():
-            return self.kept.get(key, lambda: rotate_weight(w, rotation))
+            return multiply(w.to(inverse.dtype), inverse.expand(self.blocks, -1, -1))
 
     def _weight_side(self, tokens: int, beneath: Beneath) -> bool:
         """Rotating the weight costs ``out`` rows, rotating the input ``tokens`` rows."""
