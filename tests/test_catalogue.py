@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import pytest
+import yaml
 
 from visiontune import catalogue
 from visiontune.errors import UserError
@@ -46,3 +47,35 @@ def test_missing_and_binary_files(tmp_path):
     (tmp_path / "b.yaml").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(UserError, match="cannot read"):
         catalogue.read_yaml(tmp_path / "b.yaml")
+
+
+def _recipe(path, **content):
+    path.write_text(yaml.safe_dump(content))
+    return path
+
+
+def test_a_recipe_takes_what_it_does_not_say_from_the_one_it_extends(tmp_path):
+    adapter = {"name": "oft", "block_size": 8, "targets": "all"}
+    _recipe(tmp_path / "first.yaml", verb="train", adapter=adapter, train={"lr": 1.0, "steps": 5})
+    _recipe(tmp_path / "second.yaml", extends="first.yaml", adapter={"coft": True}, train={"lr": 2.0})
+    third = _recipe(tmp_path / "third.yaml", extends="second.yaml", adapter={"name": "lora", "rank": 2})
+    assert catalogue.read_recipe(tmp_path / "second.yaml") == {
+        "verb": "train",
+        "adapter": {**adapter, "coft": True},
+        "train": {"lr": 2.0, "steps": 5},
+    }
+    assert catalogue.read_recipe(third)["adapter"] == {"name": "lora", "rank": 2}
+    by_name = _recipe(tmp_path / "mine.yaml", extends="personalise/oft", name="mine")
+    assert catalogue.read_recipe(by_name) == {**catalogue.load("pipelines", "personalise/oft"), "name": "mine"}
+
+
+def test_recipes_that_extend_each_other_are_refused(tmp_path):
+    one = _recipe(tmp_path / "one.yaml", extends="two.yaml")
+    _recipe(tmp_path / "two.yaml", extends="one.yaml")
+    with pytest.raises(UserError, match=r"one.yaml extends itself: take `extends` out of one of one.yaml, two.yaml"):
+        catalogue.read_recipe(one)
+
+
+def test_an_unknown_recipe_to_extend_is_named(tmp_path):
+    with pytest.raises(UserError, match="'personalise/otf' is not a recipe"):
+        catalogue.read_recipe(_recipe(tmp_path / "one.yaml", extends="personalise/otf"))

@@ -5,6 +5,7 @@ An entry's name is its path without the suffix: ``personalise/oft`` is ``pipelin
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +44,44 @@ def find(kind: str, name: str) -> Path:
 
 def load(kind: str, name: str) -> dict[str, Any]:
     """The content of a catalogue entry."""
-    return read_yaml(find(kind, name))
+    path = find(kind, name)
+    return read_recipe(path) if kind == "pipelines" else read_yaml(path)
+
+
+def read_recipe(path: str | Path) -> dict[str, Any]:
+    """The content of a recipe, put on top of the recipe that it ``extends``.
+
+    That is another's catalogue name, or its path from this one's folder. Sections are merged option by option; one that
+    names another method takes none of the options of the first.
+
+    Raises:
+        UserError: as for :func:`read_yaml`, or recipes that extend each other.
+    """
+    layers, seen = [], list[Path]()
+    path = Path(path)
+    while True:
+        if path.resolve() in seen:
+            raise UserError(f"{path} extends itself: take `extends` out of one of {', '.join(p.name for p in seen)}")
+        seen.append(path.resolve())
+        content = read_yaml(path)
+        below = content.pop("extends", None)
+        layers.append(content)
+        if below is None:
+            break
+        path = path.parent / str(below) if str(below).endswith((".yaml", ".yml")) else find("pipelines", str(below))
+    whole: dict[str, Any] = {}
+    for content in reversed(layers):
+        whole = _put_on(whole, content)
+    return whole
+
+
+def _put_on(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+    merged = dict(below)
+    for key, value in above.items():
+        old = merged.get(key)
+        both = isinstance(old, Mapping) and isinstance(value, Mapping)
+        merged[key] = _put_on(old, value) if both and value.get("name", old.get("name")) == old.get("name") else value
+    return merged
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:

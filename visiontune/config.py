@@ -194,7 +194,7 @@ def _value(text: str) -> Any:
 def _read(recipe: str | Path, verb: str, overrides: Sequence[str]) -> dict[str, Any]:
     is_path = Path(recipe).suffix in (".yaml", ".yml") or Path(recipe).is_file()
     path = Path(recipe).expanduser() if is_path else catalogue.find("pipelines", str(recipe))
-    content = catalogue.read_yaml(path)
+    content = catalogue.read_recipe(path)
     for_verb = content.pop("verb", "train")
     if for_verb != verb:
         raise UserError(f"{recipe} is a recipe for another verb: run `visiontune {for_verb} {recipe}`")

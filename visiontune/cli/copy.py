@@ -27,4 +27,4 @@ def run(args: argparse.Namespace) -> None:
             file.write(source.read_bytes())
     except FileExistsError:
         raise UserError(f"{target} exists already: name another file, or move it away") from None
-    print(f"copied to {target}; run it with: visiontune {catalogue.read_yaml(source)['verb']} {target}")
+    print(f"copied to {target}; run it with: visiontune {catalogue.read_recipe(source)['verb']} {target}")
