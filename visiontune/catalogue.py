@@ -79,8 +79,9 @@ def _put_on(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any
     merged = dict(below)
     for key, value in above.items():
         old = merged.get(key)
-        both = isinstance(old, Mapping) and isinstance(value, Mapping)
-        merged[key] = _put_on(old, value) if both and value.get("name", old.get("name")) == old.get("name") else value
+        merged[key] = value
+        if isinstance(old, dict) and isinstance(value, dict) and value.get("name") in (None, old.get("name")):
+            merged[key] = _put_on(old, value)
     return merged
 
 

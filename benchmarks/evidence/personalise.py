@@ -13,15 +13,19 @@ import argparse
 import itertools
 import json
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from visiontune import config
 from visiontune.data.readers import read
+from visiontune.evaluation.metrics import hyperspherical_energy
 from visiontune.evaluation.personalise import measure
 from visiontune.files import write_json
 from visiontune.models import load
+from visiontune.models.base import DiffusionModel
 from visiontune.training.devices import native_bf16
 
 METHODS = ("lora", "oft", "coft", "full")
@@ -48,9 +52,10 @@ def train_and_measure(method: str | None, subject: str, seed: int, work: Path, o
         "preview.prompts=[]",
     ]
     recipe = config.load_run(f"personalise/{method or 'lora'}", [*own, *overrides])
+    before = energies(load("pocket/sd"))
     references = np.stack([np.asarray(sample.open()) for sample in read(recipe.data)])
     if method is None:
-        model, trained = load("pocket/sd"), 0
+        model, trained, change = load("pocket/sd"), 0, 0.0
     else:
         shutil.rmtree(recipe.folder, ignore_errors=True)
         trainer = config.assemble(recipe)
@@ -58,20 +63,32 @@ def train_and_measure(method: str | None, subject: str, seed: int, work: Path, o
         model = trainer.model
         trained = sum(p.numel() for p in trainer.parameters.values())
         shutil.rmtree(recipe.folder, ignore_errors=True)
+        if trainer.adapters is not None:
+            trainer.adapters.merge()
+        after = energies(model)
+        change = float(np.mean([abs(after[name] / energy - 1) for name, energy in before.items()]))
     scores = measure(model, subject, recipe.data.trigger, references, bf16=bf16).scores()
     row = {"method": method or "base", "subject": subject, "seed": seed, "parameters": trained, **scores}
+    row["energy_change"] = round(change, 5)
     write_json(file, row)
     print(json.dumps(row), flush=True)
     return row
 
 
-def table(rows: list[dict]) -> str:
+def energies(model: DiffusionModel) -> dict[str, float]:
+    """Hyperspherical energy of every linear layer and convolution."""
+    layers = {f"{c}.{n}": m for c, root in model.components().items() for n, m in root.named_modules()}
+    kinds = (torch.nn.Linear, torch.nn.Conv2d)
+    return {name: hyperspherical_energy(m.weight) for name, m in layers.items() if isinstance(m, kinds)}
+
+
+def table(rows: list[dict], methods: Sequence[str] = METHODS, scores: Sequence[str] = SCORES) -> str:
     """Mean and standard deviation over runs, one method a line."""
-    lines = ["| method | parameters | runs | " + " | ".join(SCORES) + " |", "|---" * (3 + len(SCORES)) + "|"]
-    for method in ("base", *METHODS):
+    lines = ["| method | parameters | runs | " + " | ".join(scores) + " |", "|---" * (3 + len(scores)) + "|"]
+    for method in ("base", *methods):
         own = [row for row in rows if row["method"] == method]
         if own:
-            cells = [f"{np.mean([r[s] for r in own]):.3f} ± {np.std([r[s] for r in own]):.3f}" for s in SCORES]
+            cells = [f"{np.mean([r[s] for r in own]):.3f} ± {np.std([r[s] for r in own]):.3f}" for s in scores]
             lines.append(f"| {method} | {own[0]['parameters']:,} | {len(own)} | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 

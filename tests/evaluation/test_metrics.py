@@ -51,6 +51,26 @@ def test_subject_metrics_tell_subjects_apart() -> None:
         metrics.subject_fidelity(images, "embers")
 
 
+def test_memorisation_counts_pictures_that_repeat_one_reference() -> None:
+    rng = np.random.default_rng(0)
+    references = rng.integers(256, size=(4, 8, 8, 3), dtype=np.uint8)
+    near = np.clip(references[:1].astype(int) + rng.integers(-9, 10, size=(1, 8, 8, 3)), 0, 255).astype(np.uint8)
+    own = rng.integers(256, size=(2, 8, 8, 3), dtype=np.uint8)
+    assert metrics.memorisation(np.concatenate([near, references[2:], own]), references) == pytest.approx(3 / 5)
+    with pytest.raises(UserError, match="at least two references"):
+        metrics.memorisation(own, references[:1])
+
+
+def test_hyperspherical_energy() -> None:
+    corners = torch.tensor([[2.0, 0, 0], [0, 3, 0], [0, 0, 0], [0, 0, 5]])
+    assert metrics.hyperspherical_energy(corners) == pytest.approx(1 / math.sqrt(2))
+    w = torch.randn(6, 3, 2, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    turn = torch.linalg.qr(torch.randn(12, 12, generator=torch.Generator().manual_seed(1), dtype=torch.float64)).Q
+    energy = metrics.hyperspherical_energy(w)
+    assert metrics.hyperspherical_energy((w.flatten(1) @ turn).view_as(w)) == pytest.approx(energy, rel=1e-12)
+    assert metrics.hyperspherical_energy(w + 0.1) != pytest.approx(energy, rel=1e-3)
+
+
 def test_psnr_of_a_known_error() -> None:
     a = np.full((2, 4, 4, 3), 100, np.uint8)
     assert metrics.psnr(a, a + 20) == pytest.approx(20 * math.log10(255 / 20))

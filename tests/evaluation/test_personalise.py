@@ -51,8 +51,9 @@ def test_a_model_that_draws_the_subject_scores_high_and_one_that_does_not_low(mo
     assert result.prompt_accuracy == 1.0 and result.class_kept == 1.0
     assert (result.subject_known == 1.0) is learnt
     assert (result.subject_oracle > 0.8) is learnt
+    assert result.memorised < 0.2
     assert set(result.scores()) == {
-        "subject_oracle", "subject_known", "subject_clip", "prompt_accuracy", "class_kept"
+        "subject_oracle", "subject_known", "subject_clip", "prompt_accuracy", "class_kept", "memorised"
     }  # fmt: skip
 
 

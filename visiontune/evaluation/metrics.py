@@ -44,6 +44,34 @@ def clip_image_similarity(images: np.ndarray, references: np.ndarray, encoder: C
     return float((image_features(images, encoder) @ image_features(references, encoder).T).mean())
 
 
+def memorisation(images: np.ndarray, references: np.ndarray, ratio: float = 0.5) -> float:
+    """Share of images that repeat one training picture, in [0, 1].
+
+    Those whose root-mean-square distance to the nearest reference is below ``ratio`` times that to the second nearest:
+    a picture of its own is about as far from one reference as from another.
+    """
+    if len(references) < 2 or images.shape[1:] != references.shape[1:] or not len(images):
+        raise UserError("memorisation compares images with at least two references of their size")
+    one, other = (a.astype(np.float64).reshape(len(a), -1) for a in (images, references))
+    distances = np.sqrt(((one[:, None] - other[None]) ** 2).mean(2))
+    distances.sort(axis=1)
+    return float(np.mean(distances[:, 0] < ratio * distances[:, 1]))
+
+
+def hyperspherical_energy(weight: Tensor) -> float:
+    """Mean of ``1 / |w_i - w_j|`` over pairs of a weight's rows, each flattened and of unit length.
+
+    The sum is the energy of Qiu et al., "Controlling Text-to-Image Diffusion by Orthogonal Finetuning", 2023, section
+    3; rotations of the inputs leave it as it is. Rows of zeros are left out.
+    """
+    rows = weight.detach().flatten(1).double()
+    rows = rows[rows.norm(dim=1) > 0]
+    distances = torch.pdist(rows / rows.norm(dim=1, keepdim=True))
+    if not len(distances):
+        raise UserError("the energy needs at least two rows that are not zero")
+    return float(distances.clamp_min(1e-12).reciprocal().mean())
+
+
 def psnr(images: np.ndarray, references: np.ndarray) -> float:
     """Peak signal-to-noise ratio in dB for a peak of 255, over all pixels of all images; inf when equal."""
     if images.shape != references.shape:

@@ -14,6 +14,7 @@ from visiontune.data.pocket_scenes import article, stream
 from visiontune.data.pocket_world import SUBJECTS, Subject
 from visiontune.evaluation.metrics import (
     clip_image_similarity,
+    memorisation,
     prompt_accuracy,
     subject_fidelity,
     subject_recognition,
@@ -38,6 +39,7 @@ class Personalisation:
         subject_clip: mean CLIP cosine between drawn and reference pictures.
         prompt_accuracy: share of ordinary held-out prompts that are drawn right.
         class_kept: share of plain "a <class>" prompts that give the plain class, not the subject.
+        memorised: share of pictures of the subject that repeat a training picture.
     """
 
     subject_oracle: float
@@ -45,6 +47,7 @@ class Personalisation:
     subject_clip: float
     prompt_accuracy: float
     class_kept: float
+    memorised: float
     subject_pictures: np.ndarray
     ordinary_pictures: np.ndarray
 
@@ -114,6 +117,7 @@ def measure(
         subject_clip=clip_image_similarity(subject_pictures, references, load_clip("pocket/clip")),
         prompt_accuracy=prompt_accuracy(ordinary_pictures, ordinary_texts),
         class_kept=prompt_accuracy(class_pictures, classes),
+        memorised=memorisation(subject_pictures, references),
         subject_pictures=subject_pictures,
         ordinary_pictures=ordinary_pictures,
     )
