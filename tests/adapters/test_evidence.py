@@ -63,8 +63,11 @@ def test_moments():
     assert not net.one._forward_pre_hooks
 
 
-@pytest.mark.parametrize(("size", "expected"), [(1, [["one"], ["two"]]), (10**6, [["one", "two"]])])
+@pytest.mark.parametrize(
+    ("size", "expected"), [(1, [["one"], ["two"]]), (199, [["one"], ["two"]]), (200, [["one", "two"]])]
+)
 def test_moments_come_in_portions(size, expected):
+    """72 and 128 bytes."""
     known = evidence(Net().double(), "one", "two")
     portions = list(known.portions(size))
     assert [list(portion) for portion in portions] == expected

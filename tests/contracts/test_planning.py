@@ -1,7 +1,7 @@
 """What every method that looks at the task before training has to satisfy.
 
-A new one is picked up by its ``plans``; ``OPTIONS`` and ``BUDGET`` have a line where its defaults do not fit tiny layers
-or where it promises how much it trains.
+A new one is picked up by its ``plans``. It needs a line in ``OPTIONS`` where its defaults do not fit tiny layers, and
+one in ``BUDGET`` where it promises how much it trains.
 """
 
 from __future__ import annotations
