@@ -199,6 +199,15 @@ def test_a_file_brings_everything_back(method: str, options: dict, tmp_path) -> 
 
 
 @pytest.mark.parametrize(("method", "options"), CASES)
+def test_loading_decomposes_nothing(method: str, options: dict, tmp_path, monkeypatch) -> None:
+    """A large model would wait minutes for a start that the file brings."""
+    path = planned(method, options)[1].save(tmp_path / "adapter.safetensors")
+    for name in ("svd", "eigh"):
+        monkeypatch.setattr(torch.linalg, name, lambda *_, **__: pytest.fail("decomposed"))
+    load(Net(), path)
+
+
+@pytest.mark.parametrize(("method", "options"), CASES)
 def test_merging_a_plan_is_the_same_function(method: str, options: dict) -> None:
     net, adapters = planned(method, options)
     turn(adapters)

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from visiontune.adapters._evidence import Evidence
 from visiontune.adapters._layers import masters
 from visiontune.adapters._low_rank import LAYERS, LowRank, full_rank, matrices
+from visiontune.adapters._method import must_start
 from visiontune.adapters.base import Method
 from visiontune.schema import option
 
@@ -60,7 +61,7 @@ class Config:
 
 
 def build(config: Config, layers: Mapping[str, nn.Module]) -> Method:
-    """CorDA for the layers of one component, with C = I until it is prepared; decomposes each weight."""
+    """CorDA for the layers of one component, with C = I until it is prepared."""
     return CorDA({name: Difference(config, layer) for name, layer in layers.items()})
 
 
@@ -92,7 +93,8 @@ class Difference(LowRank):
         self.up = nn.Parameter(torch.zeros(weight.shape[0], rank, **place))
         self.register_buffer("down0", torch.zeros_like(self.down, requires_grad=False))
         self.register_buffer("up0", torch.zeros_like(self.up, requires_grad=False))
-        self.start(layer, [None] * self.groups)
+        if must_start():
+            self.start(layer, [None] * self.groups)
 
     def start(self, layer: Any, seconds: Iterable[Tensor | None]) -> None:
         """Begin at components of the weight by second moments [d, d] of each group's inputs, of any scale."""

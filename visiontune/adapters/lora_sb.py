@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from visiontune.adapters._evidence import Evidence
 from visiontune.adapters._layers import masters
 from visiontune.adapters._low_rank import LAYERS, LowRank, full_rank, matrices
+from visiontune.adapters._method import must_start
 from visiontune.adapters.base import Method
 from visiontune.schema import option
 
@@ -48,7 +49,7 @@ class Config:
 
 
 def build(config: Config, layers: Mapping[str, nn.Module]) -> Method:
-    """LoRA-SB for the layers of one component, with LoRA-XS's frames until it is prepared; decomposes each weight."""
+    """LoRA-SB for the layers of one component, with LoRA-XS's frames until it is prepared."""
     return LoRASB(config, layers)
 
 
@@ -82,7 +83,8 @@ class Core(LowRank):
         self.register_buffer("left", torch.zeros(weight.shape[0], self.rank, **place))
         self.register_buffer("right", torch.zeros(self.groups * self.rank, *weight.shape[1:], **place))
         self.core = nn.Parameter(torch.zeros(self.groups, self.rank, self.rank, **place))
-        self.start(matrices(layer, weight), 0.0)
+        if must_start():
+            self.start(matrices(layer, weight), 0.0)
 
     @torch.no_grad()
     def start(self, change: Tensor, length: float) -> None:
