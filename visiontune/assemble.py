@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -57,6 +58,7 @@ def build(
 
     from accelerate.utils import set_seed
 
+    from visiontune.adapters._method import start_follows
     from visiontune.data.loader import BatchSampler
     from visiontune.data.rows import Rows
     from visiontune.sampling.pipeline import images as stock_images
@@ -69,7 +71,8 @@ def build(
     model: Any = open_model(run)
     # Some adapters start from random values; everything later draws from generators of its own.
     set_seed(run.seed)
-    adapters = attach_adapter(run, model)
+    with start_follows() if plan else nullcontext():
+        adapters = attach_adapter(run, model)
     accelerator = make_accelerator(run.train, run.folder)
     model.to(accelerator.device)
     with accelerator.main_process_first():

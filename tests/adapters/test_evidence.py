@@ -63,6 +63,33 @@ def test_moments():
     assert not net.one._forward_pre_hooks
 
 
+@pytest.mark.parametrize(
+    ("size", "expected"), [(1, [["one"], ["two"]]), (199, [["one"], ["two"]]), (200, [["one", "two"]])]
+)
+def test_moments_come_in_portions(size, expected):
+    """72 and 128 bytes."""
+    known = evidence(Net().double(), "one", "two")
+    portions = list(known.portions(size))
+    assert [list(portion) for portion in portions] == expected
+    for portion in portions:
+        for name, moments in portion.items():
+            assert torch.equal(moments.second, known.moments()[name].second)
+
+
+@pytest.mark.parametrize("kind", ["linear", "conv1d", "conv2d"])
+def test_autocast_does_not_round_the_sums(kind):
+    torch.manual_seed(0)
+    make, shape = LAYERS[kind]
+    layer, x = make(), torch.randn(shape)
+
+    def loss():
+        with torch.autocast("cpu", torch.bfloat16):
+            return layer(x).sum()
+
+    rows = inputs(layer, x)
+    torch.testing.assert_close(Evidence({"layer": layer}, [loss]).moments()["layer"].second, rows.mT @ rows)
+
+
 def test_gradients_and_squares_against_finite_differences():
     net = Net().double()
     known = evidence(net, "one")
@@ -97,11 +124,12 @@ def test_the_set_is_off_and_everything_is_left_as_it_was():
     assert all(p.grad is None for p in adapters.parameters())
 
 
-def test_sums_over_processes():
+@pytest.mark.parametrize("reduce", [lambda t: t.mul_(2), lambda t: 2 * t], ids=["in place", "new"])
+def test_sums_over_processes(reduce):
     net = Net().double()
-    doubled = evidence(net, "one", reduce=lambda t: t.mul_(2))
-    once = evidence(net, "one")
+    doubled, once = evidence(net, "one", reduce=reduce), evidence(net, "one")
     torch.testing.assert_close(doubled.moments()["one"].second, 2 * once.moments()["one"].second)
+    torch.testing.assert_close(doubled.moments()["one"].first, 2 * once.moments()["one"].first)
     assert doubled.moments()["one"].count == 30
     torch.testing.assert_close(doubled.gradients()["one"], 2 * once.gradients()["one"])
 

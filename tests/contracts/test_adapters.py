@@ -39,6 +39,9 @@ OPTIONS: dict[str, dict] = {
     "peft": {"method": "LoHa", "options": {"r": 2}},
     # With more, a forward pass is drawn at random; test_mosa.py has that.
     "mosa": {"rank": 2, "experts": 1},
+    "eva": {"rank": 2, "alpha": 3.0},
+    "corda": {"rank": 2, "alpha": 3.0},
+    "lora_sb": {"rank": 3},
 }
 VARIANTS: list[tuple[str, dict]] = [
     *((method, OPTIONS.get(method, {})) for method in METHODS),
@@ -56,6 +59,7 @@ VARIANTS: list[tuple[str, dict]] = [
     ("s2ft", {"share": 0.2, "side": "outputs", "choice": "largest"}),
     ("dense", {"biases": False}),
     ("peft", {"method": "Vera", "options": {"r": 3}}),
+    ("corda", {"rank": 20, "mode": "kpm", "root": True}),
 ]
 LAYERS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "linear": (lambda: nn.Linear(12, 8), (2, 5, 12)),
@@ -88,6 +92,17 @@ def _count_lora(module: nn.Module, options: dict) -> int:
         return options["rank"] * sum(module.weight.shape)
     groups, out = getattr(module, "groups", 1), module.weight.shape[0]
     return options["rank"] * (groups * module.weight[0].numel() + out) + (out if options.get("dora") else 0)
+
+
+def _count_corda(module: nn.Module, options: dict) -> int:
+    groups, (out, *_) = getattr(module, "groups", 1), module.weight.shape
+    rank = min(options["rank"], out // groups, module.weight[0].numel())
+    return rank * (groups * module.weight[0].numel() + out)
+
+
+def _count_lora_sb(module: nn.Module, options: dict) -> int:
+    groups = getattr(module, "groups", 1)
+    return groups * min(options["rank"], module.weight.shape[0] // groups, module.weight[0].numel()) ** 2
 
 
 def _count_sara(module: nn.Module, options: dict) -> int:
@@ -143,6 +158,9 @@ COUNT = {
     "peft": _count_peft,
     "lora": _count_lora,
     "mosa": _count_lora,
+    "eva": _count_lora,
+    "corda": _count_corda,
+    "lora_sb": _count_lora_sb,
     "oft": _count_oft,
     "sara": _count_sara,
     "boft": _count_boft,

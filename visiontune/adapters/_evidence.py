@@ -6,7 +6,7 @@ one sees its own losses, and the sums are taken over all.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -15,11 +15,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from visiontune.adapters._layers import masters
+from visiontune.adapters._layers import fan_in, masters
 from visiontune.adapters._sparse import pad
 from visiontune.errors import UserError
 
 Reduce = Callable[[Tensor], Tensor]
+PORTION = 2**30  # bytes
 
 
 @dataclass
@@ -54,7 +55,7 @@ class Evidence:
     Args:
         layers: by name.
         losses: each call gives the same training loss again, of a batch of its own; the adapters act in it as they are.
-        reduce: sums a tensor over processes; none with one process.
+        reduce: gives the sum of a tensor over processes, in a new tensor or the same; none with one process.
         off: context in which the set that asks does not act.
     """
 
@@ -67,17 +68,36 @@ class Evidence:
     ) -> None:
         self.layers, self.losses, self.reduce, self.off = dict(layers), list(losses), reduce or (lambda t: t), off
 
+    def portions(self, size: int = PORTION) -> Iterator[dict[str, Moments]]:
+        """:meth:`moments` of as many layers at a time as fit into ``size`` bytes, one at least.
+
+        The losses are computed anew for each portion. Squares of the inputs of wide convolutions are large.
+        """
+        names: list[str] = []
+        filled = 0
+        for name, layer in self.layers.items():
+            needed = int(getattr(layer, "groups", 1)) * fan_in(layer) ** 2 * masters(layer)["dtype"].itemsize
+            if names and filled + needed > size:
+                yield self.moments(names)
+                names, filled = [], 0
+            names.append(name)
+            filled += needed
+        yield self.moments(names)
+
     @torch.no_grad()
-    def moments(self) -> dict[str, Moments]:
-        """Sums over the layers' inputs.
+    def moments(self, names: Sequence[str] | None = None) -> dict[str, Moments]:
+        """Sums over the layers' inputs; of all layers, or those of the given names.
 
         Raises:
             UserError: a layer was not called.
         """
+        names = list(self.layers) if names is None else names
         found: dict[str, Moments] = {}
         hooks = [
-            layer.register_forward_pre_hook(lambda layer, args, name=name: _count_in(found, name, layer, args[0]))
-            for name, layer in self.layers.items()
+            self.layers[name].register_forward_pre_hook(
+                lambda layer, args, name=name: _count_in(found, name, layer, args[0])
+            )
+            for name in names
         ]
         try:
             with self.off():
@@ -86,12 +106,12 @@ class Evidence:
         finally:
             for hook in hooks:
                 hook.remove()
-        self._all(found)
-        for moments in found.values():
-            self.reduce(moments.second)
-            self.reduce(moments.first)
+        self._all(names, found)
+        for name in names:
+            moments = found[name]
+            moments.second, moments.first = self.reduce(moments.second), self.reduce(moments.first)
             moments.count = int(self.reduce(torch.tensor(moments.count, device=moments.first.device)))
-        return {name: found[name] for name in self.layers}
+        return {name: found[name] for name in names}
 
     def gradients(self) -> dict[str, Tensor]:
         """Sum over the losses of the gradient of each layer's weight, float32 or wider.
@@ -149,21 +169,23 @@ class Evidence:
             finally:
                 for hook in hooks:
                     hook.remove()
-        self._all(found)
+        self._all(self.layers, found)
         return {name: self.reduce(found[name]) for name in self.layers}
 
-    def _all(self, found: Mapping[str, Any]) -> None:
-        missing = [name for name in self.layers if name not in found]
+    def _all(self, names: Iterable[str], found: Mapping[str, Any]) -> None:
+        missing = [name for name in names if name not in found]
         if missing:
             raise UserError(f"layer '{missing[0]}' takes no part in the loss: leave it out of adapter.targets")
 
 
 def _count_in(found: dict[str, Moments], name: str, layer: Any, x: Tensor) -> None:
-    rows = inputs(layer, x.to(masters(layer)["dtype"]))
-    if name not in found:
-        groups, _, d = rows.shape
-        found[name] = Moments(rows.new_zeros(groups, d, d), rows.new_zeros(groups, d))
-    found[name].add(rows)
+    # Under autocast the sums would be rounded to half precision.
+    with torch.autocast(x.device.type, enabled=False):
+        rows = inputs(layer, x.to(masters(layer)["dtype"]))
+        if name not in found:
+            groups, _, d = rows.shape
+            found[name] = Moments(rows.new_zeros(groups, d, d), rows.new_zeros(groups, d))
+        found[name].add(rows)
 
 
 def inputs(layer: Any, x: Tensor) -> Tensor:

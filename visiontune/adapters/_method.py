@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
@@ -13,6 +15,24 @@ from visiontune.adapters._layers import Beneath
 
 if TYPE_CHECKING:
     from visiontune.adapters._evidence import Evidence
+
+
+_follows = ContextVar("follows", default=False)
+
+
+@contextmanager
+def start_follows() -> Iterator[None]:
+    """Inside the block sets are made that a file or :meth:`Method.prepare` gives their start."""
+    token = _follows.set(True)
+    try:
+        yield
+    finally:
+        _follows.reset(token)
+
+
+def must_start() -> bool:
+    """Whether a method with ``plans`` has to compute the start that it has without evidence, which may be costly."""
+    return not _follows.get()
 
 
 class Adapter(ABC):

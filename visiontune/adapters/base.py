@@ -19,7 +19,7 @@ from torch import nn
 from visiontune import plugin
 from visiontune.adapters import _layers, _storage, _targets
 from visiontune.adapters._layers import Beneath
-from visiontune.adapters._method import Adapter, Method
+from visiontune.adapters._method import Adapter, Method, start_follows
 from visiontune.adapters._set import AdapterSet
 from visiontune.errors import UserError
 
@@ -128,7 +128,8 @@ def load(
     if not allow_other_base:
         flat = {f"{c}.{n}" if c else n: layer for c, found in layers.items() for n, layer in found.items()}
         _storage.check_base(path, header, flat)
-    adapters = assemble(roots, name, key, config, module, header["targets"], layers)
+    with start_follows():
+        adapters = assemble(roots, name, key, config, module, header["targets"], layers)
     try:
         adapters.fill(path, tensors)
     except UserError:

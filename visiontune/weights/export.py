@@ -82,6 +82,8 @@ def export(
             raise UserError(f"'{layer}' has a changed bias, which {kind} cannot hold: export as 'diff', or merge")
         factors = adapters.low_rank(layer)
         down, up = factorise(weight, rank) if factors is None else factors
+        if not up.shape[1]:
+            continue  # a layer to which a method gave no rank
         done.ranks[layer] = up.shape[1]
         done.errors[layer] = _error(weight, down, up)
         tensors |= _pair(kind, layer, adapters, down, up)
