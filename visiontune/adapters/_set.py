@@ -70,6 +70,12 @@ class AdapterSet(nn.Module):
         """Number of trainable values."""
         return sum(p.numel() for p in self.parameters())
 
+    def base_weight(self, layer: str) -> Tensor:
+        """The weight that the layer itself holds."""
+        weight = self._layers[layer].weight
+        assert isinstance(weight, Tensor)
+        return weight
+
     def weight(self, layer: str) -> Tensor:
         """The weight of a layer as this set's method defines it: with the sets beneath, without those above."""
         return self._up_to_here(layer).weight()

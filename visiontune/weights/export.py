@@ -8,8 +8,9 @@ kohya       ``lora_unet_<layer>.lora_down.weight``, ``lora_up``, alpha  kohya's 
 diff        ``lora_unet_<layer>.diff``, ``.diff_b``                     ComfyUI
 ==========  ==========================================================  =======================================
 
-LoRA goes over as it is, its strength folded into the second factor. Any other method is the best approximation of a
-given rank, whose error is returned, or in full as ``diff``.
+LoRA goes over as it is, its strength folded into the second factor, and DoRA with the lengths of its rows
+(``lora_magnitude_vector``; in kohya's files ``dora_scale``). Any other method, and DoRA where a rank is given, is the
+best approximation of that rank, whose error is returned, or in full as ``diff``.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from visiontune.adapters.lora import DoRA
 from visiontune.errors import UserError
 from visiontune.files import atomic_write
 from visiontune.weights.names import kohya_name, public_name
@@ -40,11 +42,13 @@ class Exported:
     Attributes:
         path: the file. ranks: rank of each layer, none for ``diff``.
         errors: for each layer, the Frobenius norm of what the factors leave out, relative to the change; 0 is exact.
+        dora: whether lengths of rows were written beside the factors.
     """
 
     path: Path
     ranks: dict[str, int] = field(default_factory=dict)
     errors: dict[str, float] = field(default_factory=dict)
+    dora: bool = False
 
     @property
     def worst(self) -> float:
@@ -80,15 +84,27 @@ def export(
             continue
         if bias is not None and bias.any():
             raise UserError(f"'{layer}' has a changed bias, which {kind} cannot hold: export as 'diff', or merge")
-        factors = adapters.low_rank(layer)
-        down, up = factorise(weight, rank) if factors is None else factors
+        own = decomposed(adapters, layer) if rank is None else None
+        if own is not None:
+            down, up, lengths = own
+            tensors |= _lengths(kind, layer, adapters, lengths, weight.dim())
+            done.dora, done.errors[layer] = True, 0.0
+        else:
+            factors = adapters.low_rank(layer)
+            down, up = factorise(weight, rank) if factors is None else factors
+            done.errors[layer] = _error(weight, down, up)
         done.ranks[layer] = up.shape[1]
-        done.errors[layer] = _error(weight, down, up)
         tensors |= _pair(kind, layer, adapters, down, up)
     written = {key: value.to(dtype).cpu().contiguous() for key, value in tensors.items()}
     with atomic_write(done.path) as temporary:
         save_file(written, temporary, {"format": "pt"})
     return done
+
+
+def decomposed(adapters: AdapterSet, layer: str) -> tuple[Tensor, Tensor, Tensor] | None:
+    """Factors and lengths of rows of a layer with DoRA; none for other methods and for several groups."""
+    adapter = adapters.adapters()[layer]
+    return adapter.decomposed(adapters.base_weight(layer), adapters.scale) if isinstance(adapter, DoRA) else None
 
 
 def factorise(change: Tensor, rank: int | None = None, tolerance: float = 1e-6) -> tuple[Tensor, Tensor]:
@@ -119,6 +135,19 @@ def _pair(kind: Format, layer: str, adapters: AdapterSet, down: Tensor, up: Tens
     # Readers multiply by alpha / rank. One alpha for all layers, whatever their ranks: diffusers mixes up several.
     name, alpha = kohya_name(layer, _two_encoders(adapters)), torch.tensor(1.0)
     return {f"{name}.lora_down.weight": down, f"{name}.lora_up.weight": up * down.shape[0], f"{name}.alpha": alpha}
+
+
+def _lengths(kind: Format, layer: str, adapters: AdapterSet, lengths: Tensor, dims: int) -> dict[str, Tensor]:
+    """PEFT holds those of a convolution as channels of its output, LyCORIS as rows of the weight."""
+    if kind == "diffusers":
+        return {f"{public_name(layer)}.lora_magnitude_vector": peft_lengths(lengths, dims)}
+    name = kohya_name(layer, _two_encoders(adapters))
+    return {f"{name}.dora_scale": lengths.view(-1, *[1] * (dims - 1))}
+
+
+def peft_lengths(lengths: Tensor, dims: int) -> Tensor:
+    """Lengths of rows [out] of a weight with ``dims`` dimensions as PEFT's ``lora_magnitude_vector``."""
+    return lengths if dims == 2 else lengths.view(1, -1, *[1] * (dims - 2))
 
 
 def _dense(name: str, weight: Tensor, bias: Tensor | None) -> dict[str, Tensor]:
