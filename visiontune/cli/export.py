@@ -4,8 +4,8 @@
   visiontune export runs/oft exported.safetensors --format kohya --rank 32
   visiontune export runs/oft merged_model --format merged
 
-diffusers (also PEFT, ComfyUI) and kohya (also A1111) take LoRA and DoRA as they are; any other method becomes the best
-LoRA of the given rank, whose error is printed. diff (ComfyUI) holds the whole change. merged is a plain diffusers model. peft is a
+diffusers and kohya (also ComfyUI, A1111) take LoRA and DoRA as they are; any other method becomes the best LoRA of the
+given rank, whose error is printed. diff (ComfyUI) holds the whole change. merged is a plain diffusers model. peft is a
 folder with LoRA, OFT or BOFT of one component, as they are.
 """
 
@@ -63,7 +63,7 @@ def run(args: argparse.Namespace) -> None:
         write_peft(attached, args.out, dtype)
         print(f"written: {args.out}, PEFT's {attached.method} on {len(attached.layers)} layers")
         return
-    done = export(attached, args.out, args.format, rank=args.rank, dtype=dtype)
+    done = export(attached, args.out, args.format, rank=args.rank, dtype=dtype, modules=model.components())
     ranks = f", ranks {min(done.ranks.values())} to {max(done.ranks.values())}" if done.ranks else ""
     loss = f", leaves out {done.worst:.2%} of a layer's change at most" if done.errors else ""
     print(f"written: {args.out}, {len(attached.layers)} layers{ranks}{loss}")

@@ -3,7 +3,7 @@
 ==========  ==========================================================  =======================================
 format      keys                                                        read by
 ==========  ==========================================================  =======================================
-diffusers   ``unet.<layer>.lora_A.weight``, ``lora_B.weight``           diffusers ``load_lora_weights``, PEFT, ComfyUI
+diffusers   ``unet.<layer>.lora_A.weight``, ``lora_B.weight``           diffusers ``load_lora_weights``
 kohya       ``lora_unet_<layer>.lora_down.weight``, ``lora_up``, alpha  kohya's scripts, ComfyUI, A1111, diffusers
 diff        ``lora_unet_<layer>.diff``, ``.diff_b``                     ComfyUI
 ==========  ==========================================================  =======================================
@@ -15,18 +15,19 @@ best approximation of that rank, whose error is returned, or in full as ``diff``
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 import torch
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from visiontune.adapters.lora import DoRA
 from visiontune.errors import UserError
 from visiontune.files import atomic_write
-from visiontune.weights.names import kohya_name, public_name
+from visiontune.weights.names import kohya_names, public_name
 
 if TYPE_CHECKING:
     from visiontune.adapters import AdapterSet
@@ -58,7 +59,13 @@ class Exported:
 
 @torch.no_grad()
 def export(
-    adapters: AdapterSet, path: str | Path, kind: Format = "diffusers", *, rank: int | None = None, dtype: torch.dtype
+    adapters: AdapterSet,
+    path: str | Path,
+    kind: Format = "diffusers",
+    *,
+    rank: int | None = None,
+    dtype: torch.dtype,
+    modules: Mapping[str, nn.Module] | None = None,
 ) -> Exported:
     """Write a set's change of its base for another tool.
 
@@ -68,6 +75,8 @@ def export(
         kind: see the module's table.
         rank: of the approximation where the method is no LoRA; default: as many as the change really has.
         dtype: of the written tensors.
+        modules: all components of the model, from which ``kohya`` and ``diff`` take what kohya's scripts call its
+            layers; without them, the names that layers of a Stable Diffusion 1.x have.
 
     Raises:
         UserError: unknown format, a merged or disabled set, or a change of biases that the format cannot hold.
@@ -77,24 +86,28 @@ def export(
     if not adapters.active:
         raise UserError(f"adapter '{adapters.name}' is merged or disabled: unmerge or enable it before the export")
     done, tensors = Exported(Path(path)), dict[str, Tensor]()
+    if kind == "diffusers":
+        names = {layer: public_name(layer) for layer in adapters.layers}
+    else:
+        names = kohya_names(adapters.layers, modules or {})
     for layer in adapters.layers:
         weight, bias = adapters.change(layer)
         if kind == "diff":
-            tensors |= _dense(kohya_name(layer, _two_encoders(adapters)), weight, bias)
+            tensors |= _dense(names[layer], weight, bias)
             continue
         if bias is not None and bias.any():
             raise UserError(f"'{layer}' has a changed bias, which {kind} cannot hold: export as 'diff', or merge")
         own = decomposed(adapters, layer) if rank is None else None
         if own is not None:
             down, up, lengths = own
-            tensors |= _lengths(kind, layer, adapters, lengths, weight.dim())
+            tensors |= _lengths(kind, names[layer], lengths, weight.dim())
             done.dora, done.errors[layer] = True, 0.0
         else:
             factors = adapters.low_rank(layer)
             down, up = factorise(weight, rank) if factors is None else factors
             done.errors[layer] = _error(weight, down, up)
         done.ranks[layer] = up.shape[1]
-        tensors |= _pair(kind, layer, adapters, down, up)
+        tensors |= _pair(kind, names[layer], down, up)
     written = {key: value.to(dtype).cpu().contiguous() for key, value in tensors.items()}
     with atomic_write(done.path) as temporary:
         save_file(written, temporary, {"format": "pt"})
@@ -123,25 +136,19 @@ def _error(change: Tensor, down: Tensor, up: Tensor) -> float:
     return float(left.norm() / change.double().norm().clamp_min(1e-30))
 
 
-def _two_encoders(adapters: AdapterSet) -> bool:
-    return any(name.startswith("text_encoder_2.") for name in adapters.layers)
-
-
-def _pair(kind: Format, layer: str, adapters: AdapterSet, down: Tensor, up: Tensor) -> dict[str, Tensor]:
+def _pair(kind: Format, name: str, down: Tensor, up: Tensor) -> dict[str, Tensor]:
     up = up.view(*up.shape, *[1] * (down.dim() - 2))
     if kind == "diffusers":
-        name = public_name(layer)
         return {f"{name}.lora_A.weight": down, f"{name}.lora_B.weight": up}
     # Readers multiply by alpha / rank. One alpha for all layers, whatever their ranks: diffusers mixes up several.
-    name, alpha = kohya_name(layer, _two_encoders(adapters)), torch.tensor(1.0)
+    alpha = torch.tensor(1.0)
     return {f"{name}.lora_down.weight": down, f"{name}.lora_up.weight": up * down.shape[0], f"{name}.alpha": alpha}
 
 
-def _lengths(kind: Format, layer: str, adapters: AdapterSet, lengths: Tensor, dims: int) -> dict[str, Tensor]:
+def _lengths(kind: Format, name: str, lengths: Tensor, dims: int) -> dict[str, Tensor]:
     """PEFT holds those of a convolution as channels of its output, LyCORIS as rows of the weight."""
     if kind == "diffusers":
-        return {f"{public_name(layer)}.lora_magnitude_vector": peft_lengths(lengths, dims)}
-    name = kohya_name(layer, _two_encoders(adapters))
+        return {f"{name}.lora_magnitude_vector": peft_lengths(lengths, dims)}
     return {f"{name}.dora_scale": lengths.view(-1, *[1] * (dims - 1))}
 
 

@@ -23,6 +23,7 @@ from visiontune import adapters
 from visiontune.adapters import AdapterSet
 from visiontune.adapters.lora import LAYERS, row_lengths
 from visiontune.errors import UserError
+from visiontune.weights.ldm import ldm_names
 from visiontune.weights.names import kohya_name, public_name
 
 _ENDINGS = {
@@ -51,7 +52,7 @@ def read_lora(path: str | Path, modules: Mapping[str, nn.Module], name: str = "d
     """Attach the LoRA of a file.
 
     Args:
-        path: a ``.safetensors`` file whose keys name layers as diffusers, PEFT or kohya do.
+        path: a ``.safetensors`` file whose keys name layers as diffusers, PEFT or kohya (also in Stability's names) do.
         modules: component name (``unet``, ``text_encoder``, ...) -> module.
         name: see :func:`visiontune.adapters.attach`.
 
@@ -123,8 +124,10 @@ def _layer_names(modules: Mapping[str, nn.Module]) -> dict[str, str]:
     """Every name that a file may use -> the layer's own full name."""
     layers = [f"{c}.{n}" for c, module in modules.items() for n, m in module.named_modules() if isinstance(m, LAYERS)]
     names = {layer: layer for layer in layers} | {public_name(layer): layer for layer in layers}
+    ldm = ldm_names(modules.get("unet"))
     for two in (False, True):
-        names |= {kohya_name(layer, two): layer for layer in layers}
+        for style in ({}, ldm):
+            names |= {kohya_name(layer, two, style): layer for layer in layers}
     return names
 
 
@@ -141,8 +144,7 @@ def _factors(tensors: Mapping[str, Tensor], names: Mapping[str, str], path: str 
     if unknown:
         raise UserError(
             f"{path}: {len(unknown)} of {len(tensors)} keys belong to no layer of this model, such as '{unknown[0]}': "
-            "give the model that it was trained on; keys in Stability's own layout are converted by loading the file"
-            " into diffusers and saving it again"
+            "give the model that it was trained on"
         )
     if not halves:
         raise UserError(f"{path} holds no tensors")
