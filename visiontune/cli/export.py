@@ -41,9 +41,8 @@ def run(args: argparse.Namespace) -> None:
     import torch
 
     from visiontune import adapters, models
-    from visiontune.files import atomic_write
     from visiontune.sampling.sources import adapter_file
-    from visiontune.weights.export import export
+    from visiontune.weights.export import export, write_merged
     from visiontune.weights.peft_folders import write_peft
 
     file, dtype = adapter_file(args.adapter), getattr(torch, DTYPES[args.dtype])
@@ -54,9 +53,7 @@ def run(args: argparse.Namespace) -> None:
     attached = adapters.load(model.components(), file)
     attached.scale = args.scale
     if args.format == "merged":
-        attached.merge()
-        with atomic_write(args.out) as partial:
-            model.pipe.to(dtype=dtype).save_pretrained(partial)
+        write_merged(model.pipe, attached, args.out, dtype)
         print(f"written: {args.out}, a diffusers model of {base} with the adapter in it")
         return
     if args.format == "peft":

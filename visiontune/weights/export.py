@@ -18,12 +18,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from visiontune.adapters._layers import CONVOLUTIONS
 from visiontune.adapters.lora import DoRA
 from visiontune.errors import UserError
 from visiontune.files import atomic_write
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
     from visiontune.adapters import AdapterSet
 
 Format = Literal["diffusers", "kohya", "diff"]
+_FACTORED = (nn.Linear, *CONVOLUTIONS)
 FORMATS: tuple[Format, ...] = ("diffusers", "kohya", "diff")
 
 
@@ -85,6 +87,8 @@ def export(
         raise UserError(f"unknown format '{kind}'; known: {', '.join(FORMATS)}")
     if not adapters.active:
         raise UserError(f"adapter '{adapters.name}' is merged or disabled: unmerge or enable it before the export")
+    if kind == "diff":
+        check_biases(adapters)
     done, tensors = Exported(Path(path)), dict[str, Tensor]()
     if kind == "diffusers":
         names = {layer: public_name(layer) for layer in adapters.layers}
@@ -95,6 +99,10 @@ def export(
         if kind == "diff":
             tensors |= _dense(names[layer], weight, bias)
             continue
+        if not isinstance(adapters.layer(layer), _FACTORED):
+            raise UserError(
+                f"'{layer}' is neither linear nor a convolution, as {kind} needs: export as 'diff', or merge"
+            )
         if bias is not None and bias.any():
             raise UserError(f"'{layer}' has a changed bias, which {kind} cannot hold: export as 'diff', or merge")
         own = decomposed(adapters, layer) if rank is None else None
@@ -114,10 +122,41 @@ def export(
     return done
 
 
+@torch.no_grad()
+def check_biases(adapters: AdapterSet) -> None:
+    """Refuse biases of layers that have none in the base, which readers of the base's layout would leave out.
+
+    Raises:
+        UserError: naming the first such layer.
+    """
+    for layer in adapters.layers:
+        bias = adapters.change(layer)[1]
+        if bias is not None and bias.any() and getattr(adapters.layer(layer), "bias", None) is None:
+            raise UserError(f"'{layer}' got a bias that the base's layer does not have: only visiontune can load that")
+
+
+def write_merged(pipe: Any, adapters: AdapterSet, folder: str | Path, dtype: torch.dtype) -> Path:
+    """Write ``pipe`` as a plain diffusers model with the set merged into it; it stays merged.
+
+    Args:
+        pipe: the pipeline that the set is attached to; it is cast.
+        adapters: at its present scale. folder: whole or absent. dtype: of the written weights.
+
+    Raises:
+        UserError: see :func:`check_biases`.
+    """
+    folder = Path(folder)
+    check_biases(adapters)
+    adapters.merge()
+    with atomic_write(folder) as partial:
+        pipe.to(dtype=dtype).save_pretrained(partial)
+    return folder
+
+
 def decomposed(adapters: AdapterSet, layer: str) -> tuple[Tensor, Tensor, Tensor] | None:
     """Factors and lengths of rows of a layer with DoRA; none for other methods and for several groups."""
     adapter = adapters.adapters()[layer]
-    return adapter.decomposed(adapters.base_weight(layer), adapters.scale) if isinstance(adapter, DoRA) else None
+    return adapter.decomposed(adapters.layer(layer).weight, adapters.scale) if isinstance(adapter, DoRA) else None
 
 
 def factorise(change: Tensor, rank: int | None = None, tolerance: float = 1e-6) -> tuple[Tensor, Tensor]:

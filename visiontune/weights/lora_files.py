@@ -91,7 +91,7 @@ def attach_lora(
             _fill(own[f"{layer}.down"], down, 0, layer, path)
             _fill(own[f"{layer}.up"], up, 1, layer, path)
             if dora:
-                base = made.base_weight(layer)
+                base = made.layer(layer).weight
                 if lengths is None:
                     lengths = row_lengths(base.double() + (up.double() @ down.double().flatten(1)).view_as(base))
                 _fill(own[f"{layer}.gain"], lengths - row_lengths(base), 0, layer, path)
