@@ -17,6 +17,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from visiontune.assemble import build, check_folder
 from visiontune.config import Run
 from visiontune.data.loader import BatchSampler
+from visiontune.training import optim
 
 if TYPE_CHECKING:
     from visiontune.training.loop import Trainer
@@ -126,7 +127,7 @@ def _estimate(run: Run, trainer: Trainer, activations: int, seconds: float) -> E
     rows, cuda = trainer.rows.rows, trainer.accelerator.device.type == "cuda"
     trained = list(trainer.parameters.values())
     model = _tensors(trainer)
-    state = [v for values in trainer.optimizer.state.values() for v in values.values() if isinstance(v, Tensor)]
+    state = list(optim.state_tensors(trainer.optimizer.state))
     everything = {id(t): t for t in [*model, *trained]}.values()
     return Estimate(
         device=str(trainer.accelerator.device),

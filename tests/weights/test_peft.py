@@ -37,6 +37,7 @@ X = torch.randn(3, 5, 16, generator=torch.Generator().manual_seed(1))
 LINEAR = ["one", "two"]
 CASES = {
     "lora": ("lora", {"rank": 3, "alpha": 5.0}, ["one", "point"]),
+    "dora": ("lora", {"rank": 3, "alpha": 5.0, "dora": True}, ["one", "point"]),
     "oft": ("oft", {"block_size": 8}, LINEAR),
     "oft, series": ("oft", {"block_size": 4, "cayley": "neumann", "terms": 6}, LINEAR),
     "oft, shared": ("oft", {"block_size": 8, "block_share": True}, LINEAR),
@@ -76,6 +77,7 @@ CONFIGS = {
     "rslora, patterns": LoraConfig(
         r=4, lora_alpha=6, use_rslora=True, rank_pattern={"two": 2}, alpha_pattern={"two": 3}, target_modules=LINEAR
     ),
+    "dora": LoraConfig(r=4, lora_alpha=6, use_dora=True, target_modules=["one", "point"]),
     "oft exact": OFTConfig(r=0, oft_block_size=8, use_cayley_neumann=False, target_modules=LINEAR),
     "oft series": OFTConfig(r=0, oft_block_size=8, num_cayley_neumann_terms=4, target_modules=LINEAR),
     "oft blocks": OFTConfig(r=4, oft_block_size=0, use_cayley_neumann=False, target_modules=["one"]),
@@ -120,8 +122,9 @@ def test_what_pefts_formats_cannot_hold_is_refused(tmp_path):
         write_peft(attach({"unet": kernel}, "oft", targets=["0"], block_size=4), tmp_path / "a")
     with pytest.raises(UserError, match="one block size"):
         write_peft(attach({"unet": Net()}, "oft", targets=LINEAR, block_size=16), tmp_path / "a")
+    groups = nn.Sequential(nn.Conv2d(4, 4, 3, groups=2))
     with pytest.raises(UserError, match="no plain LoRA"):
-        write_peft(attach({"unet": Net()}, "lora", targets=LINEAR, dora=True), tmp_path / "a")
+        write_peft(attach({"unet": groups}, "lora", targets=["0"], dora=True), tmp_path / "a")
     assert not (tmp_path / "a").exists()
 
 
@@ -131,11 +134,11 @@ def test_unreadable_folders_are_refused(tmp_path):
     get_peft_model(Net(), peft.VeraConfig(target_modules=["one"])).save_pretrained(str(tmp_path / "vera"))
     with pytest.raises(UserError, match="holds PEFT's VERA; readable are LORA, OFT, BOFT"):
         read_peft(tmp_path / "vera", {"unet": Net()})
-    dora = get_peft_model(Net(), LoraConfig(r=2, use_dora=True, target_modules=["one"]))
-    dora.save_pretrained(str(tmp_path / "dora"))
+    biased = get_peft_model(Net(), LoraConfig(r=2, bias="lora_only", target_modules=["one"]))
+    biased.save_pretrained(str(tmp_path / "biased"))
     net = Net()
-    with pytest.raises(UserError, match="lora_magnitude_vector"):
-        read_peft(tmp_path / "dora", {"unet": net})
+    with pytest.raises(UserError, match="is no part of a LoRA or DoRA"):
+        read_peft(tmp_path / "biased", {"unet": net})
     torch.testing.assert_close(net(X), Net()(X), rtol=0, atol=0)
 
 

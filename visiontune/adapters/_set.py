@@ -71,6 +71,10 @@ class AdapterSet(nn.Module):
         """Number of trainable values."""
         return sum(p.numel() for p in self.parameters())
 
+    def layer(self, name: str) -> Any:
+        """The adapted layer itself; its ``weight`` and ``bias`` are the base's."""
+        return self._layers[name]
+
     def weight(self, layer: str) -> Tensor:
         """The weight of a layer as this set's method defines it: with the sets beneath, without those above."""
         return self._up_to_here(layer).weight()

@@ -72,6 +72,11 @@ def build(config: Config, layers: Mapping[str, nn.Module]) -> Method:
     return Method({name: kind(config, layer) for name, layer in layers.items()})
 
 
+def row_lengths(w: Tensor) -> Tensor:
+    """Euclidean length of each output's row of a weight, [out], in float64 on the CPU."""
+    return w.detach().cpu().double().flatten(1).norm(dim=1)
+
+
 class LoRA(nn.Module, Adapter):
     """The two factors of one layer, ``down`` [groups r, ...] (A) and ``up`` [out, r] (B)."""
 
@@ -163,6 +168,12 @@ class DoRA(LoRA):
 
     def low_rank(self, scale: float) -> None:
         """The stretch makes it none."""
+
+    def decomposed(self, w: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor] | None:
+        """A, ``scale s B`` and the lengths ``|w| + scale g`` [out] of the adapted rows; none for several groups."""
+        factors = super().low_rank(scale)
+        lengths = row_lengths(w).to(self.gain) + scale * self.gain.detach()
+        return None if factors is None else (*factors, lengths)
 
     def tensors(self) -> dict[str, Tensor]:
         return {**super().tensors(), "gain": self.gain}

@@ -4,7 +4,7 @@
   visiontune export runs/oft exported.safetensors --format kohya --rank 32
   visiontune export runs/oft merged_model --format merged
 
-diffusers (also PEFT, ComfyUI) and kohya (also A1111) take LoRA as it is; any other method becomes the best LoRA of the
+diffusers and kohya (also ComfyUI, A1111) take LoRA and DoRA as they are; any other method becomes the best LoRA of the
 given rank, whose error is printed. diff (ComfyUI) holds the whole change. merged is a plain diffusers model. peft is a
 folder with LoRA, OFT or BOFT of one component, as they are.
 """
@@ -25,7 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("adapter", help="an adapter.safetensors, or the folder of a finished run")
     parser.add_argument("out", type=Path, help="the file (.safetensors) to write; for merged and peft a folder")
     parser.add_argument("--format", choices=FORMATS, default="diffusers", help="default: %(default)s")
-    parser.add_argument("--rank", type=int, help="of the approximation of a method other than LoRA; default: in full")
+    parser.add_argument("--rank", type=int, help="of the approximation of what is no plain LoRA; default: in full")
     parser.add_argument("--scale", type=float, default=1.0, help="strength that is written (default: %(default)s)")
     parser.add_argument("--dtype", choices=DTYPES, default="fp16", help="of the written tensors (default: %(default)s)")
     parser.add_argument("--model", help="the base, where it has moved; default: what the adapter was trained on")
@@ -41,9 +41,8 @@ def run(args: argparse.Namespace) -> None:
     import torch
 
     from visiontune import adapters, models
-    from visiontune.files import atomic_write
     from visiontune.sampling.sources import adapter_file
-    from visiontune.weights.export import export
+    from visiontune.weights.export import export, write_merged
     from visiontune.weights.peft_folders import write_peft
 
     file, dtype = adapter_file(args.adapter), getattr(torch, DTYPES[args.dtype])
@@ -54,16 +53,16 @@ def run(args: argparse.Namespace) -> None:
     attached = adapters.load(model.components(), file)
     attached.scale = args.scale
     if args.format == "merged":
-        attached.merge()
-        with atomic_write(args.out) as partial:
-            model.pipe.to(dtype=dtype).save_pretrained(partial)
+        write_merged(model.pipe, attached, args.out, dtype)
         print(f"written: {args.out}, a diffusers model of {base} with the adapter in it")
         return
     if args.format == "peft":
         write_peft(attached, args.out, dtype)
         print(f"written: {args.out}, PEFT's {attached.method} on {len(attached.layers)} layers")
         return
-    done = export(attached, args.out, args.format, rank=args.rank, dtype=dtype)
+    done = export(attached, args.out, args.format, rank=args.rank, dtype=dtype, modules=model.components())
     ranks = f", ranks {min(done.ranks.values())} to {max(done.ranks.values())}" if done.ranks else ""
     loss = f", leaves out {done.worst:.2%} of a layer's change at most" if done.errors else ""
     print(f"written: {args.out}, {len(attached.layers)} layers{ranks}{loss}")
+    if done.dora and args.format == "kohya":
+        print("its dora_scale is read by LyCORIS; diffusers and ComfyUI need --rank (a plain LoRA) or --format diff")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import re
 import shutil
 from pathlib import Path
@@ -58,8 +59,12 @@ def save(out: Path, step: int, weights: dict[str, Tensor], state: dict[str, Any]
     return target
 
 
-def load(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def load(path: Path, package: str | None = None) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Weights and state of the checkpoint ``path``, on the CPU.
+
+    Args:
+        path: the checkpoint.
+        package: the state may hold objects of its classes; otherwise it holds tensors and plain values.
 
     Raises:
         UserError: the folder's files cannot be read.
@@ -67,11 +72,23 @@ def load(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     from safetensors.torch import load_file
 
     try:
-        return load_file(path / WEIGHTS), torch.load(path / STATE, map_location="cpu", weights_only=True)
+        weights = load_file(path / WEIGHTS)
+        with torch.serialization.safe_globals(_classes(path / STATE, package)):
+            return weights, torch.load(path / STATE, map_location="cpu", weights_only=True)
     except Exception as error:
         raise UserError(
             f"the checkpoint {path} cannot be read ({error}); remove that folder to use an older one"
         ) from error
+
+
+def _classes(file: Path, package: str | None) -> list[Any]:
+    """The classes of ``package`` that the file names."""
+    if package is None:
+        return []
+    named = torch.serialization.get_unsafe_globals_in_checkpoint(str(file))
+    modules = [name.rpartition(".") for name in named if name.startswith(f"{package}.")]
+    found = [getattr(importlib.import_module(module), name) for module, _, name in modules]
+    return [kind for kind in found if isinstance(kind, type)]
 
 
 def clear_partial(out: Path) -> None:

@@ -20,8 +20,13 @@ class TrainConfig:
         False, help="train the text encoders too: their adapters, or all weights without adapter"
     )
     text_encoder_lr: float | None = option(None, help="learning rate of the text encoders; null is lr")
-    optimizer: str = option("adamw", help="adamw, sgd, adafactor, or the dotted path of any torch optimiser class")
+    optimizer: str = option(
+        "adamw", help="adamw, sgd, adafactor, galore, or the dotted path of any torch optimiser class"
+    )
     optimizer_options: dict[str, Any] = option({}, help="further arguments of the optimiser")
+    matrix_options: dict[str, Any] = option(
+        {}, help="options of the parameter groups with two-dimensional weights alone, such as GaLore's rank"
+    )
     betas: tuple[float, float] = option((0.9, 0.999), help="AdamW's decay rates of the gradient's moments")
     weight_decay: float = option(1e-2, help="decoupled weight decay")
     warmup: int = option(0, help="steps over which the learning rate rises from 0")

@@ -234,7 +234,7 @@ class Trainer:
             checkpoint.clear_partial(self.out)
         if found is None:
             return 0
-        weights, state = checkpoint.load(found)
+        weights, state = checkpoint.load(found, optim.state_package(self.optimizer))
         if state["step"] > self.train.steps:
             raise UserError(f"{found} is past train.steps={self.train.steps}: ask for more steps, or use another name")
         self._check_same(found, weights, state)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import Parameter
 
 from visiontune.errors import UserError
@@ -20,7 +21,13 @@ OPTIMIZERS = {
     "adamw": "torch.optim.AdamW",
     "sgd": "torch.optim.SGD",
     "adafactor": "transformers.optimization.Adafactor",
+    "galore": "pytorch_optimizer.GaLore",
 }
+# It takes all four or none; the values are the paper's for fine-tuning, but for the rank.
+_MATRIX_DEFAULTS: dict[str, dict[str, Any]] = {
+    "pytorch_optimizer.GaLore": {"rank": 128, "update_proj_gap": 200, "scale": 0.25, "projection_type": "std"}
+}
+_CLOSED = ("torch", "transformers")
 
 
 def modules_of(model: DiffusionModel) -> dict[str, nn.Module]:
@@ -60,6 +67,8 @@ def choose(model: DiffusionModel, adapters: Any, train: TrainConfig) -> dict[str
 def make_optimizer(chosen: dict[str, Parameter], train: TrainConfig, text_names: set[str]) -> torch.optim.Optimizer:
     """The optimiser over ``chosen``; the parameters named in ``text_names`` use ``train.text_encoder_lr``.
 
+    With ``train.matrix_options``, weights of two dimensions and the others are in groups of their own.
+
     Raises:
         UserError: an unknown optimiser, or options it does not take.
     """
@@ -72,10 +81,48 @@ def make_optimizer(chosen: dict[str, Parameter], train: TrainConfig, text_names:
     if train.optimizer == "adafactor":
         options |= {"scale_parameter": False, "relative_step": False, "warmup_init": False}
     factory = _factory(train.optimizer)
+    matrix = _MATRIX_DEFAULTS.get(OPTIMIZERS.get(train.optimizer, train.optimizer), {}) | train.matrix_options
+    if matrix:
+        groups = [part for group in groups for part in _split(group, matrix)]
     try:
-        return factory([g for g in groups if g["params"]], lr=train.lr, **options | train.optimizer_options)
+        made = factory([g for g in groups if g["params"]], lr=train.lr, **options | train.optimizer_options)
     except (TypeError, ValueError) as error:
         raise UserError(f"train.optimizer_options do not fit {train.optimizer}: {error}") from error
+    # What torch's optimisers do not know in a group they pass over in silence.
+    unread = [name for name in matrix if name not in made.defaults]
+    if unread and _package(made) in _CLOSED:
+        raise UserError(f"train.matrix_options.{unread[0]} is no option of {train.optimizer}: did you mean galore?")
+    return made
+
+
+def _split(group: Mapping[str, Any], matrix: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The group's matrices, with their options, and its other parameters."""
+    flat = [p for p in group["params"] if p.dim() == 2]
+    rest = [p for p in group["params"] if p.dim() != 2]
+    return [{**group, "params": flat, **matrix}, {**group, "params": rest}]
+
+
+def _package(optimizer: Any) -> str:
+    return type(getattr(optimizer, "optimizer", optimizer)).__module__.partition(".")[0]
+
+
+def state_package(optimizer: Any) -> str | None:
+    """The package whose classes may be in the state of this optimiser; none for those that keep tensors alone."""
+    return None if _package(optimizer) in _CLOSED else _package(optimizer)
+
+
+def state_tensors(value: Any) -> Iterator[Tensor]:
+    """The tensors of an optimiser's state, or of a part of it, also those in objects of the optimiser's own."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, Mapping):
+        for part in value.values():
+            yield from state_tensors(part)
+    elif isinstance(value, list | tuple):
+        for part in value:
+            yield from state_tensors(part)
+    elif hasattr(value, "__dict__"):
+        yield from state_tensors(vars(value))
 
 
 def _factory(name: str) -> Any:
@@ -85,6 +132,9 @@ def _factory(name: str) -> Any:
         raise UserError(f"train.optimizer '{name}' is unknown{nearest(name, OPTIMIZERS)}")
     try:
         return getattr(importlib.import_module(module), attribute)
+    except ModuleNotFoundError as error:
+        extra = ": pip install 'visiontune[galore]'" if error.name == "pytorch_optimizer" else ""
+        raise UserError(f"train.optimizer '{name}' needs '{error.name}', which is not installed{extra}") from error
     except (ImportError, AttributeError) as error:
         raise UserError(f"train.optimizer '{name}' cannot be loaded: {error}") from error
 
@@ -104,9 +154,12 @@ def restore(
 
     Without this a lower learning rate would be accepted for a run that goes on and then not be used.
     """
-    names = {"initial_lr", "weight_decay", "betas", *train.optimizer_options}
+    names = {"initial_lr", "weight_decay", "betas", *train.optimizer_options, *train.matrix_options}
     now = [{k: v for k, v in group.items() if k in names} for group in optimizer.param_groups]
     optimizer.load_state_dict(saved)
+    for parameter, state in optimizer.state.items():
+        for tensor in state_tensors([v for v in state.values() if not isinstance(v, Tensor)]):
+            tensor.data = tensor.data.to(parameter.device)  # torch moves those outside of objects
     schedule.last_epoch = taken
     rates = zip(schedule.base_lrs, schedule.lr_lambdas, strict=True)
     for group, options, (rate, factor) in zip(optimizer.param_groups, now, rates, strict=True):

@@ -1,7 +1,8 @@
 """LoRA files of other tools: diffusers, PEFT, kohya's scripts and what writes like them.
 
 Factors of any rank, strength and layer become one LoRA set, whose rank is the greatest of them; smaller ones are padded
-with zeros, and the strengths ``alpha / rank`` are folded into the second factor, so the change is the file's own.
+with zeros, and the strengths ``alpha / rank`` are folded into the second factor, so the change is the file's own. Where
+a layer has lengths of rows (DoRA), the set is one of DoRA; layers without them keep those that their factors give.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -20,20 +21,38 @@ from torch import Tensor, nn
 
 from visiontune import adapters
 from visiontune.adapters import AdapterSet
-from visiontune.adapters.lora import LAYERS
+from visiontune.adapters.lora import LAYERS, row_lengths
 from visiontune.errors import UserError
+from visiontune.weights.ldm import ldm_names
 from visiontune.weights.names import kohya_name, public_name
 
-_DOWN = (".lora_A.weight", ".lora_down.weight", ".lora.down.weight")
-_UP = (".lora_B.weight", ".lora_up.weight", ".lora.up.weight")
-Factors = dict[str, tuple[Tensor, Tensor]]
+_ENDINGS = {
+    "down": (".lora_A.weight", ".lora_down.weight", ".lora.down.weight"),
+    "up": (".lora_B.weight", ".lora_up.weight", ".lora.up.weight"),
+    "alpha": (".alpha",),
+    "lengths": (".lora_magnitude_vector", ".lora_magnitude_vector.weight"),  # PEFT's
+    "dora_scale": (".dora_scale",),  # LyCORIS's
+}
+
+
+class Factors(NamedTuple):
+    """What a file gives a layer.
+
+    Attributes:
+        down: [r, in, kernel ...]. up: [out, r], with the strength.
+        lengths: of the adapted weight's rows, [out]; none but for DoRA.
+    """
+
+    down: Tensor
+    up: Tensor
+    lengths: Tensor | None = None
 
 
 def read_lora(path: str | Path, modules: Mapping[str, nn.Module], name: str = "default") -> AdapterSet:
     """Attach the LoRA of a file.
 
     Args:
-        path: a ``.safetensors`` file whose keys name layers as diffusers, PEFT or kohya do.
+        path: a ``.safetensors`` file whose keys name layers as diffusers, PEFT or kohya (also in Stability's names) do.
         modules: component name (``unet``, ``text_encoder``, ...) -> module.
         name: see :func:`visiontune.adapters.attach`.
 
@@ -54,20 +73,28 @@ def read_tensors(path: str | Path) -> dict[str, Tensor]:
         raise UserError(f"{path} is no safetensors file ({error}): convert it, or copy it again") from error
 
 
-def attach_lora(factors: Factors, modules: Mapping[str, nn.Module], name: str, path: str | Path) -> AdapterSet:
-    """A LoRA set whose changes are ``up @ down``: layer -> down [r, in, kernel ...], up [out, r].
+def attach_lora(
+    factors: Mapping[str, Factors], modules: Mapping[str, nn.Module], name: str, path: str | Path
+) -> AdapterSet:
+    """A LoRA or DoRA set with the factors of each layer.
 
     Raises:
         UserError: ``path`` does not fit a layer.
     """
-    rank = max(down.shape[0] for down, _ in factors.values())
+    rank = max(given.down.shape[0] for given in factors.values())
+    dora = any(given.lengths is not None for given in factors.values())
     used = {component: module for component, module in modules.items() if _has(component, factors)}
-    made = adapters.attach(used, "lora", targets=list(factors), name=name, rank=rank)
+    made = adapters.attach(used, "lora", targets=list(factors), name=name, rank=rank, dora=dora)
     own = made.tensors()
     try:
-        for layer, (down, up) in factors.items():
+        for layer, (down, up, lengths) in factors.items():
             _fill(own[f"{layer}.down"], down, 0, layer, path)
             _fill(own[f"{layer}.up"], up, 1, layer, path)
+            if dora:
+                base = made.layer(layer).weight
+                if lengths is None:
+                    lengths = row_lengths(base.double() + (up.double() @ down.double().flatten(1)).view_as(base))
+                _fill(own[f"{layer}.gain"], lengths - row_lengths(base), 0, layer, path)
     except UserError:
         made.detach()
         raise
@@ -89,7 +116,7 @@ def _fill(own: Tensor, given: Tensor, dim: int, layer: str, path: str | Path) ->
     corner.copy_(given)
 
 
-def _has(component: str, factors: Factors) -> bool:
+def _has(component: str, factors: Mapping[str, Factors]) -> bool:
     return any(layer.startswith(f"{component}.") for layer in factors)
 
 
@@ -97,12 +124,14 @@ def _layer_names(modules: Mapping[str, nn.Module]) -> dict[str, str]:
     """Every name that a file may use -> the layer's own full name."""
     layers = [f"{c}.{n}" for c, module in modules.items() for n, m in module.named_modules() if isinstance(m, LAYERS)]
     names = {layer: layer for layer in layers} | {public_name(layer): layer for layer in layers}
+    ldm = ldm_names(modules.get("unet"))
     for two in (False, True):
-        names |= {kohya_name(layer, two): layer for layer in layers}
+        for style in ({}, ldm):
+            names |= {kohya_name(layer, two, style): layer for layer in layers}
     return names
 
 
-def _factors(tensors: Mapping[str, Tensor], names: Mapping[str, str], path: str | Path) -> Factors:
+def _factors(tensors: Mapping[str, Tensor], names: Mapping[str, str], path: str | Path) -> dict[str, Factors]:
     halves: dict[str, dict[str, Tensor]] = {}
     unknown = []
     for key, value in tensors.items():
@@ -115,8 +144,7 @@ def _factors(tensors: Mapping[str, Tensor], names: Mapping[str, str], path: str 
     if unknown:
         raise UserError(
             f"{path}: {len(unknown)} of {len(tensors)} keys belong to no layer of this model, such as '{unknown[0]}': "
-            "give the model that it was trained on; keys in Stability's own layout are converted by loading the file"
-            " into diffusers and saving it again"
+            "give the model that it was trained on"
         )
     if not halves:
         raise UserError(f"{path} holds no tensors")
@@ -128,24 +156,35 @@ def _factors(tensors: Mapping[str, Tensor], names: Mapping[str, str], path: str 
 
 def split_key(key: str) -> tuple[str, str]:
     """Which part of a layer's LoRA a key is (empty: none that is known), and what is left of the name."""
-    for part, endings in {"down": _DOWN, "up": _UP, "alpha": (".alpha",)}.items():
+    for part, endings in _ENDINGS.items():
         for ending in endings:
             if key.endswith(ending):
                 return part, key.removesuffix(ending)
     return "", key
 
 
-def pair_up(
-    layer: str, parts: Mapping[str, Tensor], path: str | Path, config: Mapping[str, Any]
-) -> tuple[Tensor, Tensor]:
-    """Both factors of a layer, the second one with the strength that the file or PEFT's ``config`` gives it."""
+def pair_up(layer: str, parts: Mapping[str, Tensor], path: str | Path, config: Mapping[str, Any]) -> Factors:
+    """The factors of a layer, the second one with the strength that the file or PEFT's ``config`` gives it.
+
+    Raises:
+        UserError: a factor is missing, or the lengths are those of the weight's columns.
+    """
     for part in ("down", "up"):
         if part not in parts:
             raise UserError(f"{path}: '{layer}' has no {part} factor: copy the file again")
     down, up = parts["down"].float(), parts["up"].float()
     rank = down.shape[0]
     alpha = float(parts["alpha"]) if "alpha" in parts else _alpha(layer.partition(".")[2], config, rank)
-    return down, alpha / (math.sqrt(rank) if config.get("use_rslora") else rank) * up.flatten(1)
+    strength = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
+    lengths = parts.get("lengths")
+    if "dora_scale" in parts:
+        lengths = parts["dora_scale"]
+        if len(lengths) != len(up):
+            raise UserError(
+                f"{path}: the DoRA of '{layer}' scales inputs (LyCORIS without wd_on_out), which has no counterpart "
+                "here: merge it with the tool that trained it"
+            )
+    return Factors(down, strength * up.flatten(1), None if lengths is None else lengths.double().flatten())
 
 
 def _alpha(layer: str, config: Mapping[str, Any], rank: int) -> float:

@@ -26,6 +26,7 @@ from visiontune.adapters import AdapterSet, boft, oft
 from visiontune.adapters._cayley import packed, skew
 from visiontune.errors import UserError
 from visiontune.files import atomic_write
+from visiontune.weights.export import decomposed, peft_lengths
 from visiontune.weights.lora_files import attach_lora, pair_up, read_tensors, split_key
 
 if TYPE_CHECKING:
@@ -70,16 +71,19 @@ def _lora(attached: AdapterSet) -> tuple[PeftConfig, Tensors]:
 
     tensors: Tensors = {}
     for layer in attached.layers:
-        factors = attached.low_rank(layer)
+        own = decomposed(attached, layer)
+        factors = attached.low_rank(layer) if own is None else own[:2]
         if factors is None:
-            raise UserError(f"'{layer}' is no plain LoRA (DoRA, groups, embeddings): export it as diffusers")
+            raise UserError(f"'{layer}' is no plain LoRA (groups, embeddings): export it as diffusers")
         down, up = factors
+        if own is not None:
+            tensors[f"{layer}.lora_magnitude_vector"] = peft_lengths(own[2], down.dim())
         tensors |= {
             f"{layer}.lora_A.weight": down,
             f"{layer}.lora_B.weight": up.view(*up.shape, *[1] * (down.dim() - 2)),
         }
     rank = attached.config.rank
-    return LoraConfig(r=rank, lora_alpha=rank), tensors
+    return LoraConfig(r=rank, lora_alpha=rank, use_dora=attached.config.dora), tensors
 
 
 def _oft(attached: AdapterSet) -> tuple[PeftConfig, Tensors]:
@@ -173,7 +177,7 @@ def _read_lora(
     for key, value in tensors.items():
         part, layer = split_key(key)
         if not part:
-            raise UserError(f"{file}: '{key}' is no part of a plain LoRA: merge it in PEFT")
+            raise UserError(f"{file}: '{key}' is no part of a LoRA or DoRA: merge it in PEFT")
         halves.setdefault(layer, {})[part] = value
     factors = {layer: pair_up(layer, parts, file, config) for layer, parts in halves.items()}
     return attach_lora(factors, modules, name, file)

@@ -1,0 +1,135 @@
+"""DoRA in files of diffusers and LyCORIS (kohya's scripts), in both directions."""
+
+from __future__ import annotations
+
+import peft
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
+from tiny import tiny_sd
+from torch import nn
+
+from visiontune.adapters import attach
+from visiontune.errors import UserError
+from visiontune.weights.export import export
+from visiontune.weights.lora_files import read_lora
+from visiontune.weights.peft_folders import read_peft, write_peft
+
+TARGETS = ["to_q", "to_out.0", "conv1", "proj_in"]
+
+
+def moved(module, std=0.2):
+    rng = torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        for p in module.parameters():
+            if p.requires_grad:
+                p.add_(std * torch.randn(p.shape, generator=rng))
+    return module.eval()
+
+
+def output(pipe):
+    ids = pipe.tokenizer(["a word"], padding="max_length", return_tensors="pt").input_ids
+    with torch.no_grad():
+        noise = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(2))
+        return pipe.unet(noise, torch.tensor([500]), pipe.text_encoder(ids)[0]).sample
+
+
+def adapted(scale=1.0):
+    pipe = tiny_sd()
+    adapters = moved(attach({"unet": pipe.unet}, "lora", targets=TARGETS, rank=3, alpha=6.0, dora=True))
+    adapters.scale = scale
+    return pipe, adapters
+
+
+def kernels():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(4, 6, 3, stride=2, padding=1), nn.Conv2d(6, 5, (1, 3), bias=False))
+
+
+def test_a_convolution_with_a_kernel_is_pefts_too(tmp_path):
+    x = torch.randn(2, 4, 9, 9, generator=torch.Generator().manual_seed(1))
+    net = kernels()
+    write_peft(moved(attach({"unet": net}, "lora", targets=["0", "1"], rank=2, dora=True)), tmp_path / "mine")
+    theirs = PeftModel.from_pretrained(kernels(), str(tmp_path / "mine")).eval()
+    torch.testing.assert_close(theirs(x), net(x), rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(kernels()(x), net(x), atol=1e-2)
+    trained = moved(get_peft_model(kernels(), LoraConfig(r=2, lora_alpha=3, use_dora=True, target_modules=["0", "1"])))
+    trained.save_pretrained(str(tmp_path / "theirs"))
+    back = kernels()
+    assert read_peft(tmp_path / "theirs", {"unet": back}).config.dora
+    torch.testing.assert_close(back(x), trained(x), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("scale", [1.0, 0.6])
+def test_diffusers_loads_an_exported_dora_and_draws_the_same(scale, tmp_path):
+    pipe, adapters = adapted(scale)
+    done = export(adapters, tmp_path / "dora.safetensors", "diffusers", dtype=torch.float32)
+    assert done.dora
+    assert done.worst == 0
+    fresh = tiny_sd()
+    fresh.load_lora_weights(str(tmp_path), weight_name="dora.safetensors")
+    torch.testing.assert_close(output(fresh), output(pipe), rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(output(tiny_sd()), output(pipe), atol=1e-3)
+
+
+def test_what_diffusers_saves_comes_in(tmp_path):
+    pipe, back = tiny_sd(), tiny_sd()
+    pipe.unet.add_adapter(LoraConfig(r=2, lora_alpha=7, use_dora=True, target_modules=["to_q", "conv1"]))
+    moved(pipe.unet)
+    pipe.save_lora_weights(
+        str(tmp_path),
+        unet_lora_layers=peft.get_peft_model_state_dict(pipe.unet),
+        unet_lora_adapter_metadata=pipe.unet.peft_config["default"].to_dict(),
+    )
+    assert read_lora(tmp_path / "pytorch_lora_weights.safetensors", {"unet": back.unet}).config.dora
+    torch.testing.assert_close(output(back), output(pipe), rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(output(tiny_sd()), output(pipe), atol=1e-3)
+
+
+def test_kohyas_files_hold_the_lengths_as_lycoris_does(tmp_path):
+    """Judged by DoRA's equation 5 over the file's own numbers: W' = m V / |V| with |V| of the outputs' rows."""
+    pipe, adapters = adapted(0.6)
+    file = tmp_path / "dora.safetensors"
+    export(adapters, file, "kohya", dtype=torch.float32)
+    saved, plain = load_file(file), tiny_sd().unet
+    for layer in adapters.layers:
+        stem, w = "lora_" + layer.replace(".", "_"), plain.get_submodule(layer.removeprefix("unet.")).weight
+        up, down = saved[f"{stem}.lora_up.weight"].flatten(1), saved[f"{stem}.lora_down.weight"].flatten(1)
+        v = w.flatten(1) + saved[f"{stem}.alpha"] / len(down) * up @ down
+        scale = saved[f"{stem}.dora_scale"]
+        assert scale.shape == (len(w), *[1] * (w.dim() - 1))
+        expected = scale.flatten(1) * v / v.norm(dim=1, keepdim=True)
+        torch.testing.assert_close(adapters.weight(layer).flatten(1), expected, rtol=1e-4, atol=1e-5)
+    back = tiny_sd()
+    read_lora(file, {"unet": back.unet})
+    torch.testing.assert_close(output(back), output(pipe), rtol=1e-4, atol=1e-5)
+
+
+def test_a_rank_asks_for_a_plain_lora(tmp_path):
+    _, adapters = adapted()
+    done = export(adapters, tmp_path / "plain.safetensors", "kohya", rank=2, dtype=torch.float32)
+    assert not done.dora
+    assert 0.01 < done.worst < 1
+    assert not any("dora" in key for key in load_file(tmp_path / "plain.safetensors"))
+
+
+def test_layers_without_lengths_stay_plain_lora_and_scaled_inputs_are_refused(tmp_path):
+    rng = torch.Generator().manual_seed(3)
+    net = nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 4))
+    tensors = {}
+    for name, layer in net.named_children():
+        tensors[f"lora_unet_{name}.lora_down.weight"] = torch.randn(2, layer.in_features, generator=rng)
+        tensors[f"lora_unet_{name}.lora_up.weight"] = torch.randn(layer.out_features, 2, generator=rng)
+    tensors["lora_unet_0.dora_scale"] = torch.rand(6, 1, generator=rng) + 1
+    save_file(tensors, tmp_path / "a.safetensors")
+    adapters = read_lora(tmp_path / "a.safetensors", {"unet": net})
+    change = tensors["lora_unet_1.lora_up.weight"] @ tensors["lora_unet_1.lora_down.weight"]
+    torch.testing.assert_close(adapters.weight("unet.1"), net[1].weight + change)
+    torch.testing.assert_close(adapters.weight("unet.0").norm(dim=1, keepdim=True), tensors["lora_unet_0.dora_scale"])
+    adapters.detach()
+    tensors["lora_unet_0.dora_scale"] = torch.ones(1, 6)
+    save_file(tensors, tmp_path / "b.safetensors")
+    with pytest.raises(UserError, match=r"the DoRA of 'unet\.0' scales inputs"):
+        read_lora(tmp_path / "b.safetensors", {"unet": net})
+    assert type(net[0]) is nn.Linear
