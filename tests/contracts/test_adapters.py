@@ -39,6 +39,7 @@ OPTIONS: dict[str, dict] = {
     "peft": {"method": "LoHa", "options": {"r": 2}},
     # With more, a forward pass is drawn at random; test_mosa.py has that.
     "mosa": {"rank": 2, "experts": 1},
+    "nlora": {"rank": 2, "alpha": 3.0},
 }
 VARIANTS: list[tuple[str, dict]] = [
     *((method, OPTIONS.get(method, {})) for method in METHODS),
@@ -56,6 +57,7 @@ VARIANTS: list[tuple[str, dict]] = [
     ("s2ft", {"share": 0.2, "side": "outputs", "choice": "largest"}),
     ("dense", {"biases": False}),
     ("peft", {"method": "Vera", "options": {"r": 3}}),
+    ("nlora", {"rank": 3, "train": "core", "minor": "leading"}),
 ]
 LAYERS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "linear": (lambda: nn.Linear(12, 8), (2, 5, 12)),
@@ -133,6 +135,12 @@ def _count_peft(module: nn.Module, options: dict) -> int:
     return 2 * r * (out + inputs) if options["method"] == "LoHa" else out + r
 
 
+def _count_nlora(module: nn.Module, options: dict) -> int:
+    groups, out, inputs = getattr(module, "groups", 1), module.weight.shape[0], module.weight[0].numel()
+    r = min(options["rank"], out // groups, inputs)
+    return groups * r * r + (0 if options.get("train") == "core" else r * (groups * inputs + out))
+
+
 def _count_dense(module: nn.Module, options: dict) -> int:
     bias = getattr(module, "bias", None) if options.get("biases", True) else None
     return module.weight.numel() + (0 if bias is None else bias.numel())
@@ -143,6 +151,7 @@ COUNT = {
     "peft": _count_peft,
     "lora": _count_lora,
     "mosa": _count_lora,
+    "nlora": _count_nlora,
     "oft": _count_oft,
     "sara": _count_sara,
     "boft": _count_boft,
