@@ -40,6 +40,7 @@ OPTIONS: dict[str, dict] = {
     # With more, a forward pass is drawn at random; test_mosa.py has that.
     "mosa": {"rank": 2, "experts": 1},
     "nlora": {"rank": 2, "alpha": 3.0},
+    "allora": {"rank": 2, "eta": 4.0},
 }
 VARIANTS: list[tuple[str, dict]] = [
     *((method, OPTIONS.get(method, {})) for method in METHODS),
@@ -151,6 +152,7 @@ COUNT = {
     "peft": _count_peft,
     "lora": _count_lora,
     "mosa": _count_lora,
+    "allora": _count_lora,
     "nlora": _count_nlora,
     "oft": _count_oft,
     "sara": _count_sara,
