@@ -41,6 +41,7 @@ OPTIONS: dict[str, dict] = {
     "mosa": {"rank": 2, "experts": 1},
     "nlora": {"rank": 2, "alpha": 3.0},
     "allora": {"rank": 2, "eta": 4.0},
+    "mos": {"rank": 3, "equivalent_rank": 2, "shards": 2, "alpha": 4.5},
 }
 VARIANTS: list[tuple[str, dict]] = [
     *((method, OPTIONS.get(method, {})) for method in METHODS),
@@ -59,6 +60,7 @@ VARIANTS: list[tuple[str, dict]] = [
     ("dense", {"biases": False}),
     ("peft", {"method": "Vera", "options": {"r": 3}}),
     ("nlora", {"rank": 3, "train": "core", "minor": "leading"}),
+    ("mos", {"rank": 4, "equivalent_rank": 1, "shards": 4, "private": 0.5}),
 ]
 LAYERS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "linear": (lambda: nn.Linear(12, 8), (2, 5, 12)),
@@ -153,6 +155,7 @@ COUNT = {
     "lora": _count_lora,
     "mosa": _count_lora,
     "allora": _count_lora,
+    "mos": lambda module, options: _count_lora(module, {"rank": options["equivalent_rank"]}),
     "nlora": _count_nlora,
     "oft": _count_oft,
     "sara": _count_sara,
