@@ -42,6 +42,7 @@ OPTIONS: dict[str, dict] = {
     "nlora": {"rank": 2, "alpha": 3.0},
     "allora": {"rank": 2, "eta": 4.0},
     "mos": {"rank": 3, "equivalent_rank": 2, "shards": 2, "alpha": 4.5},
+    "triadapt": {"start_rank": 2, "max_rank": 3, "budget": 2.5, "alpha": 4.5},
 }
 VARIANTS: list[tuple[str, dict]] = [
     *((method, OPTIONS.get(method, {})) for method in METHODS),
@@ -144,6 +145,11 @@ def _count_nlora(module: nn.Module, options: dict) -> int:
     return groups * r * r + (0 if options.get("train") == "core" else r * (groups * inputs + out))
 
 
+def _count_triadapt(module: nn.Module, options: dict) -> int:
+    smaller = min(module.weight.shape[0] // getattr(module, "groups", 1), module.weight[0].numel())
+    return _count_lora(module, {"rank": min(options["max_rank"], smaller)})
+
+
 def _count_dense(module: nn.Module, options: dict) -> int:
     bias = getattr(module, "bias", None) if options.get("biases", True) else None
     return module.weight.numel() + (0 if bias is None else bias.numel())
@@ -153,6 +159,7 @@ COUNT = {
     "dense": _count_dense,
     "peft": _count_peft,
     "lora": _count_lora,
+    "triadapt": _count_triadapt,
     "mosa": _count_lora,
     "allora": _count_lora,
     "mos": lambda module, options: _count_lora(module, {"rank": options["equivalent_rank"]}),
