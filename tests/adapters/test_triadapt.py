@@ -100,14 +100,27 @@ def test_the_most_important_layers_gain_and_make_way_when_they_are_full() -> Non
     assert ranks(adapters) == [2, 5, 2]
     adapters.after_step(0.4)
     assert ranks(adapters) == [2, 6, 4], "b is full: of the others, c alone is above their mean"
-    adapters.after_step(0.4)
-    assert ranks(adapters) == [2, 6, 4], "once a point"
+    found["a"].rank.fill_(1)
+    adapters.after_step(0.45)
+    assert ranks(adapters) == [1, 6, 4], "once a point"
+    found["a"].rank.fill_(2)
     adapters.after_step(1.0)
     assert ranks(adapters) == [3, 6, 6]
 
 
+def test_little_rank_goes_to_the_most_important_layer() -> None:
+    _, adapters, found = adapted(budget=3)
+    for name, value in zip(NAMES, (0.0, 2.0, 3.0), strict=True):
+        found[name].importance = lambda value=value: value
+    adapters.after_step(0.2)
+    assert ranks(adapters) == [2, 2, 3]
+
+
 def test_equal_layers_share_and_broken_ones_end_it() -> None:
     _, adapters, found = adapted(growths=1, grow_until=0.2)
+    for t in found.values():
+        t.importance = lambda: 0.1
+    assert sum([0.1] * 3) / 3 > 0.1
     adapters.after_step(0.2)
     assert ranks(adapters) == [4, 4, 4]
     _, adapters, found = adapted()

@@ -134,10 +134,10 @@ class Triangles(_thin.Thin):
         self.register_buffer("rank", torch.tensor(min(config.start_rank, self.limit), device=place["device"]))
 
     def factors(self) -> tuple[Tensor, Tensor]:
-        """A and B, zero outside of their triangles and beyond the rank."""
+        """A and B, zero outside of their triangles and, in A, beyond the rank: that stops both gradients there."""
         active = (torch.arange(self.limit, device=self.rank.device) < self.rank).to(self.down.dtype)
         down = self.down.view(self.groups, self.limit, -1).triu() * active[:, None]
-        up = self.up.view(self.groups, -1, self.limit).tril() * active
+        up = self.up.view(self.groups, -1, self.limit).tril()
         return down.view_as(self.down), up.flatten(0, 1)
 
     def low_rank(self, scale: float) -> tuple[Tensor, Tensor] | None:
