@@ -42,6 +42,10 @@ OPTIONS: dict[str, dict] = {
     "eva": {"rank": 2, "alpha": 3.0},
     "corda": {"rank": 2, "alpha": 3.0},
     "lora_sb": {"rank": 3},
+    "nlora": {"rank": 2, "alpha": 3.0},
+    "allora": {"rank": 2, "eta": 4.0},
+    "mos": {"rank": 3, "equivalent_rank": 2, "shards": 2, "alpha": 4.5},
+    "triadapt": {"start_rank": 2, "max_rank": 3, "budget": 2.5, "alpha": 4.5},
 }
 VARIANTS: list[tuple[str, dict]] = [
     *((method, OPTIONS.get(method, {})) for method in METHODS),
@@ -60,6 +64,8 @@ VARIANTS: list[tuple[str, dict]] = [
     ("dense", {"biases": False}),
     ("peft", {"method": "Vera", "options": {"r": 3}}),
     ("corda", {"rank": 20, "mode": "kpm", "root": True}),
+    ("nlora", {"rank": 3, "train": "core", "minor": "leading"}),
+    ("mos", {"rank": 4, "equivalent_rank": 1, "shards": 4, "private": 0.5}),
 ]
 LAYERS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "linear": (lambda: nn.Linear(12, 8), (2, 5, 12)),
@@ -148,6 +154,17 @@ def _count_peft(module: nn.Module, options: dict) -> int:
     return 2 * r * (out + inputs) if options["method"] == "LoHa" else out + r
 
 
+def _count_nlora(module: nn.Module, options: dict) -> int:
+    groups, out, inputs = getattr(module, "groups", 1), module.weight.shape[0], module.weight[0].numel()
+    r = min(options["rank"], out // groups, inputs)
+    return groups * r * r + (0 if options.get("train") == "core" else r * (groups * inputs + out))
+
+
+def _count_triadapt(module: nn.Module, options: dict) -> int:
+    smaller = min(module.weight.shape[0] // getattr(module, "groups", 1), module.weight[0].numel())
+    return _count_lora(module, {"rank": min(options["max_rank"], smaller)})
+
+
 def _count_dense(module: nn.Module, options: dict) -> int:
     bias = getattr(module, "bias", None) if options.get("biases", True) else None
     return module.weight.numel() + (0 if bias is None else bias.numel())
@@ -157,10 +174,14 @@ COUNT = {
     "dense": _count_dense,
     "peft": _count_peft,
     "lora": _count_lora,
+    "triadapt": _count_triadapt,
     "mosa": _count_lora,
     "eva": _count_lora,
     "corda": _count_corda,
     "lora_sb": _count_lora_sb,
+    "allora": _count_lora,
+    "mos": lambda module, options: _count_lora(module, {"rank": options["equivalent_rank"]}),
+    "nlora": _count_nlora,
     "oft": _count_oft,
     "sara": _count_sara,
     "boft": _count_boft,
