@@ -37,6 +37,17 @@ class Adapter(ABC):
     def tensors(self) -> dict[str, Tensor]:
         """What is saved, by name; the tensors share memory with the parameters, so copying into them loads."""
 
+    def packed(self) -> dict[str, Tensor] | None:
+        """What is saved instead of :meth:`tensors` where a file has another form than the parameters.
+
+        The tensors are copies of known shapes and dtypes. Values that :meth:`unpack` has taken on give the same ones.
+        """
+        return None
+
+    def unpack(self, packed: Mapping[str, Tensor]) -> None:
+        """Take on what :meth:`packed` gave; the layer's output is then the same bit for bit."""
+        raise NotImplementedError
+
 
 class Method(nn.Module):
     """The adapters of one component, by layer name, and the owner of their parameters."""

@@ -229,12 +229,8 @@ class AdapterSet(nn.Module):
         return dict(self._adapters)
 
     def tensors(self) -> dict[str, Tensor]:
-        """What is saved: ``<layer>.<name>`` -> tensor that shares memory with the parameters."""
-        return {
-            f"{layer}.{key}": value
-            for layer, adapter in self._adapters.items()
-            for key, value in adapter.tensors().items()
-        }
+        """What is saved, ``<layer>.<name>`` -> tensor; it shares memory with the parameters unless they are packed."""
+        return _flat({layer: adapter.packed() or adapter.tensors() for layer, adapter in self._adapters.items()})
 
     def fill(self, path: str | Path, saved: Mapping[str, Tensor]) -> None:
         """Take on the shapes and values of saved tensors, named as in :meth:`tensors`.
@@ -247,7 +243,12 @@ class AdapterSet(nn.Module):
             UserError: a key on one side only, or another shape.
         """
         self._fit(saved)
-        _storage.fill(path, self.tensors(), saved)
+        packed = {layer: adapter.packed() for layer, adapter in self._adapters.items()}
+        own = {layer: packed[layer] or adapter.tensors() for layer, adapter in self._adapters.items()}
+        _storage.fill(path, _flat(own), saved)
+        for layer, values in packed.items():
+            if values is not None:
+                self._adapters[layer].unpack(values)
         self.refresh()
 
     def _fit(self, saved: Mapping[str, Tensor]) -> None:
@@ -278,6 +279,10 @@ class AdapterSet(nn.Module):
             "base_sample": json.dumps(self.base.sample),
         }
         return _storage.write(path, self.tensors(), header, metadata or {})
+
+
+def _flat(tensors: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    return {f"{layer}.{key}": value for layer, values in tensors.items() for key, value in values.items()}
 
 
 def _merged(name: str, layer: Any, adapter: Adapter, scale: float) -> _layers.Values:
