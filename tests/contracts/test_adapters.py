@@ -146,6 +146,7 @@ COUNT = {
     "lora": _count_lora,
     "mosa": _count_lora,
     "one_bit": _count_lora,
+    "r_amt": lambda module, options: module.weight.numel(),
     "oft": _count_oft,
     "sara": _count_sara,
     "boft": _count_boft,
@@ -263,7 +264,7 @@ def test_fast_path_is_the_weight_path(method: str, options: dict, kind: str) -> 
 
 # Their outputs are piecewise constant in what is trained, and their gradient is another function's by intention; their
 # own tests hold it against the closed form.
-STRAIGHT_THROUGH = {"one_bit"}
+STRAIGHT_THROUGH = {"one_bit", "r_amt"}
 
 
 # DoRA takes the length of its rows for constant in gradients, as its paper does.
@@ -536,7 +537,7 @@ def test_changes_through_data_are_seen_after_a_step_and_a_mode_switch(method: st
     before = net(x).detach()
     kept = [p.detach().clone() for p in adapters.parameters()]
     for p in adapters.parameters():
-        p.data.copy_(p.data + 0.1)
+        p.data.copy_(p.data - 0.1)
     adapters.eval()
     assert not torch.equal(net(x), before)
     for p, k in zip(adapters.parameters(), kept, strict=True):
@@ -544,12 +545,12 @@ def test_changes_through_data_are_seen_after_a_step_and_a_mode_switch(method: st
     adapters.train()
     assert torch.equal(net(x), before)
     for p in adapters.parameters():
-        p.data.copy_(p.data + 0.1)
+        p.data.copy_(p.data - 0.1)
     adapters.refresh()
     changed = net(x)
     assert not torch.equal(changed, before)
     for p in adapters.parameters():
-        p.data.copy_(p.data - 0.2)
+        p.data.copy_(p.data + 0.2)
     adapters.after_step()
     assert not torch.equal(net(x), changed)
 
