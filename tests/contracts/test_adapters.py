@@ -40,6 +40,7 @@ OPTIONS: dict[str, dict] = {
     # With more, a forward pass is drawn at random; test_mosa.py has that.
     "mosa": {"rank": 2, "experts": 1},
     "one_bit": {"rank": 4},
+    "petalface": {"rank": 2, "alpha": 3.0},
 }
 VARIANTS: list[tuple[str, dict]] = [
     *((method, OPTIONS.get(method, {})) for method in METHODS),
@@ -146,6 +147,7 @@ COUNT = {
     "lora": _count_lora,
     "mosa": _count_lora,
     "one_bit": _count_lora,
+    "petalface": lambda module, options: 2 * _count_lora(module, options),
     "r_amt": lambda module, options: module.weight.numel(),
     "oft": _count_oft,
     "sara": _count_sara,

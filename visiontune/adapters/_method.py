@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
 
 from visiontune.adapters._layers import Beneath
 
@@ -56,6 +57,14 @@ class Method(nn.Module):
         super().__init__()
         self.adapters = dict(adapters)
         self.own = nn.ModuleList(a for a in self.adapters.values() if isinstance(a, nn.Module))
+
+    def watch(self, root: nn.Module) -> Sequence[RemovableHandle]:
+        """Called once the adapters are on the layers of the component ``root``: the place for hooks on the whole.
+
+        The hooks are removed when the set is detached. They should be bound methods of what the adapters share, which
+        a deep copy of the model then has its own of.
+        """
+        return ()
 
     def before_step(self, step: int = 0, loss_scale: float = 1.0) -> None:
         """Called when the gradients of an optimiser step are complete: the place to change them.

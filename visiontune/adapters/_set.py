@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
 
 from visiontune.adapters import _header, _layers, _storage
 from visiontune.adapters._layers import Beneath, Entry
@@ -52,11 +53,19 @@ class AdapterSet(nn.Module):
             for layer_name, layer in found.items():
                 full = f"{component}.{layer_name}" if component else layer_name
                 self._layers[full], self._adapters[full] = layer, built.adapters[layer_name]
+        self._handles: list[RemovableHandle] = []
         self.base = _storage.fingerprint(self._layers)
         for component, found in layers.items():
             built = self.get_submodule(component or "model")
             for layer_name, layer in found.items():
                 _layers.adopt(layer, Entry(self, built, built.adapters[layer_name]))  # type: ignore[arg-type, index]
+
+    def watch(self, roots: Mapping[str, nn.Module]) -> None:
+        """Let the methods watch their components until the set is detached; see :meth:`Method.watch`."""
+        for component, root in roots.items():
+            method = getattr(self, component or "model", None)
+            if isinstance(method, Method):
+                self._handles += method.watch(root)
 
     # -- what it is ---------------------------------------------------------------------------------------------
 
@@ -200,6 +209,9 @@ class AdapterSet(nn.Module):
         for layer in self._layers.values():
             _layers.release(layer, self)
         self._layers = {}
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
 
     # -- training and files -------------------------------------------------------------------------------------
 

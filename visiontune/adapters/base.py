@@ -74,7 +74,10 @@ def assemble(
                     raise UserError(f"adapter '{other.name}' is merged into '{layer_name}': unmerge it first")
     for root in roots.values():
         root.requires_grad_(False)
-    return AdapterSet(name, key, config, module.build, targets, {c: found for c, found in layers.items() if found})
+    chosen = {component: found for component, found in layers.items() if found}
+    made = AdapterSet(name, key, config, module.build, targets, chosen)
+    made.watch({component: roots[component] for component in chosen})
+    return made
 
 
 def attached(modules: nn.Module | Mapping[str, nn.Module]) -> dict[str, AdapterSet]:
