@@ -74,6 +74,10 @@ class AdapterSet(nn.Module):
         """Names of the adapted layers, with the component's prefix."""
         return list(self._layers)
 
+    def base_layers(self) -> dict[str, nn.Module]:
+        """The adapted layers themselves, by the same names."""
+        return dict(self._layers)
+
     @property
     def parameter_count(self) -> int:
         """Number of trainable values."""

@@ -21,9 +21,10 @@ from visiontune.adapters import _layers, _storage, _targets
 from visiontune.adapters._layers import Beneath
 from visiontune.adapters._method import Adapter, Method
 from visiontune.adapters._set import AdapterSet
+from visiontune.adapters._start import start
 from visiontune.errors import UserError
 
-__all__ = ["Adapter", "AdapterSet", "Beneath", "Method", "attach", "attached", "load"]
+__all__ = ["Adapter", "AdapterSet", "Beneath", "Method", "attach", "attached", "load", "start"]
 
 
 def attach(
