@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from visiontune import catalogue, plugin
+from visiontune.adapters import read_header
 from visiontune.config import Run
 from visiontune.data.base import substitute
 from visiontune.data.preflight import preflight
@@ -55,6 +56,7 @@ def build(
     preview = dataclasses.replace(run.preview, prompts=[in_words(run, prompt) for prompt in run.preview.prompts])
     samples = read(run.data)
     preflight(samples)
+    check_start(run)
 
     from accelerate.utils import set_seed
 
@@ -120,21 +122,34 @@ def open_model(run: Run) -> DiffusionModel:
 
 
 def attach_adapter(run: Run, model: DiffusionModel) -> AdapterSet | None:
-    """Attach the run's adapter to the denoiser, and to the text encoders if those are trained."""
+    """Attach the run's adapter, as its ``start`` was trained, to the denoiser and trained text encoders."""
     if run.adapter is None:
         return None
     from visiontune import adapters
 
     targets = run.adapter["targets"]
-    _, config = plugin.configure("adapters", _without(run.adapter, "targets"), "adapter")
+    _, config = plugin.configure("adapters", _without(run.adapter, "targets", "start"), "adapter")
     text = run.train.text_encoder
     modules = (
         model.components() if text else {k: m for k, m in model.components().items() if k not in model.text_encoders}
     )
     try:
-        return adapters.attach(modules, config, targets=targets, presets=model.presets(modules))
+        made = adapters.attach(modules, config, targets=targets, presets=model.presets(modules))
+        if "start" in run.adapter:
+            adapters.start(made, run.adapter["start"])
+        return made
     except UserError as error:
         raise UserError(f"adapter: {error}") from error
+
+
+def check_start(run: Run) -> None:
+    """Refuse a start of the adapter that is no adapter file, without opening the model."""
+    if run.adapter is None or "start" not in run.adapter:
+        return
+    try:
+        read_header(Path(run.adapter["start"]).expanduser())
+    except UserError as error:
+        raise UserError(f"adapter.start: {error}") from error
 
 
 def in_words(run: Run, text: str) -> str:
@@ -150,6 +165,7 @@ def metadata(run: Run) -> dict[str, str]:
         "class_noun": run.data.class_noun,
         "prompt": in_words(run, run.data.prompt) if run.data.prompt else None,
         "objective": run.objective["name"],
+        "start": (run.adapter or {}).get("start"),
         "modelspec.title": run.name,
         "modelspec.trigger_phrase": run.data.trigger,
     }
@@ -196,5 +212,5 @@ def _flat(content: Mapping[str, Any], path: str = "") -> Iterator[tuple[str, Any
             yield f"{path}{key}", value
 
 
-def _without(options: Mapping[str, Any], name: str) -> dict[str, Any]:
-    return {key: value for key, value in options.items() if key != name}
+def _without(options: Mapping[str, Any], *names: str) -> dict[str, Any]:
+    return {key: value for key, value in options.items() if key not in names}

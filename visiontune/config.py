@@ -45,7 +45,7 @@ class Run:
     """A training run, whole: what ``runs/<name>/recipe.yaml`` holds.
 
     ``adapter`` and ``objective`` are validated and hold every option of the method they name; ``adapter`` is ``None``
-    when all weights are trained (``adapter: none`` in a recipe).
+    when all weights are trained (``adapter: none`` in a recipe), and may have the ``start`` of its training, a file.
     """
 
     name: str = option(help="name of the run; it writes to <out>/<name>")
@@ -53,7 +53,9 @@ class Run:
     seed: int = option(0, help="seed of everything random in the run")
     description: str = option("", help="one line for the catalogue and the model card")
     model: ModelConfig = option(ModelConfig(), help="the base model")
-    adapter: dict[str, Any] | None = option(help="adapter name, targets and options; none trains all weights")
+    adapter: dict[str, Any] | None = option(
+        help="adapter name, targets, start (a trained file) and options; none trains all weights"
+    )
     objective: dict[str, Any] = option({"name": "denoising"}, help="objective name and options")
     data: DataConfig = option(help="the images and captions")
     train: TrainConfig = option(TrainConfig(), help="optimisation")
@@ -204,12 +206,16 @@ def _read(recipe: str | Path, verb: str, overrides: Sequence[str]) -> dict[str, 
 def _adapter(spec: Mapping[str, Any] | None) -> dict[str, Any] | None:
     if spec is None:
         return None
-    method = {key: value for key, value in spec.items() if key != "targets"}
+    method = {key: value for key, value in spec.items() if key not in ("targets", "start")}
     targets = spec.get("targets", "attention")
     if not isinstance(targets, str) and not (isinstance(targets, (list, tuple)) and all(map(_is_text, targets))):
         raise UserError(f"adapter.targets must be a preset, a pattern or a list of patterns, not {targets!r}")
     options = _spelt_out("adapters", method, "adapter")
-    return {"name": options.pop("name"), "targets": targets, **options}
+    start = spec.get("start")
+    if start is not None and not isinstance(start, (str, Path)):
+        raise UserError(f"adapter.start must be the adapter.safetensors of a run, not {start!r}")
+    started = {} if start is None or start in ("", "none") else {"start": str(start)}
+    return {"name": options.pop("name"), "targets": targets, **started, **options}
 
 
 def _is_text(value: Any) -> bool:

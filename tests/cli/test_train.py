@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from safetensors.torch import load_file
 
@@ -97,3 +98,30 @@ def test_sample_uses_the_adapter_and_its_trigger_and_score_reads_the_folder(cli,
     assert scored.code == 0, scored.err
     assert "brightness" in scored.out
     assert len(json.loads(Path("scores.json").read_text())["images"]) == 2
+
+
+def test_a_run_starts_from_another_ones_adapter_and_goes_on(cli, recipe):
+    assert cli("train", recipe, "train.lr=1e-2", "name=broad").code == 0
+    start = "adapter.start=runs/broad/adapter.safetensors"
+    checked = cli("check", recipe, start, "adapter.rank=3")
+    assert checked.code == 0, checked.err
+    assert cli("train", recipe, start, "train.lr=1e-12").code == 0
+    broad, own = (load_file(f"runs/{name}/adapter.safetensors") for name in ("broad", "tiny"))
+    assert all(torch.allclose(own[key], broad[key], atol=1e-6) for key in broad)
+    assert adapters.read_header("runs/tiny/adapter.safetensors")["start"] == "runs/broad/adapter.safetensors"
+    assert config.load_run("runs/tiny/recipe.yaml").adapter["start"] == "runs/broad/adapter.safetensors"
+    whole = cli("train", recipe, start, "name=whole", "train.steps=4", "train.lr=1e-2", "train.schedule=constant")
+    assert whole.code == 0, whole.err
+    for steps in (2, 4):
+        more = ["name=part", "train.lr=1e-2", "train.schedule=constant", "train.resume=true", f"train.steps={steps}"]
+        assert cli("train", recipe, start, *more).code == 0
+    one, two = (load_file(f"runs/{name}/adapter.safetensors") for name in ("whole", "part"))
+    assert all(torch.equal(one[key], two[key]) for key in one)
+    refused = cli("train", recipe, "train.resume=true")
+    assert refused.code == 2 and "adapter.start=runs/broad/adapter.safetensors" in refused.err
+
+
+def test_a_start_that_is_no_adapter_is_refused(cli, recipe, unchanged):
+    with unchanged:
+        missing = cli("check", recipe, "adapter.start=nowhere.safetensors")
+        assert missing.code == 2 and "adapter.start: there is no adapter file 'nowhere.safetensors'" in missing.err

@@ -46,6 +46,8 @@ OPTIONS: dict[str, dict] = {
     "allora": {"rank": 2, "eta": 4.0},
     "mos": {"rank": 3, "equivalent_rank": 2, "shards": 2, "alpha": 4.5},
     "triadapt": {"start_rank": 2, "max_rank": 3, "budget": 2.5, "alpha": 4.5},
+    "one_bit": {"rank": 4},
+    "petalface": {"rank": 2, "alpha": 3.0},
 }
 VARIANTS: list[tuple[str, dict]] = [
     *((method, OPTIONS.get(method, {})) for method in METHODS),
@@ -66,6 +68,7 @@ VARIANTS: list[tuple[str, dict]] = [
     ("corda", {"rank": 20, "mode": "kpm", "root": True}),
     ("nlora", {"rank": 3, "train": "core", "minor": "leading"}),
     ("mos", {"rank": 4, "equivalent_rank": 1, "shards": 4, "private": 0.5}),
+    ("one_bit", {"rank": 2, "bits": 4, "loss": "mse"}),
 ]
 LAYERS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "linear": (lambda: nn.Linear(12, 8), (2, 5, 12)),
@@ -182,6 +185,9 @@ COUNT = {
     "allora": _count_lora,
     "mos": lambda module, options: _count_lora(module, {"rank": options["equivalent_rank"]}),
     "nlora": _count_nlora,
+    "one_bit": _count_lora,
+    "petalface": lambda module, options: 2 * _count_lora(module, options),
+    "r_amt": lambda module, options: module.weight.numel(),
     "oft": _count_oft,
     "sara": _count_sara,
     "boft": _count_boft,
@@ -297,8 +303,16 @@ def test_fast_path_is_the_weight_path(method: str, options: dict, kind: str) -> 
             torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-11)
 
 
+# Their outputs are piecewise constant in what is trained, and their gradient is another function's by intention; their
+# own tests hold it against the closed form.
+STRAIGHT_THROUGH = {"one_bit", "r_amt"}
+
+
 # DoRA takes the length of its rows for constant in gradients, as its paper does.
-@pytest.mark.parametrize(("method", "options", "kind"), [case for case in CASES if not case.values[1].get("dora")])
+@pytest.mark.parametrize(
+    ("method", "options", "kind"),
+    [case for case in CASES if not case.values[1].get("dora") and case.values[0] not in STRAIGHT_THROUGH],
+)
 def test_gradcheck(method: str, options: dict, kind: str) -> None:
     net, adapters = _net(method, options, kind)
     _turn(adapters)
@@ -564,7 +578,7 @@ def test_changes_through_data_are_seen_after_a_step_and_a_mode_switch(method: st
     before = net(x).detach()
     kept = [p.detach().clone() for p in adapters.parameters()]
     for p in adapters.parameters():
-        p.data.copy_(p.data + 0.1)
+        p.data.copy_(p.data - 0.1)
     adapters.eval()
     assert not torch.equal(net(x), before)
     for p, k in zip(adapters.parameters(), kept, strict=True):
@@ -572,12 +586,12 @@ def test_changes_through_data_are_seen_after_a_step_and_a_mode_switch(method: st
     adapters.train()
     assert torch.equal(net(x), before)
     for p in adapters.parameters():
-        p.data.copy_(p.data + 0.1)
+        p.data.copy_(p.data - 0.1)
     adapters.refresh()
     changed = net(x)
     assert not torch.equal(changed, before)
     for p in adapters.parameters():
-        p.data.copy_(p.data - 0.2)
+        p.data.copy_(p.data + 0.2)
     adapters.after_step()
     assert not torch.equal(net(x), changed)
 

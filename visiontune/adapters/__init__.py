@@ -16,6 +16,7 @@ _HOME = {
     "attached": "base",
     "load": "base",
     "read_header": "_header",
+    "start": "base",
 }
 
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
 
 from visiontune.adapters._layers import Beneath
 
@@ -61,6 +62,17 @@ class Adapter(ABC):
     def tensors(self) -> dict[str, Tensor]:
         """What is saved, by name; the tensors share memory with the parameters, so copying into them loads."""
 
+    def packed(self) -> dict[str, Tensor] | None:
+        """What is saved instead of :meth:`tensors` where a file has another form than the parameters.
+
+        The tensors are copies of known shapes and dtypes. Values that :meth:`unpack` has taken on give the same ones.
+        """
+        return None
+
+    def unpack(self, packed: Mapping[str, Tensor]) -> None:
+        """Take on what :meth:`packed` gave; the layer's output is then the same bit for bit."""
+        raise NotImplementedError
+
 
 class Method(nn.Module):
     """The adapters of one component, by layer name, and the owner of their parameters.
@@ -81,6 +93,14 @@ class Method(nn.Module):
 
         What is chosen must be found in :meth:`Adapter.tensors`, and :meth:`fit` must take on its shapes.
         """
+
+    def watch(self, root: nn.Module) -> Sequence[RemovableHandle]:
+        """Called once the adapters are on the layers of the component ``root``: the place for hooks on the whole.
+
+        The hooks are removed when the set is detached. They should be bound methods of what the adapters share, which
+        a deep copy of the model then has its own of.
+        """
+        return ()
 
     def before_step(self, step: int = 0, loss_scale: float = 1.0) -> None:
         """Called when the gradients of an optimiser step are complete: the place to change them.

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
 
 from visiontune.adapters import _header, _layers, _storage
 from visiontune.adapters._evidence import Evidence, Reduce
@@ -53,11 +54,19 @@ class AdapterSet(nn.Module):
             for layer_name, layer in found.items():
                 full = f"{component}.{layer_name}" if component else layer_name
                 self._layers[full], self._adapters[full] = layer, built.adapters[layer_name]
+        self._handles: list[RemovableHandle] = []
         self.base = _storage.fingerprint(self._layers)
         for component, found in layers.items():
             built = self.get_submodule(component or "model")
             for layer_name, layer in found.items():
                 _layers.adopt(layer, Entry(self, built, built.adapters[layer_name]))  # type: ignore[arg-type, index]
+
+    def watch(self, roots: Mapping[str, nn.Module]) -> None:
+        """Let the methods watch their components until the set is detached; see :meth:`Method.watch`."""
+        for component, root in roots.items():
+            method = getattr(self, component or "model", None)
+            if isinstance(method, Method):
+                self._handles += method.watch(root)
 
     # -- what it is ---------------------------------------------------------------------------------------------
 
@@ -65,6 +74,10 @@ class AdapterSet(nn.Module):
     def layers(self) -> list[str]:
         """Names of the adapted layers, with the component's prefix."""
         return list(self._layers)
+
+    def base_layers(self) -> dict[str, nn.Module]:
+        """The adapted layers themselves, by the same names."""
+        return dict(self._layers)
 
     @property
     def parameter_count(self) -> int:
@@ -205,6 +218,9 @@ class AdapterSet(nn.Module):
         for layer in self._layers.values():
             _layers.release(layer, self)
         self._layers = {}
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
 
     # -- training and files -------------------------------------------------------------------------------------
 
@@ -252,12 +268,8 @@ class AdapterSet(nn.Module):
         return dict(self._adapters)
 
     def tensors(self) -> dict[str, Tensor]:
-        """What is saved: ``<layer>.<name>`` -> tensor that shares memory with the parameters."""
-        return {
-            f"{layer}.{key}": value
-            for layer, adapter in self._adapters.items()
-            for key, value in adapter.tensors().items()
-        }
+        """What is saved, ``<layer>.<name>`` -> tensor; it shares memory with the parameters unless they are packed."""
+        return _flat({layer: adapter.packed() or adapter.tensors() for layer, adapter in self._adapters.items()})
 
     def restore(self, path: str | Path) -> None:
         """Take on what :meth:`save` wrote for a set of the same method on the same layers.
@@ -278,7 +290,12 @@ class AdapterSet(nn.Module):
             UserError: a key on one side only, or another shape.
         """
         self._fit(saved)
-        _storage.fill(path, self.tensors(), saved)
+        packed = {layer: adapter.packed() for layer, adapter in self._adapters.items()}
+        own = {layer: packed[layer] or adapter.tensors() for layer, adapter in self._adapters.items()}
+        _storage.fill(path, _flat(own), saved)
+        for layer, values in packed.items():
+            if values is not None:
+                self._adapters[layer].unpack(values)
         self.refresh()
 
     def _fit(self, saved: Mapping[str, Tensor]) -> None:
@@ -309,6 +326,10 @@ class AdapterSet(nn.Module):
             "base_sample": json.dumps(self.base.sample),
         }
         return _storage.write(path, self.tensors(), header, metadata or {})
+
+
+def _flat(tensors: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    return {f"{layer}.{key}": value for layer, values in tensors.items() for key, value in values.items()}
 
 
 def _merged(name: str, layer: Any, adapter: Adapter, scale: float) -> _layers.Values:

@@ -49,7 +49,12 @@ def _strided(values: Any, count: int) -> Tensor:
     return flat[:: max(1, flat.numel() // count)][:count].float().cpu()
 
 
-def check_base(path: str | Path, header: Mapping[str, Any], layers: Mapping[str, nn.Module]) -> None:
+def check_base(
+    path: str | Path,
+    header: Mapping[str, Any],
+    layers: Mapping[str, nn.Module],
+    mend: str = "load that base, or pass allow_other_base=True",
+) -> None:
     """Compare the weights of ``layers`` with those that the file was trained on.
 
     Raises:
@@ -61,10 +66,7 @@ def check_base(path: str | Path, header: Mapping[str, Any], layers: Mapping[str,
     for name, values in present.sample.items():
         here, there = torch.tensor(values), torch.tensor(header["base_sample"][name])
         if here.shape != there.shape or not torch.allclose(here, there, rtol=2**-7, atol=1e-6):
-            raise UserError(
-                f"{path}: trained on other base weights (layer '{name}' differs): load that base, "
-                "or pass allow_other_base=True"
-            )
+            raise UserError(f"{path}: trained on other base weights (layer '{name}' differs): {mend}")
 
 
 def write(

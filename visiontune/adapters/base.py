@@ -21,9 +21,10 @@ from visiontune.adapters import _layers, _storage, _targets
 from visiontune.adapters._layers import Beneath
 from visiontune.adapters._method import Adapter, Method, start_follows
 from visiontune.adapters._set import AdapterSet
+from visiontune.adapters._start import start
 from visiontune.errors import UserError
 
-__all__ = ["Adapter", "AdapterSet", "Beneath", "Method", "attach", "attached", "load"]
+__all__ = ["Adapter", "AdapterSet", "Beneath", "Method", "attach", "attached", "load", "start"]
 
 
 def attach(
@@ -74,7 +75,10 @@ def assemble(
                     raise UserError(f"adapter '{other.name}' is merged into '{layer_name}': unmerge it first")
     for root in roots.values():
         root.requires_grad_(False)
-    return AdapterSet(name, key, config, module.build, targets, {c: found for c, found in layers.items() if found})
+    chosen = {component: found for component, found in layers.items() if found}
+    made = AdapterSet(name, key, config, module.build, targets, chosen)
+    made.watch({component: roots[component] for component in chosen})
+    return made
 
 
 def attached(modules: nn.Module | Mapping[str, nn.Module]) -> dict[str, AdapterSet]:

@@ -77,6 +77,45 @@ def row_lengths(w: Tensor) -> Tensor:
     return w.detach().cpu().double().flatten(1).norm(dim=1)
 
 
+def refit(adapter: LoRA, tensors: Mapping[str, Tensor], was: Config) -> dict[str, Tensor]:
+    """The factors of a file with options ``was`` in the rank and strength of ``adapter``, as the start of a training.
+
+    A greater rank gets the adapter's own fresh rows of A and zeros beside B, which change nothing; a smaller one the
+    best approximation by singular values.
+
+    Raises:
+        UserError: one of the two is DoRA.
+    """
+    if was.dora != isinstance(adapter, DoRA):
+        raise UserError(f"start: the file has dora={str(was.dora).lower()}: set dora to it")
+    groups, rank = adapter.groups, was.rank
+    lookup = adapter.embedding
+    # An embedding's factors stand the other way round: its A is the one that starts at zero.
+    zero, fresh = (tensors["down"], tensors["up"].T) if lookup else (tensors["up"], tensors["down"])
+    left = zero.to(adapter.down).reshape(groups, -1, rank) * (was.strength / adapter.strength)
+    right = fresh.to(adapter.down).reshape(groups, rank, -1)
+    own = (adapter.up.T if lookup else adapter.down).detach().reshape(groups, adapter.rank, -1)
+    if adapter.rank > rank:
+        left = F.pad(left, (0, adapter.rank - rank))
+        right = torch.cat([right, own[:, rank:]], 1)
+    elif adapter.rank < rank:
+        left, right = _shrunk(left, right, adapter.rank)
+    left = left.flatten(0, 1)
+    shapes = {"down": left, "up": right[0].T} if lookup else {"down": right.reshape(adapter.down.shape), "up": left}
+    return {**tensors, **shapes}
+
+
+def _shrunk(left: Tensor, right: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """The best factors of a smaller rank for ``left @ right``, whose product is never formed."""
+    (q_left, small_left), (q_right, small_right) = (torch.linalg.qr(t.double().cpu()) for t in (left, right.mT))
+    u, s, v = torch.linalg.svd(small_left @ small_right.mT, full_matrices=False)
+    root = s[:, :rank].sqrt()
+    pair = q_left @ (u[..., :rank] * root[:, None]), (root[..., None] * v[:, :rank]) @ q_right.mT
+    # A layer of few inputs or outputs has fewer singular values than ``rank``.
+    short = rank - root.shape[1]
+    return F.pad(pair[0], (0, short)).to(left), F.pad(pair[1], (0, 0, 0, short)).to(right)
+
+
 class LoRA(nn.Module, Adapter):
     """The two factors of one layer, ``down`` [groups r, ...] (A) and ``up`` [out, r] (B)."""
 
