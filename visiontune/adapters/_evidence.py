@@ -54,7 +54,7 @@ class Evidence:
     Args:
         layers: by name.
         losses: each call gives the same training loss again, of a batch of its own; the adapters act in it as they are.
-        reduce: sums a tensor over processes; none with one process.
+        reduce: returns a tensor's sum over processes; none with one process.
         off: context in which the set that asks does not act.
     """
 
@@ -66,6 +66,10 @@ class Evidence:
         off: Callable[[], AbstractContextManager[Any]] = nullcontext,
     ) -> None:
         self.layers, self.losses, self.reduce, self.off = dict(layers), list(losses), reduce or (lambda t: t), off
+
+    def over(self, losses: Sequence[Callable[[], Tensor]]) -> Evidence:
+        """The same layers under other losses, some of these for instance."""
+        return Evidence(self.layers, losses, self.reduce, self.off)
 
     @torch.no_grad()
     def moments(self) -> dict[str, Moments]:
@@ -88,8 +92,7 @@ class Evidence:
                 hook.remove()
         self._all(found)
         for moments in found.values():
-            self.reduce(moments.second)
-            self.reduce(moments.first)
+            moments.second, moments.first = self.reduce(moments.second), self.reduce(moments.first)
             moments.count = int(self.reduce(torch.tensor(moments.count, device=moments.first.device)))
         return {name: found[name] for name in self.layers}
 
