@@ -40,6 +40,7 @@ OPTIONS: dict[str, dict] = {
     # With more, a forward pass is drawn at random; test_mosa.py has that.
     "mosa": {"rank": 2, "experts": 1},
     "spt": {"rank": 2},
+    "colora": {"rank": 2},
 }
 VARIANTS: list[tuple[str, dict]] = [
     *((method, OPTIONS.get(method, {})) for method in METHODS),
@@ -145,6 +146,7 @@ COUNT = {
     "lora": _count_lora,
     "mosa": _count_lora,
     "spt": _count_lora,
+    "colora": _count_lora,
     "oft": _count_oft,
     "sara": _count_sara,
     "boft": _count_boft,
