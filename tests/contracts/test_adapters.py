@@ -41,6 +41,7 @@ OPTIONS: dict[str, dict] = {
     "mosa": {"rank": 2, "experts": 1},
     "spt": {"rank": 2},
     "colora": {"rank": 2},
+    "autolora": {"rank": 2},
 }
 VARIANTS: list[tuple[str, dict]] = [
     *((method, OPTIONS.get(method, {})) for method in METHODS),
@@ -147,6 +148,7 @@ COUNT = {
     "mosa": _count_lora,
     "spt": _count_lora,
     "colora": _count_lora,
+    "autolora": _count_lora,
     "oft": _count_oft,
     "sara": _count_sara,
     "boft": _count_boft,
