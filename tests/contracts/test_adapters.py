@@ -48,6 +48,9 @@ OPTIONS: dict[str, dict] = {
     "triadapt": {"start_rank": 2, "max_rank": 3, "budget": 2.5, "alpha": 4.5},
     "one_bit": {"rank": 4},
     "petalface": {"rank": 2, "alpha": 3.0},
+    "spt": {"rank": 2},
+    "colora": {"rank": 2},
+    "autolora": {"rank": 2},
 }
 VARIANTS: list[tuple[str, dict]] = [
     *((method, OPTIONS.get(method, {})) for method in METHODS),
@@ -188,6 +191,9 @@ COUNT = {
     "one_bit": _count_lora,
     "petalface": lambda module, options: 2 * _count_lora(module, options),
     "r_amt": lambda module, options: module.weight.numel(),
+    "spt": _count_lora,
+    "colora": _count_lora,
+    "autolora": _count_lora,
     "oft": _count_oft,
     "sara": _count_sara,
     "boft": _count_boft,

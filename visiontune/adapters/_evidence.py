@@ -84,6 +84,10 @@ class Evidence:
             filled += needed
         yield self.moments(names)
 
+    def over(self, losses: Sequence[Callable[[], Tensor]]) -> Evidence:
+        """The same layers under other losses, some of these for instance."""
+        return Evidence(self.layers, losses, self.reduce, self.off)
+
     @torch.no_grad()
     def moments(self, names: Sequence[str] | None = None) -> dict[str, Moments]:
         """Sums over the layers' inputs; of all layers, or those of the given names.

@@ -17,6 +17,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from visiontune.adapters._layers import NORMS, Beneath, compute_dtype, masters
+from visiontune.adapters._method import Adapter
+
 SAMPLED_DENSITY = 0.1
 
 
@@ -185,3 +188,56 @@ def with_entries(x: Tensor, change: Tensor, bias: Tensor | None, w: Tensor, inde
         index: [n], ascending. product: from :func:`product_of`.
     """
     return _Entries.apply(x, change, bias, w, index, product)
+
+
+class Entries(nn.Module, Adapter):
+    """Changes, zero at the start, of chosen entries of one layer: ``index`` [n] in its weight, ``bias_index`` [m] in
+    its bias, both ascending."""
+
+    change: nn.Parameter | None
+    bias_change: nn.Parameter | None
+    index: Tensor
+    bias_index: Tensor
+
+    def __init__(self, layer: Any, index: Tensor, bias_index: Tensor) -> None:
+        super().__init__()
+        self.layer = [layer]  # in a list, lest the base become a submodule
+        self.choose(index, bias_index)
+
+    def choose(self, index: Tensor, bias_index: Tensor) -> None:
+        """Train these entries, from zero change."""
+        layer = self.layer[0]
+        place = masters(layer)
+        for prefix, positions in (("", index), ("bias_", bias_index)):
+            positions = positions.to(place["device"])
+            self.register_buffer(f"{prefix}index", positions)
+            change = nn.Parameter(torch.zeros(len(positions), **place)) if len(positions) else None
+            self.register_parameter(f"{prefix}change", change)
+        self.product = None if isinstance(layer, NORMS) or self.change is None else product_of(layer, self.index)
+
+    def weight(self, w: Tensor, scale: float) -> Tensor:
+        """``w + scale scatter(change)``."""
+        return w if self.change is None else _scattered(w, self.index, scale * self.change)
+
+    def bias(self, b: Tensor | None, scale: float) -> Tensor | None:
+        """``b + scale scatter(bias_change)``."""
+        return b if b is None or self.bias_change is None else _scattered(b, self.bias_index, scale * self.bias_change)
+
+    def forward(self, x: Tensor, beneath: Beneath, scale: float) -> Tensor:
+        """The layer with its entries changed; neither a second weight nor a dense gradient outlives this layer."""
+        bias = self.bias(beneath.bias(), scale)
+        if self.change is None or self.product is None or not beneath.frozen:
+            return beneath.using(x, self.weight(beneath.weight(), scale), bias)
+        dtype = compute_dtype(x) if x.is_floating_point() else beneath.layer.weight.dtype
+        with torch.autocast(x.device.type, enabled=False):
+            x = pad(beneath.layer, x.to(dtype) if x.is_floating_point() else x)
+            bias = None if bias is None else bias.to(dtype)
+            return with_entries(x, scale * self.change, bias, beneath.layer.weight, self.index, self.product)
+
+    def tensors(self) -> dict[str, Tensor]:
+        saved = {"index": self.index, "bias_index": self.bias_index}
+        return saved | {name: parameter for name, parameter in self.named_parameters()}
+
+
+def _scattered(w: Tensor, index: Tensor, change: Tensor) -> Tensor:
+    return w.put(index, (w.take(index).to(change.dtype) + change).to(w.dtype))

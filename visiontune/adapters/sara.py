@@ -24,9 +24,9 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from visiontune.adapters._layers import CONVOLUTIONS, NORMS, compute_dtype, masters
-from visiontune.adapters._sparse import pad, product_of, with_entries
-from visiontune.adapters.base import Adapter, Beneath, Method
+from visiontune.adapters._layers import CONVOLUTIONS, NORMS, masters
+from visiontune.adapters._sparse import Entries
+from visiontune.adapters.base import Adapter, Method
 from visiontune.errors import UserError
 from visiontune.schema import option
 
@@ -71,16 +71,16 @@ class SaRA(Method):
         theta = config.threshold
         if theta is None:
             theta = smallest(_candidates(config, layers.values()), config.budget)
-        adapters: dict[str, Adapter] = {name: Entries(config, layer, theta) for name, layer in layers.items()}
+        adapters: dict[str, Adapter] = {name: Unused(config, layer, theta) for name, layer in layers.items()}
         super().__init__(adapters)
         self.config, self.theta = config, theta
         self.register_buffer("reselected", torch.tensor(False))
         if not list(self.parameters()):
             raise UserError(f"no weight is smaller than adapter.threshold={theta:g}: raise it, or use adapter.budget")
 
-    def entries(self) -> list[Entries]:
+    def entries(self) -> list[Unused]:
         """The adapters."""
-        return [a for a in self.adapters.values() if isinstance(a, Entries)]
+        return [a for a in self.adapters.values() if isinstance(a, Unused)]
 
     def fit(self, saved: Mapping[str, Mapping[str, Tensor]]) -> None:
         """Take the saved choice of entries: the base at hand may be rounded, and choose others."""
@@ -114,62 +114,27 @@ class SaRA(Method):
                     optimizer.state.pop(parameter, None)
 
 
-class Entries(nn.Module, Adapter):
-    """The chosen entries of one layer: ``index`` [n] in its weight, ``bias_index`` [m] in its bias."""
+class Unused(Entries):
+    """The entries of one layer under the threshold, and which of them are ``frozen`` at their values."""
 
-    change: nn.Parameter | None
-    bias_change: nn.Parameter | None
-    index: Tensor
-    bias_index: Tensor
     frozen: Tensor
     bias_frozen: Tensor
 
     def __init__(self, config: Config, layer: Any, theta: float) -> None:
-        super().__init__()
-        self.layer = [layer]  # in a list, lest the base become a submodule
-        self.norm, self.matrix = isinstance(layer, NORMS), isinstance(layer, nn.Linear)
         bias, none = getattr(layer, "bias", None), torch.zeros(0, dtype=torch.int64)
-        self._held: list[Tensor] = []
-        self.choose(
-            none if self.norm and not config.biases else below(layer.weight, theta),
+        super().__init__(
+            layer,
+            none if isinstance(layer, NORMS) and not config.biases else below(layer.weight, theta),
             none if bias is None or not config.biases else below(bias, theta),
         )
+        self.matrix = isinstance(layer, nn.Linear)
+        self._held: list[Tensor] = []
 
     def choose(self, index: Tensor, bias_index: Tensor) -> None:
-        """Train these entries, from zero change."""
-        place = masters(self.layer[0])
-        for prefix, positions in (("", index), ("bias_", bias_index)):
-            positions = positions.to(place["device"])
-            self.register_buffer(f"{prefix}index", positions)
-            self.register_buffer(f"{prefix}frozen", torch.zeros_like(positions, dtype=torch.bool))
-            change = nn.Parameter(torch.zeros(len(positions), **place)) if len(positions) else None
-            self.register_parameter(f"{prefix}change", change)
-        self.product = None if self.norm or self.change is None else product_of(self.layer[0], self.index)
-
-    def weight(self, w: Tensor, scale: float) -> Tensor:
-        """``w + scale scatter(change)``."""
-        return w if self.change is None else _scattered(w, self.index, scale * self.change)
-
-    def bias(self, b: Tensor | None, scale: float) -> Tensor | None:
-        """``b + scale scatter(bias_change)``."""
-        return b if b is None or self.bias_change is None else _scattered(b, self.bias_index, scale * self.bias_change)
-
-    def forward(self, x: Tensor, beneath: Beneath, scale: float) -> Tensor:
-        """The layer with its entries changed; neither a second weight nor a dense gradient outlives this layer."""
-        bias = self.bias(beneath.bias(), scale)
-        if self.change is None or self.product is None or not beneath.frozen:
-            return beneath.using(x, self.weight(beneath.weight(), scale), bias)
-        dtype = compute_dtype(x) if x.is_floating_point() else beneath.layer.weight.dtype
-        with torch.autocast(x.device.type, enabled=False):
-            x = pad(beneath.layer, x.to(dtype) if x.is_floating_point() else x)
-            bias = None if bias is None else bias.to(dtype)
-            return with_entries(x, scale * self.change, bias, beneath.layer.weight, self.index, self.product)
-
-    def tensors(self) -> dict[str, Tensor]:
-        saved = {f"{prefix}index": index for prefix, index in (("", self.index), ("bias_", self.bias_index))}
-        return saved | {name: parameter for name, parameter in self.named_parameters()}
-
-    # -- training -----------------------------------------------------------------------------------------------
+        """Train these entries, from zero change, none of them frozen."""
+        super().choose(index, bias_index)
+        self.register_buffer("frozen", torch.zeros_like(self.index, dtype=torch.bool))
+        self.register_buffer("bias_frozen", torch.zeros_like(self.bias_index, dtype=torch.bool))
 
     def _parts(self) -> list[tuple[nn.Parameter, Tensor, Tensor, Tensor]]:
         """Parameter, frozen mask, positions and the base tensor, for weight and bias."""
@@ -206,10 +171,6 @@ class Entries(nn.Module, Adapter):
         matrix = torch.zeros(base.shape, **masters(self.layer[0])).put_(self.index, values)
         gradient = polar_factor(matrix).take(self.index).masked_fill_(self.frozen, 0)
         self.change.grad.add_(gradient, alpha=weight)
-
-
-def _scattered(w: Tensor, index: Tensor, change: Tensor) -> Tensor:
-    return w.put(index, (w.take(index).to(change.dtype) + change).to(w.dtype))
 
 
 def polar_factor(matrix: Tensor) -> Tensor:
