@@ -85,32 +85,39 @@ class Adapted:
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         # The sets are not submodules, so `model.to(device)` would leave them behind; their dtype stays float32.
         result = super()._apply(fn, recurse)  # type: ignore[misc]
-        if self.weight.device.type != "meta":
-            for entry in self.entries:
-                if next(entry.method.parameters()).device != self.weight.device:
-                    entry.method.to(self.weight.device)
+        follow(self)
         return result
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         # The class is made at run time, so pickle must be told how to make it again.
-        return _empty, (type(self).__mro__[2],), self.__dict__
+        return empty, (Adapted, type(self).__mro__[2]), self.__dict__
 
 
 @functools.cache
-def _adapted(cls: Any) -> Any:
-    return type(f"Adapted{cls.__name__}", (Adapted, cls), {"__module__": cls.__module__})
+def mixed(mixin: type, cls: Any) -> Any:
+    """The subclass of ``cls`` that ``mixin`` acts in."""
+    return type(f"Adapted{cls.__name__}", (mixin, cls), {"__module__": cls.__module__})
 
 
-def _empty(cls: Any) -> Any:
-    made = _adapted(cls)
+def empty(mixin: type, cls: Any) -> Any:
+    """An instance of that subclass for pickle to fill."""
+    made = mixed(mixin, cls)
     return made.__new__(made)
+
+
+def follow(layer: Any) -> None:
+    """Move the methods with adapters on a layer to where the layer is."""
+    if layer.weight.device.type != "meta":
+        for entry in entries_of(layer):
+            if next(entry.method.parameters()).device != layer.weight.device:
+                entry.method.to(layer.weight.device)
 
 
 def adopt(layer: nn.Module, entry: Entry) -> None:
     """Put an adapter on top of those that the layer has."""
     if not isinstance(layer, Adapted):
         cls: Any = type(layer)
-        layer.__class__ = _adapted(cls)
+        layer.__class__ = mixed(Adapted, cls)
         layer.__dict__["entries"] = []
     layer.__dict__["entries"].append(entry)
 

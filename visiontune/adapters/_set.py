@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from visiontune.adapters import _header, _layers, _storage
+from visiontune.adapters import _attention, _header, _layers, _storage
 from visiontune.adapters._layers import Beneath, Entry
 from visiontune.adapters._method import Adapter, Method
 from visiontune.errors import UserError
@@ -30,6 +30,13 @@ class AdapterSet(nn.Module):
         name: tells the sets of one model apart.
         method: the plug-in's name; config: its ``Config``; build: its ``build``; targets: as the user named them.
         layers: component -> layer name -> layer.
+        owners: layer -> the attention module that reads its weight, where there is one.
+
+    Attributes:
+        fused: names of the layers that have such an owner.
+
+    Raises:
+        UserError: the method cannot serve a layer.
     """
 
     def __init__(
@@ -40,6 +47,7 @@ class AdapterSet(nn.Module):
         build: Any,
         targets: Sequence[str],
         layers: Mapping[str, Mapping[str, nn.Module]],
+        owners: Mapping[nn.Module, nn.MultiheadAttention],
     ) -> None:
         super().__init__()
         self.name, self.method, self.config, self.targets = name, method, config, list(targets)
@@ -52,11 +60,19 @@ class AdapterSet(nn.Module):
             for layer_name, layer in found.items():
                 full = f"{component}.{layer_name}" if component else layer_name
                 self._layers[full], self._adapters[full] = layer, built.adapters[layer_name]
+        self.fused = [name for name, layer in self._layers.items() if layer in owners]
+        for name in self.fused:
+            if self._adapters[name].random:
+                raise UserError(
+                    f"'{name}' is read by its attention module, where {method} cannot draw at random as its options "
+                    "ask: set its dropout to 0 (mosa: experts=1), or narrow the targets"
+                )
         self.base = _storage.fingerprint(self._layers)
         for component, found in layers.items():
             built = self.get_submodule(component or "model")
             for layer_name, layer in found.items():
-                _layers.adopt(layer, Entry(self, built, built.adapters[layer_name]))  # type: ignore[arg-type, index]
+                entry = Entry(self, built, built.adapters[layer_name])  # type: ignore[arg-type, index]
+                _attention.adopt(layer, entry, owners.get(layer))
 
     # -- what it is ---------------------------------------------------------------------------------------------
 
@@ -198,7 +214,7 @@ class AdapterSet(nn.Module):
         """Take the set off: unmerged, every layer is of its own class again. Its parameters stay readable."""
         self.unmerge()
         for layer in self._layers.values():
-            _layers.release(layer, self)
+            _attention.release(layer, self)
         self._layers = {}
 
     # -- training and files -------------------------------------------------------------------------------------

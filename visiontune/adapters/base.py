@@ -17,7 +17,7 @@ from typing import Any
 from torch import nn
 
 from visiontune import plugin
-from visiontune.adapters import _layers, _storage, _targets
+from visiontune.adapters import _attention, _layers, _storage, _targets
 from visiontune.adapters._layers import Beneath
 from visiontune.adapters._method import Adapter, Method
 from visiontune.adapters._set import AdapterSet
@@ -64,8 +64,11 @@ def assemble(
     layers: Mapping[str, Mapping[str, nn.Module]],
 ) -> AdapterSet:
     """An attached set over layers that are already chosen."""
+    owners: dict[nn.Module, nn.MultiheadAttention] = {}
     for component, found in layers.items():
         for layer_name, layer in found.items():
+            if owner := _attention.owner_of(roots[component], layer_name):
+                owners[layer] = owner
             _targets.check(roots[component], layer_name, layer)
             for other in (entry.owner for entry in _layers.entries_of(layer)):
                 if other.name == name:
@@ -74,13 +77,14 @@ def assemble(
                     raise UserError(f"adapter '{other.name}' is merged into '{layer_name}': unmerge it first")
     for root in roots.values():
         root.requires_grad_(False)
-    return AdapterSet(name, key, config, module.build, targets, {c: found for c, found in layers.items() if found})
+    chosen = {component: found for component, found in layers.items() if found}
+    return AdapterSet(name, key, config, module.build, targets, chosen, owners)
 
 
 def attached(modules: nn.Module | Mapping[str, nn.Module]) -> dict[str, AdapterSet]:
     """The sets on a model by name, the lowest first; also how to reach those of a deep copy."""
     roots = list(modules.values()) if isinstance(modules, Mapping) else [modules]
-    layers = (layer for root in roots for layer in root.modules())
+    layers = (layer for root in roots for _, layer in _attention.named_layers(root))
     return {entry.owner.name: entry.owner for layer in layers for entry in _layers.entries_of(layer)}
 
 
@@ -141,7 +145,7 @@ def _find(
     roots: Mapping[str, nn.Module], names: Sequence[str], kinds: tuple[type[nn.Module], ...]
 ) -> tuple[dict[str, dict[str, nn.Module]], list[str]]:
     """Component -> layer name -> layer for saved names, and the names without a layer."""
-    known = {c: {n: m for n, m in root.named_modules() if isinstance(m, kinds)} for c, root in roots.items()}
+    known = {c: {n: m for n, m in _attention.named_layers(root) if isinstance(m, kinds)} for c, root in roots.items()}
     found: dict[str, dict[str, nn.Module]] = {c: {} for c in roots}
     missing = []
     for name in names:

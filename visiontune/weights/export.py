@@ -66,7 +66,8 @@ def export(
         dtype: of the written tensors.
 
     Raises:
-        UserError: unknown format, a merged or disabled set, or a change of biases that the format cannot hold.
+        UserError: unknown format, a merged or disabled set, a change of biases that the format cannot hold, or of the
+            joint weight of an ``nn.MultiheadAttention``.
     """
     if kind not in FORMATS:
         raise UserError(f"unknown format '{kind}'; known: {', '.join(FORMATS)}")
@@ -75,9 +76,15 @@ def export(
     done, tensors = Exported(Path(path)), dict[str, Tensor]()
     for layer in adapters.layers:
         weight, bias = adapters.change(layer)
+        joint = layer in adapters.fused and layer.endswith("in_proj")
         if kind == "diff":
-            tensors |= _dense(kohya_name(layer, _two_encoders(adapters)), weight, bias)
+            name = kohya_name(layer, _two_encoders(adapters))
+            tensors |= _dense_parameters(name, weight, bias) if joint else _dense(name, weight, bias)
             continue
+        if joint:
+            raise UserError(
+                f"'{layer}' is the joint weight of an attention, which {kind} has no name for: export 'diff', or merge"
+            )
         if bias is not None and bias.any():
             raise UserError(f"'{layer}' has a changed bias, which {kind} cannot hold: export as 'diff', or merge")
         factors = adapters.low_rank(layer)
@@ -123,3 +130,8 @@ def _pair(kind: Format, layer: str, adapters: AdapterSet, down: Tensor, up: Tens
 
 def _dense(name: str, weight: Tensor, bias: Tensor | None) -> dict[str, Tensor]:
     return {f"{name}.diff": weight} | ({} if bias is None else {f"{name}.diff_b": bias})
+
+
+def _dense_parameters(name: str, weight: Tensor, bias: Tensor | None) -> dict[str, Tensor]:
+    """Readers go by the keys of the model's state dict, less a last ``.weight``, of which these have none."""
+    return {f"{name}_weight.diff": weight} | ({} if bias is None else {f"{name}_bias.diff": bias})

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from visiontune import adapters
 from visiontune.adapters import AdapterSet
+from visiontune.adapters._attention import named_layers
 from visiontune.adapters.lora import LAYERS
 from visiontune.errors import UserError
 from visiontune.weights.names import kohya_name, public_name
@@ -95,7 +96,7 @@ def _has(component: str, factors: Factors) -> bool:
 
 def _layer_names(modules: Mapping[str, nn.Module]) -> dict[str, str]:
     """Every name that a file may use -> the layer's own full name."""
-    layers = [f"{c}.{n}" for c, module in modules.items() for n, m in module.named_modules() if isinstance(m, LAYERS)]
+    layers = [f"{c}.{n}" for c, module in modules.items() for n, m in named_layers(module) if isinstance(m, LAYERS)]
     names = {layer: layer for layer in layers} | {public_name(layer): layer for layer in layers}
     for two in (False, True):
         names |= {kohya_name(layer, two): layer for layer in layers}
