@@ -151,6 +151,16 @@ def test_one_projection_alone(method: str) -> None:
         assert torch.equal(net(x), before)
 
 
+def test_a_bias_of_the_joint_projection_alone_reaches_the_fused_kernel() -> None:
+    net, x = Net(bias=False), _input()
+    adapters = attach(net, "bitfit", targets="in_proj", create=True)
+    _turn(adapters)
+    expected = net(x)
+    assert not torch.allclose(expected, Net(bias=False)(x))
+    with torch.no_grad():
+        torch.testing.assert_close(net.eval()(x), expected)
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_base_is_untouched_and_merging_is_undone(method: str) -> None:
     net, x = Net(), _input()

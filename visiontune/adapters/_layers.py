@@ -16,6 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from visiontune.adapters._quantised import is_quantised, weight_of
+
 if TYPE_CHECKING:
     from visiontune.adapters.base import Adapter, AdapterSet, Method
 
@@ -41,8 +43,10 @@ class Beneath:
 
     @property
     def frozen(self) -> bool:
-        """Whether nothing beneath is trained, so that no gradient of the weight is wanted."""
-        return not self.entries and not any(p.requires_grad for p in self.layer.parameters(recurse=False))
+        """Whether the weight may be used as it is: nothing beneath is trained, and it is not quantised."""
+        if self.entries or is_quantised(self.layer):
+            return False
+        return not any(p.requires_grad for p in self.layer.parameters(recurse=False))
 
     def __call__(self, x: Tensor) -> Tensor:
         """The layer's output for the input ``x``."""
@@ -52,8 +56,8 @@ class Beneath:
         return top.adapter.forward(x, Beneath(self.layer, below), top.owner.scale)
 
     def weight(self) -> Tensor:
-        """The layer's weight, in its own dtype."""
-        weight = self.layer.weight
+        """The layer's weight, in its own dtype; of a quantised layer what it stands for."""
+        weight = weight_of(self.layer)
         for entry in self.entries:
             weight = entry.adapter.weight(weight, entry.owner.scale)
         return weight
@@ -67,7 +71,11 @@ class Beneath:
 
     def using(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         """The output of the layer if ``weight`` were its weight and ``bias`` its bias (``None``: the one it has)."""
-        return run(self.layer, x, weight, self.bias() if bias is None else bias)
+        bias = self.bias() if bias is None else bias
+        if is_quantised(self.layer):
+            dtype = compute_dtype(x)
+            x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+        return run(self.layer, x, weight, bias)
 
 
 class Adapted:

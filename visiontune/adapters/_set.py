@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from visiontune.adapters import _attention, _header, _layers, _storage
+from visiontune.adapters import _attention, _header, _layers, _quantised, _storage
 from visiontune.adapters._layers import Beneath, Entry
 from visiontune.adapters._method import Adapter, Method
 from visiontune.errors import UserError
@@ -55,7 +55,7 @@ class AdapterSet(nn.Module):
         self._layers: dict[str, nn.Module] = {}
         self._adapters: dict[str, Adapter] = {}
         for component, found in layers.items():
-            built = build(config, found)
+            built = build(config, {layer_name: _quantised.plain(layer) for layer_name, layer in found.items()})
             self.add_module(component or "model", built)
             for layer_name, layer in found.items():
                 full = f"{component}.{layer_name}" if component else layer_name
@@ -98,7 +98,7 @@ class AdapterSet(nn.Module):
     def change(self, layer: str) -> tuple[Tensor, Tensor | None]:
         """What this set alone adds to the base's weight and bias (``None``: nothing), in float32 or wider."""
         base, adapter = self._layers[layer], self._adapters[layer]
-        weight, bias = base.weight, getattr(base, "bias", None)
+        weight, bias = _quantised.weight_of(base), getattr(base, "bias", None)
         assert isinstance(weight, Tensor)
         high = weight.to(torch.promote_types(weight.dtype, torch.float32))
         precise = None if bias is None else bias.to(high)
@@ -293,12 +293,14 @@ class AdapterSet(nn.Module):
             "base_hash": self.base.digest,
             "base_sample": json.dumps(self.base.sample),
         }
+        if self.base.error:
+            header["base_error"] = json.dumps(self.base.error)
         return _storage.write(path, self.tensors(), header, metadata or {})
 
 
 def _merged(name: str, layer: Any, adapter: Adapter, scale: float) -> _layers.Values:
     weight, bias = layer.weight, getattr(layer, "bias", None)
-    if not weight.is_floating_point():
+    if _quantised.is_quantised(layer):
         raise UserError(f"layer '{name}' is quantised: load the base in a floating-point dtype to merge")
     high = torch.promote_types(weight.dtype, torch.float32)
     # empty_like keeps the memory format, channels_last for instance.
