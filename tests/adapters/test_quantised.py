@@ -146,6 +146,16 @@ def test_training_on_codes(kind, method, options, tmp_path) -> None:
     assert torch.equal(net.train()(X), before)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_numbers_take_the_dtype_of_the_input(kind) -> None:
+    net = Net(kind)
+    adapters = attach(net, "dense", targets="net.0")
+    _turn(adapters)
+    expected, found = net.net[0](X), net.net[0](X.bfloat16())
+    assert found.dtype == torch.bfloat16
+    torch.testing.assert_close(found.float(), expected, rtol=0.05, atol=0.05)
+
+
 @pytest.mark.parametrize("there", [None, *KINDS])
 @pytest.mark.parametrize("here", [None, *KINDS])
 def test_the_same_base_in_other_bits_is_let_pass_and_another_refused(here, there, tmp_path) -> None:
