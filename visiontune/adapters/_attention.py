@@ -87,7 +87,9 @@ class Adapted:
     @property
     def out_proj(self) -> nn.Module:
         layer = self._modules[OUT]  # type: ignore[attr-defined]
-        return View(layer, lambda: self._values(OUT)) if _active(layer) else layer
+        # The fused kernel wants both biases or none, and an adapter may have given the other projection one.
+        lacking = layer.bias is None and self.in_proj_bias is not None
+        return View(layer, lambda: self._values(OUT)) if lacking or _active(layer) else layer
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         # Torch reads each weight several times.
@@ -112,7 +114,7 @@ class Adapted:
             # Left as it is, it would make `nn.Module.__getattr__` answer with the parameter without adapters.
             raise RuntimeError(f"an adapter of '{name}' failed: {error}") from error
         if bias is None and name == OUT and self.in_proj_bias is not None:
-            bias = weight.new_zeros(len(weight))  # the fused kernel wants both biases or none
+            bias = weight.new_zeros(len(weight))
         # The order in memory decides about the kernel, and so about the last bits.
         return weight.contiguous(), bias if bias is None else bias.to(weight.dtype)
 
