@@ -118,7 +118,8 @@ def open_model(run: Run) -> DiffusionModel:
     from visiontune import models
 
     dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-    return models.load(run.model.source, dtype=dtypes[run.model.dtype], revision=run.model.revision)
+    spec = run.model
+    return models.load(spec.source, dtype=dtypes[spec.dtype], revision=spec.revision, quantize=spec.quantize)
 
 
 def attach_adapter(run: Run, model: DiffusionModel) -> AdapterSet | None:

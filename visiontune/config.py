@@ -38,6 +38,7 @@ class ModelConfig:
     source: str = option("pocket/sd", help="pocket/sd, a local diffusers folder or a Hub id")
     revision: str | None = option(None, help="branch, tag or commit of a Hub model")
     dtype: Dtype = option("fp32", help="number format of the frozen weights; full fine-tuning needs fp32")
+    quantize: Literal["int8", "nf4"] | None = option(None, help="store the denoiser's linear layers in 8 or 4 bits")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,6 +118,8 @@ def parse_run(content: Mapping[str, Any]) -> Run:
     run = from_mapping(Run, content)
     if not run.name or Path(run.name).is_absolute() or ".." in Path(run.name).parts:
         raise UserError(f"name '{run.name}' cannot be a folder inside '{run.out}': give a plain name")
+    if run.model.quantize and run.adapter is None:
+        raise UserError("model.quantize keeps weights frozen, and adapter=none trains them all: choose an adapter")
     objective = _spelt_out("objectives", run.objective, "objective")
     return dataclasses.replace(run, adapter=_adapter(run.adapter), objective=objective, data=resolve(run.data))
 

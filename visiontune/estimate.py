@@ -161,14 +161,14 @@ class Kept(saved_tensors_hooks):
     """
 
     def __init__(self, known: Sequence[Tensor]) -> None:
-        self._known = {t.untyped_storage().data_ptr() for t in known}
+        self._known = {part.untyped_storage().data_ptr() for t in known for part in _stored(t)}
         self._storages: dict[int, int] = {}
         super().__init__(self._pack, lambda tensor: tensor)
 
     def _pack(self, tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in self._known:
-            self._storages[storage.data_ptr()] = storage.nbytes()
+        for storage in (part.untyped_storage() for part in _stored(tensor)):
+            if storage.data_ptr() not in self._known:
+                self._storages[storage.data_ptr()] = storage.nbytes()
         return tensor
 
     @property
@@ -184,7 +184,14 @@ def _tensors(trainer: Trainer) -> list[Tensor]:
 
 
 def _bytes(tensors: Iterable[Tensor]) -> int:
-    return sum(t.numel() * t.element_size() for t in tensors)
+    return sum(part.numel() * part.element_size() for t in tensors for part in _stored(t))
+
+
+def _stored(tensor: Any) -> list[Tensor]:
+    """The tensors that hold the values of one: of a quantised weight the codes and the scales."""
+    if not hasattr(tensor, "__tensor_flatten__"):
+        return [tensor]
+    return [part for name in tensor.__tensor_flatten__()[0] for part in _stored(getattr(tensor, name))]
 
 
 def _stand_ins(model: Any, prompts: Sequence[str], *_: Any, **__: Any) -> np.ndarray:

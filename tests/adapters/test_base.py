@@ -99,25 +99,11 @@ def test_unknown_method_and_option(net) -> None:
         attach(net, "lora", targets="to_q", rnk=3)
 
 
-@pytest.mark.parametrize(
-    ("module", "target", "x"),
-    [
-        (nn.MultiheadAttention(8, 2, batch_first=True), "out_proj", 3),
-        (nn.TransformerEncoderLayer(8, 2, 8, batch_first=True), "linear1", 1),
-    ],
-    ids=["mha", "encoder_layer"],
-)
-def test_layers_whose_forward_is_passed_by_are_refused(module, target, x) -> None:
-    # The premise: torch computes with the weight of the layer without calling it.
-    called, layer, data = [], module.get_submodule(target), torch.randn(1, 3, 8)
-    layer.register_forward_pre_hook(lambda *_: called.append(1))
-    with torch.no_grad():
-        module.eval()(*[data] * x)
-    owner = nn.ModuleDict({"attn": module})
-    with pytest.raises(UserError, match=rf"layer 'attn\.{target}' cannot be adapted"):
-        attach(owner, "lora", targets=target)
-    if x == 3:
-        assert not called
+@pytest.mark.parametrize("target", ["linear1", "norm1"])
+def test_layers_whose_forward_is_passed_by_are_refused(target) -> None:
+    owner = nn.ModuleDict({"block": nn.TransformerEncoderLayer(8, 2, 8, batch_first=True)})
+    with pytest.raises(UserError, match=rf"layer 'block\.{target}' cannot be adapted"):
+        attach(owner, "dense", targets=target)
 
 
 def test_patched_forward_and_max_norm_are_refused(net) -> None:

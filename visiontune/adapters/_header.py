@@ -17,7 +17,8 @@ def read_header(path: str | Path) -> dict[str, Any]:
 
     Returns:
         ``visiontune_format`` (int), ``method``, ``config`` (mapping), ``targets`` and ``layers`` (lists),
-        ``base_hash``, ``base_sample``, and whatever else the writer put in (``trigger``, ``prompt``, ...), as text.
+        ``base_hash``, ``base_sample``, ``base_error``, and whatever else the writer put in (``trigger``, ``prompt``,
+        ...), as text.
 
     Raises:
         UserError: no such file, not a visiontune adapter, or one of a newer format.
@@ -38,4 +39,5 @@ def read_header(path: str | Path) -> dict[str, Any]:
     if int(metadata["visiontune_format"]) > FORMAT:
         raise UserError(f"'{path}' was written by a newer visiontune: upgrade visiontune to read it")
     parsed = {key: json.loads(metadata[key]) for key in _JSON}
+    parsed["base_error"] = json.loads(metadata.get("base_error", "{}"))
     return {**metadata, **parsed, "visiontune_format": int(metadata["visiontune_format"])}

@@ -16,6 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from visiontune.adapters._quantised import is_quantised, weight_of
+
 if TYPE_CHECKING:
     from visiontune.adapters.base import Adapter, AdapterSet, Method
 
@@ -41,8 +43,10 @@ class Beneath:
 
     @property
     def frozen(self) -> bool:
-        """Whether nothing beneath is trained, so that no gradient of the weight is wanted."""
-        return not self.entries and not any(p.requires_grad for p in self.layer.parameters(recurse=False))
+        """Whether the weight may be used as it is: nothing beneath is trained, and it is not quantised."""
+        if self.entries or is_quantised(self.layer):
+            return False
+        return not any(p.requires_grad for p in self.layer.parameters(recurse=False))
 
     def __call__(self, x: Tensor) -> Tensor:
         """The layer's output for the input ``x``."""
@@ -52,8 +56,8 @@ class Beneath:
         return top.adapter.forward(x, Beneath(self.layer, below), top.owner.scale)
 
     def weight(self) -> Tensor:
-        """The layer's weight, in its own dtype."""
-        weight = self.layer.weight
+        """The layer's weight, in its own dtype; of a quantised layer what it stands for."""
+        weight = weight_of(self.layer)
         for entry in self.entries:
             weight = entry.adapter.weight(weight, entry.owner.scale)
         return weight
@@ -67,7 +71,11 @@ class Beneath:
 
     def using(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         """The output of the layer if ``weight`` were its weight and ``bias`` its bias (``None``: the one it has)."""
-        return run(self.layer, x, weight, self.bias() if bias is None else bias)
+        bias = self.bias() if bias is None else bias
+        if is_quantised(self.layer):
+            dtype = compute_dtype(x)
+            x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+        return run(self.layer, x, weight, bias)
 
 
 class Adapted:
@@ -85,32 +93,39 @@ class Adapted:
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         # The sets are not submodules, so `model.to(device)` would leave them behind; their dtype stays float32.
         result = super()._apply(fn, recurse)  # type: ignore[misc]
-        if self.weight.device.type != "meta":
-            for entry in self.entries:
-                if next(entry.method.parameters()).device != self.weight.device:
-                    entry.method.to(self.weight.device)
+        follow(self)
         return result
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         # The class is made at run time, so pickle must be told how to make it again.
-        return _empty, (type(self).__mro__[2],), self.__dict__
+        return empty, (Adapted, type(self).__mro__[2]), self.__dict__
 
 
 @functools.cache
-def _adapted(cls: Any) -> Any:
-    return type(f"Adapted{cls.__name__}", (Adapted, cls), {"__module__": cls.__module__})
+def mixed(mixin: type, cls: Any) -> Any:
+    """The subclass of ``cls`` that ``mixin`` acts in."""
+    return type(f"Adapted{cls.__name__}", (mixin, cls), {"__module__": cls.__module__})
 
 
-def _empty(cls: Any) -> Any:
-    made = _adapted(cls)
+def empty(mixin: type, cls: Any) -> Any:
+    """An instance of that subclass for pickle to fill."""
+    made = mixed(mixin, cls)
     return made.__new__(made)
+
+
+def follow(layer: Any) -> None:
+    """Move the methods with adapters on a layer to where the layer is."""
+    if layer.weight.device.type != "meta":
+        for entry in entries_of(layer):
+            if next(entry.method.parameters()).device != layer.weight.device:
+                entry.method.to(layer.weight.device)
 
 
 def adopt(layer: nn.Module, entry: Entry) -> None:
     """Put an adapter on top of those that the layer has."""
     if not isinstance(layer, Adapted):
         cls: Any = type(layer)
-        layer.__class__ = _adapted(cls)
+        layer.__class__ = mixed(Adapted, cls)
         layer.__dict__["entries"] = []
     layer.__dict__["entries"].append(entry)
 

@@ -58,6 +58,11 @@ class Adapter(ABC):
         """``down`` [r, in, kernel ...] and ``up`` [out, r] where the change of the weight is just ``up @ down``."""
         return None
 
+    @property
+    def random(self) -> bool:
+        """Whether a forward pass in training differs by chance from what :meth:`weight` gives, as with dropout."""
+        return bool(getattr(self, "dropout", 0.0))
+
     @abstractmethod
     def tensors(self) -> dict[str, Tensor]:
         """What is saved, by name; the tensors share memory with the parameters, so copying into them loads."""

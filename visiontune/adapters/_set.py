@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from visiontune.adapters import _header, _layers, _storage
+from visiontune.adapters import _attention, _header, _layers, _quantised, _storage
 from visiontune.adapters._evidence import Evidence, Reduce
 from visiontune.adapters._layers import Beneath, Entry
 from visiontune.adapters._method import Adapter, Method
@@ -32,6 +32,13 @@ class AdapterSet(nn.Module):
         name: tells the sets of one model apart.
         method: the plug-in's name; config: its ``Config``; build: its ``build``; targets: as the user named them.
         layers: component -> layer name -> layer.
+        owners: layer -> the attention module that reads its weight, where there is one.
+
+    Attributes:
+        fused: names of the layers that have such an owner.
+
+    Raises:
+        UserError: the method cannot serve a layer.
     """
 
     def __init__(
@@ -42,6 +49,7 @@ class AdapterSet(nn.Module):
         build: Any,
         targets: Sequence[str],
         layers: Mapping[str, Mapping[str, nn.Module]],
+        owners: Mapping[nn.Module, nn.MultiheadAttention],
     ) -> None:
         super().__init__()
         self.name, self.method, self.config, self.targets = name, method, config, list(targets)
@@ -49,17 +57,25 @@ class AdapterSet(nn.Module):
         self._layers: dict[str, nn.Module] = {}
         self._adapters: dict[str, Adapter] = {}
         for component, found in layers.items():
-            built = build(config, found)
+            built = build(config, {layer_name: _quantised.plain(layer) for layer_name, layer in found.items()})
             self.add_module(component or "model", built)
             for layer_name, layer in found.items():
                 full = f"{component}.{layer_name}" if component else layer_name
                 self._layers[full], self._adapters[full] = layer, built.adapters[layer_name]
         self._handles: list[RemovableHandle] = []
+        self.fused = [name for name, layer in self._layers.items() if layer in owners]
+        for name in self.fused:
+            if self._adapters[name].random:
+                raise UserError(
+                    f"'{name}' is read by its attention module, where {method} cannot draw at random as its options "
+                    "ask: set its dropout to 0 (mosa: experts=1), or narrow the targets"
+                )
         self.base = _storage.fingerprint(self._layers)
         for component, found in layers.items():
             built = self.get_submodule(component or "model")
             for layer_name, layer in found.items():
-                _layers.adopt(layer, Entry(self, built, built.adapters[layer_name]))  # type: ignore[arg-type, index]
+                entry = Entry(self, built, built.adapters[layer_name])  # type: ignore[arg-type, index]
+                _attention.adopt(layer, entry, owners.get(layer))
 
     def watch(self, roots: Mapping[str, nn.Module]) -> None:
         """Let the methods watch their components until the set is detached; see :meth:`Method.watch`."""
@@ -100,7 +116,7 @@ class AdapterSet(nn.Module):
     def change(self, layer: str) -> tuple[Tensor, Tensor | None]:
         """What this set alone adds to the base's weight and bias (``None``: nothing), in float32 or wider."""
         base, adapter = self._layers[layer], self._adapters[layer]
-        weight, bias = base.weight, getattr(base, "bias", None)
+        weight, bias = _quantised.weight_of(base), getattr(base, "bias", None)
         assert isinstance(weight, Tensor)
         high = weight.to(torch.promote_types(weight.dtype, torch.float32))
         precise = None if bias is None else bias.to(high)
@@ -216,7 +232,7 @@ class AdapterSet(nn.Module):
         """Take the set off: unmerged, every layer is of its own class again. Its parameters stay readable."""
         self.unmerge()
         for layer in self._layers.values():
-            _layers.release(layer, self)
+            _attention.release(layer, self)
         self._layers = {}
         for handle in self._handles:
             handle.remove()
@@ -325,6 +341,8 @@ class AdapterSet(nn.Module):
             "base_hash": self.base.digest,
             "base_sample": json.dumps(self.base.sample),
         }
+        if self.base.error:
+            header["base_error"] = json.dumps(self.base.error)
         return _storage.write(path, self.tensors(), header, metadata or {})
 
 
@@ -334,7 +352,7 @@ def _flat(tensors: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:
 
 def _merged(name: str, layer: Any, adapter: Adapter, scale: float) -> _layers.Values:
     weight, bias = layer.weight, getattr(layer, "bias", None)
-    if not weight.is_floating_point():
+    if _quantised.is_quantised(layer):
         raise UserError(f"layer '{name}' is quantised: load the base in a floating-point dtype to merge")
     high = torch.promote_types(weight.dtype, torch.float32)
     # empty_like keeps the memory format, channels_last for instance.

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from visiontune import files
 from visiontune.adapters import _header
+from visiontune.adapters._quantised import error_of, weight_of
 from visiontune.errors import UserError
 
 _HASHED, _SAMPLED = 256, 8
@@ -27,21 +28,26 @@ class Base:
     Attributes:
         digest: hash of the adapted layers' names, shapes and a strided sample of their weights.
         sample: layer name -> a few of its weights, which survive a change of precision and the hash does not.
+        error: layer name -> how far a quantised layer's sample may be from the weight before; others have no entry.
     """
 
     digest: str
     sample: dict[str, list[float]]
+    error: dict[str, float]
 
 
 def fingerprint(layers: Mapping[str, nn.Module]) -> Base:
     """Identify the weights of the adapted layers; reads a strided sample of at most 256 values a layer."""
-    digest, sample = hashlib.sha256(), {}
+    digest, sample, errors = hashlib.sha256(), {}, {}
     for name, layer in layers.items():
-        values = _strided(layer.weight, _HASHED)
-        digest.update(f"{name} {tuple(layer.weight.shape)} ".encode())  # type: ignore[arg-type]
+        weight = weight_of(layer)
+        values = _strided(weight, _HASHED)
+        digest.update(f"{name} {tuple(weight.shape)} ".encode())
+        if error := error_of(layer, weight):
+            errors[name] = float(f"{error:.5g}")
         digest.update(values.numpy().tobytes())
         sample[name] = [float(f"{value:.5g}") for value in _strided(values, _SAMPLED)]
-    return Base(digest.hexdigest(), sample)
+    return Base(digest.hexdigest(), sample, errors)
 
 
 def _strided(values: Any, count: int) -> Tensor:
@@ -58,14 +64,15 @@ def check_base(
     """Compare the weights of ``layers`` with those that the file was trained on.
 
     Raises:
-        UserError: they are others. Rounding to half precision is let pass.
+        UserError: they are others. Rounding to half precision is let pass, and so is quantisation, then or now.
     """
     present = fingerprint(layers)
     if present.digest == header["base_hash"]:
         return
     for name, values in present.sample.items():
         here, there = torch.tensor(values), torch.tensor(header["base_sample"][name])
-        if here.shape != there.shape or not torch.allclose(here, there, rtol=2**-7, atol=1e-6):
+        error = present.error.get(name, 0.0) + header["base_error"].get(name, 0.0)
+        if here.shape != there.shape or not torch.allclose(here, there, rtol=2**-7, atol=1e-6 + error):
             raise UserError(f"{path}: trained on other base weights (layer '{name}' differs): {mend}")
 
 

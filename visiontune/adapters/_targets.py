@@ -7,11 +7,12 @@ from collections.abc import Mapping, Sequence
 
 from torch import nn
 
+from visiontune.adapters._attention import InProj, named_layers
 from visiontune.adapters._layers import CONVOLUTIONS, NORMS, Adapted
 from visiontune.errors import UserError
 from visiontune.schema import nearest
 
-ATTENTION = ("to_q", "to_k", "to_v", "to_out.0", "q_proj", "k_proj", "v_proj", "out_proj")
+ATTENTION = ("to_q", "to_k", "to_v", "to_out.0", "q_proj", "k_proj", "v_proj", "in_proj", "out_proj")
 PRESETS: dict[str, tuple[str, ...]] = {
     "attention": ATTENTION,
     "attention+ff": (*ATTENTION, "ff.net.0.proj", "ff.net.2", "fc1", "fc2"),
@@ -43,7 +44,7 @@ def match(
         presets: further presets, which win over the built-in ones.
 
     Returns:
-        Component -> layer name within the component -> layer, in the order of ``named_modules``.
+        Component -> layer name within the component -> layer, in the order of ``named_layers``.
 
     Raises:
         UserError: a target matches no layer, matches only modules of other classes, or matches a layer whose forward
@@ -52,7 +53,7 @@ def match(
     known: dict[str, Sequence[str]] = {**PRESETS, **(presets or {})}
     words = [targets] if isinstance(targets, str) else list(targets)
     modules = {
-        component: {name: module for name, module in root.named_modules() if name} for component, root in roots.items()
+        component: {name: module for name, module in named_layers(root) if name} for component, root in roots.items()
     }
     found: set[tuple[str, str]] = set()
     for word in words:
@@ -83,11 +84,15 @@ def check(root: nn.Module, name: str, layer: nn.Module) -> None:
     Raises:
         UserError: torch reads the weight without calling the layer, or the instance has a patched ``forward``.
     """
-    parent = root.get_submodule(name.rpartition(".")[0])
-    if isinstance(parent, (nn.MultiheadAttention, nn.TransformerEncoderLayer)):
+    if isinstance(layer, InProj) and layer.weight is None:
         raise UserError(
-            f"layer '{name}' cannot be adapted: its owner {type(parent).__name__} reads the weight without calling the "
-            "layer; narrow the targets, or load the model in a format with separate projections (transformers CLIP)"
+            f"layer '{name}' cannot be adapted: its attention has separate weights for keys and values of other sizes "
+            "(kdim, vdim); leave it out of the targets"
+        )
+    if isinstance(root.get_submodule(name.rpartition(".")[0]), nn.TransformerEncoderLayer):
+        raise UserError(
+            f"layer '{name}' cannot be adapted: torch's TransformerEncoderLayer reads its weight without calling it; "
+            "narrow the targets, for instance to the attention (in_proj, out_proj)"
         )
     if "forward" in layer.__dict__:
         raise UserError(f"layer '{name}' has a patched forward: attach adapters before offloading or other hooks")
@@ -97,7 +102,7 @@ def check(root: nn.Module, name: str, layer: nn.Module) -> None:
 
 def _usable(module: nn.Module, supported: tuple[type[nn.Module], ...]) -> bool:
     """Whether a method adapts such a module, and it has a weight to adapt: many norms have none."""
-    return isinstance(module, supported) and module.weight is not None
+    return isinstance(module, supported) and (module.weight is not None or isinstance(module, InProj))
 
 
 def _matches(pattern: str, component: str, name: str, module: nn.Module) -> bool:

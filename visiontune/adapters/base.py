@@ -17,7 +17,7 @@ from typing import Any
 from torch import nn
 
 from visiontune import plugin
-from visiontune.adapters import _layers, _storage, _targets
+from visiontune.adapters import _attention, _layers, _storage, _targets
 from visiontune.adapters._layers import Beneath
 from visiontune.adapters._method import Adapter, Method, start_follows
 from visiontune.adapters._set import AdapterSet
@@ -65,8 +65,11 @@ def assemble(
     layers: Mapping[str, Mapping[str, nn.Module]],
 ) -> AdapterSet:
     """An attached set over layers that are already chosen."""
+    owners: dict[nn.Module, nn.MultiheadAttention] = {}
     for component, found in layers.items():
         for layer_name, layer in found.items():
+            if owner := _attention.owner_of(roots[component], layer_name):
+                owners[layer] = owner
             _targets.check(roots[component], layer_name, layer)
             for other in (entry.owner for entry in _layers.entries_of(layer)):
                 if other.name == name:
@@ -76,7 +79,7 @@ def assemble(
     for root in roots.values():
         root.requires_grad_(False)
     chosen = {component: found for component, found in layers.items() if found}
-    made = AdapterSet(name, key, config, module.build, targets, chosen)
+    made = AdapterSet(name, key, config, module.build, targets, chosen, owners)
     made.watch({component: roots[component] for component in chosen})
     return made
 
@@ -84,7 +87,7 @@ def assemble(
 def attached(modules: nn.Module | Mapping[str, nn.Module]) -> dict[str, AdapterSet]:
     """The sets on a model by name, the lowest first; also how to reach those of a deep copy."""
     roots = list(modules.values()) if isinstance(modules, Mapping) else [modules]
-    layers = (layer for root in roots for layer in root.modules())
+    layers = (layer for root in roots for _, layer in _attention.named_layers(root))
     return {entry.owner.name: entry.owner for layer in layers for entry in _layers.entries_of(layer)}
 
 
@@ -146,7 +149,7 @@ def _find(
     roots: Mapping[str, nn.Module], names: Sequence[str], kinds: tuple[type[nn.Module], ...]
 ) -> tuple[dict[str, dict[str, nn.Module]], list[str]]:
     """Component -> layer name -> layer for saved names, and the names without a layer."""
-    known = {c: {n: m for n, m in root.named_modules() if isinstance(m, kinds)} for c, root in roots.items()}
+    known = {c: {n: m for n, m in _attention.named_layers(root) if isinstance(m, kinds)} for c, root in roots.items()}
     found: dict[str, dict[str, nn.Module]] = {c: {} for c in roots}
     missing = []
     for name in names:

@@ -65,6 +65,11 @@ class Split(lora.LoRA):
         order = torch.randperm(self.up.numel())
         self.register_buffer("owner", (order % config.experts).view(self.up.shape).to(self.up.device))
 
+    @property
+    def random(self) -> bool:
+        """Whether there are experts to draw, or inputs to drop."""
+        return self.experts > 1 or super().random
+
     def final_up(self) -> Tensor:
         """The mean over the experts."""
         return self.up / self.experts

@@ -10,11 +10,17 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import torch
 
+    from visiontune.models._quantise import Kind
     from visiontune.models.base import DiffusionModel
 
 
 def load(
-    source: str, *, dtype: torch.dtype | None = None, revision: str | None = None, device: str = "cpu"
+    source: str,
+    *,
+    dtype: torch.dtype | None = None,
+    revision: str | None = None,
+    device: str = "cpu",
+    quantize: Kind | None = None,
 ) -> DiffusionModel:
     """Open a diffusion model, frozen and in evaluation mode.
 
@@ -23,13 +29,14 @@ def load(
         dtype: floating-point type of all modules; default float32.
         revision: branch, tag or commit of a Hub id.
         device: where to put it.
+        quantize: store the denoiser's linear layers in 8 bits (``int8``, by torchao) or 4 (``nf4``, by bitsandbytes).
 
     Raises:
         UserError: there is no such model, it cannot be reached or read, or no family understands its pipeline.
     """
     from visiontune.models import _loading
 
-    return _loading.load(source, dtype or _loading.DEFAULT_DTYPE, revision, device)
+    return _loading.load(source, dtype or _loading.DEFAULT_DTYPE, revision, device, quantize)
 
 
 def families() -> dict[str, type[DiffusionModel]]:

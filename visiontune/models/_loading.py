@@ -24,6 +24,7 @@ from safetensors import SafetensorError
 from visiontune import models
 from visiontune.errors import UserError
 from visiontune.models import pocket
+from visiontune.models._quantise import Kind, quantise
 from visiontune.models.base import DiffusionModel
 from visiontune.schema import nearest
 
@@ -48,7 +49,9 @@ def families() -> dict[str, type[DiffusionModel]]:
     return found
 
 
-def load(source: str, dtype: torch.dtype, revision: str | None, device: str) -> DiffusionModel:
+def load(
+    source: str, dtype: torch.dtype, revision: str | None, device: str, quantize: Kind | None = None
+) -> DiffusionModel:
     """See `visiontune.models.load`."""
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise UserError(f"device '{device}' is not available: PyTorch sees no CUDA device; use device=cpu")
@@ -68,7 +71,10 @@ def load(source: str, dtype: torch.dtype, revision: str | None, device: str) -> 
     for part, value in pipe.components.items():
         if part.startswith("tokenizer") and value is not None and len(value) <= len(value.all_special_ids) + 1:
             raise UserError(f"model '{source}' has no vocabulary in its {part} folder: download it again")
-    return family(pipe, source=source).to(device)
+    model = family(pipe, source=source)
+    if quantize:
+        quantise(model.denoiser, quantize)
+    return model.to(device)
 
 
 def _locate(source: str, revision: str | None) -> tuple[Path | None, dict[str, Any]]:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from visiontune.core import Condition
 from visiontune.diffusion.schedule import Schedule
 from visiontune.errors import UserError
+from visiontune.models._quantise import plain
 
 Generators = torch.Generator | list[torch.Generator] | None
 Part = Literal["vae", "text", "denoiser"]
@@ -150,7 +151,7 @@ class DiffusionModel(ABC):
 
     @property
     def dtype(self) -> torch.dtype:
-        """The floating-point type of the denoiser's first weight."""
+        """The floating-point type of the denoiser's first weight that has one."""
         return _dtype(self.denoiser)
 
     def to(self, device: torch.device | str) -> Self:
@@ -189,7 +190,7 @@ class DiffusionModel(ABC):
 
 
 def _dtype(module: nn.Module) -> torch.dtype:
-    return next(module.parameters()).dtype
+    return next(p.dtype for p in module.parameters() if p.is_floating_point())
 
 
 def _latent_affine(config: Any) -> tuple[Tensor, Tensor]:
@@ -208,7 +209,7 @@ def _hash_weights(module: nn.Module, name: str, samples: int = 64) -> str:
         if tensor.is_floating_point():
             digest.update(f"{key}{tuple(tensor.shape)}".encode())
             stride = max(1, tensor.numel() // samples)
-            values.append(tensor.detach().reshape(-1)[::stride].to(torch.bfloat16))
+            values.append(plain(tensor.detach()).reshape(-1)[::stride].to(torch.bfloat16))
     digest.update(torch.cat(values).cpu().view(torch.int16).numpy().tobytes())
     return digest.hexdigest()
 

@@ -81,7 +81,8 @@ def export(
             layers; without them, the names that layers of a Stable Diffusion 1.x have.
 
     Raises:
-        UserError: unknown format, a merged or disabled set, or a change of biases that the format cannot hold.
+        UserError: unknown format, a merged or disabled set, a change of biases that the format cannot hold, or of the
+            joint weight of an ``nn.MultiheadAttention``.
     """
     if kind not in FORMATS:
         raise UserError(f"unknown format '{kind}'; known: {', '.join(FORMATS)}")
@@ -96,9 +97,15 @@ def export(
         names = kohya_names(adapters.layers, modules or {})
     for layer in adapters.layers:
         weight, bias = adapters.change(layer)
+        joint = layer in adapters.fused and layer.endswith("in_proj")
         if kind == "diff":
-            tensors |= _dense(names[layer], weight, bias)
+            name = names[layer]
+            tensors |= _dense_parameters(name, weight, bias) if joint else _dense(name, weight, bias)
             continue
+        if joint:
+            raise UserError(
+                f"'{layer}' is the joint weight of an attention, which {kind} has no name for: export 'diff', or merge"
+            )
         if not isinstance(adapters.layer(layer), _FACTORED):
             raise UserError(
                 f"'{layer}' is neither linear nor a convolution, as {kind} needs: export as 'diff', or merge"
@@ -200,3 +207,8 @@ def peft_lengths(lengths: Tensor, dims: int) -> Tensor:
 
 def _dense(name: str, weight: Tensor, bias: Tensor | None) -> dict[str, Tensor]:
     return {f"{name}.diff": weight} | ({} if bias is None else {f"{name}.diff_b": bias})
+
+
+def _dense_parameters(name: str, weight: Tensor, bias: Tensor | None) -> dict[str, Tensor]:
+    """Readers go by the keys of the model's state dict, less a last ``.weight``, of which these have none."""
+    return {f"{name}_weight.diff": weight} | ({} if bias is None else {f"{name}_bias.diff": bias})

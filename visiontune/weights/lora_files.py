@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from visiontune import adapters
 from visiontune.adapters import AdapterSet
+from visiontune.adapters._attention import named_layers
 from visiontune.adapters.lora import LAYERS, row_lengths
 from visiontune.errors import UserError
 from visiontune.weights.ldm import ldm_names
@@ -122,7 +123,7 @@ def _has(component: str, factors: Mapping[str, Factors]) -> bool:
 
 def _layer_names(modules: Mapping[str, nn.Module]) -> dict[str, str]:
     """Every name that a file may use -> the layer's own full name."""
-    layers = [f"{c}.{n}" for c, module in modules.items() for n, m in module.named_modules() if isinstance(m, LAYERS)]
+    layers = [f"{c}.{n}" for c, module in modules.items() for n, m in named_layers(module) if isinstance(m, LAYERS)]
     names = {layer: layer for layer in layers} | {public_name(layer): layer for layer in layers}
     ldm = ldm_names(modules.get("unet"))
     for two in (False, True):

@@ -44,7 +44,8 @@ def write_peft(attached: AdapterSet, folder: str | Path, dtype: torch.dtype = to
     """Write a set of one component for ``peft.PeftModel.from_pretrained``, at its present scale.
 
     Raises:
-        UserError: several components, a method or a layer that PEFT's format cannot hold.
+        UserError: several components, or a method or a layer that PEFT's format cannot hold, such as a part of an
+            ``nn.MultiheadAttention``.
     """
     writers: dict[str, Callable[[AdapterSet], tuple[Any, Tensors]]] = {"lora": _lora, "oft": _oft, "boft": _boft}
     components = {layer.partition(".")[0] for layer in attached.layers}
@@ -52,6 +53,8 @@ def write_peft(attached: AdapterSet, folder: str | Path, dtype: torch.dtype = to
         raise UserError(f"PEFT has no format for '{attached.method}'; it has one for {', '.join(writers)}")
     if len(components) > 1:
         raise UserError(f"a PEFT folder holds one component, not {', '.join(sorted(components))}: export as diffusers")
+    if attached.fused:
+        raise UserError(f"PEFT cannot load a part of a torch attention, as '{attached.fused[0]}': export as 'diff'")
     config, tensors = writers[attached.method](attached)
     component = components.pop()
     strip = f"{component}."
