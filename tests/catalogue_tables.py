@@ -1,14 +1,17 @@
-"""The tables in the READMEs of the root folders; run as a script (`make tables`) to write them anew."""
+"""The tables in the READMEs of the root and its folders; run as a script (`make tables`) to write them anew."""
 
 from __future__ import annotations
 
+import inspect
 from pathlib import Path
 
-from visiontune import catalogue
+from torch import nn
+
+from visiontune import catalogue, plugin
 from visiontune.files import write_text
 
 ROOT = Path(__file__).parents[1]
-FOLDERS = (*catalogue.KINDS, "samples")
+FOLDERS = (*catalogue.KINDS, "samples", ".")
 START, END = "<!-- table: written by `make tables` -->\n", "<!-- end of table -->"
 
 
@@ -19,6 +22,7 @@ def table(folder: str) -> str:
         "rewards": (["reward", "module", "range", "differentiable", "licence", "what it measures"], _rewards),
         "datasets": (["dataset", "source", "images", "licence", "what it is"], _datasets),
         "samples": (["grid", "how to reproduce it"], _samples),
+        ".": (["adapter", "what it trains", "layers"], _adapters),
     }[folder]
     lines = [head, ["---"] * len(head), *rows()]
     return "".join(f"| {' | '.join(map(str, line))} |\n" for line in lines)
@@ -64,6 +68,17 @@ def _samples() -> list[list[object]]:
     grids = sorted(f for f in (ROOT / "samples").rglob("*") if f.suffix in (".png", ".webp"))
     names = [f.relative_to(ROOT / "samples") for f in grids]
     return [[f"![{n.stem}]({n.as_posix()})", f"[{n.stem}.json]({n.with_suffix('.json').as_posix()})"] for n in names]
+
+
+def _adapters() -> list[list[object]]:
+    kinds = {"linear": nn.Linear, "convolution": nn.Conv2d, "norm": nn.LayerNorm, "embedding": nn.Embedding}
+    rows = []
+    for name in plugin.names("adapters"):
+        module = plugin.load("adapters", name)
+        what = inspect.getdoc(module).partition("\n")[0].partition(": ")[2]
+        layers = ", ".join(kind for kind, cls in kinds.items() if issubclass(cls, module.LAYERS))
+        rows.append([f"[`{name}`](docs/adapters/{name}.md)", (what[0].upper() + what[1:]).replace("``", "`"), layers])
+    return rows
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The bridge to PEFT: any of its methods for linear layers, inside visiontune's sets.
+"""PEFT: a bridge to any of its methods for linear layers, inside visiontune's sets.
 
 PEFT's own layer does the work; what it takes for its base is a stand-in that answers as everything beneath this adapter
 does. Its methods are affine in the input, so the adapted bias is what its layer makes of zero, and the adapted weight
