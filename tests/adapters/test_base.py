@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 import subprocess
 import sys
@@ -270,3 +271,9 @@ def test_loading_a_part_on_request(net, tmp_path) -> None:
         load(half, path)
     with pytest.warns(UserWarning, match=r"no layer for 'blocks\.1\.to_q'"):
         assert load(half, path, strict=False).layers == ["blocks.0.to_q"]
+
+
+@pytest.mark.parametrize("method", plugin.names("adapters"))
+def test_no_option_has_a_name_that_recipes_use_themselves(method: str) -> None:
+    fields = {field.name for field in dataclasses.fields(plugin.load("adapters", method).Config)}
+    assert not fields & {"name", "targets", "start"}

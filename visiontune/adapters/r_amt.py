@@ -30,13 +30,13 @@ LAYERS: tuple[type[nn.Module], ...] = (nn.Linear, *CONVOLUTIONS)
 class Config:
     """Options of mask tuning; a trained score for each weight, and one bit of each in the file."""
 
-    start: float = option(1e-2, help="the scores' first value")
+    initial: float = option(1e-2, help="the scores' first value")
     threshold: float = option(5e-3, help="weights whose score is not above it are left out")
     norm: float = option(1e-4, help="weight of the scores' lengths in the loss, which draws them towards leaving out")
 
     def __post_init__(self) -> None:
-        if not self.start > self.threshold:
-            raise ValueError("start must be above threshold, so that nothing is left out at first")
+        if not self.initial > self.threshold:
+            raise ValueError("initial must be above threshold, so that nothing is left out at first")
         if self.norm < 0:
             raise ValueError("norm must be 0 or more")
 
@@ -68,8 +68,8 @@ class Mask(nn.Module, Adapter):
     def __init__(self, config: Config, layer: nn.Module) -> None:
         super().__init__()
         assert isinstance(layer.weight, Tensor)
-        self.start, self.threshold = config.start, config.threshold
-        self.score = nn.Parameter(torch.full(layer.weight.shape, config.start, **masters(layer)))
+        self.initial, self.threshold = config.initial, config.threshold
+        self.score = nn.Parameter(torch.full(layer.weight.shape, config.initial, **masters(layer)))
 
     def weight(self, w: Tensor, scale: float) -> Tensor:
         """``m * w`` for scale 1; the entries that are left out keep ``1 - scale`` of themselves."""
@@ -95,4 +95,4 @@ class Mask(nn.Module, Adapter):
     def unpack(self, packed: Mapping[str, Tensor]) -> None:
         """Scores of the first value where an entry is kept, and as far below the threshold where it is not."""
         kept = _bits.unpack(packed["kept"], 1, self.score.shape)
-        self.score.copy_(torch.where(kept.bool(), self.start, 2 * self.threshold - self.start))
+        self.score.copy_(torch.where(kept.bool(), self.initial, 2 * self.threshold - self.initial))
