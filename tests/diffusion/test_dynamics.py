@@ -192,9 +192,7 @@ def test_recipes_name_dynamics():
     assert make_dynamics({"name": "flow-sde", "eta": "0.5"}) == FlowSDE(eta=0.5)
     assert make_dynamics({"name": "ddpm", "variance": "fixed_large"}) == DDPM(variance="fixed_large")
     assert make_dynamics(CPS()) == CPS(eta=0.7)
-    with pytest.raises(
-        UserError, match=r"objective.dynamics.name: 'flow_sde' is not a dynamics; did you mean 'flow"
-    ):
+    with pytest.raises(UserError, match=r"objective.dynamics.name: 'flow_sde' is not a dynamics; did you mean 'flow"):
         make_dynamics("flow_sde", "objective.dynamics")
     with pytest.raises(UserError, match=r"dynamics.etta is not an option of .*; did you mean 'eta'"):
         make_dynamics({"name": "ddim", "etta": 1})

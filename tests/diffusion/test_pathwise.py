@@ -182,7 +182,8 @@ def held(way, steps):
 
 def test_graphs_do_not_grow_with_the_chain_unless_plain():
     assert held("plain", 12) > 2.5 * held("plain", 4)
-    assert held("checkpointed", 12) == held("checkpointed", 4)
+    # A checkpoint holds what it starts from: one latent a step.
+    assert held("checkpointed", 12) - held("checkpointed", 4) == 12 - 4
     assert held("deferred", 12) == held("deferred", 4) > 0
 
 
