@@ -77,7 +77,7 @@ def test_flow_levels_are_linear_in_time():
     assert (schedule.prediction, schedule.num_train_timesteps) == ("flow", 500)
     torch.testing.assert_close(schedule.sigma(t), torch.tensor([0.0, 0.25, 1.0]))
     torch.testing.assert_close(schedule.alpha(t), torch.tensor([1.0, 0.75, 0.0]))
-    start, end = schedule.timesteps(4)
+    start, end = Schedule.flow(500).timesteps(4)
     assert start.tolist() == [500, 375, 250, 125]
     assert end.tolist() == [375, 250, 125, 0]
 

@@ -7,9 +7,11 @@ import torch
 from diffusers import DDIMScheduler
 
 from visiontune.core import Condition
+from visiontune.diffusion.dynamics import CPS, DDIM, FlowODE
 from visiontune.diffusion.schedule import Schedule
 from visiontune.diffusion.trajectory import guided, rollout
-from visiontune.diffusion.transition import DDIM
+from visiontune.diffusion.transition import log_prob, transition
+from visiontune.errors import UserError
 
 
 class Ideal:
@@ -93,3 +95,101 @@ def test_guided_rollout_overshoots_by_the_scale():
 def test_a_start_for_another_number_of_rows_is_refused():
     with pytest.raises(ValueError, match="2 latents for 1 conditions"):
         rollout(Ideal(), condition([1.0, 2.0]), latents=torch.zeros(2, 2, 4, 4))
+
+
+def test_noise_of_a_row_is_that_of_its_generator_whatever_the_batch():
+    cond = condition([1.0, 2.0], [3.0, 4.0], [5.0, 6.0])
+
+    def run(*rows):
+        generators = [torch.Generator().manual_seed(row) for row in rows]
+        which = torch.tensor(rows)
+        return rollout(Ideal(), cond[which], steps=4, dynamics=DDIM(eta=1.0), generator=generators, log_probs=True)
+
+    together, pair = run(0, 1, 2), run(2, 0)
+    for name in ("noise", "latents", "log_probs", "final"):
+        assert torch.equal(getattr(together, name)[[2, 0]], getattr(pair, name)), name
+    assert not torch.equal(together.noise[0], together.noise[1])
+
+
+def test_given_noise_repeats_a_rollout():
+    cond = condition([1.0, 2.0])
+    first = rollout(Ideal(), cond, steps=4, dynamics=DDIM(eta=1.0), generator=torch.Generator(), history=True)
+    again = rollout(
+        Ideal(), cond, steps=4, dynamics=DDIM(eta=1.0), latents=first.latents[:, 0], noise=first.noise, history=True
+    )
+    assert torch.equal(first.latents, again.latents)
+    assert rollout(Ideal(), cond, steps=4, generator=torch.Generator()).noise is None
+    with pytest.raises(ValueError, match=r"noise of shape \(1, 4, 2, 4, 4\), not \(1, 3, 2, 4, 4\)"):
+        rollout(Ideal(), cond, steps=3, dynamics=DDIM(eta=1.0), noise=first.noise)
+
+
+@pytest.mark.parametrize("reduce", ["mean", "sum"])
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+def test_scores_are_of_the_transitions_emitted(reduce, dtype):
+    """From the stored latents alone, so whatever rounding was done came before the score."""
+    model, cond = Ideal(), condition([1.0, 2.0], [3.0, 4.0])
+    made = rollout(
+        model,
+        cond,
+        steps=5,
+        dynamics=DDIM(eta=0.8),
+        generator=torch.Generator(),
+        log_probs=True,
+        reduce=reduce,
+        dtype=dtype,
+    )
+    assert made.latents.dtype == (dtype or torch.float32)
+    assert made.log_probs.shape == (2, 5)
+    assert torch.equal(made.final, made.latents[:, -1].float())
+    assert made.scored.tolist() == [True] * 4 + [False]  # this schedule ends clean
+    assert not made.log_probs[:, 4].any()
+    for i in range(4):
+        x, x_next = made.latents[:, i].float(), made.latents[:, i + 1].float()
+        t, t_next = made.timesteps[i].expand(2), made.ends[i].expand(2)
+        mean, std = transition(model.schedule, model.predict(x, t, cond), x, t, t_next, DDIM(eta=0.8))
+        assert torch.equal(made.log_probs[:, i], log_prob(x_next, mean, std, reduce))
+
+
+@pytest.mark.parametrize(
+    ("dynamics", "remedy"), [(DDIM(), "set its eta above 0"), (CPS(eta=0.0), "set its eta above 0")]
+)
+def test_scores_without_noise_are_refused_before_sampling(dynamics, remedy):
+    model = Ideal()
+    with pytest.raises(UserError, match=f"'{dynamics.name}' adds no noise, so no step has a log-probability: {remedy}"):
+        rollout(model, condition([1.0, 2.0]), dynamics=dynamics, log_probs=True)
+    with pytest.raises(UserError, match="sample with more steps"):
+        rollout(model, condition([1.0, 2.0]), steps=1, dynamics=DDIM(eta=1.0), log_probs=True)
+    assert not model.calls
+
+
+def test_flow_ode_names_its_stochastic_forms():
+    model = Ideal()
+    model.schedule = Schedule.flow()
+    with pytest.raises(UserError, match=r"'flow-ode' adds no noise.*use flow-sde, dance-sde or cps"):
+        rollout(model, condition([1.0, 2.0]), dynamics=FlowODE(), log_probs=True)
+
+
+def test_a_chain_may_end_early_in_one_step():
+    """ReFL's: a few steps, then from there to the clean end at once."""
+    model, start = Ideal(), torch.randn(1, 2, 4, 4)
+    begin, end = model.schedule.timesteps(10)
+    chain = (begin[:3], torch.cat([end[:2], torch.tensor([-1])]))
+    made = rollout(model, condition([1.0, 2.0]), chain=chain, latents=start, history=True)
+    assert made.timesteps.tolist() == begin[:3].tolist()
+    assert made.latents.shape[1] == 4
+    expected = torch.tensor([1.0, 2.0])[None, :, None, None].expand(1, 2, 4, 4)
+    torch.testing.assert_close(made.final, expected, rtol=0, atol=1e-3)
+
+
+def test_rows_and_devices_of_a_trajectory():
+    cond = condition([1.0, 2.0], [3.0, 4.0], [5.0, 6.0])
+    made = rollout(
+        Ideal(), cond, cfg_scale=2.0, steps=3, dynamics=DDIM(eta=1.0), generator=torch.Generator(), log_probs=True
+    )
+    part = made[torch.tensor([2, 0])].to("cpu")
+    assert (len(made), len(part), part.steps) == (3, 2, 3)
+    assert torch.equal(part.latents, made.latents[[2, 0]])
+    assert torch.equal(part.log_probs, made.log_probs[[2, 0]])
+    assert torch.equal(part.cond.pooled, cond.pooled[[2, 0]])
+    assert len(part.uncond) == 2
+    assert len(made[1:].noise) == 2

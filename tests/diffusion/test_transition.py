@@ -6,8 +6,9 @@ import pytest
 import torch
 from diffusers import DDIMScheduler
 
+from visiontune.diffusion.dynamics import DDIM, FlowSDE
 from visiontune.diffusion.schedule import Schedule
-from visiontune.diffusion.transition import DDIM, transition
+from visiontune.diffusion.transition import gaussian_kl, kernel, log_prob, transition
 
 SD = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012, "clip_sample": False}
 VARIANTS = {
@@ -108,3 +109,65 @@ def test_a_deterministic_flow_step_is_eulers():
 def test_negative_eta_is_refused():
     with pytest.raises(ValueError, match="eta must not be negative"):
         DDIM(eta=-0.1)
+
+
+@pytest.mark.parametrize("reduce", ["mean", "sum"])
+def test_log_prob_is_that_of_a_normal_distribution(reduce):
+    x, mean = torch.randn(2, 3, 4, 8, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    std = torch.tensor([0.1, 1.0, 3.0], dtype=torch.float64).view(3, 1, 1, 1)
+    each = torch.distributions.Normal(mean, std.expand_as(mean)).log_prob(x).flatten(1)
+    expected = each.sum(1) if reduce == "sum" else each.mean(1)
+    torch.testing.assert_close(log_prob(x, mean, std, reduce), expected, rtol=1e-12, atol=0)
+    low = log_prob(x.bfloat16(), mean.bfloat16(), std.bfloat16(), reduce)
+    assert low.dtype == torch.float32
+    again = log_prob(x.bfloat16().float(), mean.bfloat16().float(), std.bfloat16().float(), reduce)
+    assert torch.equal(low, again)
+
+
+@pytest.mark.parametrize("reduce", ["mean", "sum"])
+def test_gaussian_kl_is_exact_with_its_gradient_and_starts_at_zero(reduce):
+    mean, other = torch.randn(2, 3, 4, 8, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    std = torch.tensor([0.1, 1.0, 3.0], dtype=torch.float64).view(3, 1, 1, 1)
+    mean.requires_grad_()
+
+    def reference() -> torch.Tensor:
+        wide = std.expand_as(mean)
+        normal = torch.distributions.Normal
+        each = torch.distributions.kl_divergence(normal(mean, wide), normal(other, wide)).flatten(1)
+        return each.sum(1) if reduce == "sum" else each.mean(1)
+
+    ours = gaussian_kl(mean, other, std, reduce)
+    torch.testing.assert_close(ours, reference(), rtol=1e-12, atol=0)
+    grads = [torch.autograd.grad(value.sum(), mean)[0] for value in (ours, reference())]
+    torch.testing.assert_close(*grads, rtol=1e-12, atol=1e-14)
+    start = gaussian_kl(mean, mean.detach(), std, reduce)
+    assert torch.equal(start, torch.zeros(3, dtype=torch.float64))
+    assert not torch.autograd.grad(start.sum(), mean)[0].any()
+
+
+def test_flow_kl_of_a_step_is_the_published_one():
+    """|dt| / 2 (s (1 - t) / (2 t) + 1 / s)^2 |v - v_ref|^2, Flow-GRPO, with the factor |dt|."""
+    schedule, sigma, dt = Schedule.flow(), 0.6, 0.1
+    x, v, v_ref = torch.randn(3, 1, 2, 4, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    t, t_next = torch.tensor([600]), torch.tensor([500])
+    s = 0.7 * (sigma / (1 - sigma)) ** 0.5
+    mean, std = transition(schedule, v, x, t, t_next, FlowSDE(eta=0.7))
+    mean_ref, _ = transition(schedule, v_ref, x, t, t_next, FlowSDE(eta=0.7))
+    factor = dt / 2 * (s * (1 - sigma) / (2 * sigma) + 1 / s) ** 2
+    torch.testing.assert_close(
+        gaussian_kl(mean, mean_ref, std, "sum"), factor * (v - v_ref).square().sum()[None], rtol=1e-10, atol=0
+    )
+
+
+def test_a_step_without_noise_has_no_density():
+    x = torch.zeros(2, 1, 2, 2)
+    for of in (log_prob, gaussian_kl):
+        with pytest.raises(ValueError, match="without noise has no"):
+            of(x, x, torch.tensor([1.0, 0.0]).view(2, 1, 1, 1))
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction", "sample"])
+def test_a_step_to_the_same_level_is_exactly_the_identity(prediction):
+    schedule = Schedule.from_scheduler(DDIMScheduler(prediction_type=prediction, set_alpha_to_one=False, **SD))
+    of_x, of_pred, std = kernel(schedule, torch.tensor([0]), torch.tensor([-200]), DDIM(eta=1.0))
+    assert (of_x, of_pred, std) == (1, 0, 0)

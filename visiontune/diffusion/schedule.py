@@ -6,7 +6,7 @@ eps; v = alpha eps - sigma x_0 (Salimans and Ho, 2022, appendix D); x0; or flow 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, get_args
 
 import torch
@@ -21,17 +21,19 @@ _PREDICTIONS: dict[str, Prediction] = {"epsilon": "eps", "v_prediction": "v", "s
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Schedule:
-    """alpha and sigma of every integer timestep.
+    """alpha and sigma of every timestep.
 
-    A timestep is 0 .. num_train_timesteps - 1 (flow: .. num_train_timesteps, the pure noise); any negative one stands
-    for the end of the chain, which a sampler steps to last. Per-row results are [b]; methods that take tensors
-    [b, ...] return at least float32, and float64 for float64 input.
+    A timestep is an integer 0 .. num_train_timesteps - 1 (flow: .. num_train_timesteps, the pure noise, and any
+    fraction between them); any negative one stands for the end of the chain, which a sampler steps to last. Per-row
+    results are [b]; methods that take tensors [b, ...] return at least float32, and float64 for float64 input.
 
     Attributes:
         prediction: what the network predicts.
         alphas, sigmas: float64 tables; the last entry is the end of the chain.
         num_train_timesteps: number of timesteps of training.
         spacing: the scheduler that places sampling timesteps; None places them evenly.
+        shift: moves evenly placed ones towards the noise, sigma -> shift sigma / (1 + (shift - 1) sigma) (Esser et
+            al., 2024, arXiv 2403.03206, equation 23).
     """
 
     prediction: Prediction
@@ -39,6 +41,7 @@ class Schedule:
     sigmas: Tensor = field(repr=False)
     num_train_timesteps: int
     spacing: Any = field(default=None, repr=False)
+    shift: float = 1.0
     _on_device: dict[torch.device, tuple[Tensor, Tensor]] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
@@ -50,11 +53,14 @@ class Schedule:
         """The schedule that a diffusers scheduler was configured with, whichever sampler it is.
 
         Raises:
-            UserError: the scheduler has neither betas nor flow matching, or an unknown prediction type.
+            UserError: the scheduler has neither betas nor flow matching, or an unknown prediction type, or its flow
+                runs from data to noise.
         """
         name, config = type(scheduler).__name__, scheduler.config
         if isinstance(scheduler, FlowMatchEulerDiscreteScheduler):
-            return cls.flow(config.num_train_timesteps)
+            if config.invert_sigmas:
+                raise UserError(f"scheduler {name} with invert_sigmas is not supported: set it to false")
+            return replace(cls.flow(config.num_train_timesteps), spacing=type(scheduler).from_config(config))
         prediction = _PREDICTIONS.get(config.get("prediction_type", "epsilon"))
         if not hasattr(scheduler, "betas") or prediction is None:
             raise UserError(f"scheduler {name} is not supported: give the model a DDIM, PNDM, DDPM or Euler scheduler")
@@ -69,16 +75,25 @@ class Schedule:
         )
 
     @classmethod
-    def flow(cls, num_train_timesteps: int = 1000) -> Schedule:
+    def flow(cls, num_train_timesteps: int = 1000, shift: float = 1.0) -> Schedule:
         """Rectified flow: alpha = 1 - sigma, sigma = t / num_train_timesteps."""
         sigmas = torch.arange(num_train_timesteps + 1, dtype=torch.float64) / num_train_timesteps
         sigmas = torch.cat([sigmas, sigmas.new_zeros(1)])
-        return cls(prediction="flow", alphas=1 - sigmas, sigmas=sigmas, num_train_timesteps=num_train_timesteps)
+        return cls(
+            prediction="flow", alphas=1 - sigmas, sigmas=sigmas, num_train_timesteps=num_train_timesteps, shift=shift
+        )
 
-    def timesteps(self, steps: int) -> tuple[Tensor, Tensor]:
-        """Where a sampler of `steps` steps stands and steps to: t and t_next, both LongTensor [steps], on the CPU."""
+    def timesteps(self, steps: int, *, mu: float | None = None) -> tuple[Tensor, Tensor]:
+        """Where a sampler of `steps` steps stands and steps to: t and t_next, both [steps], on the CPU.
+
+        They are int64; float32 for flow, where they need not be whole. `mu` is the shift by resolution, for
+        schedulers with `use_dynamic_shifting`.
+        """
         if not 1 <= steps <= self.num_train_timesteps:
             raise UserError(f"steps={steps} is out of range: give 1 to {self.num_train_timesteps}")
+        if self.prediction == "flow":
+            t = self._flow_timesteps(steps, mu)
+            return t[:-1], t[1:]
         if self.spacing is None:
             t = torch.linspace(self.num_train_timesteps, 0, steps + 1).round().long()
             return t[:-1], t[1:]
@@ -93,7 +108,7 @@ class Schedule:
         Raises:
             ValueError: the schedule is not one that DDIMScheduler can express (flow).
         """
-        if self.spacing is None:
+        if self.spacing is None or self.prediction == "flow":
             raise ValueError("a flow schedule has no DDIM scheduler")
         return ddim_scheduler(self.spacing)
 
@@ -154,6 +169,24 @@ class Schedule:
             case "flow":
                 return x_t + alpha * pred
 
+    def weights(self, t: Tensor, signal: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
+        """What `signal x_0 + noise eps` is in x_t and the prediction: the weight of each, float64.
+
+        Args:
+            t: [b]. signal, noise: [b] float64.
+        """
+        alpha, sigma = self.levels(t, 1)
+        # A step that goes nowhere must come out with exactly no weight of the prediction.
+        match self.prediction:
+            case "eps":
+                return signal / alpha, noise - signal / alpha * sigma
+            case "x0":
+                return noise / sigma, signal - noise / sigma * alpha
+            case "v":
+                return signal * alpha + noise * sigma, noise * alpha - signal * sigma
+            case "flow":
+                return signal + noise, noise * alpha - signal * sigma
+
     def levels(self, t: Tensor, ndim: int) -> tuple[Tensor, Tensor]:
         """alpha and sigma in float64, shaped [b, 1, ...] to multiply a tensor of `ndim` axes."""
         alpha, sigma = self._levels(t)
@@ -165,7 +198,22 @@ class Schedule:
         alpha, sigma = self.levels(t, x.ndim)
         return alpha.to(x.device, dtype), sigma.to(x.device, dtype)
 
+    def _flow_timesteps(self, steps: int, mu: float | None) -> Tensor:
+        """[steps + 1] float32, the last one clean."""
+        if self.spacing is None:
+            sigma = torch.linspace(1, 0, steps + 1, dtype=torch.float64)
+            shifted = self.shift * sigma / (1 + (self.shift - 1) * sigma)
+            return (shifted * self.num_train_timesteps).float()
+        if self.spacing.config.use_dynamic_shifting and mu is None:
+            raise UserError("the scheduler shifts timesteps by resolution: give mu, or set use_dynamic_shifting=false")
+        self.spacing.set_timesteps(steps, mu=mu)
+        return torch.cat([self.spacing.timesteps, torch.zeros(1)]).float()
+
     def _levels(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        if self.prediction == "flow" and t.is_floating_point():
+            exact = t.to(torch.float32 if t.device.type == "mps" else torch.float64)
+            sigma = exact.clamp(min=0) / self.num_train_timesteps
+            return 1 - sigma, sigma
         if t.device not in self._on_device:
             dtype = torch.float32 if t.device.type == "mps" else torch.float64  # MPS has no float64
             self._on_device[t.device] = (self.alphas.to(t.device, dtype), self.sigmas.to(t.device, dtype))

@@ -1,48 +1,31 @@
-"""One reverse step as a Gaussian: p(x_next | x_t) = N(mean, std^2)."""
+"""One reverse step as a Gaussian p(x_next | x_t) = N(mean, std^2): its kernel, log-density and divergence."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Protocol
+import math
+from typing import Literal
 
+import torch
 from torch import Tensor
 
+from visiontune.diffusion.dynamics import DDIM, Dynamics, Levels
 from visiontune.diffusion.schedule import Schedule
 
-
-class Dynamics(Protocol):
-    """How much fresh noise a step adds. Any amount up to sigma_next leaves the marginals of x_t as they are."""
-
-    @property
-    def stochastic(self) -> bool:
-        """False where `std` is 0 at every step, so that no noise is drawn."""
-        ...
-
-    def std(self, alpha: Tensor, sigma: Tensor, alpha_next: Tensor, sigma_next: Tensor) -> Tensor:
-        """Standard deviation of the fresh noise, in the shape of its arguments."""
-        ...
+Reduce = Literal["mean", "sum"]
 
 
-@dataclass(frozen=True, kw_only=True)
-class DDIM:
-    """Song et al. (2021), equation 16: eta 0 is deterministic, 1 has the variance of DDPM's posterior.
+def kernel(schedule: Schedule, t: Tensor, t_next: Tensor, dynamics: Dynamics) -> tuple[Tensor, Tensor, Tensor]:
+    """The step without the network: mean = of_x x_t + of_pred pred, and std.
 
-    The formula is written for any alpha and sigma; with alpha^2 + sigma^2 = 1 it is the paper's.
+    Args:
+        t, t_next: [b] timesteps.
+
+    Returns:
+        of_x, of_pred and std, [b] float64.
     """
-
-    eta: float = 0.0
-
-    def __post_init__(self) -> None:
-        if self.eta < 0:
-            raise ValueError(f"eta must not be negative, got {self.eta}")
-
-    @property
-    def stochastic(self) -> bool:
-        return self.eta > 0
-
-    def std(self, alpha: Tensor, sigma: Tensor, alpha_next: Tensor, sigma_next: Tensor) -> Tensor:
-        variance = (sigma_next / sigma).square() * (sigma.square() - (alpha / alpha_next * sigma_next).square())
-        return self.eta * variance.clamp(min=0).sqrt()
+    at = Levels(*schedule.levels(t, 1), *schedule.levels(t_next, 1))
+    of_x, of_pred = schedule.weights(t, at.alpha_next, dynamics.direction(at))
+    return of_x, of_pred, dynamics.std(at)
 
 
 def transition(
@@ -54,18 +37,59 @@ def transition(
         schedule: gives the levels of both timesteps and the meaning of `pred`.
         pred: [b, ...] the network's prediction at x_t, after any guidance.
         x_t: [b, ...].
-        t, t_next: [b] integer timesteps; a negative `t_next` is the end of the chain.
+        t, t_next: [b] timesteps; a negative `t_next` is the end of the chain.
         dynamics: the noise to add; default DDIM(eta=0).
 
     Returns:
         mean [b, ...] and std [b, 1, ...], both at least float32.
     """
-    dynamics = dynamics or DDIM()
-    alpha, sigma = schedule.levels(t, x_t.ndim)
-    alpha_next, sigma_next = schedule.levels(t_next, x_t.ndim)
-    std = dynamics.std(alpha, sigma, alpha_next, sigma_next)
-    direction = (sigma_next.square() - std.square()).clamp(min=0).sqrt()
-    x_0 = schedule.to_x_0(pred, x_t, t)
-    eps = schedule.to_eps(pred, x_t, t)
-    mean = alpha_next.to(x_0.dtype) * x_0 + direction.to(eps.dtype) * eps
-    return mean, std.to(mean.dtype)
+    dtype = torch.promote_types(torch.promote_types(x_t.dtype, pred.dtype), torch.float32)
+    shape = (-1,) + (1,) * (x_t.ndim - 1)
+    # In float64 up to here: the two weights are small differences of large terms.
+    of_x, of_pred, std = (v.to(dtype).view(shape) for v in kernel(schedule, t, t_next, dynamics or DDIM()))
+    return of_x * x_t + of_pred * pred, std
+
+
+def log_prob(x_next: Tensor, mean: Tensor, std: Tensor, reduce: Reduce = "mean") -> Tensor:
+    """Log-density of N(mean, std^2) at `x_next`, [b] float32 or wider.
+
+    Args:
+        x_next, mean: [b, ...].
+        std: [b, 1, ...], above 0.
+        reduce: "sum" is the log-density; "mean" is that divided by the number of values of a row, as DDPO's code has
+            it, so that clip ranges do not depend on the resolution.
+
+    Raises:
+        ValueError: a step adds no noise, so that it has no density.
+    """
+    if bool((std <= 0).any()):
+        raise ValueError("a step without noise has no log-probability: leave out the steps that are not `scored`")
+    return _log_prob(x_next, mean, std, reduce)
+
+
+def gaussian_kl(mean: Tensor, mean_ref: Tensor, std: Tensor, reduce: Reduce = "mean") -> Tensor:
+    """KL(N(mean, std^2) || N(mean_ref, std^2)) = |mean - mean_ref|^2 / (2 std^2), [b], exact.
+
+    Args:
+        mean, mean_ref: [b, ...].
+        std: [b, 1, ...], above 0, common to both.
+        reduce: over the values of a row, as in `log_prob`.
+    """
+    if bool((std <= 0).any()):
+        raise ValueError("a step without noise has no divergence: leave out the steps that are not `scored`")
+    return _over_row(((_wide(mean) - _wide(mean_ref)) / _wide(std)).square() / 2, reduce)
+
+
+def _log_prob(x_next: Tensor, mean: Tensor, std: Tensor, reduce: Reduce) -> Tensor:
+    std = _wide(std)
+    error = (_wide(x_next) - _wide(mean)) / std
+    return _over_row(-error.square() / 2 - std.log() - math.log(2 * math.pi) / 2, reduce)
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def _over_row(x: Tensor, reduce: Reduce) -> Tensor:
+    flat = x.flatten(1)
+    return flat.sum(1) if reduce == "sum" else flat.mean(1)
