@@ -19,8 +19,6 @@ def weights_of(what: str, library: str, source: str) -> Iterator[None]:
     try:
         yield
     except (OSError, ValueError, RuntimeError, ImportError) as error:
-        if isinstance(error, UserError):
-            raise
         reason = (str(error).strip().split("\n")[0] or type(error).__name__).rstrip(".")
         mend = "" if Path(source).expanduser().exists() else f": {fetch(source)}"
         raise UserError(f"{what} cannot be loaded by {library} ({reason}){mend}") from error
@@ -86,3 +84,20 @@ def _first_difference(module: torch.nn.Module, tensors: dict[str, Tensor]) -> st
         if wanted[key].shape != tensors[key].shape:
             return f"{key} has shape {list(tensors[key].shape)}, not {list(wanted[key].shape)}"
     return "they differ"
+
+
+def linear_head(tensors: dict[str, Tensor], path: Path) -> torch.nn.Sequential:
+    """The head that LAION's aesthetic predictor and ImageReward share: linear layers and nothing between them.
+
+    ``tensors`` are ``layers.<i>.weight`` and ``layers.<i>.bias``; the numbers between them are dropouts of training.
+    """
+    indices = sorted(int(key.split(".")[1]) for key in tensors if key.startswith("layers.") and key.endswith(".weight"))
+    shapes = [tensors[f"layers.{i}.weight"].shape for i in indices]
+    layers = [torch.nn.Linear(inputs, outputs) for outputs, inputs in shapes]
+    head = torch.nn.Sequential(*layers)
+    places = {f"layers.{index}.": f"{place}." for place, index in enumerate(indices)}
+    renamed = {places.get(key[: key.rfind(".") + 1], "?") + key.rpartition(".")[2]: v for key, v in tensors.items()}
+    if not layers or layers[-1].out_features != 1:
+        raise UserError(f"{path} does not hold a score head: its last linear layer must give one number")
+    load_exactly(head, renamed, path)
+    return head.eval().requires_grad_(False)
