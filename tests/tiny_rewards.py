@@ -50,6 +50,7 @@ def head_file(path: Path, width: int, prefix: str = "") -> nn.Sequential:
     for i, dropped in enumerate(drop):
         layers += [nn.Linear(sizes[i], sizes[i + 1]), *([nn.Dropout(0.2)] if dropped else [])]
     head = nn.Sequential(*layers).eval()
+    spread(head, 0.6)
     torch.save({f"{prefix}layers.{key}": value for key, value in head.state_dict().items()}, path)
     return head
 

@@ -88,7 +88,7 @@ def test_a_failing_term_leaves_no_trace(tmp_path) -> None:
         "def build(config):\n    return lambda images, prompts, meta: [float('nan')] * len(images)\n"
     )
     mix = _mix({"reward": "brightness", "normalise": "running"}, str(tmp_path / "bad.py"))
-    with pytest.raises(UserError, match="bad.*not finite"):
+    with pytest.raises(UserError, match=r"bad.*not finite"):
         mix(IMAGES, PROMPTS)
     assert mix.state_dict()["brightness"]["count"] == 0 and not mix.terms
 

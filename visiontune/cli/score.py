@@ -44,7 +44,7 @@ def run(args: argparse.Namespace) -> None:
     if args.out:
         print(f"written: {scores.write(args.out)}")
     if scores.failures:
-        raise UserError("\n".join(scores.complaints()))
+        raise UserError("; ".join(scores.complaints()))
 
 
 def build(words: Sequence[str]) -> dict[str, Reward]:

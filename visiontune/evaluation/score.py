@@ -6,6 +6,7 @@ import csv
 import io
 import math
 import statistics
+import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -167,8 +168,9 @@ def _score_images(scores: Scores, name: str, reward: Reward, indices: list[int],
             for k, i in enumerate(indices):
                 _score_images(scores, name, reward, [i], images[k : k + 1])
             return
-        reason = " ".join(str(error).split()) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
-        scores.failures.setdefault(name, {}).update(dict.fromkeys(indices, reason.split("\n")[0]))
+        kind = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
+        reason = textwrap.shorten(f"{kind}{error}", 300)
+        scores.failures.setdefault(name, {}).update(dict.fromkeys(indices, reason))
         return
     columns = {name: result, **{f"{name}/{term}": values for term, values in reward.terms.items()}}
     for column, values in columns.items():
