@@ -6,7 +6,9 @@ of the same prompt; they say little across prompts.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -39,10 +41,22 @@ def build(config: Config) -> HpsV2:
     import open_clip
 
     with weights_of(f"HPS v2 '{config.model}'", "open_clip", config.model):
-        model: Any = open_clip.create_model(config.architecture, pretrained=None)
+        with _quietly():
+            model: Any = open_clip.create_model(config.architecture, pretrained=None)
         tokenizer = open_clip.get_tokenizer(config.architecture)
     load_exactly(model, read_tensors(path), path)
     return HpsV2(OpenClip(model, tokenizer, open_clip_preprocess(model, config.fit)))
+
+
+@contextmanager
+def _quietly() -> Iterator[None]:
+    """Without open_clip's warning that the model has no weights: it is about to get them."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        yield
+    finally:
+        logging.disable(before)
 
 
 class HpsV2(Reward):
