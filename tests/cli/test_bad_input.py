@@ -151,6 +151,19 @@ def test_score_refuses_unknown_rewards_options_and_formats(cli, photos, unchange
         refused(cli("score", photos, "oracle", "--out", "scores.txt"), "scores.txt")
 
 
+def test_score_writes_what_it_has_before_it_complains(cli, photos):
+    Path("picky.py").write_text(
+        "from dataclasses import dataclass\n@dataclass(frozen=True)\nclass Config:\n    gain: float = 1.0\n"
+        "def build(config):\n    return lambda images, prompts, meta: [config.gain] * len(images)\n"
+    )
+    assert "2.5000" in cli("score", photos, "picky.py", "picky.gain=2.5").out
+    Path("broken.py").write_text(Path("picky.py").read_text().replace("[config.gain]", "[float('nan')]"))
+    result = cli("score", photos, "broken.py", "brightness", "--out", "scores.csv")
+    refused(result, "no score of 'broken' for 3 of 3 images; first 0.png", "not finite")
+    assert "brightness" in result.out
+    assert len(Path("scores.csv").read_text().splitlines()) == 4
+
+
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EACCES])
 def test_a_disk_that_cannot_be_written(cli, recipe, monkeypatch, code):
     def full(*_):

@@ -13,6 +13,7 @@ import torch
 from visiontune.errors import UserError
 from visiontune.evaluation.score import build_rewards, read_folder, score
 from visiontune.rewards.base import as_reward
+from visiontune.rewards.loading import load
 from visiontune.sampling.writer import write_image
 
 
@@ -73,6 +74,69 @@ def test_table_json_and_csv_hold_the_same_numbers(tmp_path: Path) -> None:
         assert [row["red"] for row in csv.DictReader(file)] == ["1.0", "0.0"]
     with pytest.raises(UserError, match=r"\.json or \.csv"):
         result.write(tmp_path / "s.xlsx")
+
+
+def _on_bright_images(images: torch.Tensor, prompts: list[str], meta: object) -> torch.Tensor:
+    if (images[:, 0].mean((1, 2)) > 0.5).any():
+        raise ValueError("too red\nfor me")
+    return images[:, 0].mean((1, 2))
+
+
+def _nan_for_black(images: torch.Tensor, prompts: list[str], meta: object) -> torch.Tensor:
+    red = images[:, 0].mean((1, 2))
+    return torch.where(red == 0, torch.nan, red)
+
+
+def test_a_reward_that_fails_on_some_images_loses_no_other_score(tmp_path: Path) -> None:
+    picky = {"picky": as_reward(_on_bright_images, "picky"), "nan": as_reward(_nan_for_black, "nan")}
+    wrong = {"wrong": as_reward(lambda images, *_: images.mean(1), "wrong")}
+    folder = _fill(tmp_path / "in", [255, 51, 0, 102])
+    result = score(folder, {**picky, **wrong, **REWARDS}, batch_size=4)
+    assert result.values["red"] == pytest.approx([1, 0.2, 0, 0.4])
+    assert result.values["picky"][1:] == pytest.approx([0.2, 0, 0.4]) and np.isnan(result.values["picky"][0])
+    assert [np.isnan(v) for v in result.values["nan"]] == [False, False, True, False]
+    assert sorted(result.complaints()) == [
+        "no score of 'nan' for 1 of 4 images; first 2.png: reward 'nan' is not finite "
+        "for 1 of 1 images (first: image 0)",
+        "no score of 'picky' for 1 of 4 images; first 0.png: ValueError: too red for me",
+        "no score of 'wrong' for 4 of 4 images; first 0.png: reward 'wrong' returned shape [1, 8, 8]; "
+        "it must be one score an image, [1]",
+    ]
+    assert result.summary()["picky"]["images"] == 3 and result.summary()["picky"]["max"] == pytest.approx(0.4)
+    written = json.loads(result.write(tmp_path / "s.json").read_text())
+    assert written["images"][0]["picky"] is None and written["summary"]["wrong"]["mean"] is None
+    with result.write(tmp_path / "s.csv").open() as file:
+        assert [row["nan"] == "" for row in csv.DictReader(file)] == [False, False, True, False]
+    assert "wrong        0          -" in result.table()
+
+
+def test_an_image_that_cannot_be_decoded_loses_its_own_scores_alone(tmp_path: Path) -> None:
+    _fill(tmp_path, [255, 51, 102])
+    whole = (tmp_path / "2.png").read_bytes()
+    (tmp_path / "2.png").write_bytes(whole[:-30])
+    result = score(tmp_path, REWARDS)
+    assert result.values["red"][:2] == pytest.approx([1, 0.2]) and np.isnan(result.values["red"][2])
+    assert [line.split(";")[0] for line in result.complaints()] == [
+        "no score of 'red' for 1 of 3 images",
+        "no score of 'length' for 1 of 3 images",
+    ]
+
+
+def test_a_groupwise_reward_sees_all_images_of_a_prompt_whatever_the_batch_size(tmp_path: Path) -> None:
+    for i, (red, prompt) in enumerate([(0, "a"), (255, "b"), (255, "a"), (255, "b"), (255, "a")]):
+        write_image(tmp_path / f"{i}.png", np.full((8, 8, 3), red, np.uint8))
+        (tmp_path / f"{i}.txt").write_text(prompt)
+    result = score(tmp_path, ["diversity", "brightness"], batch_size=1)
+    assert result.values["diversity"] == pytest.approx([1, 0, 0.5, 0, 0.5])
+    assert result.values["brightness"] == pytest.approx([0, 1, 1, 1, 1])
+
+
+def test_the_terms_of_a_mix_have_columns(tmp_path: Path) -> None:
+    mix = {"name": "mix", "terms": [{"reward": "brightness", "weight": -2}, "jpeg"]}
+    result = score(_fill(tmp_path, [0, 255, 102]), {"mix": load(mix, name="mix")}, batch_size=2)
+    assert list(result.values) == ["mix", "mix/brightness", "mix/jpeg"]
+    total = [-2 * b + j for b, j in zip(result.values["mix/brightness"], result.values["mix/jpeg"], strict=True)]
+    assert result.values["mix"] == pytest.approx(total)
 
 
 def test_rewards_are_built_from_specs_and_from_a_file(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from safetensors.torch import save_file
+from tiny_rewards import smooth
 from torch import nn
 from transformers import CLIPImageProcessorPil, CLIPModel, CLIPTokenizer
 
@@ -27,16 +28,9 @@ def _score(model: str | Path, **options: object):
     return module.build(config)
 
 
-def _picture(height: int, width: int) -> np.ndarray:
-    """Smooth colours, as in photographs: resampling of pure noise is no test of preprocessing."""
-    y, x = np.mgrid[0:height, 0:width].astype(np.float32)
-    waves = [np.sin(x / 9 + y / 17), np.cos(x / 13), np.sin(y / 7)]
-    return ((np.stack(waves, -1) * 0.45 + 0.5) * 255).astype(np.uint8)
-
-
 @pytest.mark.parametrize("size", [(32, 32), (60, 100), (97, 41)])
 def test_transformers_score_equals_the_reference_path(clip_folder: Path, size: tuple[int, int]) -> None:
-    picture, prompts = _picture(*size), ["a red circle"]
+    picture, prompts = smooth(*size), ["a red circle"]
     processor = CLIPImageProcessorPil(size={"shortest_edge": 32}, crop_size=32)
     pixels = processor(Image.fromarray(picture), return_tensors="pt")["pixel_values"]
     tokens = CLIPTokenizer.from_pretrained(clip_folder)(prompts, truncation=True, return_tensors="pt")
@@ -54,7 +48,7 @@ def _same_to_a_few_grey_levels(got: torch.Tensor, expected: torch.Tensor, std: f
 
 def _striped(height: int, width: int) -> np.ndarray:
     """Fine stripes turn into other stripes without antialiasing."""
-    picture = _picture(height, width)
+    picture = smooth(height, width)
     picture[:, ::3] //= 2
     return picture
 
@@ -73,7 +67,7 @@ def test_transformers_preprocessing_equals_the_reference(clip_folder: Path, size
 
 def test_scores_do_not_depend_on_the_batch_and_depend_on_the_prompt(clip_folder: Path) -> None:
     reward = _score(clip_folder)
-    images = to_tensor(np.stack([_picture(40, 40), _picture(40, 40).transpose(1, 0, 2), 255 - _picture(40, 40)]))
+    images = to_tensor(np.stack([smooth(40, 40), smooth(40, 40).transpose(1, 0, 2), 255 - smooth(40, 40)]))
     prompts = ["a", "a red circle with much to say", "blue"]
     together = reward(images, prompts)
     alone = torch.cat([reward(images[i : i + 1], prompts[i : i + 1]) for i in range(3)])
@@ -85,7 +79,7 @@ def test_gradient_reaches_the_pixels_and_nothing_else(clip_folder: Path) -> None
     reward = _score(clip_folder)
     reward.encoder.model.double()
     reward.encoder.double()
-    images = to_tensor(_picture(48, 40)[None]).double().requires_grad_()
+    images = to_tensor(smooth(48, 40)[None]).double().requires_grad_()
     # The public call returns float32, too coarse for finite differences.
     grad = torch.autograd.grad(reward.score(images, ["red"], None).sum(), images)[0]
     direction = torch.randn(images.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
@@ -130,7 +124,7 @@ def open_clip_folder(tmp_path_factory: pytest.TempPathFactory, clip_folder: Path
 def test_open_clip_score_equals_the_reference_path(open_clip_folder: Path, size: tuple[int, int]) -> None:
     name = f"local-dir:{open_clip_folder}"
     model, preprocess = open_clip.create_model_from_pretrained(name)
-    picture, prompts = _picture(*size), ["a red circle"]
+    picture, prompts = smooth(*size), ["a red circle"]
     with torch.no_grad():
         image = model.eval().encode_image(preprocess(Image.fromarray(picture))[None], normalize=True)
         text = model.encode_text(open_clip.get_tokenizer(name)(prompts), normalize=True)

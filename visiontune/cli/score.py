@@ -2,10 +2,12 @@
 
   visiontune score runs/samples pocket-oracle pocket-clip
   visiontune score runs/samples oracle oracle.subject=bumble --out scores.json
-  visiontune score my_images my_reward.py
+  visiontune score my_images my_reward.py my_reward.gain=2
 
 The folder holds a manifest.jsonl (as `visiontune sample` writes it) or a .txt file with its prompt beside each image. A
-reward is an entry of the catalogue, a reward module or a .py file; REWARD.OPTION=VALUE changes its options.
+reward is an entry of the catalogue, a reward module, a .py file or a spec's .yaml file; REWARD.OPTION=VALUE changes its
+options. Images that a reward cannot score are named at the end, and the other scores are printed and written all the
+same.
 """
 
 from __future__ import annotations
@@ -15,7 +17,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from visiontune import catalogue, plugin
 from visiontune.errors import UserError
 
 if TYPE_CHECKING:
@@ -42,6 +43,8 @@ def run(args: argparse.Namespace) -> None:
     print(scores.table())
     if args.out:
         print(f"written: {scores.write(args.out)}")
+    if scores.failures:
+        raise UserError("; ".join(scores.complaints()))
 
 
 def build(words: Sequence[str]) -> dict[str, Reward]:
@@ -52,26 +55,20 @@ def build(words: Sequence[str]) -> dict[str, Reward]:
     """
     from visiontune import config
 
-    names = [word for word in words if "=" not in word]
+    names = {_label(word): word for word in words if "=" not in word}
     if not names:
         raise UserError("name at least one reward; `visiontune list rewards` prints them all")
-    options: dict[str, Any] = {name: {} for name in names}
+    options: dict[str, Any] = {label: {} for label in names}
     overrides = [word for word in words if "=" in word]
-    for name, own in config.apply(options, overrides).items():
-        if name not in options:
-            raise UserError(f"an option is given for '{name}', which is not among the rewards {', '.join(names)}")
-        options[name] = own
-    return {name: _build(name, own) for name, own in options.items()}
+    for label, own in config.apply(options, overrides).items():
+        if label not in options:
+            raise UserError(f"an option is given for '{label}', which is not among the rewards {', '.join(names)}")
+        options[label] = own
+    from visiontune.rewards.loading import load
+
+    return {label: load({**own, "name": names[label]}, label, label) for label, own in options.items()}
 
 
-def _build(name: str, options: dict[str, Any]) -> Reward:
-    from visiontune import config
-
-    spec: dict[str, Any] = {"name": name}
-    if name in catalogue.names("rewards"):
-        entry = config.load_reward_spec(name)
-        spec = {"name": entry.name, **entry.options}
-    module, settings = plugin.configure("rewards", {**spec, **options}, name)
-    from visiontune.rewards.base import as_reward
-
-    return as_reward(module.build(settings), name)
+def _label(word: str) -> str:
+    """What a reward is called: a file goes by its stem, since dots lead to options."""
+    return Path(word).stem if Path(word).suffix in (".py", ".yaml", ".yml") else word

@@ -6,8 +6,9 @@ import csv
 import io
 import math
 import statistics
+import textwrap
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +17,11 @@ import torch
 from PIL import Image
 from tqdm.auto import tqdm
 
-from visiontune import files, plugin
+from visiontune import files
 from visiontune.errors import UserError
 from visiontune.evaluation.metrics import to_tensor
-from visiontune.rewards.base import Reward, as_reward
+from visiontune.rewards.base import Reward
+from visiontune.rewards.loading import load
 from visiontune.sampling import manifest
 
 _SUFFIXES = (".png", ".webp", ".jpg", ".jpeg")
@@ -36,28 +38,44 @@ class Item:
 
 @dataclass(frozen=True, kw_only=True)
 class Scores:
-    """``values[reward][i]`` is the score of ``items[i]``."""
+    """``values[reward][i]`` is the score of ``items[i]``, NaN where the reward failed."""
 
     items: list[Item]
     values: dict[str, list[float]]
+    failures: dict[str, dict[int, str]] = field(default_factory=dict)
+    """Why ``items[i]`` has no score of a reward."""
 
-    def summary(self) -> dict[str, dict[str, float]]:
-        """Number, mean, standard deviation, standard error of the mean, least and greatest score of each reward."""
-        return {name: _summary(values) for name, values in self.values.items()}
+    def summary(self) -> dict[str, dict[str, float | None]]:
+        """Number, mean, standard deviation, standard error of the mean, least and greatest score of each reward.
+
+        They are those of the images that have a score; a reward without any has null for all but the number.
+        """
+        return {name: _summary([v for v in values if not math.isnan(v)]) for name, values in self.values.items()}
+
+    def complaints(self) -> list[str]:
+        """One line for each reward that failed, naming the first of its images."""
+        lines = []
+        for name, reasons in self.failures.items():
+            first, reason = min(reasons.items())
+            count = f"{len(reasons)} of {len(self.items)} images"
+            lines.append(f"no score of '{name}' for {count}; first {self.items[first].path.name}: {reason}")
+        return lines
 
     def table(self) -> str:
         """The summary as plain text, one reward a line."""
         width = max([len("reward"), *map(len, self.values)])
         lines = [f"{'reward':<{width}}  {'images':>6}  {'mean':>9}  {'std':>9}  {'min':>9}  {'max':>9}"]
         for name, row in self.summary().items():
-            numbers = "  ".join(f"{row[key]:>9.4f}" for key in ("mean", "std", "min", "max"))
+            cells = [row[key] for key in ("mean", "std", "min", "max")]
+            numbers = "  ".join(f"{'-':>9}" if cell is None else f"{cell:>9.4f}" for cell in cells)
             lines.append(f"{name:<{width}}  {row['images']:>6}  {numbers}")
         return "\n".join(lines)
 
     def rows(self) -> list[dict[str, Any]]:
-        """One mapping ``file, prompt, <reward>...`` for each image."""
+        """One mapping ``file, prompt, <reward>...`` for each image; a score that is missing is null."""
+        values = {name: [None if math.isnan(v) else v for v in column] for name, column in self.values.items()}
         return [
-            {"file": item.path.name, "prompt": item.prompt, **{name: v[i] for name, v in self.values.items()}}
+            {"file": item.path.name, "prompt": item.prompt, **{name: column[i] for name, column in values.items()}}
             for i, item in enumerate(self.items)
         ]
 
@@ -91,47 +109,89 @@ def score(
 ) -> Scores:
     """Score every image of a folder with every reward.
 
+    A reward that fails on a batch is asked for its images one by one: those that fail have no score and are named in
+    :meth:`Scores.complaints`, and everything else is kept. The terms of a mix have columns of their own.
+
     Args:
         folder: what :func:`read_folder` takes.
         rewards: rewards by name, or specs as :func:`build_rewards` takes them.
-        batch_size: images a batch; images of one batch have one size.
+        batch_size: images a batch; images of one batch have one size. A groupwise reward gets all images of a prompt
+            (of one size) at once instead.
         device: where images, and with them the rewards' models, are put.
         progress: show a bar.
 
     Raises:
-        UserError: the folder cannot be read, or a reward fails its checks.
+        UserError: the folder cannot be read.
     """
     built = rewards if isinstance(rewards, Mapping) else build_rewards(rewards)
     if not built:
         raise UserError("no rewards to score with: name at least one")
     items = read_folder(folder)
-    values: dict[str, list[float]] = {name: [math.nan] * len(items) for name in built}
-    with torch.no_grad(), tqdm(total=len(items), unit="image", disable=not progress) as bar:
-        for indices in _batches(items, batch_size):
-            batch = [items[i] for i in indices]
-            images = to_tensor(np.stack([_pixels(item.path) for item in batch])).to(device)
-            for name, reward in built.items():
-                result = reward(images, [item.prompt for item in batch], [item.meta for item in batch])
-                for i, value in zip(indices, result.tolist(), strict=True):
-                    values[name][i] = value
-            bar.update(len(batch))
-    return Scores(items=items, values=values)
+    scores = Scores(items=items, values={name: [math.nan] * len(items) for name in built})
+    sizes = [_size(item.path) for item in items]
+    passes = [
+        ({n: r for n, r in built.items() if not r.groupwise}, _batches(sizes, batch_size)),
+        ({n: r for n, r in built.items() if r.groupwise}, _groups(items, sizes)),
+    ]
+    total = sum(len(items) for some, _ in passes if some)
+    with torch.no_grad(), tqdm(total=total, unit="image", disable=not progress) as bar:
+        for some, batches in passes:
+            for indices in batches if some else []:
+                _score_batch(scores, some, indices, device)
+                bar.update(len(indices))
+    return scores
+
+
+def _score_batch(scores: Scores, rewards: Mapping[str, Reward], indices: list[int], device: str) -> None:
+    """Put the scores of some images in, or the reasons why there are none."""
+    try:
+        images = to_tensor(np.stack([_pixels(scores.items[i].path) for i in indices])).to(device)
+    except UserError as error:
+        if len(indices) == 1:
+            for name in rewards:
+                scores.failures.setdefault(name, {})[indices[0]] = str(error)
+            return
+        for i in indices:
+            _score_batch(scores, rewards, [i], device)
+        return
+    for name, reward in rewards.items():
+        _score_images(scores, name, reward, indices, images)
+
+
+def _score_images(scores: Scores, name: str, reward: Reward, indices: list[int], images: torch.Tensor) -> None:
+    batch = [scores.items[i] for i in indices]
+    try:
+        result = reward(images, [item.prompt for item in batch], [item.meta for item in batch])
+    # A user's reward may raise anything, and hours of other scores must outlive it.
+    except Exception as error:
+        if len(indices) > 1 and not reward.groupwise:
+            for k, i in enumerate(indices):
+                _score_images(scores, name, reward, [i], images[k : k + 1])
+            return
+        kind = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
+        reason = textwrap.shorten(f"{kind}{error}", 300)
+        scores.failures.setdefault(name, {}).update(dict.fromkeys(indices, reason))
+        return
+    columns = {name: result, **{f"{name}/{term}": values for term, values in reward.terms.items()}}
+    for column, values in columns.items():
+        cells = scores.values.setdefault(column, [math.nan] * len(scores.items))
+        for i, value in zip(indices, values.tolist(), strict=True):
+            cells[i] = value
 
 
 def build_rewards(specs: Sequence[str | Mapping[str, Any]]) -> dict[str, Reward]:
-    """Rewards by name from specs: a reward's name, a ``.py`` file, or a mapping ``{"name": ..., **options}``.
+    """Rewards by name from specs as :func:`visiontune.rewards.loading.load` takes them.
 
     A name that comes twice is told apart by its options.
     """
     built: dict[str, Reward] = {}
     for i, spec in enumerate(specs):
-        module, config = plugin.configure("rewards", spec, f"rewards[{i}]")
         options = {} if isinstance(spec, str) else {k: v for k, v in spec.items() if k != "name"}
-        base = Path(spec if isinstance(spec, str) else spec["name"]).stem
+        base = Path(spec if isinstance(spec, str) else str(spec.get("name"))).stem
         name = base if not options else f"{base}({', '.join(f'{k}={v}' for k, v in options.items())})"
         if name in built:
             raise UserError(f"rewards[{i}]: {name} is named twice: leave one out")
-        built[name] = as_reward(module.build(config), name)
+        built[name] = load(spec, f"rewards[{i}]", name)
     return built
 
 
@@ -164,16 +224,28 @@ def _refuse(names: Sequence[str], folder: Path, trouble: str) -> None:
         raise UserError(f"{len(names)} images of {folder}: {', '.join(names[:10])}{more}: each {trouble}")
 
 
-def _batches(items: Sequence[Item], batch_size: int) -> list[list[int]]:
+def _size(path: Path) -> tuple[int, int]:
+    try:
+        with Image.open(path) as picture:
+            return picture.size
+    except OSError as error:
+        raise UserError(f"{path} is not a readable image: make it again or delete it") from error
+
+
+def _batches(sizes: Sequence[tuple[int, int]], batch_size: int) -> list[list[int]]:
     """Indices in batches of one image size."""
     by_size: dict[tuple[int, int], list[int]] = {}
-    for i, item in enumerate(items):
-        try:
-            with Image.open(item.path) as picture:
-                by_size.setdefault(picture.size, []).append(i)
-        except OSError as error:
-            raise UserError(f"{item.path} is not a readable image: make it again or delete it") from error
+    for i, size in enumerate(sizes):
+        by_size.setdefault(size, []).append(i)
     return [group[i : i + batch_size] for group in by_size.values() for i in range(0, len(group), batch_size)]
+
+
+def _groups(items: Sequence[Item], sizes: Sequence[tuple[int, int]]) -> list[list[int]]:
+    """Indices in groups of one prompt and one image size."""
+    groups: dict[tuple[str, tuple[int, int]], list[int]] = {}
+    for i, item in enumerate(items):
+        groups.setdefault((item.prompt, sizes[i]), []).append(i)
+    return list(groups.values())
 
 
 def _pixels(path: Path) -> np.ndarray:
@@ -184,7 +256,9 @@ def _pixels(path: Path) -> np.ndarray:
         raise UserError(f"{path} is not a readable image: make it again or delete it") from error
 
 
-def _summary(values: Sequence[float]) -> dict[str, float]:
+def _summary(values: Sequence[float]) -> dict[str, float | None]:
+    if not values:
+        return {"images": 0, "mean": None, "std": None, "sem": None, "min": None, "max": None}
     std = statistics.stdev(values) if len(values) > 1 else 0.0
     return {
         "images": len(values),

@@ -1,7 +1,7 @@
 """CLIP as a pair of feature maps, from transformers or open_clip weights, differentiable in the pixels.
 
-Preprocessing is what the model was trained with, done on tensors: resize of the shorter side (bicubic, antialiased),
-centre crop, normalisation.
+Preprocessing is what the model was trained with, done on tensors: antialiased bicubic resize, centre crop,
+normalisation.
 """
 
 from __future__ import annotations
@@ -12,53 +12,34 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from visiontune.errors import UserError
+from visiontune.rewards._pixels import Fit, Framing, Preprocess
+from visiontune.rewards._weights import weights_of
 
 _log = logging.getLogger(__name__)
-_MEAN = (0.48145466, 0.4578275, 0.40821073)
-_STD = (0.26862954, 0.26130258, 0.27577711)
+MEAN = (0.48145466, 0.4578275, 0.40821073)
+STD = (0.26862954, 0.26130258, 0.27577711)
 _POCKET = {"pocket/clip": "pocket-clip"}
 
 
 class ClipEncoder(nn.Module, ABC):
     """Image and text features of unit length in one space; frozen, in evaluation mode, float32."""
 
-    mean: Tensor
-    std: Tensor
-
-    def __init__(
-        self,
-        model: nn.Module,
-        tokenizer: Any,
-        image_size: int,
-        mean: Sequence[float],
-        std: Sequence[float],
-        squash: bool = False,
-    ) -> None:
+    def __init__(self, model: nn.Module, tokenizer: Any, preprocess: Preprocess) -> None:
         super().__init__()
         self.model: Any = model.float().eval().requires_grad_(False)
-        self.tokenizer, self.image_size, self.squash = tokenizer, image_size, squash
-        self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1))
-        self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1))
+        self.tokenizer, self.preprocess = tokenizer, preprocess
 
-    def preprocess(self, images: Tensor) -> Tensor:
-        """``[b, 3, h, w]`` in [0, 1] -> normalised ``[b, 3, image_size, image_size]``."""
-        size = self.image_size
-        height, width = images.shape[-2:]
-        if (height, width) != (size, size):
-            short = min(height, width)
-            # Rounded down, as the reference preprocessing does.
-            target = (size, size) if self.squash else (size * height // short, size * width // short)
-            images = F.interpolate(images.float(), target, mode="bicubic", antialias=True, align_corners=False)
-            top, left = (self._crop_offset(side - size) for side in target)
-            images = images[..., top : top + size, left : left + size]
-        return (images.float() - self.mean) / self.std
+    @property
+    def mean(self) -> Tensor:
+        """The mean that images are normalised with, on the encoder's device."""
+        return self.preprocess.mean
 
     def image_features(self, images: Tensor) -> Tensor:
         """Unit features ``[b, d]`` of images ``[b, 3, h, w]`` in [0, 1]; gradients reach the pixels."""
@@ -69,9 +50,6 @@ class ClipEncoder(nn.Module, ABC):
     def text_features(self, prompts: Sequence[str]) -> Tensor:
         """Unit features ``[b, d]`` of texts; what exceeds the text encoder's length is cut, with a warning."""
         return F.normalize(self._texts(list(prompts)), dim=-1)
-
-    def _crop_offset(self, excess: int) -> int:
-        return excess // 2
 
     @abstractmethod
     def _images(self, pixels: Tensor) -> Tensor: ...
@@ -98,10 +76,6 @@ class TransformersClip(ClipEncoder):
 class OpenClip(ClipEncoder):
     """Any open_clip model."""
 
-    def _crop_offset(self, excess: int) -> int:
-        # torchvision's centre crop, which open_clip uses, rounds where transformers' rounds down.
-        return round(excess / 2)
-
     def _images(self, pixels: Tensor) -> Tensor:
         return self.model.encode_image(pixels)
 
@@ -109,7 +83,9 @@ class OpenClip(ClipEncoder):
         return self.model.encode_text(self.tokenizer(prompts).to(self.mean.device))
 
 
-def load_clip(source: str, backend: str = "auto", revision: str | None = None) -> ClipEncoder:
+def load_clip(
+    source: str, backend: str = "auto", revision: str | None = None, tokenizer: str | None = None
+) -> ClipEncoder:
     """Load a CLIP.
 
     Args:
@@ -119,6 +95,7 @@ def load_clip(source: str, backend: str = "auto", revision: str | None = None) -
         backend: ``transformers``, ``open_clip``, or ``auto``: open_clip for ``hf-hub:`` and for folders that hold an
             ``open_clip_config.json`` and no ``config.json``, else transformers.
         revision: branch, tag or commit of a transformers Hub id.
+        tokenizer: where a transformers CLIP without a tokenizer of its own borrows one.
 
     Raises:
         UserError: the weights cannot be found or are not a CLIP.
@@ -128,12 +105,8 @@ def load_clip(source: str, backend: str = "auto", revision: str | None = None) -
         only_open = (folder / "open_clip_config.json").is_file() and not (folder / "config.json").is_file()
         backend = "open_clip" if only_open or source.startswith("hf-hub:") else "transformers"
     name = str(folder) if folder.is_dir() else source
-    try:
-        return _load_open_clip(name) if backend == "open_clip" else _load_transformers(name, revision)
-    except (OSError, ValueError, RuntimeError) as error:
-        reason = str(error).strip().split("\n")[0]
-        mend = "" if folder.is_dir() else f": give a local folder, or fetch it with `hf download {source}`"
-        raise UserError(f"CLIP '{source}' cannot be loaded by {backend} ({reason}){mend}") from error
+    with weights_of(f"CLIP '{source}'", backend, source):
+        return _load_open_clip(name) if backend == "open_clip" else _load_transformers(name, revision, tokenizer)
 
 
 def _pocket(source: str) -> Path:
@@ -143,15 +116,22 @@ def _pocket(source: str) -> Path:
     return folder
 
 
-def _load_transformers(name: str, revision: str | None) -> ClipEncoder:
+def _load_transformers(name: str, revision: str | None, tokenizer: str | None) -> ClipEncoder:
     from transformers import AutoTokenizer, CLIPModel
 
     model: Any = CLIPModel.from_pretrained(name, revision=revision or "main")
-    tokenizer = AutoTokenizer.from_pretrained(name, revision=revision or "main")
+    own = tokenizer is None or (Path(name) / "tokenizer_config.json").is_file()
+    words = (
+        AutoTokenizer.from_pretrained(name, revision=revision or "main")
+        if own
+        else AutoTokenizer.from_pretrained(tokenizer)
+    )
     config_file = Path(name) / "preprocessor_config.json"
     settings = json.loads(config_file.read_text()) if config_file.is_file() else {}
     size = model.config.vision_config.image_size
-    return TransformersClip(model, tokenizer, size, settings.get("image_mean", _MEAN), settings.get("image_std", _STD))
+    framing = Framing(size=size, crop=size)
+    preprocess = Preprocess(framing, settings.get("image_mean", MEAN), settings.get("image_std", STD))
+    return TransformersClip(model, words, preprocess)
 
 
 def _load_open_clip(name: str) -> ClipEncoder:
@@ -166,16 +146,15 @@ def _load_open_clip(name: str) -> ClipEncoder:
         if not tag:
             raise ValueError(f"open_clip needs <architecture>/<pretrained tag>, for instance {name}/openai")
     model = open_clip.create_model(name, pretrained=tag, require_pretrained=True)
+    return OpenClip(model, open_clip.get_tokenizer(name), open_clip_preprocess(model))
+
+
+def open_clip_preprocess(model: Any, fit: Fit | None = None) -> Preprocess:
+    """What an open_clip model was trained with, or another ``fit``."""
     settings = model.visual.preprocess_cfg
-    size = settings["size"]
-    mode = settings.get("resize_mode", "shortest")
-    if mode not in ("shortest", "squash"):
-        raise ValueError(f"its preprocessing resizes by '{mode}', which is not supported")
-    return OpenClip(
-        model,
-        open_clip.get_tokenizer(name),
-        size if isinstance(size, int) else size[0],
-        settings["mean"],
-        settings["std"],
-        squash=mode == "squash",
-    )
+    size = settings["size"] if isinstance(settings["size"], int) else settings["size"][0]
+    fit = fit or settings.get("resize_mode", "shortest")
+    if fit not in get_args(Fit):
+        raise ValueError(f"its preprocessing resizes by '{fit}', which is not supported")
+    framing = Framing(size=size, crop=size, fit=fit, rounds_half_crops=True)
+    return Preprocess(framing, settings["mean"], settings["std"])

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, ClassVar
+from types import MappingProxyType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,12 +26,14 @@ class Reward(ABC):
     """Scores images of shape ``[b, 3, h, w]`` in [0, 1]."""
 
     name: str = "reward"
-    differentiable: ClassVar[bool] = False
+    differentiable: bool = False
     """Whether gradients reach the pixels."""
-    groupwise: ClassVar[bool] = False
+    groupwise: bool = False
     """Whether a score depends on the other images of the batch."""
-    range: ClassVar[tuple[float, float]] = (float("-inf"), float("inf"))
+    range: tuple[float, float] = (float("-inf"), float("inf"))
     """Least and greatest score possible."""
+    terms: Mapping[str, Tensor] = MappingProxyType({})
+    """Raw scores ``[b]`` of the latest call by term, for a reward that is made of others."""
 
     @abstractmethod
     def score(self, images: Tensor, prompts: Sequence[str], meta: Meta) -> Tensor:
@@ -61,9 +64,9 @@ class FunctionReward(Reward):
 
     def __init__(self, function: Callable[..., Any], name: str) -> None:
         self.function, self.name = function, name
-        self.differentiable = bool(getattr(function, "differentiable", False))  # type: ignore[misc]
-        self.groupwise = bool(getattr(function, "groupwise", False))  # type: ignore[misc]
-        self.range = getattr(function, "range", Reward.range)  # type: ignore[misc]
+        self.differentiable = bool(getattr(function, "differentiable", False))
+        self.groupwise = bool(getattr(function, "groupwise", False))
+        self.range = getattr(function, "range", Reward.range)
 
     def score(self, images: Tensor, prompts: Sequence[str], meta: Meta) -> Tensor:
         return self.function(images, prompts, meta)

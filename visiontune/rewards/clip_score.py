@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Literal
 
 from torch import Tensor
 
@@ -35,8 +35,8 @@ class ClipScore(Reward):
     """Cosine in [-1, 1]; 0.15 to 0.35 is usual for OpenAI's models. Images may have any size."""
 
     name = "clip_score"
-    differentiable: ClassVar[bool] = True
-    range: ClassVar[tuple[float, float]] = (-1.0, 1.0)
+    differentiable: bool = True
+    range: tuple[float, float] = (-1.0, 1.0)
 
     def __init__(self, encoder: ClipEncoder) -> None:
         self.encoder = encoder

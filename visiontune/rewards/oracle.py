@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
 
 import numpy as np
 import torch
@@ -17,6 +16,7 @@ from torch import Tensor
 from visiontune.data import oracle
 from visiontune.data.pocket_world import SIZE, SUBJECTS
 from visiontune.errors import UserError
+from visiontune.rewards._pixels import to_uint8
 from visiontune.rewards.base import Meta, Reward
 from visiontune.schema import nearest, option
 
@@ -37,16 +37,11 @@ def build(config: Config) -> OracleReward:
     return OracleReward(config.subject)
 
 
-def to_uint8(images: Tensor) -> np.ndarray:
-    """Images ``[b, 3, h, w]`` in [0, 1] as ``uint8 [b, h, w, 3]``."""
-    return images.detach().clamp(0, 1).mul(255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
-
-
 class OracleReward(Reward):
     """See the module; images must be 64x64."""
 
     name = "oracle"
-    range: ClassVar[tuple[float, float]] = (0.0, 1.0)
+    range: tuple[float, float] = (0.0, 1.0)
 
     def __init__(self, subject: str | None = None) -> None:
         self.subject = SUBJECTS[subject] if subject else None

@@ -1,0 +1,150 @@
+"""A reward behind HTTP, against a server in this process."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import threading
+import time
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from visiontune.errors import UserError
+from visiontune.evaluation.metrics import to_tensor
+from visiontune.rewards.loading import load
+
+IMAGES = to_tensor(np.random.default_rng(0).integers(0, 256, (5, 6, 7, 3), dtype=np.uint8))
+PROMPTS = [f"prompt {i}" for i in range(5)]
+
+
+class Server:
+    """Answers with what ``reply`` makes of a request: a status and a body."""
+
+    def __init__(self) -> None:
+        self.requests: list[dict] = []
+        self.headers: list[dict] = []
+        self.reply: Callable[[dict], tuple[int, object]] = self.means
+        outer = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_POST(self) -> None:
+                request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+                outer.requests.append(request)
+                outer.headers.append(dict(self.headers))
+                status, body = outer.reply(request)
+                self.send_response(status)
+                self.end_headers()
+                self.wfile.write(body if isinstance(body, bytes) else json.dumps(body).encode())
+
+            def log_message(self, *_: object) -> None:
+                pass
+
+        self.http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self.http.server_port}/score"
+        threading.Thread(target=self.http.serve_forever, daemon=True).start()
+
+    @staticmethod
+    def pictures(request: dict) -> list[np.ndarray]:
+        return [np.asarray(Image.open(io.BytesIO(base64.b64decode(text)))) for text in request["images"]]
+
+    def means(self, request: dict) -> tuple[int, object]:
+        return 200, {"scores": [float(picture.mean()) for picture in self.pictures(request)]}
+
+
+@pytest.fixture
+def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    server = Server()
+    yield server
+    server.http.shutdown()
+
+
+def _reward(server: Server, **options: object):
+    return load({"name": "remote", "url": server.url, "backoff": 0, "timeout": 5, **options})
+
+
+@pytest.mark.parametrize("format", ["png", "webp"])
+def test_pixels_prompts_and_meta_arrive_as_they_are_and_scores_come_back_in_order(server: Server, format: str) -> None:
+    meta = [{"seed": i, "path": None} for i in range(5)]
+    reward = _reward(server, format=format, batch_size=2, headers={"X-Key": "secret"})
+    scores = reward(IMAGES, PROMPTS, meta)
+    torch.testing.assert_close(scores, IMAGES.mean((1, 2, 3)) * 255)
+    assert [len(request["images"]) for request in server.requests] == [2, 2, 1]
+    assert sum((request["prompts"] for request in server.requests), []) == PROMPTS
+    assert sum((request["meta"] for request in server.requests), []) == meta
+    assert server.headers[0]["X-Key"] == "secret"
+    sent = np.stack([picture for request in server.requests for picture in server.pictures(request)])
+    assert torch.equal(to_tensor(sent), IMAGES)
+    assert not reward(IMAGES.clone().requires_grad_(), PROMPTS).requires_grad
+    assert server.requests[-1]["meta"] is None
+
+
+def test_a_busy_server_is_asked_again(server: Server) -> None:
+    def busy(request: dict) -> tuple[int, object]:
+        return (503, b"") if len(server.requests) < 3 else server.means(request)
+
+    server.reply = busy
+    torch.testing.assert_close(_reward(server, retries=2)(IMAGES, PROMPTS), IMAGES.mean((1, 2, 3)) * 255)
+    assert len(server.requests) == 3
+
+
+def test_no_score_is_made_up_when_the_server_fails(server: Server) -> None:
+    server.reply = lambda request: (500, b"")
+    with pytest.raises(UserError, match=r"failed 3 times \(HTTP 500"):
+        _reward(server, retries=2)(IMAGES, PROMPTS)
+    assert len(server.requests) == 3
+
+
+def test_a_refused_request_is_not_repeated(server: Server) -> None:
+    server.reply = lambda request: (404, b"")
+    with pytest.raises(UserError, match="refused the request: HTTP 404"):
+        _reward(server)(IMAGES, PROMPTS)
+    assert len(server.requests) == 1
+
+
+def test_a_slow_server_is_given_up(server: Server) -> None:
+    def slow(request: dict) -> tuple[int, object]:
+        time.sleep(1)
+        return server.means(request)
+
+    server.reply = slow
+    with pytest.raises(UserError, match=r"failed 1 times \(timed out\)"):
+        _reward(server, timeout=0.2, retries=0)(IMAGES, PROMPTS)
+
+
+def test_a_server_that_is_not_there_is_named(server: Server) -> None:
+    server.http.server_close()
+    with pytest.raises(UserError, match=r"127\.0\.0\.1:\d+/score failed 2 times .*is the server running"):
+        _reward(server, retries=1)(IMAGES, PROMPTS)
+
+
+@pytest.mark.parametrize(
+    ("body", "words"),
+    [
+        (b"<html>", "did not answer"),
+        ([1, 2], "did not answer"),
+        ({"scores": [1.0]}, "must answer 5 numbers"),
+        ({"scores": [1.0, 2.0, None, 3.0, 4.0]}, "must answer 5 numbers"),
+        ({"scores": ["1"] * 5}, "must answer 5 numbers"),
+        (b'{"scores": [1, 2, NaN, 3, 4]}', r"not finite for 1 of 5 images \(first: image 2\)"),
+    ],
+)
+def test_bad_answers_are_refused(server: Server, body: object, words: str) -> None:
+    server.reply = lambda request: (200, body)
+    with pytest.raises(UserError, match=words):
+        _reward(server)(IMAGES, PROMPTS)
+
+
+def test_options_are_checked() -> None:
+    with pytest.raises(UserError, match="set url"):
+        load("remote")
+    with pytest.raises(UserError, match="http"):
+        load({"name": "remote", "url": "localhost:80"})
+    with pytest.raises(UserError, match="batch_size and timeout"):
+        load({"name": "remote", "url": "http://h", "batch_size": 0})

@@ -1,0 +1,77 @@
+"""Pixels on their way into a scorer: bytes for those that read files, and differentiable resizing for models."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+Fit = Literal["shortest", "squash", "longest"]
+
+
+def to_uint8(images: Tensor) -> np.ndarray:
+    """Images ``[b, 3, h, w]`` in [0, 1] as ``uint8 [b, h, w, 3]``."""
+    return images.detach().clamp(0, 1).mul(255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Framing:
+    """How a model wants its images: resized, then cut out of the middle."""
+
+    size: int
+    """Length in pixels that the shorter (``fit="shortest"``), the longer or both sides are resized to."""
+    crop: int
+    """Side of the square that is cut out; nothing is cut where it equals ``size`` and the image is square."""
+    fit: Fit = "shortest"
+    """``squash`` ignores the aspect ratio; ``longest`` pads with black to a square."""
+    filter: Literal["bicubic", "bilinear"] = "bicubic"
+    rounds_half_crops: bool = False
+    """torchvision rounds the offset of the crop where transformers cuts it off."""
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """``[b, 3, h, w]`` -> ``[b, 3, crop, crop]``, antialiased, differentiable and not clamped."""
+        height, width = images.shape[-2:]
+        target = self._target(height, width)
+        # Half precision would round the resampling; float64 is kept for exact gradients.
+        images = images if images.dtype == torch.float64 else images.float()
+        if target != (height, width):
+            images = F.interpolate(images, target, mode=self.filter, antialias=True, align_corners=False)
+        if self.fit == "longest":
+            rest = [self.crop - side for side in target]
+            images = F.pad(images, (rest[1] // 2, rest[1] - rest[1] // 2, rest[0] // 2, rest[0] - rest[0] // 2))
+            return images
+        top, left = (self._offset(side - self.crop) for side in target)
+        return images[..., top : top + self.crop, left : left + self.crop]
+
+    def _target(self, height: int, width: int) -> tuple[int, int]:
+        if self.fit == "squash":
+            return self.size, self.size
+        if self.fit == "longest":
+            scale = self.size / max(height, width)
+            return round(height * scale), round(width * scale)
+        # Rounded down, as both libraries do.
+        short = min(height, width)
+        return self.size * height // short, self.size * width // short
+
+    def _offset(self, excess: int) -> int:
+        return round(excess / 2) if self.rounds_half_crops else excess // 2
+
+
+class Preprocess(nn.Module):
+    """Framing and normalisation: ``[b, 3, h, w]`` in [0, 1] -> what an image encoder takes."""
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, framing: Framing, mean: tuple[float, ...], std: tuple[float, ...]) -> None:
+        super().__init__()
+        self.framing = framing
+        self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1), persistent=False)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return (self.framing(images) - self.mean) / self.std

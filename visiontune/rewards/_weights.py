@@ -1,0 +1,103 @@
+"""Where the weights of a reward come from, and one clear line where they do not."""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from visiontune.errors import UserError
+
+
+@contextmanager
+def weights_of(what: str, library: str, source: str) -> Iterator[None]:
+    """Turn a library's failure to load ``source`` into a :class:`UserError` that says what to fetch."""
+    try:
+        yield
+    except (OSError, ValueError, RuntimeError, ImportError) as error:
+        reason = (str(error).strip().split("\n")[0] or type(error).__name__).rstrip(".")
+        mend = "" if Path(source).expanduser().exists() else f": {fetch(source)}"
+        raise UserError(f"{what} cannot be loaded by {library} ({reason}){mend}") from error
+
+
+def fetch(source: str, file: str = "", option: str = "model") -> str:
+    """How a user gets ``source`` onto a machine."""
+    command = f"hf download {source.removeprefix('hf-hub:')} {file}".rstrip()
+    return f"give a local folder, or fetch it with `{command} --local-dir FOLDER` and set {option}: FOLDER"
+
+
+def find_file(source: str, file: str, revision: str | None = None) -> Path:
+    """``source`` itself if it is a file, ``file`` in the folder ``source``, or ``file`` of the Hub id ``source``.
+
+    Raises:
+        UserError: it is not there, or cannot be downloaded.
+    """
+    path = Path(source).expanduser()
+    if path.is_file():
+        return path
+    if path.is_dir():
+        if not (path / file).is_file():
+            raise UserError(f"there is no {file} in {path}")
+        return path / file
+    from huggingface_hub import hf_hub_download
+
+    with weights_of(f"{file} of '{source}'", "huggingface_hub", source):
+        return Path(hf_hub_download(source, file, revision=revision))
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of a ``.safetensors`` file or of a PyTorch file (read without running code), on the CPU.
+
+    A PyTorch file may keep them under ``state_dict``, as training scripts write it.
+    """
+    if path.suffix == ".safetensors":
+        from safetensors.torch import load_file
+
+        return load_file(path)
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except (OSError, RuntimeError, pickle.UnpicklingError, EOFError) as error:
+        raise UserError(f"{path} is not a file of weights that can be read safely: fetch it again") from error
+    content = content.get("state_dict", content)
+    return {key: value for key, value in content.items() if isinstance(value, Tensor)}
+
+
+def load_exactly(module: torch.nn.Module, tensors: dict[str, Tensor], path: Path) -> None:
+    """Put all ``tensors`` into ``module``, which must want just them."""
+    try:
+        module.load_state_dict(tensors, strict=True)
+    except RuntimeError as error:
+        raise UserError(f"{path} does not hold these weights: {_first_difference(module, tensors)}") from error
+
+
+def _first_difference(module: torch.nn.Module, tensors: dict[str, Tensor]) -> str:
+    wanted = module.state_dict()
+    for key in sorted(wanted.keys() | tensors.keys()):
+        if key not in tensors:
+            return f"{key} is missing"
+        if key not in wanted:
+            return f"{key} is not part of the model"
+        if wanted[key].shape != tensors[key].shape:
+            return f"{key} has shape {list(tensors[key].shape)}, not {list(wanted[key].shape)}"
+    return "they differ"
+
+
+def linear_head(tensors: dict[str, Tensor], path: Path) -> torch.nn.Sequential:
+    """The head that LAION's aesthetic predictor and ImageReward share: linear layers and nothing between them.
+
+    ``tensors`` are ``layers.<i>.weight`` and ``layers.<i>.bias``; the numbers between them are dropouts of training.
+    """
+    indices = sorted(int(key.split(".")[1]) for key in tensors if key.startswith("layers.") and key.endswith(".weight"))
+    shapes = [tensors[f"layers.{i}.weight"].shape for i in indices]
+    layers = [torch.nn.Linear(inputs, outputs) for outputs, inputs in shapes]
+    head = torch.nn.Sequential(*layers)
+    places = {f"layers.{index}.": f"{place}." for place, index in enumerate(indices)}
+    renamed = {places.get(key[: key.rfind(".") + 1], "?") + key.rpartition(".")[2]: v for key, v in tensors.items()}
+    if not layers or layers[-1].out_features != 1:
+        raise UserError(f"{path} does not hold a score head: its last linear layer must give one number")
+    load_exactly(head, renamed, path)
+    return head.eval().requires_grad_(False)
