@@ -331,3 +331,15 @@ def test_rounding_and_wrong_windows_are_refused():
         rollout(model, cond, **options(torch.tensor([True])))
     with pytest.raises(ValueError, match="must not be negative"):
         rollout(model, cond, **options(-1))
+
+
+def test_a_start_that_requires_a_gradient_gets_none_from_a_truncated_chain():
+    model = TinyModel()
+    cond = model.embed(prompts())
+    for grad_steps in (0, 2):
+        begin = start().requires_grad_()
+        final = rollout(model, cond, **options(grad_steps, latents=begin)).final
+        assert final.requires_grad == (grad_steps > 0)
+        if final.requires_grad:
+            loss(final).backward()
+        assert begin.grad is None
