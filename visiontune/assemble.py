@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,6 +19,8 @@ from visiontune.files import write_text
 
 if TYPE_CHECKING:
     from visiontune.adapters.base import AdapterSet
+    from visiontune.data.base import Sample
+    from visiontune.data.loader import BatchSampler
     from visiontune.models.base import DiffusionModel
     from visiontune.training.loop import Trainer
 
@@ -54,22 +56,27 @@ def build(
     """
     # Cheap mistakes are found first: words and data before the model, which may take minutes to open.
     preview = dataclasses.replace(run.preview, prompts=[in_words(run, prompt) for prompt in run.preview.prompts])
-    samples = read(run.data)
-    preflight(samples)
+    objective_module, objective_config = plugin.configure("objectives", run.objective, "objective")
+    objective = objective_module.build(objective_config)
+    from visiontune.data.prompts import PromptBatches, read_data_prompts
+    from visiontune.objectives._online import Online
+
+    online = isinstance(objective, Online)
+    prompts = read_data_prompts(run.data) if online else []
+    samples = [] if online else read(run.data)
+    if not online:
+        preflight(samples)
     check_start(run)
+    reward = load_reward(run, online)
 
     from accelerate.utils import set_seed
 
     from visiontune.adapters._method import start_follows
-    from visiontune.data.loader import BatchSampler
-    from visiontune.data.rows import Rows
     from visiontune.sampling.pipeline import images as stock_images
     from visiontune.training import plan as planning
     from visiontune.training.devices import make_accelerator
     from visiontune.training.loop import Trainer
 
-    objective_module, objective_config = plugin.configure("objectives", run.objective, "objective")
-    objective = objective_module.build(objective_config)
     model: Any = open_model(run)
     # Some adapters start from random values; everything later draws from generators of its own.
     set_seed(run.seed)
@@ -77,15 +84,19 @@ def build(
         adapters = attach_adapter(run, model)
     accelerator = make_accelerator(run.train, run.folder)
     model.to(accelerator.device)
-    with accelerator.main_process_first():
-        draw = images or stock_images
-        prior = objective.prepare(model, adapters=adapters, data=run.data, cache_dir=cache_dir, images=draw)
-    rows = Rows(model, [*samples, *prior], run.data, cache_dir, run.train.text_encoder)
-    rank, world = accelerator.process_index, accelerator.num_processes
-    if fill:
-        rows.fill(rank, world)
-        accelerator.wait_for_everyone()
-    batches = BatchSampler(rows, run.train.batch_size, run.seed, rank, world)
+    if online:
+        rank, world = accelerator.process_index, accelerator.num_processes
+        batches: Any = PromptBatches(prompts, run.train.batch_size, objective.group, run.seed, rank, world)
+    else:
+        with accelerator.main_process_first():
+            draw = images or stock_images
+            prior = objective.prepare(model, adapters=adapters, data=run.data, cache_dir=cache_dir, images=draw)
+        batches = encoded(run, model, [*samples, *prior], accelerator, cache_dir, fill)
+    if adapters is not None and adapters.plans and online:
+        raise UserError(
+            f"adapter '{adapters.method}' looks at a loss on data before training, which objective "
+            f"'{run.objective['name']}' does not have: take lora, or start from a trained one (adapter.start)"
+        )
     if plan and adapters is not None and adapters.plans:
         planning.plan(
             run.folder / PLAN,
@@ -108,7 +119,38 @@ def build(
         seed=run.seed,
         metadata=metadata(run),
         accelerator=accelerator,
+        reward=reward,
     )
+
+
+def encoded(
+    run: Run, model: Any, samples: Sequence[Sample], accelerator: Any, cache_dir: Path, fill: bool
+) -> BatchSampler:
+    """Batches of encoded pictures; with ``fill`` all are encoded now."""
+    from visiontune.data.loader import BatchSampler
+    from visiontune.data.rows import Rows
+
+    rows = Rows(model, samples, run.data, cache_dir, run.train.text_encoder)
+    rank, world = accelerator.process_index, accelerator.num_processes
+    if fill:
+        rows.fill(rank, world)
+        accelerator.wait_for_everyone()
+    return BatchSampler(rows, run.train.batch_size, run.seed, rank, world)
+
+
+def load_reward(run: Run, online: bool) -> Any:
+    """The run's reward, or ``None``.
+
+    Raises:
+        UserError: it is unknown, its weights are not there, or the objective reads no reward.
+    """
+    if run.reward is None:
+        return None
+    if not online:
+        raise UserError(f"reward: objective '{run.objective['name']}' does not read one; take objective=alignprop")
+    from visiontune.rewards.loading import load
+
+    return load(run.reward, "reward")
 
 
 def open_model(run: Run) -> DiffusionModel:

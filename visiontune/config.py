@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 Dtype = Literal["fp32", "bf16", "fp16"]
 
 # The option that a bare value of a section stands for: `adapter: oft` is `adapter: {name: oft}`.
-_SHORTHANDS = {"model": "source", "data": "root", "adapter": "name", "objective": "name"}
+_SHORTHANDS = {"model": "source", "data": "root", "adapter": "name", "objective": "name", "reward": "name"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,7 +58,8 @@ class Run:
         help="adapter name, targets, start (a trained file) and options; none trains all weights"
     )
     objective: dict[str, Any] = option({"name": "denoising"}, help="objective name and options")
-    data: DataConfig = option(help="the images and captions")
+    reward: dict[str, Any] | None = option(None, help="what pictures are scored by: a reward's name, and its options")
+    data: DataConfig = option(help="the images and captions, or a file of prompts")
     train: TrainConfig = option(TrainConfig(), help="optimisation")
     preview: PreviewConfig = option(PreviewConfig(), help="images drawn during training")
 
@@ -112,7 +113,9 @@ def parse_run(content: Mapping[str, Any]) -> Run:
     content = dict(content)
     if content.get("adapter") in ("none", {"name": "none"}):
         content["adapter"] = None
-    for section in ("adapter", "objective"):
+    if content.get("reward") == "none":
+        content["reward"] = None
+    for section in ("adapter", "objective", "reward"):
         if isinstance(content.get(section), str):
             content[section] = {"name": content[section]}
     run = from_mapping(Run, content)

@@ -26,7 +26,9 @@ class Config:
 
     SHORTHAND: ClassVar[str] = "root"
 
-    root: str = option(help="folder of images, .parquet file, catalogue dataset (pocket/bumble) or Hub dataset id")
+    root: str = option(
+        help="folder of images, .parquet file, catalogue dataset (pocket/bumble), Hub dataset id; .txt of prompts"
+    )
     prompt: str | None = option(None, help="caption of images without one: 'a photo of a [trigger] [class]'")
     trigger: str = option(DEFAULT_TRIGGER, help="word that [trigger] stands for")
     class_noun: str | None = option(None, help="what [class] stands for, such as dog; else the dataset's, else object")

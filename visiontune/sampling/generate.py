@@ -14,13 +14,13 @@ from accelerate.utils import broadcast_object_list
 from tqdm.auto import tqdm
 
 from visiontune import files
+from visiontune.data.prompt_files import read_prompts
 from visiontune.errors import UserError
 from visiontune.sampling import manifest
 from visiontune.sampling.config import SampleConfig
 from visiontune.sampling.grid import grid
 from visiontune.sampling.manifest import Job
 from visiontune.sampling.pipeline import images
-from visiontune.sampling.prompts import read_prompts
 from visiontune.sampling.sources import adapter_file, loaded, substituted
 from visiontune.sampling.writer import write_image
 

@@ -21,11 +21,13 @@ from torch import Tensor
 from visiontune.core import Loss
 from visiontune.errors import UserError
 from visiontune.files import atomic_write
+from visiontune.objectives._online import Online
 from visiontune.objectives.base import Objective, generator, seed_of
 from visiontune.training import card, checkpoint, guards, optim, preview
 from visiontune.training.config import PreviewConfig, TrainConfig
 from visiontune.training.devices import attention_for_training, make_accelerator
 from visiontune.training.ema import Average
+from visiontune.training.online import OnlineSteps
 from visiontune.training.step import Rows, Step
 from visiontune.training.trackers import Meter, Metrics
 
@@ -47,6 +49,7 @@ class Trainer:
         seed: with the step number, the source of everything random.
         metadata: strings for the header of ``adapter.safetensors`` and the model card (``trigger``, ``prompt``, ...).
         accelerator: made from ``train`` unless given.
+        reward: what an online objective scores pictures by.
 
     Raises:
         UserError: nothing to train, an impossible precision, an unknown optimiser or tracker.
@@ -57,7 +60,7 @@ class Trainer:
         *,
         model: DiffusionModel,
         adapters: Any,
-        objective: Objective,
+        objective: Objective | Online,
         rows: Rows,
         train: TrainConfig,
         out: Path,
@@ -65,6 +68,7 @@ class Trainer:
         seed: int = 0,
         metadata: Mapping[str, str] | None = None,
         accelerator: Accelerator | None = None,
+        reward: Any = None,
     ) -> None:
         self.model, self.adapters, self.objective, self.rows = model, adapters, objective, rows
         self.train, self.preview, self.seed, self.out = train, preview or PreviewConfig(), seed, Path(out)
@@ -72,11 +76,19 @@ class Trainer:
         self.accelerator = accelerator or make_accelerator(train, self.out)
         model.to(self.accelerator.device)
         chosen = optim.choose(model, adapters, train)
-        step = Step(model, adapters, objective, train.text_encoder).train()
+        # What an online objective draws and what it computes again must agree, so it never trains with dropout.
+        online = isinstance(objective, Online)
+        step = Step(model, adapters, None if online else objective, train.text_encoder).train(not online)  # type: ignore[arg-type]
         if train.gradient_checkpointing:
             optim.checkpoint_gradients(step.parts)
-        self.step_module = self.accelerator.prepare_model(step)
+        # The gradients of online objectives come in pieces and are averaged over processes once, without DDP's hooks.
+        self.step_module = step if online else self.accelerator.prepare_model(step)
         self.parameters = chosen
+        self.online = None
+        if isinstance(objective, Online):
+            self.online = OnlineSteps(
+                self.model, adapters, objective, rows, train, reward, seed, self.accelerator, chosen
+            )
         optimizer = optim.make_optimizer(chosen, train, optim.text_names(chosen, model))
         self.optimizer = self.accelerator.prepare_optimizer(optimizer)
         self.schedule = optim.make_schedule(optimizer, train)
@@ -119,13 +131,7 @@ class Trainer:
         """One optimiser step; returns its loss, averaged over accumulated batches and processes."""
         accelerator, started = self.accelerator, time.perf_counter()
         set_seed(seed_of(self.seed, "step", step, accelerator.process_index) % 2**32)
-        total = torch.zeros((), device=accelerator.device)
-        for part in range(self.train.accumulate):
-            with accelerator.accumulate(self.step_module):
-                loss = self.loss(step * self.train.accumulate + part)
-                accelerator.backward(loss.total)
-                total += loss.total.detach() / self.train.accumulate
-                self.meter.add(loss.terms)
+        total = self._gradients(step)
         if self.adapters is not None:
             self.adapters.before_step(step, 1.0 if accelerator.scaler is None else accelerator.scaler.get_scale())
         norm = None
@@ -141,8 +147,25 @@ class Trainer:
             self.meter.add({"grad_norm": norm})
         return float(total)
 
+    def _gradients(self, step: int) -> Tensor:
+        """Leave a step's gradients in ``.grad``; its loss on this process."""
+        if isinstance(self.objective, Online):
+            assert self.online is not None
+            loss = self.online.step(step)
+            self.meter.add(loss.terms)
+            return loss.total
+        total = torch.zeros((), device=self.accelerator.device)
+        for part in range(self.train.accumulate):
+            with self.accelerator.accumulate(self.step_module):
+                loss = self.loss(step * self.train.accumulate + part)
+                self.accelerator.backward(loss.total)
+                total += loss.total.detach() / self.train.accumulate
+                self.meter.add(loss.terms)
+        return total
+
     def loss(self, index: int) -> Loss:
         """Loss of this process's batch number ``index``."""
+        assert isinstance(self.objective, Objective)
         batch = self.rows.batch(index).to(self.accelerator.device)
         if self.train.text_encoder and batch.cond is not None:
             raise ValueError("rows with a finished condition cannot train the text encoder: it would get no gradient")
@@ -190,7 +213,7 @@ class Trainer:
             # Adapters keep what they computed from their parameters until the mode is switched.
             self.step_module.eval()
             yield
-        self.step_module.train()
+        self.step_module.train(self.online is None)
 
     # -- checkpoints --------------------------------------------------------------------------------------------
 
@@ -220,6 +243,7 @@ class Trainer:
                 "schedule": self.schedule.last_epoch,
                 "average": self.average.state_dict(),
                 "meter": self.meter.state_dict(),
+                "online": self.online.state if self.online else None,
                 "scaler": scaler.state_dict() if scaler else None,
             }
             checkpoint.save(self.out, step, self._weights(), state, self.train.keep)
@@ -244,6 +268,8 @@ class Trainer:
         optim.restore(self.optimizer, self.schedule, state["optimizer"], state["schedule"], self.train)
         self.average.load_state_dict(state["average"])
         self.meter.load_state_dict(state["meter"], self.accelerator.device)
+        if self.online:
+            self.online.state = state["online"]
         if self.accelerator.scaler and state["scaler"]:
             self.accelerator.scaler.load_state_dict(state["scaler"])
         return state["step"]

@@ -27,11 +27,13 @@ class Step(nn.Module):
     Args:
         model: predicts; its text encoders belong to the module if ``text``.
         adapters: the attached set, or ``None``.
-        objective: computes the loss.
+        objective: computes the loss; ``None`` where the module is never called.
         text: whether the text encoders are trained.
     """
 
-    def __init__(self, model: DiffusionModel, adapters: nn.Module | None, objective: Objective, text: bool) -> None:
+    def __init__(
+        self, model: DiffusionModel, adapters: nn.Module | None, objective: Objective | None, text: bool
+    ) -> None:
         super().__init__()
         self.objective, self._model = objective, [model]
         self.parts = nn.ModuleDict({"denoiser": model.denoiser, **(model.text_encoders if text else {})})
@@ -39,4 +41,5 @@ class Step(nn.Module):
             self.adapters = adapters
 
     def forward(self, batch: Batch, rng: torch.Generator) -> Loss:
+        assert self.objective is not None
         return self.objective.loss(self._model[0], batch, rng)

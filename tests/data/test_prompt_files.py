@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from visiontune.errors import UserError
-from visiontune.sampling.prompts import read_prompts
+from visiontune.data.prompt_files import read_prompts
 
 
 def test_text_file_is_one_prompt_a_line(tmp_path: Path) -> None:

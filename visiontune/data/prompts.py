@@ -1,0 +1,97 @@
+"""Prompts without pictures, for models that are trained on what they draw themselves."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+
+import numpy as np
+import torch
+
+from visiontune.core import Batch
+from visiontune.data.base import Config, substitute
+from visiontune.data.prompt_files import SUFFIXES, read_prompts
+from visiontune.data.readers import read
+from visiontune.errors import UserError
+
+
+def read_data_prompts(config: Config) -> list[str]:
+    """The prompts of a ``.txt`` or ``.jsonl`` file, or the captions of any other dataset, each once.
+
+    Raises:
+        UserError: no such file or dataset, an empty prompt, or in a file the same prompt twice.
+    """
+    if config.root.endswith(SUFFIXES):
+        words = read_prompts(config.root)
+        return check_prompts([substitute(p, config.trigger, config.class_noun) for p in words], config.root)
+    # Captions repeat where pictures do; as prompts they count once.
+    return check_prompts(list(dict.fromkeys(sample.caption for sample in read(config))), f"data.root {config.root}")
+
+
+def check_prompts(prompts: Sequence[str], source: str) -> list[str]:
+    """The prompts, refused if one is empty or comes twice: both would skew what is compared within a prompt.
+
+    Raises:
+        UserError: naming the first few.
+    """
+    empty = [str(i) for i, prompt in enumerate(prompts, 1) if not prompt.strip()]
+    if empty:
+        raise UserError(f"{source} has empty prompts ({', '.join(empty[:5])}): remove them")
+    twice = sorted({prompt for prompt in prompts if prompts.count(prompt) > 1})
+    if twice:
+        more = f" and {len(twice) - 1} more" if len(twice) > 1 else ""
+        raise UserError(f"{source} has '{twice[0]}'{more} more than once: keep each prompt once")
+    if not prompts:
+        raise UserError(f"{source} has no prompts: write one a line")
+    return list(prompts)
+
+
+class PromptBatches:
+    """Batches of prompts, each prompt ``group`` times in a row; batch ``k`` is a pure function of ``k`` and the seed.
+
+    The prompts are an endless stream of shuffled passes. A step takes the next ``world * batch_size / group`` of them;
+    a group stays on one rank, and the ranks together see what one process with the whole batch would see.
+
+    Args:
+        prompts: no two alike.
+        batch_size: pictures of a step, for each rank; a multiple of ``group``.
+        group: pictures of each prompt.
+        seed: any integer. rank: this process. world: number of processes.
+    """
+
+    def __init__(
+        self, prompts: Sequence[str], batch_size: int, group: int = 1, seed: int = 0, rank: int = 0, world: int = 1
+    ) -> None:
+        if batch_size % group:
+            raise UserError(
+                f"train.batch_size={batch_size} holds no whole groups: take a multiple of objective.group={group}"
+            )
+        self.prompts, self.batch_size, self.group = list(prompts), batch_size, group
+        self.seed, self.rank, self.world = seed % 2**64, rank, world
+
+    def __len__(self) -> int:
+        return len(self.prompts)
+
+    def batch(self, step: int) -> Batch:
+        """Rows without latents; ``extra`` holds ``row`` [b], each row's number among those of all ranks."""
+        here = self.batch_size // self.group
+        start = (step * self.world + self.rank) * here
+        chosen = [self._prompt(place) for place in range(start, start + here) for _ in range(self.group)]
+        return Batch(
+            latents=torch.empty(len(chosen), 0),
+            cond=None,
+            prompts=[self.prompts[i] for i in chosen],
+            weight=torch.ones(len(chosen)),
+            prior=torch.zeros(len(chosen), dtype=torch.bool),
+            ids=[str(i) for i in chosen],
+            extra={"row": torch.arange(len(chosen)) + self.rank * self.batch_size, "prompt": torch.tensor(chosen)},
+        )
+
+    def _prompt(self, place: int) -> int:
+        epoch, within = divmod(place, len(self.prompts))
+        return int(_shuffled(self.seed, epoch, len(self.prompts))[within])
+
+
+@lru_cache(maxsize=64)
+def _shuffled(seed: int, epoch: int, count: int) -> np.ndarray:
+    return np.random.default_rng([seed, epoch]).permutation(count)
