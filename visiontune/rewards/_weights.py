@@ -95,8 +95,9 @@ def linear_head(tensors: dict[str, Tensor], path: Path) -> torch.nn.Sequential:
     shapes = [tensors[f"layers.{i}.weight"].shape for i in indices]
     layers = [torch.nn.Linear(inputs, outputs) for outputs, inputs in shapes]
     head = torch.nn.Sequential(*layers)
-    places = {f"layers.{index}.": f"{place}." for place, index in enumerate(indices)}
-    renamed = {places.get(key[: key.rfind(".") + 1], "?") + key.rpartition(".")[2]: v for key, v in tensors.items()}
+    places = {f"layers.{index}": str(place) for place, index in enumerate(indices)}
+    parts = {key: key.rpartition(".") for key in tensors}
+    renamed = {f"{places.get(layer, layer)}.{kind}": tensors[key] for key, (layer, _, kind) in parts.items()}
     if not layers or layers[-1].out_features != 1:
         raise UserError(f"{path} does not hold a score head: its last linear layer must give one number")
     load_exactly(head, renamed, path)
