@@ -14,18 +14,20 @@ from visiontune.errors import UserError
 
 
 @contextmanager
-def weights_of(what: str, library: str, source: str) -> Iterator[None]:
-    """Turn a library's failure to load ``source`` into a :class:`UserError` that says what to fetch."""
+def weights_of(what: str, library: str, source: str, file: str = "", option: str = "model") -> Iterator[None]:
+    """Turn a library's failure to load ``source`` into a :class:`UserError` that says what to fetch.
+
+    ``file`` is the one file that is needed, ``option`` the option that takes the folder.
+    """
     try:
         yield
     except (OSError, ValueError, RuntimeError, ImportError) as error:
         reason = (str(error).strip().split("\n")[0] or type(error).__name__).rstrip(".")
-        mend = "" if Path(source).expanduser().exists() else f": {fetch(source)}"
+        mend = "" if Path(source).expanduser().exists() else f": {_fetch(source, file, option)}"
         raise UserError(f"{what} cannot be loaded by {library} ({reason}){mend}") from error
 
 
-def fetch(source: str, file: str = "", option: str = "model") -> str:
-    """How a user gets ``source`` onto a machine."""
+def _fetch(source: str, file: str, option: str) -> str:
     command = f"hf download {source.removeprefix('hf-hub:')} {file}".rstrip()
     return f"give a local folder, or fetch it with `{command} --local-dir FOLDER` and set {option}: FOLDER"
 
@@ -45,7 +47,7 @@ def find_file(source: str, file: str, revision: str | None = None) -> Path:
         return path / file
     from huggingface_hub import hf_hub_download
 
-    with weights_of(f"{file} of '{source}'", "huggingface_hub", source):
+    with weights_of(f"{file} of '{source}'", "huggingface_hub", source, file):
         return Path(hf_hub_download(source, file, revision=revision))
 
 
