@@ -129,6 +129,7 @@ def test_a_groupwise_reward_sees_all_images_of_a_prompt_whatever_the_batch_size(
     result = score(tmp_path, ["diversity", "brightness"], batch_size=1)
     assert result.values["diversity"] == pytest.approx([1, 0, 0.5, 0, 0.5])
     assert result.values["brightness"] == pytest.approx([0, 1, 1, 1, 1])
+    assert not result.failures
 
 
 def test_the_terms_of_a_mix_have_columns(tmp_path: Path) -> None:

@@ -70,8 +70,11 @@ def test_aesthetic_needs_its_head(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="reads 17 features; this CLIP has 16"):
         load({"name": "aesthetic", "model": str(tmp_path), "head": str(tmp_path / "wide.pth")})
     torch.save({"layers.0.weight": torch.zeros(1, 16)}, tmp_path / "half.pth")
-    with pytest.raises(UserError, match="0.bias is missing"):
+    with pytest.raises(UserError, match=r"0\.bias is missing"):
         load({"name": "aesthetic", "model": str(tmp_path), "head": str(tmp_path / "half.pth")})
+    torch.save(torch.load(tmp_path / "elsewhere.pth") | {"other.weight": torch.ones(8, 16)}, tmp_path / "more.pth")
+    with pytest.raises(UserError, match=r"other\.weight is not part of the model"):
+        load({"name": "aesthetic", "model": str(tmp_path), "head": str(tmp_path / "more.pth")})
     (tmp_path / "text.pth").write_text("<html>")
     with pytest.raises(UserError, match="read safely"):
         load({"name": "aesthetic", "model": str(tmp_path), "head": str(tmp_path / "text.pth")})
@@ -117,10 +120,10 @@ def test_hpsv2_pads_as_its_authors_do(tmp_path: Path, size: tuple[int, int]) -> 
 
 def test_hpsv2_refuses_another_models_weights(tmp_path: Path) -> None:
     options = hpsv2_file(tmp_path)
-    with pytest.raises(UserError, match="there is no HPS_v2_compressed.pt"):
+    with pytest.raises(UserError, match=r"there is no HPS_v2_compressed\.pt"):
         load({"name": "hpsv2", **options, "version": "2.0"})
     torch.save({"state_dict": {"visual.proj": torch.zeros(2)}}, tmp_path / "HPS_v2.1_compressed.pt")
-    with pytest.raises(UserError, match="does not hold these weights: .* is missing"):
+    with pytest.raises(UserError, match=r"does not hold these weights: .* is missing"):
         load({"name": "hpsv2", **options})
 
 
@@ -148,8 +151,12 @@ def test_image_reward_is_what_its_authors_architecture_gives(tmp_path: Path) -> 
 def test_image_reward_reads_the_image_as_its_authors_do(tmp_path: Path) -> None:
     reward = load({"name": "image_reward", **image_reward_file(tmp_path)})
     theirs = transforms.Compose(
-        [transforms.Resize(32, transforms.InterpolationMode.BICUBIC), transforms.CenterCrop(32)]
-        + [transforms.ToTensor(), transforms.Normalize(MEAN, STD)]
+        [
+            transforms.Resize(32, transforms.InterpolationMode.BICUBIC),
+            transforms.CenterCrop(32),
+            transforms.ToTensor(),
+            transforms.Normalize(MEAN, STD),
+        ]
     )
     for size in SIZES:
         expected = theirs(Image.fromarray(smooth(*size)))[None]
@@ -273,7 +280,7 @@ def test_vqa_score_says_when_a_processor_passes_no_gradient(tmp_path: Path) -> N
 
 
 def test_vqa_score_options_are_checked() -> None:
-    with pytest.raises(UserError, match="must contain {prompt}"):
+    with pytest.raises(UserError, match=r"must contain \{prompt\}"):
         load({"name": "vqa_score", "question": "a cat?"})
 
 

@@ -76,8 +76,8 @@ def test_pixels_prompts_and_meta_arrive_as_they_are_and_scores_come_back_in_orde
     scores = reward(IMAGES, PROMPTS, meta)
     torch.testing.assert_close(scores, IMAGES.mean((1, 2, 3)) * 255)
     assert [len(request["images"]) for request in server.requests] == [2, 2, 1]
-    assert sum((request["prompts"] for request in server.requests), []) == PROMPTS
-    assert sum((request["meta"] for request in server.requests), []) == meta
+    assert [prompt for request in server.requests for prompt in request["prompts"]] == PROMPTS
+    assert [mapping for request in server.requests for mapping in request["meta"]] == meta
     assert server.headers[0]["X-Key"] == "secret"
     sent = np.stack([picture for request in server.requests for picture in server.pictures(request)])
     assert torch.equal(to_tensor(sent), IMAGES)

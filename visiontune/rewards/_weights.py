@@ -14,18 +14,20 @@ from visiontune.errors import UserError
 
 
 @contextmanager
-def weights_of(what: str, library: str, source: str) -> Iterator[None]:
-    """Turn a library's failure to load ``source`` into a :class:`UserError` that says what to fetch."""
+def weights_of(what: str, library: str, source: str, file: str = "", option: str = "model") -> Iterator[None]:
+    """Turn a library's failure to load ``source`` into a :class:`UserError` that says what to fetch.
+
+    ``file`` is the one file that is needed, ``option`` the option that takes the folder.
+    """
     try:
         yield
     except (OSError, ValueError, RuntimeError, ImportError) as error:
         reason = (str(error).strip().split("\n")[0] or type(error).__name__).rstrip(".")
-        mend = "" if Path(source).expanduser().exists() else f": {fetch(source)}"
+        mend = "" if Path(source).expanduser().exists() else f": {_fetch(source, file, option)}"
         raise UserError(f"{what} cannot be loaded by {library} ({reason}){mend}") from error
 
 
-def fetch(source: str, file: str = "", option: str = "model") -> str:
-    """How a user gets ``source`` onto a machine."""
+def _fetch(source: str, file: str, option: str) -> str:
     command = f"hf download {source.removeprefix('hf-hub:')} {file}".rstrip()
     return f"give a local folder, or fetch it with `{command} --local-dir FOLDER` and set {option}: FOLDER"
 
@@ -45,7 +47,7 @@ def find_file(source: str, file: str, revision: str | None = None) -> Path:
         return path / file
     from huggingface_hub import hf_hub_download
 
-    with weights_of(f"{file} of '{source}'", "huggingface_hub", source):
+    with weights_of(f"{file} of '{source}'", "huggingface_hub", source, file):
         return Path(hf_hub_download(source, file, revision=revision))
 
 
@@ -95,8 +97,9 @@ def linear_head(tensors: dict[str, Tensor], path: Path) -> torch.nn.Sequential:
     shapes = [tensors[f"layers.{i}.weight"].shape for i in indices]
     layers = [torch.nn.Linear(inputs, outputs) for outputs, inputs in shapes]
     head = torch.nn.Sequential(*layers)
-    places = {f"layers.{index}.": f"{place}." for place, index in enumerate(indices)}
-    renamed = {places.get(key[: key.rfind(".") + 1], "?") + key.rpartition(".")[2]: v for key, v in tensors.items()}
+    places = {f"layers.{index}": str(place) for place, index in enumerate(indices)}
+    parts = {key: key.rpartition(".") for key in tensors}
+    renamed = {f"{places.get(layer, layer)}.{kind}": tensors[key] for key, (layer, _, kind) in parts.items()}
     if not layers or layers[-1].out_features != 1:
         raise UserError(f"{path} does not hold a score head: its last linear layer must give one number")
     load_exactly(head, renamed, path)

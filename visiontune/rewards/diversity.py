@@ -62,6 +62,5 @@ class Diversity(Reward):
             pairs = 1 - features @ features.T
         else:
             pairs = torch.stack([(features - own).abs().mean(1) for own in features])
-        others = ~torch.eye(len(features), dtype=torch.bool, device=features.device)
-        # Rounding may take the distance of equal images below zero.
-        return pairs.clamp(min=0).mul(others).sum(1) / (len(features) - 1)
+        # The distance from itself is zero; rounding may take it below.
+        return pairs.clamp(min=0).sum(1) / (len(features) - 1)

@@ -69,7 +69,7 @@ def build(config: Config) -> ImageReward:
     path = find_file(config.model, _FILE, config.revision)
     beside = (path.parent / "tokenizer_config.json").is_file()
     words = str(path.parent) if beside else config.tokenizer
-    with weights_of(f"the tokenizer '{words}' of ImageReward", "transformers", words):
+    with weights_of(f"the tokenizer '{words}' of ImageReward", "transformers", words, option="tokenizer"):
         tokenizer = AutoTokenizer.from_pretrained(words)
     vision, text, head = models(read_tensors(path), path)
     return ImageReward(vision, text, head, tokenizer)
