@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from visiontune.errors import UserError
 from visiontune.data.prompt_files import read_prompts
+from visiontune.errors import UserError
 
 
 def test_text_file_is_one_prompt_a_line(tmp_path: Path) -> None:
