@@ -42,7 +42,7 @@ def test_every_dataset_can_be_read(name):
     samples = read(DataConfig(root=name))
     preflight(samples)
     assert len(samples) == spec["count"]
-    assert all(spec["trigger"] in s.caption and spec["class_noun"] in s.caption for s in samples)
+    assert all(spec.get(word, "") in s.caption for s in samples for word in ("trigger", "class_noun"))
 
 
 def test_there_is_a_dataset_for_every_pocket_subject():
