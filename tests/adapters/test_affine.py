@@ -4,10 +4,16 @@ from __future__ import annotations
 
 import pytest
 import torch
+from contracts.declared import Declared
 from torch import nn
 
 from visiontune.adapters import attach
 from visiontune.errors import UserError
+
+CONTRACT = {
+    "ssf": Declared(lambda module, options: 2 * module.weight.shape[0]),
+    "bitfit": Declared(lambda module, options: module.weight.shape[0], {"create": True}),
+}
 
 
 @pytest.mark.parametrize(

@@ -7,11 +7,14 @@ import math
 
 import pytest
 import torch
+from contracts.declared import Declared, count_lora
 from torch import Tensor, nn
 
 from visiontune.adapters import attach
 from visiontune.adapters.allora import rates
 from visiontune.errors import UserError
+
+CONTRACT = {"allora": Declared(count_lora, {"rank": 2, "eta": 4.0})}
 
 X = torch.randn(5, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
 

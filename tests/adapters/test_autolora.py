@@ -5,12 +5,15 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from contracts.declared import Declared, count_lora
 from torch import Tensor, nn
 
 from visiontune.adapters import attach, autolora, load
 from visiontune.adapters._evidence import Evidence
 from visiontune.adapters.autolora import Bilevel, Config, Terms, search
 from visiontune.errors import UserError
+
+CONTRACT = {"autolora": Declared(count_lora, {"rank": 2}, plan_options={})}
 
 K = 4
 

@@ -6,12 +6,26 @@ import warnings
 
 import pytest
 import torch
+from contracts.declared import Declared
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from visiontune.adapters import attach
 from visiontune.adapters.boft import turn_input, turn_weight
 from visiontune.errors import UserError
+
+
+def _count(module: nn.Module, options: dict) -> int:
+    d = getattr(module, "groups", 1) * module.weight[0].numel()
+    turned = options["factors"] * d * (options["block_size"] - 1) // 2
+    return turned + (module.weight.shape[0] if options.get("rescale") else 0)
+
+
+CONTRACT = {
+    "boft": Declared(
+        _count, {"block_size": 4, "factors": 1}, variants=({"block_size": 2, "factors": 2, "rescale": True},)
+    )
+}
 
 
 def random_factors(m: int, d: int, b: int) -> Tensor:

@@ -4,12 +4,28 @@ from __future__ import annotations
 
 import pytest
 import torch
+from contracts.declared import Declared, count_lora, full_rank, same_count
 from torch import nn
 
 from visiontune.adapters import attach
 from visiontune.adapters.corda import Config, components
 from visiontune.errors import UserError
 from visiontune.weights.export import export
+
+
+def _count(module: nn.Module, options: dict) -> int:
+    return count_lora(module, {"rank": min(options["rank"], full_rank(module))})
+
+
+CONTRACT = {
+    "corda": Declared(
+        _count,
+        {"rank": 2, "alpha": 3.0},
+        variants=({"rank": 20, "mode": "kpm", "root": True},),
+        plan_variants=({"rank": 3, "mode": "kpm", "root": True},),
+        budget=same_count,
+    )
+}
 
 rng = torch.Generator().manual_seed(0)
 W = torch.randn(7, 10, generator=rng, dtype=torch.float64)

@@ -6,11 +6,20 @@ import copy
 
 import pytest
 import torch
+from contracts.declared import Declared
 from torch import nn
 
 from visiontune.adapters import attach
 from visiontune.adapters.dense import half
 from visiontune.errors import UserError
+
+
+def _count(module: nn.Module, options: dict) -> int:
+    bias = getattr(module, "bias", None) if options.get("biases", True) else None
+    return module.weight.numel() + (0 if bias is None else bias.numel())
+
+
+CONTRACT = {"dense": Declared(_count, variants=({"biases": False},))}
 
 
 def net() -> nn.Module:

@@ -2,13 +2,28 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
+from contracts.declared import Declared
 from torch import nn
 
 from visiontune.adapters import attach, load
 from visiontune.adapters.diablo import linear_shape
 from visiontune.errors import UserError
+
+
+def _count(module: nn.Module, options: dict) -> int:
+    n, groups = options["blocks"], getattr(module, "groups", 1)
+    if isinstance(module, nn.Linear):
+        return module.weight.numel() // n
+    common = math.gcd(module.in_channels, module.out_channels)
+    n = max(i for i in range(1, n + 1) if common % i == 0 and i % groups == 0)
+    return module.weight.numel() * groups // n
+
+
+CONTRACT = {"diablo": Declared(_count, {"blocks": 4})}
 
 
 def adapted(layer: nn.Module, blocks: int):

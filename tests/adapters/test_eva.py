@@ -4,13 +4,31 @@ from __future__ import annotations
 
 import pytest
 import torch
+from contracts.declared import Declared, count_lora
 from torch import nn
 
-from visiontune.adapters import attach, load
+from visiontune.adapters import AdapterSet, attach, load
 from visiontune.adapters._evidence import Moments
 from visiontune.adapters.eva import Config, allocate, directions
 from visiontune.errors import UserError
 from visiontune.weights.export import export
+
+
+def _same_ranks(adapters: AdapterSet, unprepared: AdapterSet) -> None:
+    ranks, before = ([a.rank for a in s.adapters().values()] for s in (adapters, unprepared))
+    assert sum(ranks) == sum(before)
+    assert ranks != before
+
+
+CONTRACT = {
+    "eva": Declared(
+        count_lora,
+        {"rank": 2, "alpha": 3.0},
+        plan_options={"rank": 2},
+        plan_variants=({"rank": 2, "rho": 4.0, "center": False, "whiten": True},),
+        budget=_same_ranks,
+    )
+}
 
 
 class Net(nn.Module):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from contracts.declared import Declared, full_rank
 from torch import nn
 
 from visiontune.adapters import attach
@@ -11,6 +12,21 @@ from visiontune.adapters.loldu import Config as LoLDU
 from visiontune.adapters.loldu import triangular_factors
 from visiontune.adapters.svfit import Config as SVFit
 from visiontune.adapters.svfit import energy_rank, singular_factors
+
+
+def _count(module: nn.Module, options: dict) -> int:
+    groups = getattr(module, "groups", 1)
+    if "rank" in options:
+        return groups * min(options["rank"], full_rank(module))
+    share = torch.linalg.svdvals(module.weight.detach().unflatten(0, (groups, -1)).flatten(2)).square()
+    ranks = ((share.cumsum(1) / share.sum(1, keepdim=True)) < options["energy"]).sum(1) + 1
+    return groups * int(ranks.max())
+
+
+CONTRACT = {
+    "svfit": Declared(_count, {"rank": 3}, variants=({"energy": 0.9},)),
+    "loldu": Declared(_count, {"rank": 3, "alpha": 4.5}),
+}
 
 
 def matrix(rows: int = 7, columns: int = 5) -> torch.Tensor:

@@ -6,10 +6,17 @@ import copy
 
 import pytest
 import torch
+from contracts.declared import Declared, count_lora
 from torch import nn
 
 from visiontune.adapters import attach, lora
 from visiontune.errors import UserError
+
+CONTRACT = {
+    "lora": Declared(
+        count_lora, {"rank": 2, "alpha": 3.0}, variants=({"rank": 4, "rslora": True}, {"rank": 2, "dora": True})
+    )
+}
 
 
 def _layer(module: nn.Module, **config) -> tuple[nn.Module, torch.nn.Parameter, torch.nn.Parameter]:

@@ -4,10 +4,27 @@ from __future__ import annotations
 
 import pytest
 import torch
+from contracts.declared import Declared, full_rank, same_count
 from torch import nn
 
 from visiontune.adapters import attach, load
 from visiontune.errors import UserError
+
+
+def _count(module: nn.Module, options: dict) -> int:
+    return getattr(module, "groups", 1) * min(options["rank"], full_rank(module)) ** 2
+
+
+CONTRACT = {
+    "lora_sb": Declared(
+        _count,
+        {"rank": 3},
+        plan_options={"rank": 2},
+        plan_variants=({"rank": 3, "first_step": 0.01},),
+        budget=same_count,
+        start_moves=("first_step",),
+    )
+}
 
 X = [torch.randn(6, 10, generator=torch.Generator().manual_seed(i), dtype=torch.float64) for i in range(3)]
 

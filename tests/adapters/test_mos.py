@@ -6,12 +6,21 @@ import warnings
 
 import pytest
 import torch
+from contracts.declared import Declared, count_lora
 from torch import Tensor, nn
 
 from visiontune.adapters import attach, load
 from visiontune.adapters._storage import read
 from visiontune.adapters.mos import Config, deal
 from visiontune.errors import UserError
+
+CONTRACT = {
+    "mos": Declared(
+        lambda module, options: count_lora(module, {"rank": options["equivalent_rank"]}),
+        {"rank": 3, "equivalent_rank": 2, "shards": 2, "alpha": 4.5},
+        variants=({"rank": 4, "equivalent_rank": 1, "shards": 4, "private": 0.5},),
+    )
+}
 
 X = torch.randn(3, 12, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
 NAMES = ("a", "b", "c")

@@ -5,11 +5,23 @@ from __future__ import annotations
 import pytest
 import scipy.linalg
 import torch
+from contracts.declared import Declared, count_lora, full_rank
 from torch import Tensor, nn
 
 from visiontune.adapters import attach, load
 from visiontune.adapters.nlora import choose, pivots
 from visiontune.errors import UserError
+
+
+def _count(module: nn.Module, options: dict) -> int:
+    r = min(options["rank"], full_rank(module))
+    core = getattr(module, "groups", 1) * r * r
+    return core if options.get("train") == "core" else core + count_lora(module, {"rank": r})
+
+
+CONTRACT = {
+    "nlora": Declared(_count, {"rank": 2, "alpha": 3.0}, variants=({"rank": 3, "train": "core", "minor": "leading"},))
+}
 
 
 def of_rank(rank: int, out: int, inputs: int) -> Tensor:

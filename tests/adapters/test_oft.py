@@ -7,6 +7,7 @@ from unittest import mock
 
 import pytest
 import torch
+from contracts.declared import Declared
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -14,6 +15,29 @@ from visiontune.adapters import AdapterSet, attach, oft
 from visiontune.adapters._cayley import cayley, inverse, neumann, packed, rotations, skew
 from visiontune.adapters._rotate import multiply, rotate_channels, rotate_input, rotate_weight
 from visiontune.errors import UserError
+
+
+def _count(module: nn.Module, options: dict) -> int:
+    inputs = module.weight[0].numel()
+    b = inputs // options["n_blocks"] if "n_blocks" in options else options["block_size"]
+    d = b if options.get("block_share") else getattr(module, "groups", 1) * inputs
+    return d * (b - 1) // 2 + (module.weight.shape[0] if options.get("rescale") else 0)
+
+
+CONTRACT = {
+    "oft": Declared(
+        _count,
+        {"block_size": 4},
+        variants=(
+            {"block_size": 4, "side": "input", "rescale": True},
+            {"block_size": 4, "side": "weight", "rescale": True},
+            {"block_size": 4, "keep_rotated": True},
+            {"n_blocks": 2, "block_share": True},
+            {"block_size": 4, "cayley": "neumann"},
+            {"block_size": 4, "coft": True, "eps": 0.01},
+        ),
+    )
+}
 
 
 def _attach(module: nn.Module, std: float = 0.1, **config) -> AdapterSet:

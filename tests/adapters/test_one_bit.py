@@ -6,12 +6,19 @@ import math
 
 import pytest
 import torch
+from contracts.declared import Declared, count_lora
 from safetensors.torch import load_file
 from torch import nn
 
 from visiontune.adapters import _bits, attach, load
 from visiontune.adapters.one_bit import Quantised, codebook, straight
 from visiontune.errors import UserError
+
+CONTRACT = {
+    "one_bit": Declared(
+        count_lora, {"rank": 4}, variants=({"rank": 2, "bits": 4, "loss": "mse"},), straight_through=True
+    )
+}
 
 X = torch.randn(5, 24, generator=torch.Generator().manual_seed(2))
 

@@ -4,12 +4,25 @@ from __future__ import annotations
 
 import pytest
 import torch
+from contracts.declared import Declared
 from peft import get_peft_model
 from torch import nn
 
 from visiontune.adapters import attach, load
 from visiontune.adapters.peft import Config, peft_config
 from visiontune.errors import UserError
+
+
+def _count(module: nn.Module, options: dict) -> int:
+    r, (out, inputs) = options["options"]["r"], module.weight.shape
+    return 2 * r * (out + inputs) if options["method"] == "LoHa" else out + r
+
+
+CONTRACT = {
+    "peft": Declared(
+        _count, {"method": "LoHa", "options": {"r": 2}}, variants=({"method": "Vera", "options": {"r": 3}},)
+    )
+}
 
 # Additive, multiplicative, with tensors that layers share, LoRA itself, and one that changes biases.
 METHODS: dict[str, dict] = {

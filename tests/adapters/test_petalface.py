@@ -7,12 +7,15 @@ import pickle
 
 import pytest
 import torch
+from contracts.declared import Declared, count_lora
 from tiny import tiny_model, tiny_sd
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from visiontune.adapters import attach, attached, load, petalface
 from visiontune.errors import UserError
+
+CONTRACT = {"petalface": Declared(lambda module, options: 2 * count_lora(module, options), {"rank": 2, "alpha": 3.0})}
 
 X = torch.randn(4, 5, 10, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
 

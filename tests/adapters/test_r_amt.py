@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
+from contracts.declared import Declared
 from safetensors.torch import load_file
 from torch import nn
 
 from visiontune.adapters import attach, load
 from visiontune.errors import UserError
+
+CONTRACT = {"r_amt": Declared(lambda module, options: module.weight.numel(), straight_through=True)}
 
 X = torch.randn(6, 11, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
 

@@ -2,12 +2,25 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
+from contracts.declared import Declared
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
 from visiontune.adapters import attach
+
+
+def _count(module: nn.Module, options: dict) -> int:
+    channels = module.weight.shape[0 if options.get("side") == "outputs" else 1]
+    return math.ceil(options["share"] * channels - 1e-9) * module.weight.numel() // channels
+
+
+CONTRACT = {
+    "s2ft": Declared(_count, {"share": 0.3}, variants=({"share": 0.2, "side": "outputs", "choice": "largest"},))
+}
 
 
 @pytest.mark.parametrize("side", ["inputs", "outputs"])

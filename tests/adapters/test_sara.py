@@ -6,12 +6,23 @@ import math
 
 import pytest
 import torch
+from contracts.declared import Declared
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
 from visiontune.adapters import attach, load
 from visiontune.adapters.sara import polar_factor, smallest
 from visiontune.errors import UserError
+
+
+def _count(module: nn.Module, options: dict) -> int:
+    sizes = torch.cat([p.detach().flatten().abs() for p in module.parameters()])
+    if "threshold" in options:
+        return int((sizes < options["threshold"]).sum())
+    return math.ceil(options["budget"] * len(sizes) - 1e-6)
+
+
+CONTRACT = {"sara": Declared(_count, {"budget": 0.4}, variants=({"threshold": 0.2},))}
 
 
 def net(dtype: torch.dtype = torch.float32) -> nn.Sequential:

@@ -6,11 +6,14 @@ import math
 
 import pytest
 import torch
+from contracts.declared import Declared, count_lora
 from torch import Tensor, nn
 
 from visiontune.adapters import attach, load
 from visiontune.adapters._evidence import Evidence
 from visiontune.errors import UserError
+
+CONTRACT = {"spt": Declared(count_lora, {"rank": 2}, plan_options={})}
 
 NAMES = ("conv", "one", "two")
 

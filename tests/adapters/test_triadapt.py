@@ -7,12 +7,20 @@ import math
 
 import pytest
 import torch
+from contracts.declared import Declared, count_lora, full_rank
 from torch import Tensor, nn
 
 from visiontune.adapters import attach, load
 from visiontune.adapters._storage import read
 from visiontune.adapters.triadapt import Config
 from visiontune.errors import UserError
+
+
+def _count(module: nn.Module, options: dict) -> int:
+    return count_lora(module, {"rank": min(options["max_rank"], full_rank(module))})
+
+
+CONTRACT = {"triadapt": Declared(_count, {"start_rank": 2, "max_rank": 3, "budget": 2.5, "alpha": 4.5})}
 
 NAMES = ("a", "b", "c")
 X = torch.randn(6, 10, dtype=torch.float64, generator=torch.Generator().manual_seed(3))

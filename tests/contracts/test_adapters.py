@@ -1,19 +1,18 @@
 """What every adapter method has to satisfy on every kind of layer that it supports.
 
-A new method is picked up by its file name; it needs a line in ``COUNT`` (its parameter formula) and, where its default
-options do not fit layers of a dozen inputs, in ``OPTIONS``.
+A new method is picked up by its file name; its test file declares it (`contracts.declared`).
 """
 
 from __future__ import annotations
 
 import copy
 import functools
-import math
 import pickle
 from collections.abc import Callable
 
 import pytest
 import torch
+from contracts.declared import declared, declaring
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -25,54 +24,6 @@ from visiontune.errors import UserError
 # A few steps on tiny layers turn far; that the series then leaves the rotations is test_oft.py's matter.
 pytestmark = pytest.mark.filterwarnings("ignore:the Neumann series")
 
-METHODS = plugin.names("adapters")
-OPTIONS: dict[str, dict] = {
-    "lora": {"rank": 2, "alpha": 3.0},
-    "oft": {"block_size": 4},
-    "sara": {"budget": 0.4},
-    "boft": {"block_size": 4, "factors": 1},
-    "diablo": {"blocks": 4},
-    "svfit": {"rank": 3},
-    "loldu": {"rank": 3, "alpha": 4.5},
-    "bitfit": {"create": True},
-    "s2ft": {"share": 0.3},
-    "peft": {"method": "LoHa", "options": {"r": 2}},
-    # With more, a forward pass is drawn at random; test_mosa.py has that.
-    "mosa": {"rank": 2, "experts": 1},
-    "eva": {"rank": 2, "alpha": 3.0},
-    "corda": {"rank": 2, "alpha": 3.0},
-    "lora_sb": {"rank": 3},
-    "nlora": {"rank": 2, "alpha": 3.0},
-    "allora": {"rank": 2, "eta": 4.0},
-    "mos": {"rank": 3, "equivalent_rank": 2, "shards": 2, "alpha": 4.5},
-    "triadapt": {"start_rank": 2, "max_rank": 3, "budget": 2.5, "alpha": 4.5},
-    "one_bit": {"rank": 4},
-    "petalface": {"rank": 2, "alpha": 3.0},
-    "spt": {"rank": 2},
-    "colora": {"rank": 2},
-    "autolora": {"rank": 2},
-}
-VARIANTS: list[tuple[str, dict]] = [
-    *((method, OPTIONS.get(method, {})) for method in METHODS),
-    ("lora", {"rank": 4, "rslora": True}),
-    ("lora", {"rank": 2, "dora": True}),
-    ("oft", {"block_size": 4, "side": "input", "rescale": True}),
-    ("oft", {"block_size": 4, "side": "weight", "rescale": True}),
-    ("oft", {"block_size": 4, "keep_rotated": True}),
-    ("oft", {"n_blocks": 2, "block_share": True}),
-    ("oft", {"block_size": 4, "cayley": "neumann"}),
-    ("oft", {"block_size": 4, "coft": True, "eps": 0.01}),
-    ("sara", {"threshold": 0.2}),
-    ("boft", {"block_size": 2, "factors": 2, "rescale": True}),
-    ("svfit", {"energy": 0.9}),
-    ("s2ft", {"share": 0.2, "side": "outputs", "choice": "largest"}),
-    ("dense", {"biases": False}),
-    ("peft", {"method": "Vera", "options": {"r": 3}}),
-    ("corda", {"rank": 20, "mode": "kpm", "root": True}),
-    ("nlora", {"rank": 3, "train": "core", "minor": "leading"}),
-    ("mos", {"rank": 4, "equivalent_rank": 1, "shards": 4, "private": 0.5}),
-    ("one_bit", {"rank": 2, "bits": 4, "loss": "mse"}),
-]
 LAYERS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "linear": (lambda: nn.Linear(12, 8), (2, 5, 12)),
     "linear_many_tokens": (lambda: nn.Linear(12, 8, bias=False), (3, 12, 12)),
@@ -86,128 +37,10 @@ LAYERS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "embedding": (lambda: nn.Embedding(9, 12, padding_idx=0), (2, 5)),
 }
 
-
-def _blocks(module: nn.Module, options: dict) -> tuple[int, int, int]:
-    groups, inputs = getattr(module, "groups", 1), module.weight[0].numel()
-    b = inputs // options["n_blocks"] if "n_blocks" in options else options["block_size"]
-    return groups * inputs, b, groups
-
-
-def _count_oft(module: nn.Module, options: dict) -> int:
-    d, b, _ = _blocks(module, options)
-    turned = b * (b - 1) // 2 if options.get("block_share") else d * (b - 1) // 2
-    return turned + (module.weight.shape[0] if options.get("rescale") else 0)
-
-
-def _count_lora(module: nn.Module, options: dict) -> int:
-    if isinstance(module, nn.Embedding):
-        return options["rank"] * sum(module.weight.shape)
-    groups, out = getattr(module, "groups", 1), module.weight.shape[0]
-    return options["rank"] * (groups * module.weight[0].numel() + out) + (out if options.get("dora") else 0)
-
-
-def _count_corda(module: nn.Module, options: dict) -> int:
-    groups, (out, *_) = getattr(module, "groups", 1), module.weight.shape
-    rank = min(options["rank"], out // groups, module.weight[0].numel())
-    return rank * (groups * module.weight[0].numel() + out)
-
-
-def _count_lora_sb(module: nn.Module, options: dict) -> int:
-    groups = getattr(module, "groups", 1)
-    return groups * min(options["rank"], module.weight.shape[0] // groups, module.weight[0].numel()) ** 2
-
-
-def _count_sara(module: nn.Module, options: dict) -> int:
-    sizes = torch.cat([p.detach().flatten().abs() for p in module.parameters()])
-    if "threshold" in options:
-        return int((sizes < options["threshold"]).sum())
-    return math.ceil(options["budget"] * len(sizes) - 1e-6)
-
-
-def _count_boft(module: nn.Module, options: dict) -> int:
-    d = getattr(module, "groups", 1) * module.weight[0].numel()
-    turned = options["factors"] * d * (options["block_size"] - 1) // 2
-    return turned + (module.weight.shape[0] if options.get("rescale") else 0)
-
-
-def _count_diablo(module: nn.Module, options: dict) -> int:
-    n, groups = options["blocks"], getattr(module, "groups", 1)
-    if isinstance(module, nn.Linear):
-        return module.weight.numel() // n
-    common = math.gcd(module.in_channels, module.out_channels)
-    n = max(i for i in range(1, n + 1) if common % i == 0 and i % groups == 0)
-    return module.weight.numel() * groups // n
-
-
-def _count_singular(module: nn.Module, options: dict) -> int:
-    groups = getattr(module, "groups", 1)
-    parts = module.weight.detach().reshape(groups, module.weight.shape[0] // groups, -1)
-    if "rank" in options:
-        return groups * min(options["rank"], *parts.shape[1:])
-    share = torch.linalg.svdvals(parts).square()
-    ranks = ((share.cumsum(1) / share.sum(1, keepdim=True)) < options["energy"]).sum(1) + 1
-    return groups * int(ranks.max())
-
-
-def _count_s2ft(module: nn.Module, options: dict) -> int:
-    dim = 0 if options.get("side") == "outputs" else 1
-    channels = module.weight.shape[dim]
-    return math.ceil(options["share"] * channels - 1e-9) * module.weight.numel() // channels
-
-
-def _count_peft(module: nn.Module, options: dict) -> int:
-    r, (out, inputs) = options["options"]["r"], module.weight.shape
-    return 2 * r * (out + inputs) if options["method"] == "LoHa" else out + r
-
-
-def _count_nlora(module: nn.Module, options: dict) -> int:
-    groups, out, inputs = getattr(module, "groups", 1), module.weight.shape[0], module.weight[0].numel()
-    r = min(options["rank"], out // groups, inputs)
-    return groups * r * r + (0 if options.get("train") == "core" else r * (groups * inputs + out))
-
-
-def _count_triadapt(module: nn.Module, options: dict) -> int:
-    smaller = min(module.weight.shape[0] // getattr(module, "groups", 1), module.weight[0].numel())
-    return _count_lora(module, {"rank": min(options["max_rank"], smaller)})
-
-
-def _count_dense(module: nn.Module, options: dict) -> int:
-    bias = getattr(module, "bias", None) if options.get("biases", True) else None
-    return module.weight.numel() + (0 if bias is None else bias.numel())
-
-
-COUNT = {
-    "dense": _count_dense,
-    "peft": _count_peft,
-    "lora": _count_lora,
-    "triadapt": _count_triadapt,
-    "mosa": _count_lora,
-    "eva": _count_lora,
-    "corda": _count_corda,
-    "lora_sb": _count_lora_sb,
-    "allora": _count_lora,
-    "mos": lambda module, options: _count_lora(module, {"rank": options["equivalent_rank"]}),
-    "nlora": _count_nlora,
-    "one_bit": _count_lora,
-    "petalface": lambda module, options: 2 * _count_lora(module, options),
-    "r_amt": lambda module, options: module.weight.numel(),
-    "spt": _count_lora,
-    "colora": _count_lora,
-    "autolora": _count_lora,
-    "oft": _count_oft,
-    "sara": _count_sara,
-    "boft": _count_boft,
-    "diablo": _count_diablo,
-    "svfit": _count_singular,
-    "loldu": _count_singular,
-    "s2ft": _count_s2ft,
-    "ssf": lambda module, options: 2 * module.weight.shape[0],
-    "bitfit": lambda module, options: module.weight.shape[0],
-}
-
 CASES = [
     pytest.param(method, options, kind, id=f"{method}-{'-'.join(map(str, options.values()))}-{kind}")
-    for method, options in VARIANTS
+    for method, contract in declared().items()
+    for options in (contract.options, *contract.variants)
     for kind, (make, _) in LAYERS.items()
     if isinstance(make(), plugin.load("adapters", method).LAYERS)
     if not (options.get("dora") and kind == "embedding")
@@ -268,7 +101,11 @@ def _gradients(adapters: AdapterSet, loss: Callable[[], Tensor]) -> list[Tensor]
 
 
 def test_every_method_is_covered() -> None:
-    assert set(METHODS) <= set(COUNT), "add the parameter formula of the new method"
+    for method in plugin.names("adapters"):
+        assert len(files := declaring(method)) == 1, (
+            f"declare {method!r} once: add CONTRACT = {{{method!r}: Declared(...)}} to tests/adapters/test_{method}.py "
+            f"(tests/contracts/declared.py says what it holds); now it is in {' and '.join(files) or 'no test file'}"
+        )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -309,15 +146,10 @@ def test_fast_path_is_the_weight_path(method: str, options: dict, kind: str) -> 
             torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-11)
 
 
-# Their outputs are piecewise constant in what is trained, and their gradient is another function's by intention; their
-# own tests hold it against the closed form.
-STRAIGHT_THROUGH = {"one_bit", "r_amt"}
-
-
 # DoRA takes the length of its rows for constant in gradients, as its paper does.
 @pytest.mark.parametrize(
     ("method", "options", "kind"),
-    [case for case in CASES if not case.values[1].get("dora") and case.values[0] not in STRAIGHT_THROUGH],
+    [c for c in CASES if not c.values[1].get("dora") and not declared()[c.values[0]].straight_through],
 )
 def test_gradcheck(method: str, options: dict, kind: str) -> None:
     net, adapters = _net(method, options, kind)
@@ -359,7 +191,7 @@ def test_merge_equals_unmerged_and_unmerge_restores(method: str, options: dict, 
 @pytest.mark.parametrize(("method", "options", "kind"), CASES)
 def test_parameter_count(method: str, options: dict, kind: str) -> None:
     net, adapters = _net(method, options, kind)
-    assert adapters.parameter_count == COUNT[method](net.layer, options)
+    assert adapters.parameter_count == declared()[method].count(net.layer, options)
     assert all(p.requires_grad for p in adapters.parameters())
     assert not any(p.requires_grad for p in net.parameters())
 
@@ -425,7 +257,7 @@ def test_two_adapters_on_one_layer(method: str, options: dict, kind: str) -> Non
         upper_method = "lora"
     if kind in ("layer_norm", "group_norm"):
         upper_method = "sara"
-    upper = attach(net, upper_method, targets="layer", name="upper", **OPTIONS[upper_method])
+    upper = attach(net, upper_method, targets="layer", name="upper", **declared()[upper_method].options)
     _turn(lower)
     _turn(upper)
     x = net.input()

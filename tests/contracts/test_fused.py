@@ -12,7 +12,7 @@ import warnings
 import pytest
 import torch
 import torch.nn.functional as F
-from contracts.test_adapters import OPTIONS
+from contracts.declared import declared
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -26,7 +26,7 @@ from visiontune.weights.peft_folders import write_peft
 
 pytestmark = pytest.mark.filterwarnings("ignore:the Neumann series")
 
-METHODS = [name for name in plugin.names("adapters") if issubclass(nn.Linear, plugin.load("adapters", name).LAYERS)]
+METHODS = [name for name in declared() if issubclass(nn.Linear, plugin.load("adapters", name).LAYERS)]
 D, HEADS = 8, 2
 
 
@@ -52,7 +52,7 @@ def _input(seed: int = 1, length: int = 5, dtype: torch.dtype = torch.float64) -
 
 
 def _attach(net: nn.Module, method: str, name: str = "default", targets=("in_proj", "out_proj")) -> AdapterSet:
-    return attach(net, method, targets=targets, name=name, **OPTIONS.get(method, {}))
+    return attach(net, method, targets=targets, name=name, **declared()[method].options)
 
 
 def _turn(adapters: AdapterSet, std: float = 0.1, seed: int = 2) -> None:
@@ -403,7 +403,7 @@ def test_open_clip_tower_trains(tower: str, method: str) -> None:
     encode = clip.encode_text if tower == "text" else clip.encode_image
     target, before = torch.randn(4, 16), encode(data)
     targets = r"visual\..*\.(in|out)_proj" if tower == "visual" else r"transformer\..*\.(in|out)_proj"
-    adapters = attach(clip, method, targets=targets, **OPTIONS[method])
+    adapters = attach(clip, method, targets=targets, **declared()[method].options)
     assert len(adapters.layers) == 4
     torch.testing.assert_close(encode(data), before)
     optimizer, losses = torch.optim.AdamW(adapters.parameters(), 0.03), []

@@ -1,7 +1,6 @@
 """What every method that looks at the task before training has to satisfy.
 
-A new one is picked up by its ``plans``. It needs a line in ``OPTIONS`` where its defaults do not fit tiny layers, and
-one in ``BUDGET`` where it promises how much it trains.
+A new one is picked up by its ``plans``; its test file declares it (`contracts.declared`).
 """
 
 from __future__ import annotations
@@ -12,27 +11,13 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
+from contracts.declared import declared
 from torch import Tensor, nn
 
 from visiontune import plugin
 from visiontune.adapters import AdapterSet, attach, attached, load
 from visiontune.adapters._layers import run
-from visiontune.errors import UserError
 
-# peft: its options name another library's method.
-SKIPPED = {"peft"}
-OPTIONS: dict[str, dict] = {
-    "eva": {"rank": 2},
-    "corda": {"rank": 2, "alpha": 3.0},
-    "lora_sb": {"rank": 2},
-}
-VARIANTS: list[tuple[str, dict]] = [
-    ("eva", {"rank": 2, "rho": 4.0, "center": False, "whiten": True}),
-    ("corda", {"rank": 3, "mode": "kpm", "root": True}),
-    ("lora_sb", {"rank": 3, "first_step": 0.01}),
-]
-# These start elsewhere than at the base, as their documentation says.
-NOT_THE_BASE = [("lora_sb", "first_step")]
 LINEAR, CONVOLUTIONS = ["to_q", "to_k", "to_out"], ["conv", "grouped"]
 
 
@@ -87,50 +72,34 @@ def turn(adapters: AdapterSet) -> None:
             p.add_(0.1 * torch.randn(p.shape, generator=rng))
 
 
-def _plans(method: str) -> bool:
-    if method in SKIPPED or not layers_of(method):
-        return False
-    try:
-        return made(method, OPTIONS.get(method, {}))[1].plans
-    except UserError:
-        # Options that are right for larger layers; a method that plans has its line in OPTIONS.
-        return False
+def options_of(method: str) -> dict:
+    contract = declared()[method]
+    return contract.options if contract.plan_options is None else contract.plan_options
 
 
-METHODS = [name for name in plugin.names("adapters") if _plans(name)]
+METHODS = [name for name in declared() if layers_of(name) and made(name, options_of(name))[1].plans]
 CASES = [
     pytest.param(method, options, id="-".join([method, *map(str, options.values())]))
-    for method, options in [*((m, OPTIONS.get(m, {})) for m in METHODS), *VARIANTS]
+    for method in METHODS
+    for options in (options_of(method), *declared()[method].plan_variants)
 ]
 
 
-def _same_count(adapters: AdapterSet, unprepared: AdapterSet) -> None:
-    assert adapters.parameter_count == unprepared.parameter_count
-
-
-def _same_ranks(adapters: AdapterSet, unprepared: AdapterSet) -> None:
-    ranks, before = ([a.rank for a in s.adapters().values()] for s in (adapters, unprepared))
-    assert sum(ranks) == sum(before)
-    assert ranks != before
-
-
-BUDGET = {"eva": _same_ranks, "corda": _same_count, "lora_sb": _same_count}
-
-
 def test_methods_that_plan_are_found() -> None:
-    assert {"eva", "corda", "lora_sb"} <= set(METHODS)
+    say_so = {m for m, c in declared().items() if c.budget or c.plan_variants or c.plan_options is not None}
+    assert say_so and say_so <= set(METHODS)
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_the_number_of_batches_is_an_option(method: str) -> None:
-    assert plugin.configure("adapters", {"name": method, **OPTIONS.get(method, {})}, "adapter")[1].batches > 0
+    assert plugin.configure("adapters", {"name": method, **options_of(method)}, "adapter")[1].batches > 0
 
 
 @pytest.mark.parametrize(("method", "options"), CASES)
 def test_the_start_is_the_base_bit_for_bit(method: str, options: dict) -> None:
     plain, (net, adapters) = Net(), planned(method, options)
     same = torch.equal(net(rows(7)), plain(rows(7)))
-    assert same is not any(method == m and option in options for m, option in NOT_THE_BASE)
+    assert same is not any(option in options for option in declared()[method].start_moves)
     assert not any(p.requires_grad or p.grad is not None for p in net.parameters())
     with adapters.disable():
         assert torch.equal(net(rows(7)), plain(rows(7)))
@@ -141,8 +110,8 @@ def test_planning_decides_something_within_the_budget(method: str, options: dict
     adapters, unprepared = planned(method, options)[1], made(method, options)[1]
     one, other = adapters.tensors(), unprepared.tensors()
     assert any(one[key].shape != other[key].shape or not torch.equal(one[key], other[key]) for key in one)
-    if method in BUDGET:
-        BUDGET[method](adapters, unprepared)
+    if budget := declared()[method].budget:
+        budget(adapters, unprepared)
     assert all(p.requires_grad and p.numel() and p.dtype == torch.float32 for p in adapters.parameters())
 
 

@@ -6,7 +6,7 @@ import copy
 
 import pytest
 import torch
-from contracts.test_adapters import OPTIONS
+from contracts.declared import declared
 from diffusers import StableDiffusionPipeline
 from safetensors.torch import load_file
 from tiny import tiny_sd
@@ -17,7 +17,7 @@ from visiontune.adapters import attach
 from visiontune.errors import UserError
 from visiontune.weights.export import export, write_merged
 
-METHODS = plugin.names("adapters")
+METHODS = list(declared())
 # All of them have biases.
 LAYERS = {
     "mid_block.attentions.0.transformer_blocks.0.attn1.to_out.0": "unet",
@@ -38,7 +38,7 @@ def turned(method, factored=False):
         module = parts[component].get_submodule(layer)
         if isinstance(module, kinds) and (not factored or isinstance(module, nn.Linear | nn.Conv2d)):
             chosen[layer] = component
-    options = {**OPTIONS.get(method, {}), **({"create": False} if method == "bitfit" else {})}
+    options = {**declared()[method].options, **({"create": False} if method == "bitfit" else {})}
     used = {name: part for name, part in parts.items() if name in chosen.values()}
     adapters = attach(used, method, targets=list(chosen), **options)
     rng = torch.Generator().manual_seed(1)

@@ -1,0 +1,75 @@
+"""What the contract suites have to know of each adapter method, collected from the test files of the methods."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from torch import nn
+
+from visiontune.adapters import AdapterSet
+
+
+@dataclass(frozen=True)
+class Declared:
+    """One method, in the ``CONTRACT`` of its test file.
+
+    count: the number of parameters that a layer gets under given options
+    options: what fits layers of a dozen inputs, where the defaults do not
+    variants: other options under which every check holds too
+    straight_through: the output is piecewise constant in what is trained, and its gradient another function's by
+        intention; the method's own tests hold it against the closed form
+
+    Of a method that looks at the task before training:
+
+    plan_options: instead of ``options``
+    plan_variants: as ``variants``
+    budget: compares the planned set with one that is not, where the method promises how much it trains
+    start_moves: the options that start it elsewhere than at the base, as its documentation says
+    """
+
+    count: Callable[[nn.Module, dict], int]
+    options: dict = field(default_factory=dict)
+    variants: tuple[dict, ...] = ()
+    straight_through: bool = False
+    plan_options: dict | None = None
+    plan_variants: tuple[dict, ...] = ()
+    budget: Callable[[AdapterSet, AdapterSet], None] | None = None
+    start_moves: tuple[str, ...] = ()
+
+
+@functools.cache
+def _contracts() -> dict[str, dict[str, Declared]]:
+    files = sorted((Path(__file__).parents[1] / "adapters").glob("test_*.py"))
+    return {f.name: getattr(importlib.import_module(f"adapters.{f.stem}"), "CONTRACT", {}) for f in files}
+
+
+def declared() -> dict[str, Declared]:
+    """Every declared method, by name."""
+    found = {method: entry for contract in _contracts().values() for method, entry in contract.items()}
+    return dict(sorted(found.items()))
+
+
+def declaring(method: str) -> list[str]:
+    """The test files that declare the method."""
+    return [file for file, contract in _contracts().items() if method in contract]
+
+
+def full_rank(module: nn.Module) -> int:
+    """The largest rank that the matrix of one of the layer's groups can have."""
+    return min(module.weight.shape[0] // getattr(module, "groups", 1), module.weight[0].numel())
+
+
+def count_lora(module: nn.Module, options: dict) -> int:
+    if isinstance(module, nn.Embedding):
+        return options["rank"] * sum(module.weight.shape)
+    groups, out = getattr(module, "groups", 1), module.weight.shape[0]
+    return options["rank"] * (groups * module.weight[0].numel() + out) + (out if options.get("dora") else 0)
+
+
+def same_count(adapters: AdapterSet, unprepared: AdapterSet) -> None:
+    """A budget of parameters."""
+    assert adapters.parameter_count == unprepared.parameter_count
