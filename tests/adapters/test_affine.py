@@ -12,7 +12,9 @@ from visiontune.errors import UserError
 
 CONTRACT = {
     "ssf": Declared(lambda module, options: 2 * module.weight.shape[0]),
-    "bitfit": Declared(lambda module, options: module.weight.shape[0], {"create": True}),
+    "bitfit": Declared(
+        lambda module, options: module.weight.shape[0], {"create": True}, export_options={"create": False}
+    ),
 }
 
 

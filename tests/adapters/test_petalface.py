@@ -15,7 +15,13 @@ from torch.utils.checkpoint import checkpoint
 from visiontune.adapters import attach, attached, load, petalface
 from visiontune.errors import UserError
 
-CONTRACT = {"petalface": Declared(lambda module, options: 2 * count_lora(module, options), {"rank": 2, "alpha": 3.0})}
+CONTRACT = {
+    "petalface": Declared(
+        lambda module, options: 2 * count_lora(module, options),
+        {"rank": 2, "alpha": 3.0},
+        export_options={"gate": "none"},
+    )
+}
 
 X = torch.randn(4, 5, 10, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
 

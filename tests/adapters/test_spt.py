@@ -13,7 +13,7 @@ from visiontune.adapters import attach, load
 from visiontune.adapters._evidence import Evidence
 from visiontune.errors import UserError
 
-CONTRACT = {"spt": Declared(count_lora, {"rank": 2}, plan_options={})}
+CONTRACT = {"spt": Declared(count_lora, {"rank": 2}, plan_options={"rank": 2, "budget": 0.3})}
 
 NAMES = ("conv", "one", "two")
 

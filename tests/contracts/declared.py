@@ -22,6 +22,7 @@ class Declared:
     variants: other options under which every check holds too
     straight_through: the output is piecewise constant in what is trained, and its gradient another function's by
         intention; the method's own tests hold it against the closed form
+    export_options: further ones under which its change fits the files of other tools
 
     Of a method that looks at the task before training:
 
@@ -35,6 +36,7 @@ class Declared:
     options: dict = field(default_factory=dict)
     variants: tuple[dict, ...] = ()
     straight_through: bool = False
+    export_options: dict = field(default_factory=dict)
     plan_options: dict | None = None
     plan_variants: tuple[dict, ...] = ()
     budget: Callable[[AdapterSet, AdapterSet], None] | None = None

@@ -38,7 +38,7 @@ def turned(method, factored=False):
         module = parts[component].get_submodule(layer)
         if isinstance(module, kinds) and (not factored or isinstance(module, nn.Linear | nn.Conv2d)):
             chosen[layer] = component
-    options = {**declared()[method].options, **({"create": False} if method == "bitfit" else {})}
+    options = {**declared()[method].options, **declared()[method].export_options}
     used = {name: part for name, part in parts.items() if name in chosen.values()}
     adapters = attach(used, method, targets=list(chosen), **options)
     rng = torch.Generator().manual_seed(1)
