@@ -48,9 +48,9 @@ class Tools:
     world: int = 1
     state: dict[str, Any] = field(default_factory=dict)
 
-    def generators(self, batch: Batch) -> list[torch.Generator]:
+    def generators(self, batch: Batch, *key: int | str) -> list[torch.Generator]:
         """One for each row: its noise depends on the run's seed, the rollout and the row, not on the batch's cut."""
-        return [generator(self.seed, "row", self.index, int(row)) for row in batch.extra["row"]]
+        return [generator(self.seed, "row", self.index, int(row), *key) for row in batch.extra["row"]]
 
     def shared(self, *key: int | str) -> torch.Generator:
         """A generator that is the same in every process."""
