@@ -87,6 +87,14 @@ class Online(ABC):
         """Refuse what cannot work, before anything is drawn.
 
         Raises:
+            UserError: the reward does not suit, or the model.
+        """
+        self.check_reward(reward)
+
+    def check_reward(self, reward: Any) -> None:
+        """The part of :meth:`check` for which no model need be opened.
+
+        Raises:
             UserError: no reward, or one without gradients where they are needed.
         """
         if self.rewarded and reward is None:

@@ -83,14 +83,18 @@ class AlignProp(Online):
     def __init__(self, config: Config) -> None:
         self.config, self.dynamics = config, make_dynamics(config.dynamics)
 
-    def check(self, model: DiffusionModel, reward: Any) -> None:
-        """Besides a reward, refuse what an unlucky draw of the window would refuse in the middle of a run."""
-        super().check(model, reward)
+    def check_reward(self, reward: Any) -> None:
+        """Besides, refuse one that micro-batches would falsify."""
+        super().check_reward(reward)
         if reward.groupwise and self.config.micro_batch is not None:
             raise UserError(
                 f"reward '{reward.name}' compares the pictures of a batch with each other, which objective.micro_batch "
                 "would tear apart: set it to null, or take another reward"
             )
+
+    def check(self, model: DiffusionModel, reward: Any) -> None:
+        """Besides, refuse what an unlucky draw of the window would refuse in the middle of a run."""
+        super().check(model, reward)
         self.dynamics.check(model.schedule.prediction)
         for length, window in self.shortest():
             chain = self.chain(model, length)

@@ -294,6 +294,7 @@ class Trainer:
         if self.accelerator.is_main_process:
             with self._looking():
                 self._write(result)
+            preview.compare(self.out, self.train.steps, self.preview)
             method = self.adapters.method if self.adapters is not None else None
             facts = {"trained parameters": f"{sum(p.numel() for p in self.parameters.values()):,}"}
             card.write(

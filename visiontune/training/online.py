@@ -46,6 +46,22 @@ class Precise:
             return self._model.decode(latents)
 
 
+def check_train(objective: Online, train: TrainConfig) -> None:
+    """Refuse options of training that do not suit an online objective.
+
+    Raises:
+        UserError: accumulation, or checkpoints that would fall between the steps of one rollout.
+    """
+    if train.accumulate > 1:
+        raise UserError("train.accumulate is for objectives with data: set objective.micro_batch instead")
+    for name in ("checkpoint_every", "steps"):
+        if getattr(train, name) % objective.updates:
+            raise UserError(
+                f"train.{name}={getattr(train, name)} falls between the steps of one rollout: take a multiple of "
+                f"objective.updates={objective.updates}"
+            )
+
+
 class OnlineSteps:
     """Gradients of each optimiser step.
 
@@ -57,7 +73,7 @@ class OnlineSteps:
         state: the objective's own, kept in checkpoints.
 
     Raises:
-        UserError: accumulation, or checkpoints that would fall between the steps of one rollout.
+        UserError: the objective cannot work with the reward, the model or the options of training.
     """
 
     def __init__(
@@ -72,14 +88,7 @@ class OnlineSteps:
         accelerator: Accelerator,
         parameters: dict[str, Parameter],
     ) -> None:
-        if train.accumulate > 1:
-            raise UserError("train.accumulate is for objectives with data: set objective.micro_batch instead")
-        for name in ("checkpoint_every", "steps"):
-            if getattr(train, name) % objective.updates:
-                raise UserError(
-                    f"train.{name}={getattr(train, name)} falls between the steps of one rollout: take a multiple of "
-                    f"objective.updates={objective.updates}"
-                )
+        check_train(objective, train)
         objective.check(model, reward)
         self.model: Any = Precise(model, accelerator)
         self.adapters, self.objective, self.rows, self.train = adapters, objective, rows, train
