@@ -7,6 +7,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import torch
+import torch.nn.functional as F
 import torch.utils.checkpoint
 from diffusers import DDPMScheduler
 from safetensors.torch import save_file
@@ -16,6 +17,7 @@ from visiontune.core import Batch, Condition
 from visiontune.diffusion.schedule import Schedule
 from visiontune.objectives import denoising
 from visiontune.objectives.base import generator
+from visiontune.rewards.base import Reward
 from visiontune.training.config import TrainConfig
 from visiontune.training.loop import Trainer
 
@@ -50,6 +52,8 @@ class TinyModel:
     """Duck-typed `DiffusionModel`: 4x8x8 latents, a table of word vectors as its text encoder."""
 
     source = "tiny"
+    latent_channels, downsample, resolution = 4, 2, 16
+    device = torch.device("cpu")
 
     def __init__(self, prediction: str = "eps", seed: int = 0, denoiser: nn.Module | None = None, **options) -> None:
         torch.manual_seed(seed)
@@ -89,6 +93,13 @@ class TinyModel:
             [int(hashlib.sha256(w.encode()).hexdigest(), 16) % 64 for w in (p.split() + [""] * 6)[:6]] for p in prompts
         ]
         return Condition(tokens=self.encoder(torch.tensor(words)))
+
+    def unconditional(self, count: int) -> Condition:
+        return self.embed([""] * count)
+
+    def decode(self, latents):
+        """Pixels [b, 3, 16, 16] in (-1, 1)."""
+        return torch.tanh(F.interpolate(latents[:, :3] + 0.5 * latents[:, 3:], scale_factor=2))
 
     def predict(self, x_t, t, cond):
         return self.denoiser(x_t, t, cond.tokens).to(x_t.dtype)
@@ -152,8 +163,30 @@ class CutRows(TinyRows):
         return Batch.cat([b[0] for b in single] + [b[1] for b in single])
 
 
+class TinyReward(Reward):
+    """No two pixels count alike, and neither do two prompts."""
+
+    name = "tiny"
+    differentiable = True
+
+    def score(self, images, prompts, meta):
+        place = torch.linspace(0.5, 1.5, images[0].numel(), dtype=images.dtype).view(images.shape[1:])
+        told = torch.tensor([len(prompt) / 10 for prompt in prompts], dtype=images.dtype)
+        return told * (torch.sin(3 * images) * place).mean((1, 2, 3))
+
+
 def tiny_trainer(
-    out, *, objective=None, model=None, rows=None, adapters=None, seed=0, preview=None, **train
+    out,
+    *,
+    objective=None,
+    model=None,
+    rows=None,
+    adapters=None,
+    seed=0,
+    preview=None,
+    reward=None,
+    accelerator=None,
+    **train,
 ) -> Trainer:
     """A CPU run that writes no events unless asked."""
     model = model or TinyModel()
@@ -166,4 +199,6 @@ def tiny_trainer(
         out=Path(out),
         preview=preview,
         seed=seed,
+        reward=reward,
+        accelerator=accelerator,
     )

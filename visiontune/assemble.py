@@ -68,6 +68,11 @@ def build(
         preflight(samples)
     check_start(run)
     reward = load_reward(run, online)
+    if online:
+        from visiontune.training.online import check_train
+
+        check_train(objective, run.train)
+        objective.check_reward(reward)
 
     from accelerate.utils import set_seed
 

@@ -64,8 +64,8 @@ def die_while_saving(step: int) -> None:
     checkpoint.torch.save = dying
 
 
-def processes(out: Path, world: int) -> list[int]:
-    """Train with several processes; gives their exit codes."""
+def processes(out: Path, world: int, make=None) -> list[int]:
+    """Train what `make` makes, by default `shared`, with several processes; gives their exit codes."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -75,7 +75,7 @@ def processes(out: Path, world: int) -> list[int]:
         if not child:
             os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world)}
             os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-            shared(out, 2, rank, world).fit()
+            (make or shared)(out, 2, rank, world).fit()
             os._exit(0)
         children.append(child)
     return [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]

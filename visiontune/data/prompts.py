@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from functools import lru_cache
 
@@ -37,7 +38,7 @@ def check_prompts(prompts: Sequence[str], source: str) -> list[str]:
     empty = [str(i) for i, prompt in enumerate(prompts, 1) if not prompt.strip()]
     if empty:
         raise UserError(f"{source} has empty prompts ({', '.join(empty[:5])}): remove them")
-    twice = sorted({prompt for prompt in prompts if prompts.count(prompt) > 1})
+    twice = [prompt for prompt, count in Counter(prompts).items() if count > 1]
     if twice:
         more = f" and {len(twice) - 1} more" if len(twice) > 1 else ""
         raise UserError(f"{source} has '{twice[0]}'{more} more than once: keep each prompt once")
@@ -50,7 +51,8 @@ class PromptBatches:
     """Batches of prompts, each prompt ``group`` times in a row; batch ``k`` is a pure function of ``k`` and the seed.
 
     The prompts are an endless stream of shuffled passes. A step takes the next ``world * batch_size / group`` of them;
-    a group stays on one rank, and the ranks together see what one process with the whole batch would see.
+    a group stays on one rank, and the ranks together see what one process with the whole batch would see. A pass leaves
+    out what does not fill a step, so that no step has a prompt twice unless it has more places than there are prompts.
 
     Args:
         prompts: no two alike.
@@ -68,6 +70,8 @@ class PromptBatches:
             )
         self.prompts, self.batch_size, self.group = list(prompts), batch_size, group
         self.seed, self.rank, self.world = seed % 2**64, rank, world
+        count = len(self.prompts)
+        self._pass = count - count % (world * batch_size // group) or count
 
     def __len__(self) -> int:
         return len(self.prompts)
@@ -88,7 +92,7 @@ class PromptBatches:
         )
 
     def _prompt(self, place: int) -> int:
-        epoch, within = divmod(place, len(self.prompts))
+        epoch, within = divmod(place, self._pass)
         return int(_shuffled(self.seed, epoch, len(self.prompts))[within])
 
 

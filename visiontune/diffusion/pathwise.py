@@ -100,13 +100,18 @@ def backpropagate(
     )
 
 
-def into_conditions(live: Condition, gradient: Condition | None) -> None:
-    """Send a condition's gradient on to the text encoders that made `live`; nothing where none is being trained."""
-    if gradient is None:
+def into_conditions(live: Condition, *gradients: Condition | None) -> None:
+    """Send a condition's gradients, summed, on to the text encoders that made `live`.
+
+    Nothing happens where none is being trained. The graph of `live` is freed, so what several walks found goes in one call.
+    """
+    found = [gradient for gradient in gradients if gradient is not None]
+    if not found:
         return
-    pairs = [(live.tokens, gradient.tokens)]
-    if live.pooled is not None and gradient.pooled is not None:
-        pairs.append((live.pooled, gradient.pooled))
+    pairs = [(live.tokens, torch.stack([gradient.tokens for gradient in found]).sum(0))]
+    pooled = [gradient.pooled for gradient in found if gradient.pooled is not None]
+    if live.pooled is not None and pooled:
+        pairs.append((live.pooled, torch.stack(pooled).sum(0)))
     pairs = [(value, grad.to(value)) for value, grad in pairs if value.requires_grad]
     if pairs:
         torch.autograd.backward([value for value, _ in pairs], [grad for _, grad in pairs])

@@ -48,9 +48,9 @@ class Tools:
     world: int = 1
     state: dict[str, Any] = field(default_factory=dict)
 
-    def generators(self, batch: Batch) -> list[torch.Generator]:
+    def generators(self, batch: Batch, *key: int | str) -> list[torch.Generator]:
         """One for each row: its noise depends on the run's seed, the rollout and the row, not on the batch's cut."""
-        return [generator(self.seed, "row", self.index, int(row)) for row in batch.extra["row"]]
+        return [generator(self.seed, "row", self.index, int(row), *key) for row in batch.extra["row"]]
 
     def shared(self, *key: int | str) -> torch.Generator:
         """A generator that is the same in every process."""
@@ -85,6 +85,14 @@ class Online(ABC):
 
     def check(self, model: DiffusionModel, reward: Any) -> None:
         """Refuse what cannot work, before anything is drawn.
+
+        Raises:
+            UserError: the reward does not suit, or the model.
+        """
+        self.check_reward(reward)
+
+    def check_reward(self, reward: Any) -> None:
+        """The part of :meth:`check` for which no model need be opened.
 
         Raises:
             UserError: no reward, or one without gradients where they are needed.

@@ -18,17 +18,24 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
+from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 from visiontune.core import Batch, Loss
+from visiontune.diffusion._window import gradient_window, require_effect
 from visiontune.diffusion.dynamics import make_dynamics
 from visiontune.diffusion.pathwise import backpropagate, end_gradient, into_conditions
 from visiontune.diffusion.trajectory import Trajectory, rollout
+from visiontune.diffusion.transition import kernel
+from visiontune.errors import UserError
 from visiontune.objectives._online import Online, Tools, conditions, parts_of, pixels, score
 from visiontune.schema import option
 
 if TYPE_CHECKING:
     from visiontune.models.base import DiffusionModel
+
+# Standard deviation of the number of steps for ``normal``, as in AlignProp's code.
+SPREAD = 5.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,7 +48,7 @@ class Config:
     truncation: Literal["uniform", "normal", "fixed", "full", "early_end"] = option(
         "uniform", help="steps with a gradient: random (uniform, normal), grad_steps, all, or the last of a cut chain"
     )
-    grad_steps: int = option(1, help="K for fixed; for normal its mean")
+    grad_steps: int = option(1, help="K for fixed; the least K for uniform, its mean for normal")
     earliest: float = option(0.5, help="share of the chain that is done at least before an early end")
     copies: int = option(1, help="DRaFT-LV: noised copies of the end over which a last step's gradient is averaged")
     target: float | None = option(None, help="pull the reward to this value instead of up without bound")
@@ -50,6 +57,8 @@ class Config:
     def __post_init__(self) -> None:
         if self.steps < 1 or self.copies < 1:
             raise ValueError("steps and copies must be at least 1")
+        if self.micro_batch is not None and self.micro_batch < 1:
+            raise ValueError("micro_batch must be at least 1, or null")
         if not 1 <= self.grad_steps <= self.steps:
             raise ValueError("grad_steps must be from 1 to steps")
         if not 0 <= self.earliest < 1:
@@ -67,18 +76,38 @@ def build(config: Config) -> AlignProp:
 
 
 class AlignProp(Online):
-    """Logs the reward (mean and deviation over the rows) and the number of steps with a gradient."""
+    """Logs the reward (mean and deviation over all processes' rows) and the number of steps with a gradient."""
 
     differentiable = True
 
     def __init__(self, config: Config) -> None:
         self.config, self.dynamics = config, make_dynamics(config.dynamics)
 
+    def check_reward(self, reward: Any) -> None:
+        """Besides, refuse one that micro-batches would falsify."""
+        super().check_reward(reward)
+        if reward.groupwise and self.config.micro_batch is not None:
+            raise UserError(
+                f"reward '{reward.name}' compares the pictures of a batch with each other, which objective.micro_batch "
+                "would tear apart: set it to null, or take another reward"
+            )
+
+    def check(self, model: DiffusionModel, reward: Any) -> None:
+        """Besides, refuse what an unlucky draw of the window would refuse in the middle of a run."""
+        super().check(model, reward)
+        self.dynamics.check(model.schedule.prediction)
+        for length, window in self.shortest():
+            chain = self.chain(model, length)
+            require_effect(
+                gradient_window(window, length), chain[0], *kernel(model.schedule, *chain, self.dynamics)[:2]
+            )
+
     def collect(self, model: DiffusionModel, batch: Batch, tools: Tools) -> Batch:
         """The prompts: pictures and gradients come from one and the same chain."""
         return batch
 
     def update(self, model: DiffusionModel, collected: Batch, part: int, tools: Tools) -> Loss:
+        """The chains of a batch under the present weights, in micro-batches, and their gradients."""
         length, window = self.draw(tools.shared("window"))
         rewards, total = [], torch.zeros((), device=model.device)
         for rows in parts_of(collected, self.config.micro_batch):
@@ -86,22 +115,34 @@ class AlignProp(Online):
             found, loss = self.gradients(model, rows, length, window, share, tools)
             rewards.append(found)
             total += loss
-        reward = torch.cat(rewards)
+        reward = tools.gather(torch.cat(rewards))
         terms = {"reward": reward.mean(), "reward_std": reward.std(unbiased=False)}
-        return Loss(total=total / tools.scale, terms={**terms, "grad_steps": torch.tensor(float(window))})
+        return Loss(total=total / tools.scale, terms={**terms, "grad_steps": reward.new_tensor(window)})
 
     def draw(self, rng: torch.Generator) -> tuple[int, int]:
         """How many steps to take, and through how many of the last ones the gradient goes."""
-        n, kind = self.config.steps, self.config.truncation
+        n, k, kind = self.config.steps, self.config.grad_steps, self.config.truncation
         if kind == "early_end":
-            first = max(1, round(self.config.earliest * n))
-            return int(torch.randint(first, n + 1, (), generator=rng)), 1
+            return int(torch.randint(self._first(), n + 1, (), generator=rng)), 1
         if kind == "uniform":
-            return n, int(torch.randint(1, n + 1, (), generator=rng))
+            return n, int(torch.randint(k, n + 1, (), generator=rng))
         if kind == "normal":
-            drawn = self.config.grad_steps + 5 * torch.randn((), generator=rng)
-            return n, int(drawn.round().clamp(1, n))
-        return n, n if kind == "full" else self.config.grad_steps
+            drawn = 0
+            while not 1 <= drawn <= n:
+                drawn = round(k + SPREAD * float(torch.randn((), generator=rng)))
+            return n, drawn
+        return n, n if kind == "full" else k
+
+    def shortest(self) -> list[tuple[int, int]]:
+        """Of what :meth:`draw` may give, the shortest window of each length."""
+        n, k, kind = self.config.steps, self.config.grad_steps, self.config.truncation
+        if kind == "early_end":
+            return [(length, 1) for length in range(self._first(), n + 1)]
+        return [(n, {"full": n, "normal": 1}.get(kind, k))]
+
+    def _first(self) -> int:
+        """The least number of steps before an early end, the end among them."""
+        return max(1, round(self.config.earliest * self.config.steps))
 
     def gradients(
         self, model: DiffusionModel, rows: Batch, length: int, window: int, share: float, tools: Tools
@@ -127,18 +168,17 @@ class AlignProp(Online):
             reward = score(tools, pixels(model, latents), rows)
             scores.append(reward.detach())
             error = -reward if self.config.target is None else (reward - self.config.target).abs()
-            return tools.scale * share * error.mean()
+            return tools.scale * share / self.config.copies * error.mean()
 
-        total = torch.zeros((), device=model.device)
-        copies = self.config.copies
-        for chain in [trajectory, *(self.again(model, trajectory, i, tools, rows) for i in range(1, copies))]:
+        walks, total = [], torch.zeros((), device=model.device)
+        for copy in range(self.config.copies):
+            chain = self.again(model, trajectory, tools.generators(rows, "copy", copy)) if copy else trajectory
             value, at_end = end_gradient(chain.final, loss)
-            found = backpropagate(model, chain, at_end / copies, conditions=tools.text)
-            if tools.text:
-                into_conditions(cond, found.cond)
-                if uncond is not None:
-                    into_conditions(uncond, found.uncond)
-            total += value / copies
+            walks.append(backpropagate(model, chain, at_end, conditions=tools.text))
+            total += value
+        into_conditions(cond, *(walk.cond for walk in walks))
+        if uncond is not None:
+            into_conditions(uncond, *(walk.uncond for walk in walks))
         return torch.stack(scores).mean(0), total
 
     def chain(self, model: DiffusionModel, length: int) -> tuple[Tensor, Tensor]:
@@ -149,13 +189,10 @@ class AlignProp(Online):
         return start[:length], torch.cat([start[1:length], end.new_full((1,), -1)])
 
     @torch.no_grad()
-    def again(self, model: DiffusionModel, first: Trajectory, copy: int, tools: Tools, rows: Batch) -> Trajectory:
+    def again(self, model: DiffusionModel, first: Trajectory, generators: list[torch.Generator]) -> Trajectory:
         """The last step anew, from its end noised to where it began."""
+        noise = randn_tensor(first.final.shape, generator=generators, device=first.final.device)
         t = first.timesteps[-1].to(model.device).expand(len(first))
-        draws = [
-            torch.randn(first.final.shape[1:], generator=tools.shared("copy", copy, int(r))) for r in rows.extra["row"]
-        ]
-        x = model.schedule.add_noise(first.final, torch.stack(draws).to(first.final), t)
         return rollout(
             model,
             first.cond,
@@ -163,8 +200,8 @@ class AlignProp(Online):
             cfg_scale=first.cfg_scale,
             chain=(first.timesteps[-1:], first.ends[-1:]),
             dynamics=self.dynamics,
-            latents=x,
-            generator=[tools.shared("step", copy, int(r)) for r in rows.extra["row"]],
+            latents=model.schedule.add_noise(first.final, noise, t),
+            generator=generators,
             grad_steps=1,
             deferred=True,
         )

@@ -243,7 +243,7 @@ class Trainer:
                 "schedule": self.schedule.last_epoch,
                 "average": self.average.state_dict(),
                 "meter": self.meter.state_dict(),
-                "online": self.online.state if self.online else None,
+                "online": self.online.state_dict() if self.online else None,
                 "scaler": scaler.state_dict() if scaler else None,
             }
             checkpoint.save(self.out, step, self._weights(), state, self.train.keep)
@@ -269,7 +269,7 @@ class Trainer:
         self.average.load_state_dict(state["average"])
         self.meter.load_state_dict(state["meter"], self.accelerator.device)
         if self.online:
-            self.online.state = state["online"]
+            self.online.load_state_dict(state["online"])
         if self.accelerator.scaler and state["scaler"]:
             self.accelerator.scaler.load_state_dict(state["scaler"])
         return state["step"]
@@ -294,6 +294,7 @@ class Trainer:
         if self.accelerator.is_main_process:
             with self._looking():
                 self._write(result)
+            preview.compare(self.out, self.train.steps, self.preview)
             method = self.adapters.method if self.adapters is not None else None
             facts = {"trained parameters": f"{sum(p.numel() for p in self.parameters.values()):,}"}
             card.write(

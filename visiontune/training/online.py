@@ -46,6 +46,22 @@ class Precise:
             return self._model.decode(latents)
 
 
+def check_train(objective: Online, train: TrainConfig) -> None:
+    """Refuse options of training that do not suit an online objective.
+
+    Raises:
+        UserError: accumulation, or checkpoints that would fall between the steps of one rollout.
+    """
+    if train.accumulate > 1:
+        raise UserError("train.accumulate is for objectives with data: set objective.micro_batch instead")
+    for name in ("checkpoint_every", "steps"):
+        if getattr(train, name) % objective.updates:
+            raise UserError(
+                f"train.{name}={getattr(train, name)} falls between the steps of one rollout: take a multiple of "
+                f"objective.updates={objective.updates}"
+            )
+
+
 class OnlineSteps:
     """Gradients of each optimiser step.
 
@@ -57,7 +73,7 @@ class OnlineSteps:
         state: the objective's own, kept in checkpoints.
 
     Raises:
-        UserError: accumulation, or checkpoints that would fall between the steps of one rollout.
+        UserError: the objective cannot work with the reward, the model or the options of training.
     """
 
     def __init__(
@@ -72,14 +88,7 @@ class OnlineSteps:
         accelerator: Accelerator,
         parameters: dict[str, Parameter],
     ) -> None:
-        if train.accumulate > 1:
-            raise UserError("train.accumulate is for objectives with data: set objective.micro_batch instead")
-        for name in ("checkpoint_every", "steps"):
-            if getattr(train, name) % objective.updates:
-                raise UserError(
-                    f"train.{name}={getattr(train, name)} falls between the steps of one rollout: take a multiple of "
-                    f"objective.updates={objective.updates}"
-                )
+        check_train(objective, train)
         objective.check(model, reward)
         self.model: Any = Precise(model, accelerator)
         self.adapters, self.objective, self.rows, self.train = adapters, objective, rows, train
@@ -102,12 +111,12 @@ class OnlineSteps:
 
     def tools(self, index: int) -> Tools:
         """What the objective may use for a rollout."""
-        accelerator, scaler = self.accelerator, self.accelerator.scaler
+        accelerator = self.accelerator
         return Tools(
             reward=self.reward,
             reference=self.adapters.disable if self.adapters is not None else _no_reference,
             gather=accelerator.gather,
-            scale=1.0 if scaler is None else scaler.get_scale(),
+            scale=self._scale(),
             text=self.train.text_encoder,
             seed=self.seed,
             index=index,
@@ -115,6 +124,22 @@ class OnlineSteps:
             world=accelerator.num_processes,
             state=self.state,
         )
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a run that goes on needs besides the weights: the objective's own state and the reward's."""
+        keeps = getattr(self.reward, "state_dict", None)
+        return {"objective": self.state, "reward": keeps() if keeps else None}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take the state of a checkpoint up again."""
+        self.state = state["objective"]
+        if state["reward"] is not None:
+            self.reward.load_state_dict(state["reward"])
+
+    def _scale(self) -> float:
+        scaler = self.accelerator.scaler
+        # A gradient scaler comes into being when it first scales something, and unscales nothing before.
+        return 1.0 if scaler is None else float(scaler.scale(torch.ones((), device=self.accelerator.device)))
 
     def _average(self) -> None:
         if self.accelerator.num_processes == 1:

@@ -66,6 +66,27 @@ def draw(model: DiffusionModel, out: Path, step: int, config: PreviewConfig) -> 
     return pixels
 
 
+def compare(out: Path, step: int, config: PreviewConfig) -> None:
+    """Write ``samples/before_after.png``: under each preview of step 0, from the same noise, that of ``step``.
+
+    Nothing is written where either is not there.
+    """
+    from visiontune.sampling.grid import grid
+
+    pairs = [(i, when) for i in range(len(config.prompts)) for when in (0, step)]
+    files = [folder(out, when) / file_name(i, seed) for i, when in pairs for seed in config.seeds]
+    if not files or not all(file.is_file() for file in files):
+        return
+    sheet = grid(
+        files,
+        len(config.seeds),
+        row_captions=[f"{config.prompts[i]} (step {when})" for i, when in pairs],
+        column_captions=[f"seed {seed}" for seed in config.seeds],
+    )
+    with atomic_write(out / "samples" / "before_after.png") as partial:
+        sheet.save(partial, format="PNG")
+
+
 def forget_after(out: Path, step: int) -> None:
     """Remove the previews of steps after ``step``, and what a killed run left half-written."""
     for path in (out / "samples").glob("*step-*"):

@@ -1,0 +1,80 @@
+"""Online runs that die, or that are several processes: run by `test_online.py`, and imported there."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from pathlib import Path
+
+import torch
+from tiny_training import TinyModel, TinyReward, tiny_trainer
+from worker import processes
+
+from visiontune.core import Loss
+from visiontune.data.prompts import PromptBatches
+from visiontune.objectives import alignprop
+from visiontune.objectives._online import Online, conditions, score
+from visiontune.rewards.mix import Mix, Term
+
+PROMPTS = ["a red cat", "a dog", "two birds in a tree", "a blue fish", "an old house"]
+
+
+class Remembering(Online):
+    """Pulls the prediction at drawn latents towards a running mean that it keeps as its state; two updates a rollout."""
+
+    group = 2
+    updates = 2
+    dies_at = -1
+    calls = 0
+
+    def collect(self, model, batch, tools):
+        self.calls += 1
+        if tools.index == self.dies_at:
+            os.kill(os.getpid(), signal.SIGKILL)
+        noise = torch.stack([torch.randn(4, 8, 8, generator=rng) for rng in tools.generators(batch)])
+        cond, _ = conditions(model, batch.prompts, 1.0, tools.text)
+        rewards = tools.gather(score(tools, model.decode(noise) / 2 + 0.5, batch))
+        mean = tools.state.get("mean", torch.zeros(()))
+        tools.state["mean"] = 0.9 * mean + 0.1 * rewards.mean()
+        tools.state["rollouts"] = tools.state.get("rollouts", 0) + 1
+        return noise, cond
+
+    def update(self, model, collected, part, tools):
+        noise, cond = collected
+        t = torch.randint(0, 1000, (len(noise),), generator=tools.shared("t", part))
+        with torch.enable_grad():
+            loss = (model.predict(noise, t, cond) - tools.state["mean"]).square().mean()
+            (tools.scale * loss).backward()
+        return Loss(total=loss.detach(), terms={"part": torch.tensor(float(part))})
+
+
+def remembering(out: Path, dies_at: int = -1, **train):
+    """A state of the objective and of the reward, several updates a rollout, averages."""
+    torch.set_num_threads(1)
+    objective = Remembering()
+    objective.dies_at = dies_at
+    options = {"steps": 12, "checkpoint_every": 4, "lr": 1e-2, "ema": 0.9, "log_every": 3, "resume": True, **train}
+    reward = Mix([TinyReward()], [Term(reward="tiny", normalise="running")])
+    rows = PromptBatches(PROMPTS, 4, objective.group, seed=7)
+    return tiny_trainer(out, objective=objective, rows=rows, reward=reward, seed=7, batch_size=4, **options)
+
+
+def shared(out: Path, batch_size: int, rank: int = 0, world: int = 1):
+    """AlignProp with a trained text encoder; the batches may be cut between processes."""
+    torch.set_num_threads(1)
+    objective = alignprop.build(alignprop.Config(steps=4, cfg_scale=2.0, dynamics={"name": "ddim", "eta": 0.5}))
+    options = {"steps": 4, "optimizer": "sgd", "lr": 0.3, "log_every": 2, "max_grad_norm": None, "text_encoder": True}
+    rows = PromptBatches(PROMPTS, batch_size, rank=rank, world=world)
+    reward, model = TinyReward(), TinyModel()
+    return tiny_trainer(
+        out, model=model, objective=objective, rows=rows, reward=reward, batch_size=batch_size, **options
+    )
+
+
+if __name__ == "__main__":
+    folder, kind = Path(sys.argv[1]), sys.argv[2]
+    if kind == "processes":
+        print(*processes(folder, 2, shared), flush=True)
+    else:
+        remembering(folder, dies_at=int(kind)).fit()
