@@ -153,7 +153,7 @@ class CutRows(TinyRows):
 
 
 def tiny_trainer(
-    out, *, objective=None, model=None, rows=None, adapters=None, seed=0, preview=None, **train
+    out, *, objective=None, model=None, rows=None, adapters=None, seed=0, preview=None, reward=None, guard=None, **train
 ) -> Trainer:
     """A CPU run that writes no events unless asked."""
     model = model or TinyModel()
@@ -166,4 +166,6 @@ def tiny_trainer(
         out=Path(out),
         preview=preview,
         seed=seed,
+        reward=reward,
+        guard=guard,
     )
