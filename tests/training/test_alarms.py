@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+import os
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ from visiontune import adapters
 from visiontune.core import Loss
 from visiontune.data.prompts import PromptBatches, hold_out
 from visiontune.errors import Stopped, UserError
-from visiontune.objectives import denoising
+from visiontune.objectives import alignprop, denoising
 from visiontune.objectives._online import Online
 from visiontune.rewards.base import as_reward
 from visiontune.training import alarms, checkpoint, measures
@@ -328,7 +329,12 @@ def test_stop_ends_the_run_with_the_last_good_weights(tmp_path):
         trainer.fit()
     words = str(caught.value)
     assert caught.value.status == 3 and "\n" not in words
-    for part in (f"at step {alarm}: change is ", f"above {bound:.4g} (guards.change_max)", f"step-{good:06d}", str(out)):
+    for part in (
+        f"at step {alarm}: change is ",
+        f"above {bound:.4g} (guards.change_max)",
+        f"step-{good:06d}",
+        str(out),
+    ):
         assert part in words
     assert checkpoint.steps(out) == [good, alarm]  # keep=1, and the good one besides
     partial = drifting(tmp_path / "good", steps=good, ema=0.5)
@@ -374,7 +380,7 @@ def _kill():
 
 def test_an_alarm_before_any_good_checkpoint_writes_no_result(tmp_path):
     trainer = drifting(tmp_path, guards={"change_max": 1e-9}, checkpoint_every=4)
-    with pytest.raises(Stopped, match="at step 2.*no good checkpoint, and no result"):
+    with pytest.raises(Stopped, match=r"at step 2.*no good checkpoint, and no result"):
         trainer.fit()
     assert not (tmp_path / "adapter.safetensors").exists() and checkpoint.steps(tmp_path) == [2]
 
@@ -485,7 +491,7 @@ def test_the_reward_sees_all_seeds_of_a_prompt_together(tmp_path):
     calls = []
 
     def reward(images, prompts, meta):
-        assert images.shape[1:] == (3, SIZE, SIZE) and 0 <= images.min() and images.max() <= 1
+        assert images.shape[1:] == (3, SIZE, SIZE) and images.min() >= 0 and images.max() <= 1
         calls.append((prompts, [m["prompt_id"] for m in meta]))
         return torch.arange(len(prompts)).float()
 
@@ -493,3 +499,68 @@ def test_the_reward_sees_all_seeds_of_a_prompt_together(tmp_path):
     values = guard.measure(noise(2, 3, SIZE, SIZE, 3), tmp_path, None, torch.device("cpu"))
     assert calls == [([HELD[0]] * 3, [0] * 3), ([HELD[1]] * 3, [1] * 3)]
     assert values["reward"] == 1.0 and values["reward_std"] == pytest.approx(math.sqrt(2 / 3))
+
+
+def test_a_hacked_reward_rings_while_it_rises(tmp_path):
+    """Flatness is a reward that is raised by emptying the pictures; a reward for contrast falls, as does diversity."""
+
+    def spread(images):
+        return images - images.mean((2, 3), keepdim=True)
+
+    def flatness(images, prompts, meta):
+        return -spread(images).square().mean((1, 2, 3))
+
+    flatness.differentiable = True
+    contrast = as_reward(lambda images, prompts, meta: spread(images).abs().mean((1, 2, 3)), "contrast")
+    torch.manual_seed(0)
+    trainer = tiny_trainer(
+        tmp_path,
+        model=tiny_model("sd"),
+        objective=alignprop.build(alignprop.Config(steps=2, cfg_scale=1.0, truncation="full")),
+        rows=PromptBatches(["a green triangle", "a small circle"], 4),
+        reward=as_reward(flatness, "flatness"),
+        guard=Guard(
+            GuardsConfig(every=5), ["a green triangle", "a small circle"], reward=contrast, steps=2, cfg_scale=1
+        ),
+        **{"steps": 30, "lr": 3e-3, "checkpoint_every": 5, "log_every": 5},
+    )
+    with pytest.raises(Stopped, match=r"reward is .* below .*guards\.reward_drop"):
+        trainer.fit()
+    trained = [row["reward"] for row in rows(tmp_path) if "reward" in row]
+    held = [row["guard/reward"] for row in guarded(tmp_path)]
+    assert trained == sorted(trained) and held == sorted(held, reverse=True)
+    assert guarded(tmp_path)[-1]["guard/diversity"] < 0.7 * guarded(tmp_path)[0]["guard/diversity"]
+    kept, last = checkpoint.steps(tmp_path)[-2:]
+    assert last < 30 and kept == last - 5
+    weights, _ = checkpoint.load(checkpoint.folder(tmp_path, kept))
+    result = load_file(tmp_path / "model" / "unet" / "diffusion_pytorch_model.safetensors")
+    assert_same(result, {name.removeprefix("denoiser."): value for name, value in weights.items()})
+
+
+def test_processes_stop_together_with_one_result(tmp_path):
+    """Each of two draws half of the prompts; the first looks, both stop, and the result is a checkpoint's."""
+    children = [os.fork() or _rank(tmp_path, rank) for rank in range(2)]
+    assert [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children] == [3, 3]
+    good, alarm = checkpoint.steps(tmp_path)
+    assert alarm == good + 2
+    assert [row["guard/alarms"] for row in guarded(tmp_path)] == [0.0] * (alarm // 2) + [1.0]
+    weights, saved = checkpoint.load(checkpoint.folder(tmp_path, good))
+    assert saved["settings"]["number of processes"] == 2
+    result = load_file(tmp_path / "adapter.safetensors")
+    assert sorted(float(v.double().square().sum()) for v in result.values()) == pytest.approx(
+        sorted(float(v.double().square().sum()) for v in weights.values())
+    )
+
+
+def _rank(out, rank):
+    code = 1
+    try:
+        os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
+        os.environ["MASTER_PORT"] = "29617"
+        # The second process logs other numbers: the bound is on their mean.
+        objective = Drift(logs=lambda step: {"kl": step * (2 * rank)})
+        drifting(out, objective=objective, guards={"terms": {"kl": 3.0}}).fit()
+    except Stopped as stopped:
+        code = stopped.status
+    finally:
+        os._exit(code)
