@@ -110,7 +110,7 @@ class GuardsConfig:
     blank_std: float = option(0.02, help="a picture is blank when no channel has this standard deviation, of 1")
     blank_max: float | None = option(0.1, help="how much the share of blank pictures may rise")
     distance_max: float | None = option(
-        0.4, help="most root mean square of a pixel's way from where the run began, absolute; noise is at 0.41"
+        0.5, help="most root mean square of a pixel's way from where the run began, absolute; noise is at 0.41"
     )
     change_max: float | None = option(
         0.5, help="most norm of the adapter's change by the norm of the weights, absolute"
