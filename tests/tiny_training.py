@@ -186,6 +186,7 @@ def tiny_trainer(
     preview=None,
     reward=None,
     accelerator=None,
+    guard=None,
     **train,
 ) -> Trainer:
     """A CPU run that writes no events unless asked."""
@@ -201,4 +202,5 @@ def tiny_trainer(
         seed=seed,
         reward=reward,
         accelerator=accelerator,
+        guard=guard,
     )

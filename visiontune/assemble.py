@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
@@ -26,7 +27,13 @@ if TYPE_CHECKING:
 
 RECIPE, PLAN = "recipe.yaml", "plan.safetensors"
 # Sections that may change when a run goes on; anything else would make it another run.
-_FREE = ("description", "train", "preview")
+_FREE = (
+    "description",
+    "train",
+    "preview",
+    *(f"guards.{name}" for name in ("on_alarm", "lr_factor", "reward_drop", "diversity_min", "high_frequency_factor")),
+    *(f"guards.{name}" for name in ("blank_max", "distance_max", "change_max", "terms")),
+)
 
 
 def assemble(run: Run) -> Trainer:
@@ -60,9 +67,13 @@ def build(
     objective = objective_module.build(objective_config)
     from visiontune.data.prompts import PromptBatches, read_data_prompts
     from visiontune.objectives._online import Online
+    from visiontune.training import alarms
 
     online = isinstance(objective, Online)
     prompts = read_data_prompts(run.data) if online else []
+    if run.guards is not None:
+        alarms.check(run.guards, objective)
+    prompts, held = guard_prompts(run, prompts)
     samples = [] if online else read(run.data)
     if not online:
         preflight(samples)
@@ -73,6 +84,7 @@ def build(
 
         check_train(objective, run.train)
         objective.check_reward(reward)
+    guard = make_guard(run, held, objective)
 
     from accelerate.utils import set_seed
 
@@ -125,6 +137,7 @@ def build(
         metadata=metadata(run),
         accelerator=accelerator,
         reward=reward,
+        guard=guard,
     )
 
 
@@ -156,6 +169,47 @@ def load_reward(run: Run, online: bool) -> Any:
     from visiontune.rewards.loading import load
 
     return load(run.reward, "reward")
+
+
+def guard_prompts(run: Run, prompts: list[str]) -> tuple[list[str], list[str]]:
+    """What is trained on, and what guards draw."""
+    from visiontune.data.prompts import check_prompts, hold_out
+
+    if run.guards is None:
+        return prompts, []
+    if run.guards.prompts:
+        return prompts, check_prompts([in_words(run, prompt) for prompt in run.guards.prompts], "guards.prompts")
+    return hold_out(prompts, run.guards.holdout, run.seed)
+
+
+def make_guard(run: Run, prompts: list[str], objective: Any) -> Any:
+    """The run's guard, or ``None``.
+
+    Raises:
+        UserError: its reward is unknown, or is scaled by what it has seen and cannot be compared with the start.
+    """
+    if run.guards is None:
+        return None
+    from visiontune.rewards.loading import load, resolve
+    from visiontune.training.alarms import Guard
+
+    spec, reward = run.guards.reward, None
+    if spec is not None:
+        if run.reward and _configured(resolve(spec)) == _configured(resolve(run.reward)):
+            warnings.warn(
+                "guards.reward is the trained reward, which rises while it is hacked: take another one", stacklevel=2
+            )
+        reward = load(spec, "guards.reward")
+        if getattr(reward, "running", None):
+            raise UserError("guards.reward has terms with normalise: running, whose scale moves: take raw or declared")
+    options = vars(objective.config)
+    drawn = {name: options[name] for name in ("steps", "cfg_scale") if name in options}
+    return Guard(run.guards, prompts, reward=reward, **drawn)
+
+
+def _configured(spec: str | Mapping[str, Any]) -> tuple[str, Any]:
+    module, config = plugin.configure("rewards", spec, "reward")
+    return module.__name__, config
 
 
 def open_model(run: Run) -> DiffusionModel:
@@ -242,14 +296,18 @@ def check_folder(run: Run) -> None:
         raise UserError(
             f"{run.folder} already holds a run: choose another name=, or go on with it by train.resume=true"
         )
-    before = {key: value for key, value in _flat(catalogue.read_yaml(file)) if key.partition(".")[0] not in _FREE}
-    now = {key: value for key, value in _flat(run.resolved()) if key.partition(".")[0] not in _FREE}
+    before = {key: value for key, value in _flat(catalogue.read_yaml(file)) if not _free(key)}
+    now = {key: value for key, value in _flat(run.resolved()) if not _free(key)}
     for key in sorted(before.keys() | now.keys()):
         if before.get(key) != now.get(key):
             was, wanted = before.get(key), now.get(key)
             raise UserError(
                 f"{run.folder} holds a run with {key}={was}, not {wanted}: set it back, or choose another name="
             )
+
+
+def _free(key: str) -> bool:
+    return any(key == free or key.startswith(f"{free}.") for free in _FREE)
 
 
 def _flat(content: Mapping[str, Any], path: str = "") -> Iterator[tuple[str, Any]]:

@@ -18,7 +18,7 @@ from visiontune.data.readers import resolve
 from visiontune.errors import UserError
 from visiontune.sampling.config import SampleConfig
 from visiontune.schema import from_mapping, option
-from visiontune.training.config import PreviewConfig, TrainConfig
+from visiontune.training.config import GuardsConfig, PreviewConfig, TrainConfig
 
 if TYPE_CHECKING:
     from visiontune.training.loop import Trainer
@@ -62,6 +62,7 @@ class Run:
     data: DataConfig = option(help="the images and captions, or a file of prompts")
     train: TrainConfig = option(TrainConfig(), help="optimisation")
     preview: PreviewConfig = option(PreviewConfig(), help="images drawn during training")
+    guards: GuardsConfig | None = option(None, help="alarms for training by reward; none for none")
 
     @property
     def folder(self) -> Path:
@@ -89,6 +90,7 @@ class RewardSpec:
 def sections() -> dict[str, type]:
     """The sections of a recipe that have options of their own, and whole recipes of both verbs."""
     parts = {"model": ModelConfig, "data": DataConfig, "train": TrainConfig, "preview": PreviewConfig}
+    parts["guards"] = GuardsConfig
     return {"run": Run, **parts, "sample": SampleConfig}
 
 
@@ -113,8 +115,9 @@ def parse_run(content: Mapping[str, Any]) -> Run:
     content = dict(content)
     if content.get("adapter") in ("none", {"name": "none"}):
         content["adapter"] = None
-    if content.get("reward") == "none":
-        content["reward"] = None
+    for section in ("reward", "guards"):
+        if content.get(section) == "none":
+            content[section] = None
     for section in ("adapter", "objective", "reward"):
         if isinstance(content.get(section), str):
             content[section] = {"name": content[section]}

@@ -37,7 +37,9 @@ def work(out, kind):
     """Run the worker in a process of its own."""
     folders = [str(HERE), str(HERE.parent), str(HERE.parents[1])]
     env = {**os.environ, "PYTHONPATH": os.pathsep.join(folders), "OMP_NUM_THREADS": "1"}
-    return subprocess.run([sys.executable, str(HERE / "online_worker.py"), str(out), kind], env=env, capture_output=True)
+    return subprocess.run(
+        [sys.executable, str(HERE / "online_worker.py"), str(out), kind], env=env, capture_output=True
+    )
 
 
 def metrics(out):
@@ -54,7 +56,9 @@ def same(one, other):
     return torch.equal(one, other) if isinstance(one, torch.Tensor) else one == other
 
 
-def prop(out, model=None, reward=None, found=None, batch_size=2, accelerator=None, preview=None, objective=None, **train):
+def prop(
+    out, model=None, reward=None, found=None, batch_size=2, accelerator=None, preview=None, objective=None, **train
+):
     model = model or TinyModel()
     options = {"steps": 3, "cfg_scale": 2.0, "truncation": "full", **(objective or {})}
     return tiny_trainer(

@@ -55,7 +55,7 @@ def parser() -> Parser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line and return its exit status: 0, or 2 after an error that the user can mend."""
+    """Run the command line and return its exit status: 0, 2 after an error that the user can mend, 3 after an alarm."""
     args, rest = parser().parse_known_args(argv)
     if rest:
         # argparse gives up a `*` positional once an option has come between; overrides may stand anywhere.
@@ -66,7 +66,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         args.run(args)
         sys.stdout.flush()
     except UserError as error:
-        return _complain(str(error))
+        return _complain(str(error), error.status)
     except KeyboardInterrupt:
         print("visiontune: interrupted", file=sys.stderr)
         return 130
@@ -80,6 +80,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _complain(message: str) -> int:
+def _complain(message: str, status: int = 2) -> int:
     print(f"visiontune: {message}", file=sys.stderr)
-    return 2
+    return status

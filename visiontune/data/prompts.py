@@ -47,6 +47,20 @@ def check_prompts(prompts: Sequence[str], source: str) -> list[str]:
     return list(prompts)
 
 
+def hold_out(prompts: Sequence[str], count: int, seed: int) -> tuple[list[str], list[str]]:
+    """The prompts to train on and ``count`` others, chosen by the seed; both in the order of the list.
+
+    Raises:
+        UserError: nothing would be left to train on.
+    """
+    if count >= len(prompts):
+        raise UserError(
+            f"guards.holdout={count} leaves none of {len(prompts)} prompts to train on: lower it, or set guards.prompts"
+        )
+    held = set(np.random.default_rng([seed % 2**64, len(prompts)]).permutation(len(prompts))[:count].tolist())
+    return [p for i, p in enumerate(prompts) if i not in held], [prompts[i] for i in sorted(held)]
+
+
 class PromptBatches:
     """Batches of prompts, each prompt ``group`` times in a row; batch ``k`` is a pure function of ``k`` and the seed.
 

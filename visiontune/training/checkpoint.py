@@ -34,7 +34,15 @@ def latest(out: Path) -> Path | None:
     return folder(out, found[-1]) if found else None
 
 
-def save(out: Path, step: int, weights: dict[str, Tensor], state: dict[str, Any], keep: int) -> Path:
+def newest(out: Path, step: int) -> Path | None:
+    """The newest checkpoint that is not after ``step``, if there is one."""
+    found = [s for s in steps(out) if s <= step]
+    return folder(out, found[-1]) if found else None
+
+
+def save(
+    out: Path, step: int, weights: dict[str, Tensor], state: dict[str, Any], keep: int, good: int | None = None
+) -> Path:
     """Write the checkpoint of ``step`` and remove all but the newest ``keep``.
 
     Args:
@@ -43,6 +51,7 @@ def save(out: Path, step: int, weights: dict[str, Tensor], state: dict[str, Any]
         weights: trained tensors by name, stored as safetensors.
         state: everything else (optimiser, schedule, averages), stored by ``torch.save`` and read with ``weights_only``.
         keep: how many checkpoints remain.
+        good: the newest checkpoint that is not after this step remains too.
     """
     from safetensors.torch import save_file
 
@@ -54,8 +63,10 @@ def save(out: Path, step: int, weights: dict[str, Tensor], state: dict[str, Any]
         # Through a file object: given a path, torch reports a full disk as an unexplained position.
         with (partial / STATE).open("wb") as file:
             torch.save({**state, "step": step}, file)
-    for old in steps(out)[:-keep]:
-        remove_folder(folder(out, old))
+    kept = None if good is None else newest(out, good)
+    for old in (folder(out, s) for s in steps(out)[:-keep]):
+        if old != kept:
+            remove_folder(old)
     return target
 
 

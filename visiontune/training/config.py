@@ -7,6 +7,8 @@ from typing import Any, Literal
 
 from visiontune.schema import option
 
+MEASURES = ("reward", "diversity", "high_frequency", "blank", "distance", "change")
+
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
@@ -74,3 +76,73 @@ class PreviewConfig:
     def __post_init__(self) -> None:
         if min(self.every, self.steps, self.batch_size) < 1:
             raise ValueError("every, steps and batch_size must be 1 or more")
+
+
+@dataclass(frozen=True, kw_only=True)
+class GuardsConfig:
+    """The ``guards:`` section of a recipe: alarms for online objectives whose reward rises while the pictures rot.
+
+    Bounds are relative to what was measured before the first step unless they say otherwise; null turns one off.
+    """
+
+    every: int = option(50, help="steps between checks, besides one before the first step and one after the last")
+    on_alarm: Literal["stop", "warn", "lower_lr"] = option(
+        "stop", help="end the run at its last good checkpoint, say so once for each measure, or lower the rate"
+    )
+    lr_factor: float = option(0.5, help="lower_lr multiplies the learning rate by this at every check with an alarm")
+    prompts: list[str] = option([], help="what is drawn; empty holds prompts of the run's own out of training")
+    holdout: int = option(16, help="how many prompts are held out")
+    seeds: list[int] = option([0, 1], help="seeds drawn for each prompt; diversity needs two")
+    steps: int | None = option(None, help="sampling steps; null for the objective's")
+    cfg_scale: float | None = option(None, help="guidance scale; null for the objective's")
+    batch_size: int = option(8, help="pictures drawn and scored at once")
+    reward: str | dict[str, Any] | None = option(
+        None, help="another reward than the trained one, with its options as in reward:; null for none"
+    )
+    reward_drop: float | None = option(
+        0.2, help="how much the reward may fall, as a share of its start or of its spread, whichever is more"
+    )
+    diversity_min: float | None = option(0.5, help="least share of the distance between seeds of a prompt")
+    high_frequency_from: float = option(0.25, help="cycles a pixel above which a frequency is high; 0.5 is the most")
+    high_frequency_factor: float | None = option(
+        2.0, help="factor by which the share of high frequencies may grow or shrink"
+    )
+    blank_std: float = option(0.02, help="a picture is blank when no channel has this standard deviation, of 1")
+    blank_max: float | None = option(0.1, help="how much the share of blank pictures may rise")
+    distance_max: float | None = option(
+        0.5, help="most root mean square of a pixel's way from where the run began, absolute; noise is at 0.41"
+    )
+    change_max: float | None = option(
+        0.5, help="most norm of the adapter's change by the norm of the weights, absolute"
+    )
+    terms: dict[str, float] = option(
+        {}, help="bounds on what the objective logs, mean since the last check: {kl: 1, clip_fraction: 0.9}"
+    )
+
+    def __post_init__(self) -> None:
+        if min(self.every, self.holdout, self.batch_size, self.steps or 1) < 1 or not self.seeds:
+            raise ValueError("every, holdout, steps and batch_size must be 1 or more, and there must be a seed")
+        if len(set(self.seeds)) < len(self.seeds):
+            raise ValueError("seeds must differ")
+        if self.diversity_min is not None and len(self.seeds) < 2:
+            raise ValueError("diversity is measured between seeds: give two or more, or set diversity_min to null")
+        for name, low, high in _RANGES:
+            value = getattr(self, name)
+            if value is not None and not low < value < high:
+                raise ValueError(f"{name} must be between {low:g} and {high:g}, not {value:g}")
+        for name in self.terms:
+            if name in MEASURES:
+                raise ValueError(f"terms.{name} is what the objective logs; the guards' own has an option of its own")
+
+
+_RANGES = (
+    ("lr_factor", 0, 1),
+    ("reward_drop", 0, float("inf")),
+    ("diversity_min", 0, 1),
+    ("high_frequency_from", 0, 0.5),
+    ("high_frequency_factor", 1, float("inf")),
+    ("blank_std", 0, 0.5),
+    ("blank_max", 0, 1),
+    ("distance_max", 0, 1),
+    ("change_max", 0, float("inf")),
+)

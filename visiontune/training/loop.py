@@ -15,15 +15,15 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import set_seed
+from accelerate.utils import broadcast_object_list, set_seed
 from torch import Tensor
 
 from visiontune.core import Loss
-from visiontune.errors import UserError
+from visiontune.errors import Stopped, UserError
 from visiontune.files import atomic_write
 from visiontune.objectives._online import Online
 from visiontune.objectives.base import Objective, generator, seed_of
-from visiontune.training import card, checkpoint, guards, optim, preview
+from visiontune.training import alarms, card, checkpoint, guards, optim, preview
 from visiontune.training.config import PreviewConfig, TrainConfig
 from visiontune.training.devices import attention_for_training, make_accelerator
 from visiontune.training.ema import Average
@@ -50,9 +50,10 @@ class Trainer:
         metadata: strings for the header of ``adapter.safetensors`` and the model card (``trigger``, ``prompt``, ...).
         accelerator: made from ``train`` unless given.
         reward: what an online objective scores pictures by.
+        guard: looks at what an online objective does to the pictures.
 
     Raises:
-        UserError: nothing to train, an impossible precision, an unknown optimiser or tracker.
+        UserError: nothing to train, an impossible precision, an unknown optimiser or tracker, a guard that cannot look.
     """
 
     def __init__(
@@ -69,10 +70,11 @@ class Trainer:
         metadata: Mapping[str, str] | None = None,
         accelerator: Accelerator | None = None,
         reward: Any = None,
+        guard: alarms.Guard | None = None,
     ) -> None:
         self.model, self.adapters, self.objective, self.rows = model, adapters, objective, rows
         self.train, self.preview, self.seed, self.out = train, preview or PreviewConfig(), seed, Path(out)
-        self.metadata = dict(metadata or {})
+        self.metadata, self.guard = dict(metadata or {}), guard
         self.accelerator = accelerator or make_accelerator(train, self.out)
         model.to(self.accelerator.device)
         chosen = optim.choose(model, adapters, train)
@@ -89,9 +91,12 @@ class Trainer:
             self.online = OnlineSteps(
                 self.model, adapters, objective, rows, train, reward, seed, self.accelerator, chosen
             )
+        if guard is not None:
+            alarms.check(guard.config, objective)
         optimizer = optim.make_optimizer(chosen, train, optim.text_names(chosen, model))
         self.optimizer = self.accelerator.prepare_optimizer(optimizer)
         self.schedule = optim.make_schedule(optimizer, train)
+        self._rates = list(self.schedule.base_lrs)
         self.average = Average(list(chosen.values()), train.ema)
         self.meter = Meter()
 
@@ -104,23 +109,29 @@ class Trainer:
         Raises:
             UserError: the folder holds a run that is not to be resumed, or one with other settings; the loss or the
                 weights are not finite; the disk is full. Checkpoints written before stay as they are.
+            Stopped: an alarm of the guard ended the run; the result holds the weights of the last good checkpoint.
         """
         from tqdm.auto import tqdm
 
         with guards.readable_disk_errors(self.out):
             start = self._resume()
-            metrics = Metrics(self.accelerator, self.out, self.train.trackers, start)
+            # Nothing is kept of a run that begins, not even what was measured before its first step.
+            metrics = Metrics(self.accelerator, self.out, self.train.trackers, start or -1)
             if self.accelerator.is_main_process:
                 preview.forget_after(self.out, start)
+                preview.forget_after(self.out, start, alarms.FOLDER)
             try:
                 if start == 0:
+                    metrics.log(0, self._check(0))
                     self._preview(0, metrics)
+                self._stop_if_alarmed()
                 quiet = not self.accelerator.is_local_main_process
                 bar = tqdm(range(start, self.train.steps), "training", self.train.steps, initial=start, disable=quiet)
                 with attention_for_training(self.model, self.accelerator):
                     for step in bar:
                         bar.set_postfix(loss=f"{self.optimise(step):.4f}", refresh=False)
                         self._after(step + 1, metrics)
+                        self._stop_if_alarmed()
             finally:
                 metrics.close()
             return self._finish()
@@ -142,9 +153,9 @@ class Trainer:
         if norm is not None and accelerator.scaler is None:
             guards.check_loss(float(norm), step + 1, self.out, "gradient")
         self._update(step)
-        self.meter.add({"loss": total, "seconds": torch.tensor(time.perf_counter() - started, device=total.device)})
+        self._note({"loss": total, "seconds": torch.tensor(time.perf_counter() - started, device=total.device)})
         if norm is not None:
-            self.meter.add({"grad_norm": norm})
+            self._note({"grad_norm": norm})
         return float(total)
 
     def _gradients(self, step: int) -> Tensor:
@@ -152,7 +163,7 @@ class Trainer:
         if isinstance(self.objective, Online):
             assert self.online is not None
             loss = self.online.step(step)
-            self.meter.add(loss.terms)
+            self._note(loss.terms)
             return loss.total
         total = torch.zeros((), device=self.accelerator.device)
         for part in range(self.train.accumulate):
@@ -160,8 +171,13 @@ class Trainer:
                 loss = self.loss(step * self.train.accumulate + part)
                 self.accelerator.backward(loss.total)
                 total += loss.total.detach() / self.train.accumulate
-                self.meter.add(loss.terms)
+                self._note(loss.terms)
         return total
+
+    def _note(self, values: Mapping[str, Tensor]) -> None:
+        self.meter.add(values)
+        if self.guard is not None:
+            self.guard.add(values)
 
     def loss(self, index: int) -> Loss:
         """Loss of this process's batch number ``index``."""
@@ -192,13 +208,44 @@ class Trainer:
         wrote after it is written again.
         """
         last = step == self.train.steps
+        row = {}
         if last or step % self.train.log_every == 0:
             self.meter.reduce(self.accelerator)
-            metrics.log(step, {**self.meter.take(), "lr": float(self.optimizer.param_groups[0]["lr"])})
+            row = {**self.meter.take(), "lr": float(self.optimizer.param_groups[0]["lr"])}
+        metrics.log(step, {**row, **self._check(step)})
         if preview.due(step, self.train.steps, self.preview):
             self._preview(step, metrics)
-        if last or step % self.train.checkpoint_every == 0:
+        if last or step % self.train.checkpoint_every == 0 or (self.guard is not None and self.guard.stops()):
             self._save(step)
+
+    def _check(self, step: int) -> dict[str, float]:
+        """Let the guard look, if that is due after ``step`` steps; what it measured."""
+        guard = self.guard
+        if guard is None or not guard.due(step, self.train.steps):
+            return {}
+        images, found = None, [dict[str, float]()]
+        if self.accelerator.is_main_process:
+            with self._looking():
+                images = guard.draw(self.model)
+                found = [guard.measure(images, self.out, self.adapters, self.accelerator.device)]
+        # All processes judge, each by what the first one saw, so that they go on or stop together.
+        values: dict[str, float] = broadcast_object_list(found)[0]
+        guard.meter.reduce(self.accelerator)
+        broken = guard.check(step, values)
+        if images is not None:
+            if broken or step == 0:
+                guard.keep(self.out, step, images)
+            guard.report(broken, self.out)
+        self._set_rates()
+        return {f"guard/{name}": value for name, value in {**guard.latest, "alarms": float(len(broken))}.items()}
+
+    def _set_rates(self) -> None:
+        """The learning rates as the guard leaves them."""
+        factor = self.guard.factor if self.guard is not None else 1.0
+        self.schedule.base_lrs = [rate * factor for rate in self._rates]
+        rates = zip(self.optimizer.param_groups, self.schedule.base_lrs, self.schedule.lr_lambdas, strict=True)
+        for group, rate, shape in rates:
+            group["lr"] = rate * shape(self.schedule.last_epoch)
 
     def _preview(self, step: int, metrics: Metrics) -> None:
         if self.preview.prompts and self.accelerator.is_main_process:
@@ -235,6 +282,8 @@ class Trainer:
     def _save(self, step: int) -> None:
         guards.check_weights(self.parameters.values(), step, self.out)
         self.meter.reduce(self.accelerator)
+        if self.guard is not None:
+            self.guard.meter.reduce(self.accelerator)
         if self.accelerator.is_main_process:
             scaler = self.accelerator.scaler
             state = {
@@ -244,9 +293,11 @@ class Trainer:
                 "average": self.average.state_dict(),
                 "meter": self.meter.state_dict(),
                 "online": self.online.state_dict() if self.online else None,
+                "guard": self.guard.state_dict() if self.guard is not None else None,
                 "scaler": scaler.state_dict() if scaler else None,
             }
-            checkpoint.save(self.out, step, self._weights(), state, self.train.keep)
+            good = self.guard.good if self.guard is not None else None
+            checkpoint.save(self.out, step, self._weights(), state, self.train.keep, good)
         self.accelerator.wait_for_everyone()
 
     def _resume(self) -> int:
@@ -256,8 +307,10 @@ class Trainer:
             raise UserError(f"{self.out} already holds a run ({found.name}); set train.resume=true, or another name")
         if self.accelerator.is_main_process:
             checkpoint.clear_partial(self.out)
-        if found is None:
-            return 0
+        return 0 if found is None else self._load(found)
+
+    def _load(self, found: Path) -> int:
+        """Take up a checkpoint; returns the number of steps done."""
         weights, state = checkpoint.load(found, optim.state_package(self.optimizer))
         if state["step"] > self.train.steps:
             raise UserError(f"{found} is past train.steps={self.train.steps}: ask for more steps, or use another name")
@@ -268,6 +321,11 @@ class Trainer:
         optim.restore(self.optimizer, self.schedule, state["optimizer"], state["schedule"], self.train)
         self.average.load_state_dict(state["average"])
         self.meter.load_state_dict(state["meter"], self.accelerator.device)
+        if self.guard is not None:
+            if not state.get("guard"):
+                raise UserError(f"{found} is of a run without guards, which compare with its start: use another name")
+            self.guard.load_state_dict(state["guard"], self.accelerator.device)
+            self._set_rates()
         if self.online:
             self.online.load_state_dict(state["online"])
         if self.accelerator.scaler and state["scaler"]:
@@ -289,14 +347,28 @@ class Trainer:
 
     # -- the end ------------------------------------------------------------------------------------------------
 
-    def _finish(self) -> Path:
-        result = self.out / ("model" if self.adapters is None else "adapter.safetensors")
+    def _stop_if_alarmed(self) -> None:
+        """End a run whose last check broke a bound: its result has the weights of the last good checkpoint."""
+        if self.guard is None or not self.guard.stops():
+            return
+        good, words = self.guard.last_good(self.out), self.guard.message(self.out, self._result)
+        if good is not None:
+            taken = self._load(good)
+            self._finish({"taken from": f"step {taken}, the last good checkpoint before an alarm"})
+        raise Stopped(words)
+
+    @property
+    def _result(self) -> Path:
+        return self.out / ("model" if self.adapters is None else "adapter.safetensors")
+
+    def _finish(self, facts: Mapping[str, str] | None = None) -> Path:
+        result = self._result
         if self.accelerator.is_main_process:
             with self._looking():
                 self._write(result)
             preview.compare(self.out, self.train.steps, self.preview)
             method = self.adapters.method if self.adapters is not None else None
-            facts = {"trained parameters": f"{sum(p.numel() for p in self.parameters.values()):,}"}
+            facts = {"trained parameters": f"{sum(p.numel() for p in self.parameters.values()):,}", **(facts or {})}
             card.write(
                 self.out,
                 source=self.model.source,

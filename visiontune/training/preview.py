@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -36,10 +37,7 @@ def draw(model: DiffusionModel, out: Path, step: int, config: PreviewConfig) -> 
     Returns:
         ``uint8 [prompts * seeds, h, w, 3]``, all seeds of the first prompt first.
     """
-    from PIL import Image
-
     from visiontune.sampling.generate import images
-    from visiontune.sampling.grid import grid
 
     pairs = [(i, prompt, seed) for i, prompt in enumerate(config.prompts) for seed in config.seeds]
     pixels = images(
@@ -50,19 +48,7 @@ def draw(model: DiffusionModel, out: Path, step: int, config: PreviewConfig) -> 
         cfg_scale=config.cfg_scale,
         batch_size=config.batch_size,
     )
-    target = folder(out, step)
-    shutil.rmtree(target, ignore_errors=True)
-    with atomic_write(target) as partial:
-        partial.mkdir()
-        for (i, _, seed), image in zip(pairs, pixels, strict=True):
-            Image.fromarray(image).save(partial / file_name(i, seed))
-        sheet = grid(
-            list(pixels),
-            len(config.seeds),
-            row_captions=config.prompts,
-            column_captions=[f"seed {seed}" for seed in config.seeds],
-        )
-        sheet.save(partial / "grid.png")
+    write(folder(out, step), pixels, config.prompts, config.seeds)
     return pixels
 
 
@@ -87,9 +73,25 @@ def compare(out: Path, step: int, config: PreviewConfig) -> None:
         sheet.save(partial, format="PNG")
 
 
-def forget_after(out: Path, step: int) -> None:
+def write(target: Path, pixels: np.ndarray, prompts: Sequence[str], seeds: Sequence[int]) -> None:
+    """Write one file per prompt and seed, all seeds of the first prompt first, and ``grid.png``, as a whole."""
+    from PIL import Image
+
+    from visiontune.sampling.grid import grid
+
+    names = [file_name(i, seed) for i in range(len(prompts)) for seed in seeds]
+    shutil.rmtree(target, ignore_errors=True)
+    with atomic_write(target) as partial:
+        partial.mkdir()
+        for name, image in zip(names, pixels, strict=True):
+            Image.fromarray(image).save(partial / name)
+        columns = [f"seed {seed}" for seed in seeds]
+        grid(list(pixels), len(seeds), row_captions=prompts, column_captions=columns).save(partial / "grid.png")
+
+
+def forget_after(out: Path, step: int, kind: str = "samples") -> None:
     """Remove the previews of steps after ``step``, and what a killed run left half-written."""
-    for path in (out / "samples").glob("*step-*"):
+    for path in (out / kind).glob("*step-*"):
         if path.name.startswith(".") or path.name > folder(out, step).name:
             shutil.rmtree(path)
 

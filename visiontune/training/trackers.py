@@ -66,7 +66,8 @@ class Metrics:
         accelerator.init_trackers("visiontune", init_kwargs={k: v for k, v in options.items() if k in trackers})
 
     def log(self, step: int, row: Mapping[str, float]) -> None:
-        if self.accelerator.is_main_process:
+        """Write a row, unless there is nothing in it."""
+        if row and self.accelerator.is_main_process:
             append_jsonl(self.path, {"step": step, **{k: float(f"{v:.6g}") for k, v in row.items()}})
             self.accelerator.log(dict(row), step=step)
 
