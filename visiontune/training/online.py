@@ -57,7 +57,8 @@ class OnlineSteps:
         state: the objective's own, kept in checkpoints.
 
     Raises:
-        UserError: accumulation, or checkpoints that would fall between the steps of one rollout.
+        UserError: accumulation, checkpoints that would fall between the steps of one rollout, or no adapter where the
+            objective compares with the base.
     """
 
     def __init__(
@@ -81,6 +82,8 @@ class OnlineSteps:
                     f"objective.updates={objective.updates}"
                 )
         objective.check(model, reward)
+        if objective.referenced and adapters is None:
+            _no_reference()
         self.model: Any = Precise(model, accelerator)
         self.adapters, self.objective, self.rows, self.train = adapters, objective, rows, train
         self.reward, self.seed, self.accelerator, self.parameters = reward, seed, accelerator, parameters
@@ -113,6 +116,8 @@ class OnlineSteps:
             index=index,
             rank=accelerator.process_index,
             world=accelerator.num_processes,
+            parameters=self.parameters,
+            refresh=self.adapters.refresh if self.adapters is not None else _nothing,
             state=self.state,
         )
 
@@ -123,6 +128,10 @@ class OnlineSteps:
             # Every process takes part for every parameter, whether its rows moved it or not.
             own = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
             parameter.grad = self.accelerator.reduce(own, "mean")
+
+
+def _nothing() -> None:
+    """The base's own weights leave nothing behind that was computed from them."""
 
 
 def _no_reference() -> nullcontext[None]:
