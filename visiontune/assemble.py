@@ -63,7 +63,7 @@ def build(
 
     online = isinstance(objective, Online)
     prompts = read_data_prompts(run.data) if online else []
-    samples = [] if online else read(run.data)
+    samples = [] if online else read(run.data, pairs=objective.pairs)
     if not online:
         preflight(samples)
     check_start(run)

@@ -9,9 +9,9 @@ and with r in [0, 1], the probability that a picture is a good one,
 
     L = E over x_0, t, eps of  r |v+ - target|^2 + (1 - r) |v- - target|^2
 
-whose optimum is v_old + (2 r - 1) / beta (target - v_old). All is affine in the network's output, so v may be a velocity,
-the noise or the clean picture. The authors' code measures the errors in x_0 and divides each by its own mean absolute
-value (``normalise``), and holds the model to the base by ``kl_weight`` |v - v_ref|^2.
+whose optimum is v_old + (2 r - 1) / beta (target - v_old). All is affine in the network's output, so v may be a
+velocity, the noise or the clean picture. The authors' code measures the errors in x_0 and divides each by its own mean
+absolute value (``normalise``), and holds the model to the base by ``kl_weight`` |v - v_ref|^2.
 
 r is the advantage, the reward less the mean of its prompt over the deviation of all, brought to [0, 1]. The old policy
 follows the trained one, old <- d old + (1 - d) trained before every rollout, with d growing over the rollouts.
