@@ -52,7 +52,7 @@ def read_table(config: Config, path: str, *, pairs: bool = False, **options: Any
     for key, column in wanted.items():
         try:
             pictures[key] = table.select_columns(column).cast_column(column, datasets.Image())
-        except (TypeError, ValueError, OSError) as error:
+        except (TypeError, ValueError, OSError, NotImplementedError) as error:  # the last is pyarrow's
             raise UserError(f"column '{column}' of {config.root} holds no images {columns}: set data.{key}") from error
     samples = []
     for i, words in enumerate(captions):
