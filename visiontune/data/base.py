@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -38,6 +38,7 @@ class Config:
     flip: bool = option(False, help="mirror each row left to right with probability one half")
     image_column: str = option("image", help="column of the images in a parquet or Hub dataset")
     caption_column: str = option("text", help="column of the captions, also in metadata.jsonl")
+    rejected_column: str = option("rejected", help="column of the worse images of pairs, also in metadata.jsonl")
     split: str = option("train", help="split of a Hub dataset")
     revision: str | None = option(None, help="commit or tag of a Hub dataset")
     cache: bool = option(True, help="keep latents on disk instead of encoding images again at every step")
@@ -60,6 +61,7 @@ class Sample:
         caption: its words, nothing left to substitute.
         prior: whether it is a prior-preservation image (DreamBooth) rather than one of the user's own.
         weight: factor of its loss; prior samples carry the prior weight lambda.
+        rejected: the worse image of a pair of one caption, of which ``image`` is the better one.
     """
 
     id: str
@@ -67,6 +69,13 @@ class Sample:
     caption: str
     prior: bool = False
     weight: float = 1.0
+    rejected: Path | Callable[[], Image.Image] | None = None
+
+    def partner(self) -> Sample | None:
+        """The worse image of the pair as a sample, or ``None`` where there is no pair."""
+        if self.rejected is None:
+            return None
+        return replace(self, id=f"{self.id} (rejected)", image=self.rejected, rejected=None)
 
     def open(self) -> Image.Image:
         """The whole picture, decoded, upright and RGB.

@@ -1,8 +1,9 @@
-"""A folder of images: ``.txt`` captions beside them, or ``metadata.jsonl``."""
+"""A folder of images, or of pairs of them: ``.txt`` captions beside them, or ``metadata.jsonl``."""
 
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 from visiontune.data.base import Config, Sample, caption_text, captioned, listed
@@ -28,7 +29,7 @@ def read_folder(folder: Path, config: Config) -> list[Sample]:
     if not images and not texts and not metadata.exists():
         raise UserError(_nothing_in(folder))
     if metadata.exists():
-        captions = _metadata(metadata, config.caption_column)
+        captions = {name: caption for name, (caption, _) in _metadata(metadata, config.caption_column).items()}
         both = sorted(f.name for f in images if f.stem in texts)
         if both:
             raise UserError(f"{folder} has metadata.jsonl and also .txt captions for {listed(both)}: keep one kind")
@@ -44,6 +45,35 @@ def read_folder(folder: Path, config: Config) -> list[Sample]:
     return samples
 
 
+def read_pairs(folder: Path, config: Config) -> list[Sample]:
+    """Samples with a ``rejected`` image each, in the order of their file names.
+
+    They are the lines of ``metadata.jsonl``, which name both files; or the files of the subfolders ``chosen``, captions
+    included, and ``rejected``. An image without its partner is left for preflight to report.
+
+    Raises:
+        UserError: neither is there, or captions cannot be read.
+    """
+    metadata, chosen, rejected = folder / "metadata.jsonl", folder / "chosen", folder / "rejected"
+    if metadata.exists():
+        rows = _metadata(metadata, config.caption_column, config.rejected_column)
+        return [
+            replace(captioned(name, folder / name, caption, config), rejected=folder / worse)
+            for name, (caption, worse) in sorted(rows.items())
+        ]
+    if not (chosen.is_dir() and rejected.is_dir()):
+        raise UserError(
+            f"{folder} has no pairs: write metadata.jsonl with '{config.rejected_column}' beside file_name, or make "
+            "subfolders chosen and rejected with files of the same names"
+        )
+    samples = [replace(s, rejected=rejected / s.id) for s in read_folder(chosen, config)]
+    names = {s.id for s in samples}
+    alone = sorted(f.name for f in rejected.iterdir() if f.suffix.lower() in SUFFIXES and f.name not in names)
+    return samples + [
+        replace(captioned(f"rejected/{name}", chosen / name, None, config), rejected=rejected / name) for name in alone
+    ]
+
+
 def _nothing_in(folder: Path) -> str:
     inner = sorted({f.parent for f in folder.rglob("*") if f.suffix.lower() in SUFFIXES})
     hint = f"; there are images in {inner[0]}: set data.root to it" if inner else ""
@@ -57,9 +87,9 @@ def _text(file: Path) -> str:
         raise UserError(f"{file} is not UTF-8 text: save the caption as UTF-8") from error
 
 
-def _metadata(file: Path, column: str) -> dict[str, str | None]:
-    """Captions by file name; ``None`` where the caption is null."""
-    captions: dict[str, str | None] = {}
+def _metadata(file: Path, column: str, rejected: str | None = None) -> dict[str, tuple[str | None, str]]:
+    """Captions by file name, ``None`` where the caption is null, and the file of the column ``rejected`` if given."""
+    found: dict[str, tuple[str | None, str]] = {}
     for number, line in enumerate(_text(file).split("\n"), 1):
         if not line.strip():
             continue
@@ -71,8 +101,12 @@ def _metadata(file: Path, column: str) -> dict[str, str | None]:
             raise UserError(f"{file} line {number} has no file_name: write {{'file_name': 'a.png', '{column}': '...'}}")
         if column not in row:
             raise UserError(f"{file} line {number} has no '{column}'{nearest(column, row)} (data.caption_column)")
+        if rejected is not None and not isinstance(row.get(rejected), str):
+            near = "" if rejected in row else nearest(rejected, row)
+            raise UserError(f"{file} line {number} names no file as '{rejected}'{near} (data.rejected_column)")
         name = Path(row["file_name"]).as_posix()
-        if name in captions:
+        if name in found:
             raise UserError(f"{file} line {number} captions {name} a second time: keep one line for it")
-        captions[name] = caption_text(row[column], f"{file} line {number}")
-    return captions
+        caption = caption_text(row[column], f"{file} line {number}")
+        found[name] = caption, row[rejected] if rejected is not None else ""
+    return found

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
 from typing import Literal
@@ -28,6 +28,7 @@ class Spec:
     )
     subject: str | None = option(None, help="name of the subject (world: subject)")
     style: str = option("flat", help="rendering style: flat, outline, pixel, shaded or hatched")
+    rejected_style: str | None = option(None, help="draw every scene in this style too, as the worse image of a pair")
     holdout: bool = option(False, help="only scenes whose captions pocket models have never seen (world: scenes)")
     count: int = option(5, help="number of images")
     seed: int = option(0, help="seed of the scenes")
@@ -40,8 +41,9 @@ class Spec:
     def __post_init__(self) -> None:
         if self.world == "subject" and self.subject not in SUBJECTS:
             raise UserError(f"unknown subject '{self.subject}'{nearest(str(self.subject), SUBJECTS)}")
-        if self.style not in STYLES:
-            raise UserError(f"unknown style '{self.style}'{nearest(self.style, STYLES)}")
+        for style in (self.style, self.rejected_style or self.style):
+            if style not in STYLES:
+                raise UserError(f"unknown style '{style}'{nearest(style, STYLES)}")
         if self.world == "subject" and not self.caption:
             raise UserError("a subject needs a caption: 'a photo of a [trigger] [class]'")
         if self.count < 1:
@@ -64,6 +66,7 @@ def samples(spec: Spec, name: str, *, prompt: str | None = None, trigger: str, c
             id=f"{name}/{i:04d}",
             image=partial(_draw, scene),
             caption=substitute(template.replace("{scene}", words), trigger, class_noun),
+            rejected=partial(_draw, replace(scene, style=spec.rejected_style)) if spec.rejected_style else None,
         )
         for i, (scene, words) in enumerate(islice(_scenes(spec), spec.count))
     ]

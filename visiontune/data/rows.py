@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
@@ -60,6 +60,7 @@ class Rows:
         samples: as given.
         buckets: indices of the instance samples under each bucket size (height, width).
         prior: indices of the prior samples; they take the size of the batch that they join.
+        partners: the index of a pair's worse image under that of its better one, whose size and flip it takes.
 
     Raises:
         UserError: no instance sample, an unreadable image, or a resolution that the model cannot take.
@@ -75,6 +76,8 @@ class Rows:
     ) -> None:
         self.model, self.samples, self.config, self.train_text = model, list(samples), config, train_text
         self.prior = [i for i, s in enumerate(self.samples) if s.prior]
+        worse = {i: partner for i, s in enumerate(self.samples) if (partner := s.partner()) is not None}
+        self.partners = dict(zip(worse, range(len(self.samples), len(self.samples) + len(worse)), strict=True))
         self._latents = Cache(Path(cache_dir) / "latents")
         self._text = Cache(Path(cache_dir) / "text")
         self._vae, self._encoder = model.fingerprint("vae"), model.fingerprint("text")
@@ -85,12 +88,13 @@ class Rows:
             if not sample.prior:
                 size = buckets.nearest(_reading(sample, sample.size), sizes) if len(sizes) > 1 else sizes[0]
                 self.buckets.setdefault(size, []).append(i)
+        self.samples += worse.values()
         if not self.buckets:
             raise UserError("the dataset has no images to train on: put images into data.root")
 
     def __len__(self) -> int:
         """Number of instance samples."""
-        return len(self.samples) - len(self.prior)
+        return len(self.samples) - len(self.prior) - len(self.partners)
 
     def fill(self, rank: int = 0, world: int = 1) -> None:
         """Encode what training will need, this rank's share of it, behind a progress bar.
@@ -99,6 +103,7 @@ class Rows:
         """
         flips = (False, True) if self.config.flip else (False,)
         latents = [(i, size, flip) for size, group in self.buckets.items() for i in group for flip in flips]
+        latents += [(self.partners[i], size, flip) for i, size, flip in latents if i in self.partners]
         captions = list(dict.fromkeys(s.caption for s in self.samples))
         if self.config.cache:
             for i, size, flip in _progress(latents[rank::world], "encoding images"):
@@ -129,24 +134,32 @@ class Rows:
     def collate(self, picks: Sequence[Pick]) -> Batch:
         """The batch of some picks of one size, in their order, on the CPU.
 
-        A row with ``drop`` has the empty caption as its prompt and the model's unconditional condition.
+        A row with ``drop`` has the empty caption as its prompt and the model's unconditional condition. Of pairs
+        ``latents`` are the better images and ``extra["rejected"]`` the worse ones.
         """
         samples = [self.samples[p.index] for p in picks]
-        moments = torch.stack([self.moments(p) for p in picks])
-        shape = (moments.shape[1] // 2, *moments.shape[2:])
-        eps = torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(p.seed)) for p in picks])
+        latents, extra = self._latents_of(picks), {}
+        if all(p.index in self.partners for p in picks):
+            extra["rejected"] = self._latents_of([replace(p, index=self.partners[p.index]) for p in picks])
         cond = None
         if not self.train_text:
             rows = [self._empty if p.drop else self.condition(s.caption) for p, s in zip(picks, samples, strict=True)]
             cond = Condition.cat(rows)
         return Batch(
-            latents=self.model.latents_from_moments(moments, eps.to(moments)),
+            latents=latents,
             cond=cond,
             prompts=["" if p.drop else s.caption for p, s in zip(picks, samples, strict=True)],
             weight=torch.tensor([s.weight for s in samples], dtype=torch.float32),
             prior=torch.tensor([s.prior for s in samples], dtype=torch.bool),
             ids=[s.id for s in samples],
+            extra=extra,
         )
+
+    def _latents_of(self, picks: Sequence[Pick]) -> Tensor:
+        moments = torch.stack([self.moments(p) for p in picks])
+        shape = (moments.shape[1] // 2, *moments.shape[2:])
+        eps = torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(p.seed)) for p in picks])
+        return self.model.latents_from_moments(moments, eps.to(moments))
 
     @cached_property
     def _empty(self) -> Condition:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
@@ -13,12 +14,13 @@ if TYPE_CHECKING:
     from PIL import Image
 
 
-def read_table(config: Config, path: str, **options: Any) -> list[Sample]:
+def read_table(config: Config, path: str, *, pairs: bool = False, **options: Any) -> list[Sample]:
     """Samples in the order of the rows of ``config.split``.
 
     Args:
         config: names the columns and the split.
         path: what ``datasets.load_dataset`` is asked for.
+        pairs: read the worse image of each row too.
         options: its further arguments.
 
     Raises:
@@ -36,24 +38,28 @@ def read_table(config: Config, path: str, **options: Any) -> list[Sample]:
         ) from error
     image, text = config.image_column, config.caption_column
     columns = f"(it has {', '.join(table.column_names)})"
-    if image not in table.column_names:
-        raise UserError(f"dataset {config.root} has no column '{image}' {columns}: set data.image_column")
+    wanted = {"image_column": image} | ({"rejected_column": config.rejected_column} if pairs else {})
+    for key, column in wanted.items():
+        if column not in table.column_names:
+            raise UserError(f"dataset {config.root} has no column '{column}' {columns}: set data.{key}")
     if text not in table.column_names and not config.prompt:
         raise UserError(
             f"dataset {config.root} has no column '{text}' {columns}: set data.caption_column, or data.prompt for one"
             " caption for all"
         )
     captions = table[text] if text in table.column_names else [None] * len(table)
-    try:
-        pictures = table.select_columns(image).cast_column(image, datasets.Image())
-    except (TypeError, ValueError, OSError) as error:
-        raise UserError(
-            f"column '{image}' of {config.root} holds no images {columns}: set data.image_column"
-        ) from error
+    pictures = {}
+    for key, column in wanted.items():
+        try:
+            pictures[key] = table.select_columns(column).cast_column(column, datasets.Image())
+        except (TypeError, ValueError, OSError, NotImplementedError) as error:  # the last is pyarrow's
+            raise UserError(f"column '{column}' of {config.root} holds no images {columns}: set data.{key}") from error
     samples = []
     for i, words in enumerate(captions):
         caption = caption_text(words, f"row {i} of {config.root}")
-        samples.append(captioned(f"{config.split}[{i}]", partial(_picture, pictures, i, image), caption, config))
+        better, *worse = (partial(_picture, pictures[key], i, column) for key, column in wanted.items())
+        sample = captioned(f"{config.split}[{i}]", better, caption, config)
+        samples.append(replace(sample, rejected=worse[0]) if worse else sample)
     return samples
 
 

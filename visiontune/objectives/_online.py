@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 from visiontune.core import Batch, Condition, Loss
 from visiontune.errors import UserError
@@ -34,6 +35,7 @@ class Tools:
         text: whether the text encoders are trained, so that conditions need a graph.
         seed: of the run. index: number of the rollout.
         rank, world: this process and the number of processes.
+        parameters: what is trained, by name. refresh: to be called after a change of them through ``.data``.
         state: the objective's own, kept in checkpoints: tensors and plain values by name.
     """
 
@@ -46,6 +48,8 @@ class Tools:
     index: int = 0
     rank: int = 0
     world: int = 1
+    parameters: Mapping[str, Parameter] = field(default_factory=dict)
+    refresh: Callable[[], None] = lambda: None
     state: dict[str, Any] = field(default_factory=dict)
 
     def generators(self, batch: Batch, *key: int | str) -> list[torch.Generator]:
@@ -69,6 +73,7 @@ class Online(ABC):
         group: pictures of each prompt that are compared with each other.
         updates: optimiser steps for each rollout.
         rewarded: whether pictures are scored. differentiable: whether by a reward that gradients pass through.
+        referenced: whether it compares with the base, which only a run with an adapter keeps.
     """
 
     config: Any
@@ -82,6 +87,10 @@ class Online(ABC):
     @property
     def updates(self) -> int:
         return int(getattr(self.config, "updates", 1))
+
+    @property
+    def referenced(self) -> bool:
+        return False
 
     def check(self, model: DiffusionModel, reward: Any) -> None:
         """Refuse what cannot work, before anything is drawn.

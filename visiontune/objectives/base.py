@@ -6,7 +6,7 @@ import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -55,7 +55,13 @@ def mean_where(values: Tensor, mask: Tensor) -> Tensor:
 
 
 class Objective(ABC):
-    """One way to compute a loss. Stateless between steps: everything random comes from ``rng``."""
+    """One way to compute a loss. Stateless between steps: everything random comes from ``rng``.
+
+    Attributes:
+        pairs: whether it trains on pairs of images, the worse ones being ``batch.extra["rejected"]``.
+    """
+
+    pairs: ClassVar[bool] = False
 
     def prepare(
         self,

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from visiontune.core import Batch, Loss
+from visiontune.core import Batch, Condition, Loss
 from visiontune.errors import UserError
 from visiontune.objectives.base import Objective, combine, condition_of
 from visiontune.schema import option
@@ -86,8 +86,12 @@ class Denoising(Objective):
         x_0 = batch.latents.float()
         t = self.timesteps(model.schedule, len(x_0), rng, batch.extra.get("quantile")).to(x_0.device)
         eps = self.noise(x_0, rng)
-        x_t = model.schedule.add_noise(x_0, eps, t)
-        pred = model.predict(x_t, t, condition_of(model, batch)).float()
+        return self.errors_at(model, x_0, eps, t, condition_of(model, batch))
+
+    def errors_at(self, model: DiffusionModel, x_0: Tensor, eps: Tensor, t: Tensor, cond: Condition) -> Tensor:
+        """Error of each row ``[b]``, at least float32, at the given noise and timesteps ``[b]``."""
+        pred = model.predict(model.schedule.add_noise(x_0, eps, t), t, cond)
+        pred = pred.to(torch.promote_types(pred.dtype, torch.float32))
         error = (pred - model.schedule.target(x_0, eps, t)).square().flatten(1).mean(1)
         if self.config.snr_gamma is None:
             return error

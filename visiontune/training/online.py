@@ -73,7 +73,8 @@ class OnlineSteps:
         state: the objective's own, kept in checkpoints.
 
     Raises:
-        UserError: the objective cannot work with the reward, the model or the options of training.
+        UserError: the objective cannot work with the reward, the model or the options of training, or compares with a
+            base that there is not without an adapter.
     """
 
     def __init__(
@@ -90,6 +91,8 @@ class OnlineSteps:
     ) -> None:
         check_train(objective, train)
         objective.check(model, reward)
+        if objective.referenced and adapters is None:
+            _no_reference()
         self.model: Any = Precise(model, accelerator)
         self.adapters, self.objective, self.rows, self.train = adapters, objective, rows, train
         self.reward, self.seed, self.accelerator, self.parameters = reward, seed, accelerator, parameters
@@ -122,6 +125,8 @@ class OnlineSteps:
             index=index,
             rank=accelerator.process_index,
             world=accelerator.num_processes,
+            parameters=self.parameters,
+            refresh=self.adapters.refresh if self.adapters is not None else _nothing,
             state=self.state,
         )
 
@@ -148,6 +153,10 @@ class OnlineSteps:
             # Every process takes part for every parameter, whether its rows moved it or not.
             own = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
             parameter.grad = self.accelerator.reduce(own, "mean")
+
+
+def _nothing() -> None:
+    """The base's own weights leave nothing behind that was computed from them."""
 
 
 def _no_reference() -> nullcontext[None]:

@@ -1,0 +1,241 @@
+"""DiffusionNFT: pictures of high reward pull the model, those of low reward push it, by the forward process alone.
+
+"DiffusionNFT: Online Diffusion Reinforcement with Forward Process", 2025, arXiv 2509.16117. Pictures x_0 are drawn by
+an old policy, with any sampler and without log-probabilities. Around its prediction v_old lie two implicit policies
+
+    v+ = beta v + (1 - beta) v_old,    v- = (1 + beta) v_old - beta v
+
+and with r in [0, 1], the probability that a picture is a good one,
+
+    L = E over x_0, t, eps of  r |v+ - target|^2 + (1 - r) |v- - target|^2
+
+whose optimum is v_old + (2 r - 1) / beta (target - v_old). All is affine in the network's output, so v may be a
+velocity, the noise or the clean picture. The authors' code measures the errors in x_0 and divides each by its own mean
+absolute value (``normalise``), and holds the model to the base by ``kl_weight`` |v - v_ref|^2.
+
+r is the advantage, the reward less the mean of its prompt over the deviation of all, brought to [0, 1]. The old policy
+follows the trained one, old <- d old + (1 - d) trained before every rollout, with d growing over the rollouts.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from visiontune.core import Batch, Condition, Loss
+from visiontune.diffusion.dynamics import make_dynamics
+from visiontune.diffusion.replay import micro_batches
+from visiontune.diffusion.schedule import Schedule
+from visiontune.objectives._draw import draw
+from visiontune.objectives._old import follow, old_policy
+from visiontune.objectives._online import Online, Tools
+from visiontune.schema import option
+
+if TYPE_CHECKING:
+    from visiontune.models.base import DiffusionModel
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """Options of DiffusionNFT."""
+
+    group: int = option(8, help="pictures of each prompt, whose rewards are compared")
+    updates: int = option(1, help="optimiser steps for each rollout, each with noise of its own")
+    steps: int = option(10, help="sampling steps of a rollout")
+    cfg_scale: float = option(1.0, help="guidance of the rollout; training has none, so other than 1 draws off-policy")
+    dynamics: Any = option("ddim", help="how the sampler steps; no noise is needed")
+    beta: float = option(1.0, help="share of the trained policy in the implicit ones; smaller moves further")
+    advantage_range: float = option(5.0, help="advantage, in deviations, at which a picture is certainly good or bad")
+    timesteps: int | None = option(None, help="of the sampler's, how many each picture is trained at; null for all")
+    normalise: bool = option(True, help="errors in x_0, each over its mean absolute value; false: plain, of the output")
+    kl_weight: float = option(1e-4, help="weight of the squared distance to the base's prediction; 0 for none")
+    decay_start: int = option(0, help="rollout from which d grows; before it the old policy is the trained one")
+    decay_rate: float = option(1e-3, help="growth of d with each rollout; 0 stays on-policy")
+    decay_max: float = option(0.5, help="greatest d")
+    micro_batch: int | None = option(None, help="pictures drawn and differentiated at once; null for all")
+
+    def __post_init__(self) -> None:
+        if self.group < 2:
+            raise ValueError("group must be at least 2: pictures of one prompt are compared")
+        if self.updates < 1 or self.steps < 1:
+            raise ValueError("updates and steps must be at least 1")
+        if self.timesteps is not None and not 1 <= self.timesteps <= self.steps:
+            raise ValueError("timesteps must be from 1 to steps, or null for all")
+        if self.beta <= 0 or self.advantage_range <= 0:
+            raise ValueError("beta and advantage_range must be above 0")
+        if min(self.kl_weight, self.decay_start, self.decay_rate) < 0 or not 0 <= self.decay_max <= 1:
+            raise ValueError("kl_weight, decay_start and decay_rate must be 0 or more, decay_max in [0, 1]")
+        make_dynamics(self.dynamics)
+
+
+def build(config: Config) -> NFT:
+    """The objective that ``config`` describes."""
+    return NFT(config)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Collected:
+    """A rollout of ``b`` rows.
+
+    Attributes:
+        x_0: ``[b, c, h, w]`` what was drawn. cond: for whom.
+        timesteps: ``[T]`` of the sampler.
+        optimality: r ``[b]``.
+        rows: ``[b]`` their numbers among those of all processes.
+        terms: what the log says of the rollout.
+    """
+
+    x_0: Tensor
+    cond: Condition
+    timesteps: Tensor
+    optimality: Tensor
+    rows: Tensor
+    terms: dict[str, Tensor]
+
+
+def advantages(rewards: Tensor, prompts: Tensor) -> Tensor:
+    """Rewards less the mean of their prompt, over the deviation of all; 0 where all rewards are equal.
+
+    Args:
+        rewards, prompts: ``[b]``, of all processes.
+    """
+    same = (prompts[:, None] == prompts[None]).to(rewards)
+    spread = rewards.std(unbiased=False)
+    centred = rewards - same @ rewards / same.sum(1)
+    return torch.where(spread > 0, centred / spread, 0)
+
+
+def implicit(pred: Tensor, old: Tensor, beta: float) -> tuple[Tensor, Tensor]:
+    """The positive and the negative policy around the old one."""
+    return beta * pred + (1 - beta) * old, (1 + beta) * old - beta * pred
+
+
+class NFT(Online):
+    """Logs the reward, the share of prompts without any difference, d, and squared distances to old and base."""
+
+    def __init__(self, config: Config) -> None:
+        self.config, self.dynamics = config, make_dynamics(config.dynamics)
+
+    @property
+    def referenced(self) -> bool:
+        return self.config.kl_weight > 0
+
+    def check(self, model: DiffusionModel, reward: Any) -> None:
+        super().check(model, reward)
+        self.dynamics.check(model.schedule.prediction)
+
+    def decay(self, index: int) -> float:
+        """d before rollout number ``index``."""
+        return min(max(index - self.config.decay_start, 0) * self.config.decay_rate, self.config.decay_max)
+
+    def collect(self, model: DiffusionModel, batch: Batch, tools: Tools) -> Collected:
+        config = self.config
+        follow(tools, self.decay(tools.index))
+        with old_policy(tools):
+            trajectories, own = draw(
+                model,
+                batch,
+                tools,
+                steps=config.steps,
+                cfg_scale=config.cfg_scale,
+                dynamics=self.dynamics,
+                group=config.group,
+                micro_batch=config.micro_batch,
+            )
+        rewards, prompts = tools.gather(own), tools.gather(batch.extra["prompt"])
+        good = (advantages(rewards, prompts) / (2 * config.advantage_range) + 0.5).clamp(0, 1)
+        same = prompts[:, None] == prompts[None]
+        flat = (same & (rewards[:, None] != rewards[None])).sum(1) == 0
+        return Collected(
+            x_0=torch.cat([t.final for t in trajectories]),
+            cond=Condition.cat([t.cond for t in trajectories]),
+            timesteps=trajectories[0].timesteps,
+            optimality=good[tools.rank * len(own) : (tools.rank + 1) * len(own)],
+            rows=batch.extra["row"],
+            terms={
+                "reward": rewards.mean(),
+                "reward_std": rewards.std(unbiased=False),
+                "flat_groups": flat.to(rewards).mean(),
+                "decay": rewards.new_tensor(self.decay(tools.index)),
+            },
+        )
+
+    def update(self, model: DiffusionModel, collected: Collected, part: int, tools: Tools) -> Loss:
+        t, eps = self.noised(collected, part, tools)
+        x_t = [
+            model.schedule.add_noise(collected.x_0, eps[:, k], t[:, k].to(model.device)).to(collected.x_0)
+            for k in range(t.shape[1])
+        ]
+        t = t.to(model.device)
+
+        def predict(k: int, rows: slice) -> Tensor:
+            return _wide(model.predict(x_t[k][rows], t[rows, k], collected.cond[rows]))
+
+        places = [
+            (k, rows) for rows in micro_batches(len(collected.x_0), self.config.micro_batch) for k in range(len(x_t))
+        ]
+        with old_policy(tools):
+            olds = [predict(*place) for place in places]
+        bases: list[Tensor | None] = [None] * len(places)
+        if self.config.kl_weight:
+            with tools.reference(), torch.no_grad():
+                bases = [predict(*place) for place in places]
+        total, kl, moved = torch.zeros(3, device=model.device)
+        for (k, rows), old, base in zip(places, olds, bases, strict=True):
+            share = (rows.stop - rows.start) / t.numel()
+            pred = predict(k, rows)
+            given = collected.x_0[rows], eps[rows, k], x_t[k][rows], t[rows, k]
+            loss = share * self.errors(model.schedule, pred, old, *given, collected.optimality[rows]).mean()
+            if base is not None:
+                distance = share * (pred - base).square().mean()
+                loss = loss + self.config.kl_weight * distance
+                kl += distance.detach()
+            (tools.scale * loss).backward()
+            total += loss.detach()
+            moved += share * (pred.detach() - old).square().mean()
+        return Loss(total=total, terms={**collected.terms, "kl": kl, "moved": moved})
+
+    def noised(self, collected: Collected, part: int, tools: Tools) -> tuple[Tensor, Tensor]:
+        """Timesteps ``[b, k]`` on the CPU and noise ``[b, k, c, h, w]`` of each row, which belong to its number."""
+        steps = len(collected.timesteps)
+        chosen, noise = [], []
+        for row in collected.rows.tolist():
+            rng = tools.shared("noise", part, row)
+            places = torch.randperm(steps, generator=rng)[: self.config.timesteps or steps]
+            chosen.append(collected.timesteps[places])
+            noise.append(torch.randn((len(places), *collected.x_0.shape[1:]), generator=rng))
+        return torch.stack(chosen), torch.stack(noise).to(collected.x_0)
+
+    def errors(
+        self,
+        schedule: Schedule,
+        pred: Tensor,
+        old: Tensor,
+        x_0: Tensor,
+        eps: Tensor,
+        x_t: Tensor,
+        t: Tensor,
+        optimality: Tensor,
+    ) -> Tensor:
+        """``r |v+ - target|^2 + (1 - r) |v- - target|^2``, or the normalised form of it, ``[b]``."""
+        good, bad = implicit(pred, old, self.config.beta)
+        if not self.config.normalise:
+            target = schedule.target(x_0, eps, t)
+            one, two = ((v - target).square().flatten(1).mean(1) for v in (good, bad))
+            return optimality * one + (1 - optimality) * two
+        one, two = (_own_scale(schedule.to_x_0(v, x_t, t) - x_0) for v in (good, bad))
+        both = optimality * one + (1 - optimality) * two
+        return self.config.advantage_range / self.config.beta * both
+
+
+def _own_scale(error: Tensor) -> Tensor:
+    """Mean square over the mean absolute value, a constant, ``[b]``."""
+    flat = error.flatten(1)
+    return flat.square().mean(1) / flat.detach().abs().mean(1).clamp(min=1e-5)
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))
