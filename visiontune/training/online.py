@@ -57,7 +57,8 @@ class OnlineSteps:
         state: the objective's own, kept in checkpoints.
 
     Raises:
-        UserError: accumulation, or checkpoints that would fall between the steps of one rollout.
+        UserError: accumulation, checkpoints that would fall between the steps of one rollout, or no adapter where the
+            objective compares with the base.
     """
 
     def __init__(
@@ -81,6 +82,8 @@ class OnlineSteps:
                     f"objective.updates={objective.updates}"
                 )
         objective.check(model, reward)
+        if objective.referenced and adapters is None:
+            _no_reference()
         self.model: Any = Precise(model, accelerator)
         self.adapters, self.objective, self.rows, self.train = adapters, objective, rows, train
         self.reward, self.seed, self.accelerator, self.parameters = reward, seed, accelerator, parameters
@@ -117,12 +120,13 @@ class OnlineSteps:
         )
 
     def _average(self) -> None:
-        if self.accelerator.num_processes == 1:
-            return
         for parameter in self.parameters.values():
-            # Every process takes part for every parameter, whether its rows moved it or not.
-            own = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-            parameter.grad = self.accelerator.reduce(own, "mean")
+            # Every process takes part for every parameter, whether its rows moved it or not, and one process does as
+            # several do: a rollout that teaches nothing leaves zeros.
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+            if self.accelerator.num_processes > 1:
+                parameter.grad = self.accelerator.reduce(parameter.grad, "mean")
 
 
 def _no_reference() -> nullcontext[None]:
