@@ -224,17 +224,15 @@ def open_model(run: Run) -> DiffusionModel:
 
 
 def attach_adapter(run: Run, model: DiffusionModel) -> AdapterSet | None:
-    """Attach the run's adapter, as its ``start`` was trained, to the denoiser and trained text encoders."""
+    """Attach the run's adapter, as its ``start`` was trained, to the networks that are trained."""
     if run.adapter is None:
         return None
     from visiontune import adapters
 
     targets = run.adapter["targets"]
     _, config = plugin.configure("adapters", _without(run.adapter, "targets", "start"), "adapter")
-    text = run.train.text_encoder
-    modules = (
-        model.components() if text else {k: m for k, m in model.components().items() if k not in model.text_encoders}
-    )
+    trained = {True: run.train.text_encoder, False: run.train.denoiser}
+    modules = {name: m for name, m in model.components().items() if trained[name in model.text_encoders]}
     try:
         made = adapters.attach(modules, config, targets=targets, presets=model.presets(modules))
         if "start" in run.adapter:

@@ -270,7 +270,7 @@ def test_a_checkpoint_between_the_updates_of_a_rollout_is_refused(tmp_path, name
 
 
 def test_the_base_is_the_model_without_its_adapter(tmp_path):
-    with pytest.raises(UserError, match="compares with the base model.*set an adapter"):
+    with pytest.raises(UserError, match=r"compares with the base model.*set an adapter"):
         prop(tmp_path / "full").online.tools(0).reference()
     model = tiny_model("sd")
     found = adapters.attach({"unet": model.denoiser}, "lora", targets=["to_q"])
@@ -322,7 +322,7 @@ def test_mistakes_of_a_recipe_are_found_before_the_model_is_opened(tmp_path, mon
 
 
 def test_an_adapter_that_looks_at_data_is_refused(tmp_path):
-    with pytest.raises(UserError, match="'eva' looks at a loss on data.*'alignprop' does not have"):
+    with pytest.raises(UserError, match=r"'eva' looks at a loss on data.*'alignprop' does not have"):
         assemble.build(recipe(tmp_path, "adapter=eva"), cache_dir=tmp_path / "cache")
 
 

@@ -79,7 +79,7 @@ def backpropagate(
     require_effect(inside, trajectory.timesteps, of_x, of_pred)
     chain = stepper(model, trajectory)
     if conditions:
-        chain = replace(chain, cond=_leaf(chain.cond), uncond=None if chain.uncond is None else _leaf(chain.uncond))
+        chain = replace(chain, cond=leaf_of(chain.cond), uncond=None if chain.uncond is None else leaf_of(chain.uncond))
     grad = grad_final.detach()
     for i in reversed(range(int(inside.int().argmax()), trajectory.steps)):
         if not inside[i]:
@@ -95,15 +95,16 @@ def backpropagate(
         return Gradients(latents=grad)
     return Gradients(
         latents=grad,
-        cond=_gradient(chain.cond),
-        uncond=None if chain.uncond is None else _gradient(chain.uncond),
+        cond=gradient_of(chain.cond),
+        uncond=None if chain.uncond is None else gradient_of(chain.uncond),
     )
 
 
 def into_conditions(live: Condition, *gradients: Condition | None) -> None:
     """Send a condition's gradients, summed, on to the text encoders that made `live`.
 
-    Nothing happens where none is being trained. The graph of `live` is freed, so what several walks found goes in one call.
+    Nothing happens where none is being trained. The graph of `live` is freed, so what several walks found goes in one
+    call.
     """
     found = [gradient for gradient in gradients if gradient is not None]
     if not found:
@@ -117,12 +118,14 @@ def into_conditions(live: Condition, *gradients: Condition | None) -> None:
         torch.autograd.backward([value for value, _ in pairs], [grad for _, grad in pairs])
 
 
-def _leaf(cond: Condition) -> Condition:
+def leaf_of(cond: Condition) -> Condition:
+    """A copy without a graph that gathers gradients, for `gradient_of`."""
     pooled = None if cond.pooled is None else cond.pooled.detach().clone().requires_grad_()
     return replace(cond, tokens=cond.tokens.detach().clone().requires_grad_(), pooled=pooled)
 
 
-def _gradient(cond: Condition) -> Condition:
+def gradient_of(cond: Condition) -> Condition:
+    """The gradients that a `leaf_of` has gathered, for `into_conditions`."""
     return Condition(tokens=_grad(cond.tokens), pooled=None if cond.pooled is None else _grad(cond.pooled))
 
 

@@ -36,17 +36,24 @@ def stepper(
     )
 
 
-def latent(trajectory: Trajectory, i: int, device: torch.device) -> Tensor:
-    """[b, c, h, w] where the i-th step started (T is the end), in the rollout's precision and without a graph."""
+def latent(trajectory: Trajectory, i: int | Tensor, device: torch.device) -> Tensor:
+    """[b, c, h, w] where the i-th step started (T is the end), in the rollout's precision and without a graph.
+
+    `i` may be [b], each row's own step.
+    """
     if trajectory.latents is None:
         raise ValueError("the trajectory has no history: sample it with history=True")
-    return trajectory.latents[:, i].detach().to(device, trajectory.final.dtype)
+    rows: slice | Tensor = slice(None)
+    if isinstance(i, Tensor):
+        i = i.to(trajectory.latents.device)
+        rows = torch.arange(len(trajectory), device=i.device)
+    return trajectory.latents[rows, i].detach().to(device, trajectory.final.dtype)
 
 
 def revisit(
     model: Sampled,
     trajectory: Trajectory,
-    step: int,
+    step: int | Tensor,
     rows: Rows = None,
     *,
     cond: Condition | None = None,
@@ -58,7 +65,7 @@ def revisit(
     Args:
         model: the model of the rollout.
         trajectory: `b` rows with history.
-        step: 0 .. T - 1. rows: n of the rows, default all.
+        step: 0 .. T - 1, or [n] of them on the CPU, each row's own. rows: n of the rows, default all.
         cond, uncond: conditions of the *chosen* rows in the place of the stored ones, where a text encoder is trained.
         checkpoint: keep the inputs alone and compute the step again in the backward pass.
     """

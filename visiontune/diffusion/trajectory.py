@@ -6,7 +6,7 @@ One rollout serves pictures, policy gradients (`replay.py` scores its transition
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -23,6 +23,8 @@ from visiontune.diffusion.transition import Reduce, _log_prob, kernel, transitio
 from visiontune.errors import UserError
 
 Generators = torch.Generator | list[torch.Generator] | None
+# Fields of a trajectory that have rows.
+_ROWS = ("final", "latents", "noise", "log_probs", "cond", "uncond")
 
 
 class Sampled(Protocol):
@@ -86,9 +88,18 @@ class Trajectory:
         """A copy with everything that has rows on `device`; "cpu" frees an accelerator between rollout and update."""
         return self._map(lambda value: value.to(device))
 
+    @staticmethod
+    def cat(parts: Sequence[Trajectory]) -> Trajectory:
+        """Join the rows of trajectories that were sampled in one and the same way."""
+        values = {name: [getattr(part, name) for part in parts] for name in _ROWS}
+        joined: dict[str, Any] = {
+            name: None if items[0] is None else (Condition if isinstance(items[0], Condition) else torch).cat(items)
+            for name, items in values.items()
+        }
+        return replace(parts[0], **joined)
+
     def _map(self, change: Callable[[Any], Any]) -> Trajectory:
-        names = ("final", "latents", "noise", "log_probs", "cond", "uncond")
-        values: dict[str, Any] = {name: getattr(self, name) for name in names}
+        values: dict[str, Any] = {name: getattr(self, name) for name in _ROWS}
         return replace(self, **{name: change(value) for name, value in values.items() if value is not None})
 
 
@@ -121,8 +132,11 @@ class Stepper:
     uncond: Condition | None
     cfg_scale: float
 
-    def step(self, i: int, x: Tensor, constant: bool = False) -> tuple[Tensor, Tensor]:
-        """Mean [b, ...] and std [b, 1, ...]; `constant` takes the prediction for one, which no gradient enters."""
+    def step(self, i: int | Tensor, x: Tensor, constant: bool = False) -> tuple[Tensor, Tensor]:
+        """Mean [b, ...] and std [b, 1, ...]; `constant` takes the prediction for one, which no gradient enters.
+
+        `i` may be [b], each row's own step.
+        """
         t, t_next = (value[i].to(x.device).expand(len(x)) for value in (self.start, self.end))
         with torch.set_grad_enabled(torch.is_grad_enabled() and not constant):
             pred = guided(self.model, x, t, self.cond, self.uncond, self.cfg_scale)

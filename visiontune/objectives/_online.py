@@ -148,3 +148,28 @@ def score(tools: Tools, images: Tensor, batch: Batch) -> Tensor:
     assert tools.reward is not None
     meta = [{"prompt_id": int(i)} for i in batch.extra["prompt"]]
     return tools.reward(images, batch.prompts, meta)
+
+
+@torch.no_grad()
+def score_latents(
+    model: DiffusionModel, tools: Tools, latents: Tensor, batch: Batch, group: int, size: int | None
+) -> dict[str, Tensor]:
+    """Rewards ``[b]`` of finished latents as ``reward``, and where it is made of terms each as ``reward/<term>``.
+
+    Pictures are decoded at most ``size`` at a time. They are scored so too, unless the reward is groupwise: it then
+    sees each prompt's ``group`` pictures, which are consecutive rows, in a call of their own, however the batch is cut
+    and whatever other groups of the same prompt there are.
+    """
+    whole = size
+    if getattr(tools.reward, "groupwise", False):
+        whole = group if group > 1 else len(batch)
+    found: list[dict[str, Tensor]] = []
+    start = 0
+    for rows in parts_of(batch, whole):
+        drawn = latents[start : start + len(rows)].to(model.device)
+        start += len(rows)
+        shown = torch.cat([pixels(model, part) for part in drawn.split(size or len(drawn))])
+        rewards = score(tools, shown, rows)
+        terms = {f"reward/{name}": value for name, value in getattr(tools.reward, "terms", {}).items()}
+        found.append({"reward": rewards, **terms})
+    return {name: torch.cat([part[name].detach().to(rewards) for part in found]) for name in found[0]}

@@ -9,6 +9,9 @@ or a fixed K (``fixed``); DRaFT-LV is K = 1 with ``copies``: the end is noised a
 several times, and the gradients of that step are averaged. ReFL (Xu et al., 2023, arXiv 2304.05977) stops the chain at
 a random late step and goes from there to a clean picture in one (``truncation: early_end``).
 
+TextCraftor (Li et al., 2024, arXiv 2403.18978) trains the text encoder, and gives its conditions to the last steps
+alone: the first ``base_steps`` are those of the untrained encoder, and none of them has a gradient.
+
 Memory is that of one denoiser call or of decoding, whichever is more (see ``diffusion/pathwise.py``).
 """
 
@@ -50,6 +53,7 @@ class Config:
     )
     grad_steps: int = option(1, help="K for fixed; the least K for uniform, its mean for normal")
     earliest: float = option(0.5, help="share of the chain that is done at least before an early end")
+    base_steps: int = option(0, help="first steps that see the prompt as the untrained text encoder reads it")
     copies: int = option(1, help="DRaFT-LV: noised copies of the end over which a last step's gradient is averaged")
     target: float | None = option(None, help="pull the reward to this value instead of up without bound")
     micro_batch: int | None = option(None, help="pictures drawn and differentiated at once; null for all")
@@ -59,8 +63,10 @@ class Config:
             raise ValueError("steps and copies must be at least 1")
         if self.micro_batch is not None and self.micro_batch < 1:
             raise ValueError("micro_batch must be at least 1, or null")
-        if not 1 <= self.grad_steps <= self.steps:
-            raise ValueError("grad_steps must be from 1 to steps")
+        if not 0 <= self.base_steps < self.steps:
+            raise ValueError("base_steps must be at least 0 and less than steps")
+        if not 1 <= self.grad_steps <= self.steps - self.base_steps:
+            raise ValueError("grad_steps must be from 1 to steps, less base_steps")
         if not 0 <= self.earliest < 1:
             raise ValueError("earliest must be in [0, 1)")
         if self.copies > 1 and (self.truncation, self.grad_steps) != ("fixed", 1):
@@ -82,6 +88,10 @@ class AlignProp(Online):
 
     def __init__(self, config: Config) -> None:
         self.config, self.dynamics = config, make_dynamics(config.dynamics)
+
+    @property
+    def referenced(self) -> bool:
+        return self.config.base_steps > 0
 
     def check_reward(self, reward: Any) -> None:
         """Besides, refuse one that micro-batches would falsify."""
@@ -108,6 +118,8 @@ class AlignProp(Online):
 
     def update(self, model: DiffusionModel, collected: Batch, part: int, tools: Tools) -> Loss:
         """The chains of a batch under the present weights, in micro-batches, and their gradients."""
+        if self.config.base_steps and not tools.text:
+            raise UserError("objective.base_steps is for runs with train.text_encoder=true: set it to 0")
         length, window = self.draw(tools.shared("window"))
         rewards, total = [], torch.zeros((), device=model.device)
         for rows in parts_of(collected, self.config.micro_batch):
@@ -122,27 +134,28 @@ class AlignProp(Online):
     def draw(self, rng: torch.Generator) -> tuple[int, int]:
         """How many steps to take, and through how many of the last ones the gradient goes."""
         n, k, kind = self.config.steps, self.config.grad_steps, self.config.truncation
+        most = n - self.config.base_steps
         if kind == "early_end":
             return int(torch.randint(self._first(), n + 1, (), generator=rng)), 1
         if kind == "uniform":
-            return n, int(torch.randint(k, n + 1, (), generator=rng))
+            return n, int(torch.randint(k, most + 1, (), generator=rng))
         if kind == "normal":
             drawn = 0
-            while not 1 <= drawn <= n:
+            while not 1 <= drawn <= most:
                 drawn = round(k + SPREAD * float(torch.randn((), generator=rng)))
             return n, drawn
-        return n, n if kind == "full" else k
+        return n, most if kind == "full" else k
 
     def shortest(self) -> list[tuple[int, int]]:
         """Of what :meth:`draw` may give, the shortest window of each length."""
         n, k, kind = self.config.steps, self.config.grad_steps, self.config.truncation
         if kind == "early_end":
             return [(length, 1) for length in range(self._first(), n + 1)]
-        return [(n, {"full": n, "normal": 1}.get(kind, k))]
+        return [(n, {"full": n - self.config.base_steps, "normal": 1}.get(kind, k))]
 
     def _first(self) -> int:
         """The least number of steps before an early end, the end among them."""
-        return max(1, round(self.config.earliest * self.config.steps))
+        return max(1, self.config.base_steps + 1, round(self.config.earliest * self.config.steps))
 
     def gradients(
         self, model: DiffusionModel, rows: Batch, length: int, window: int, share: float, tools: Tools
@@ -151,14 +164,17 @@ class AlignProp(Online):
         with torch.enable_grad():
             cond, uncond = conditions(model, rows.prompts, self.config.cfg_scale, tools.text)
         with torch.no_grad():
+            generators, (start, end) = tools.generators(rows), self.chain(model, length)
+            first = self.config.base_steps
             trajectory = rollout(
                 model,
                 cond,
                 uncond=uncond,
                 cfg_scale=self.config.cfg_scale,
-                chain=self.chain(model, length),
+                chain=(start[first:], end[first:]),
                 dynamics=self.dynamics,
-                generator=tools.generators(rows),
+                latents=self.begin(model, rows, (start[:first], end[:first]), generators, tools) if first else None,
+                generator=generators,
                 grad_steps=window,
                 deferred=True,
             )
@@ -180,6 +196,28 @@ class AlignProp(Online):
         if uncond is not None:
             into_conditions(uncond, *(walk.uncond for walk in walks))
         return torch.stack(scores).mean(0), total
+
+    def begin(
+        self,
+        model: DiffusionModel,
+        rows: Batch,
+        chain: tuple[Tensor, Tensor],
+        generators: list[torch.Generator],
+        tools: Tools,
+    ) -> Tensor:
+        """Where the first steps lead, with the conditions of the untrained text encoder."""
+        with tools.reference():
+            cond, uncond = conditions(model, rows.prompts, self.config.cfg_scale, text=False)
+        begun = rollout(
+            model,
+            cond,
+            uncond=uncond,
+            cfg_scale=self.config.cfg_scale,
+            chain=chain,
+            dynamics=self.dynamics,
+            generator=generators,
+        )
+        return begun.final
 
     def chain(self, model: DiffusionModel, length: int) -> tuple[Tensor, Tensor]:
         """The first ``length`` steps of the schedule, of which the last leads to a clean end."""

@@ -34,6 +34,8 @@ class Reward(ABC):
     """Least and greatest score possible."""
     terms: Mapping[str, Tensor] = MappingProxyType({})
     """Raw scores ``[b]`` of the latest call by term, for a reward that is made of others."""
+    weights: Mapping[str, float] = MappingProxyType({})
+    """Factor of each term, by the same names."""
 
     @abstractmethod
     def score(self, images: Tensor, prompts: Sequence[str], meta: Meta) -> Tensor:

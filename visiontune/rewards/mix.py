@@ -69,6 +69,7 @@ class Mix(Reward):
         }
         self.differentiable = all(reward.differentiable for reward in rewards)
         self.groupwise = bool(self.running) or any(reward.groupwise for reward in rewards)
+        self.weights = {label: term.weight for label, term in zip(self.labels, terms, strict=True)}
         self.range = _range(self.rewards, self.settings)
 
     def score(self, images: Tensor, prompts: Sequence[str], meta: Meta) -> Tensor:

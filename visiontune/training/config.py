@@ -18,6 +18,7 @@ class TrainConfig:
     batch_size: int = option(4, help="instance rows per step and process; prior rows come on top")
     accumulate: int = option(1, help="batches whose gradients are averaged into one optimiser step")
     lr: float = option(1e-4, help="peak learning rate")
+    denoiser: bool = option(True, help="train the denoiser; false, with text_encoder, trains the text encoders alone")
     text_encoder: bool = option(
         False, help="train the text encoders too: their adapters, or all weights without adapter"
     )
@@ -52,6 +53,8 @@ class TrainConfig:
         for name in ("steps", "batch_size", "accumulate", "checkpoint_every", "keep", "log_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be 1 or more")
+        if not self.denoiser and not self.text_encoder:
+            raise ValueError("denoiser=false leaves nothing to train: set text_encoder to true")
         if self.lr <= 0 or (self.text_encoder_lr is not None and self.text_encoder_lr <= 0):
             raise ValueError("lr and text_encoder_lr must be above 0")
         if self.ema is not None and not 0 <= self.ema < 1:

@@ -147,12 +147,13 @@ class OnlineSteps:
         return 1.0 if scaler is None else float(scaler.scale(torch.ones((), device=self.accelerator.device)))
 
     def _average(self) -> None:
-        if self.accelerator.num_processes == 1:
-            return
         for parameter in self.parameters.values():
-            # Every process takes part for every parameter, whether its rows moved it or not.
-            own = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-            parameter.grad = self.accelerator.reduce(own, "mean")
+            # Every process takes part for every parameter, whether its rows moved it or not, and one process does as
+            # several do: a rollout that teaches nothing leaves zeros.
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+            if self.accelerator.num_processes > 1:
+                parameter.grad = self.accelerator.reduce(parameter.grad, "mean")
 
 
 def _nothing() -> None:

@@ -38,7 +38,8 @@ def modules_of(model: DiffusionModel) -> dict[str, nn.Module]:
 def choose(model: DiffusionModel, adapters: Any, train: TrainConfig) -> dict[str, Parameter]:
     """Freeze the model and return what is trained, by name.
 
-    With ``adapters`` their parameters; without, the denoiser's and (``train.text_encoder``) the text encoders' own.
+    With ``adapters`` their parameters; without, the denoiser's (``train.denoiser``) and the text encoders' own
+    (``train.text_encoder``).
 
     Raises:
         UserError: nothing is left to train; the text encoders are asked for and the adapter has no layer in them; the
@@ -47,12 +48,23 @@ def choose(model: DiffusionModel, adapters: Any, train: TrainConfig) -> dict[str
     if adapters is not None:
         chosen = {f"adapters.{name}": p for name, p in adapters.named_parameters() if p.requires_grad}
     else:
-        parts = {"denoiser": model.denoiser, **(model.text_encoders if train.text_encoder else {})}
+        parts = {"denoiser": model.denoiser} if train.denoiser else {}
+        parts |= model.text_encoders if train.text_encoder else {}
         chosen = {f"{part}.{name}": p for part, module in parts.items() for name, p in module.named_parameters()}
+    if not train.denoiser:
+        text = text_names(chosen, model)
+        chosen = {name: p for name, p in chosen.items() if name in text}
+        if adapters is not None:
+            adapters.requires_grad_(False)
     for module in modules_of(model).values():
         module.requires_grad_(False)
     for parameter in chosen.values():
         parameter.requires_grad_(True)
+    if not chosen and not train.denoiser:
+        raise UserError(
+            "there is nothing to train: train.denoiser=false, and the adapter has no layer in a text encoder; look at "
+            "adapter.targets"
+        )
     if not chosen:
         raise UserError("there is nothing to train: the adapter has no parameters; look at adapter.targets")
     if train.text_encoder and not text_names(chosen, model):
