@@ -64,6 +64,8 @@ def test_the_best_and_the_worst_of_a_larger_group():
     expected = {*(every.argmax(1) + torch.tensor([0, 6])).tolist(), *(every.argmin(1) + torch.tensor([0, 6])).tolist()}
     assert {int(r) for chunk in rollouts.pieces[0] for r in chunk.batch.extra["row"]} == expected
     assert rollouts.rows == 4
+    # Drawn in fives, then scored again in the batch in which they are replayed.
+    assert model.calls[-15:] == [5] * 5 + [2] * 5 + [4] * 5
     model.calls.clear()
     seen = []
     built.require_ratio_one = lambda drift, t: seen.append(drift)
