@@ -1,0 +1,63 @@
+"""Online runs of one process or of two: run by `test_online_ranks.py`, and imported there."""
+
+from __future__ import annotations
+
+import os
+import socket
+import sys
+from pathlib import Path
+
+import torch
+from tiny import tiny_model
+from tiny_drawing import PROMPTS, brightness
+
+from visiontune import adapters, plugin
+from visiontune.data.prompts import PromptBatches
+from visiontune.rewards.base import as_reward
+from visiontune.training.config import TrainConfig
+from visiontune.training.loop import Trainer
+
+NAMES = {"prdp": {"clip": 1e-3, "beta": 1e-2}, "nft": {"kl_weight": 0.1}, "dpo_online": {"beta": 50.0}}
+
+
+def fit(out: Path, name: str, rank: int, world: int) -> None:
+    """A rollout of two groups in all, and two updates."""
+    torch.set_num_threads(1)
+    model = tiny_model("sd")
+    torch.manual_seed(0)
+    found = adapters.attach({"unet": model.denoiser}, "lora", targets=["to_q"])
+    options = {"name": name, "group": 2, "steps": 2, "updates": 2, "cfg_scale": 1.0, "micro_batch": 2, **NAMES[name]}
+    module, config = plugin.configure("objectives", options, "objective")
+    size = 4 // world
+    train = {"steps": 2, "batch_size": size, "optimizer": "sgd", "lr": 0.1, "max_grad_norm": 1.0, "log_every": 1}
+    Trainer(
+        model=model,
+        adapters=found,
+        objective=module.build(config),
+        rows=PromptBatches(PROMPTS, size, 2, 0, rank, world),
+        train=TrainConfig(**train, trackers=[], device="cpu"),
+        out=out / name,
+        reward=as_reward(brightness, "brightness"),
+    ).fit()
+
+
+def processes(out: Path, world: int) -> list[int]:
+    """Train with several processes; gives their exit codes."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    children = []
+    for rank in range(world):
+        child = os.fork()
+        if not child:
+            os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world)}
+            os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+            for name in NAMES:
+                fit(out, name, rank, world)
+            os._exit(0)
+        children.append(child)
+    return [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+
+
+if __name__ == "__main__":
+    print(*processes(Path(sys.argv[1]), 2), flush=True)
