@@ -67,6 +67,38 @@ def test_full_fine_tuning_trains_the_whole_denoiser(tiny_run):
     assert "all weights are trained" in estimate.text()
 
 
+REWARDED = (
+    "objective={name: alignprop, steps: 2, cfg_scale: 1, micro_batch: 2}",
+    "reward=redness",
+    "data=pocket/prompts",
+    "train.batch_size=4",
+)
+
+
+def test_an_online_run_is_measured_by_its_prompts_and_one_prediction(tiny_run):
+    run = tiny_run(*REWARDED, "guards.holdout=16")
+    estimate = measure(run)
+    assert (estimate.prompts, estimate.guard_prompts, estimate.samples) == (374, 16, 0)
+    assert "374 prompts to train on, and 16 for the guards" in estimate.text() and "image" not in estimate.text()
+    assert estimate.step_seconds > 0 and estimate.optimizer_bytes > 0 and not run.folder.exists()
+    # The memory is that of a micro-batch, whatever the batch; guidance predicts twice as many rows.
+    base = estimate.activation_bytes
+    assert measure(tiny_run(*REWARDED, "train.batch_size=8")).activation_bytes == base > 0
+    assert 1.8 < measure(tiny_run(*REWARDED, "objective.micro_batch=4")).activation_bytes / base < 2.2
+    assert 1.8 < measure(tiny_run(*REWARDED, "objective.cfg_scale=3")).activation_bytes / base < 2.2
+
+
+def test_a_rollout_is_shared_by_the_steps_that_it_serves(tiny_run, monkeypatch):
+    from visiontune.objectives.alignprop import AlignProp
+
+    parts = []
+    update = AlignProp.update
+    monkeypatch.setattr(AlignProp, "updates", property(lambda self: 2))
+    monkeypatch.setattr(AlignProp, "update", lambda self, *args: (parts.append(args[2]), update(self, *args))[1])
+    measure(tiny_run(*REWARDED))
+    assert parts == [0, 1]
+
+
 def test_kept_counts_each_storage_once_and_no_weights():
     weight = torch.randn(64, 64, requires_grad=True)
     x = torch.randn(8, 64)

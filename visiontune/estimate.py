@@ -17,6 +17,9 @@ from torch.autograd.graph import saved_tensors_hooks
 from visiontune.assemble import build, check_folder
 from visiontune.config import Run
 from visiontune.data.loader import BatchSampler
+from visiontune.data.prompts import PromptBatches
+from visiontune.diffusion.trajectory import guided
+from visiontune.objectives._online import conditions
 from visiontune.training import optim
 
 if TYPE_CHECKING:
@@ -32,12 +35,14 @@ class Estimate:
     Attributes:
         device: where it was measured.
         samples: instance images; prior_samples: images of prior preservation.
+        prompts: what an online objective draws, in place of images; guard_prompts: what its guards draw besides.
         trained: trained values; total: values of all the model's networks.
         layers: names of the adapted layers; empty in full fine-tuning.
-        step_seconds: one optimiser step, accumulation included; steps: those of the whole run.
+        step_seconds: one optimiser step, with accumulation or its share of a rollout; steps: those of the whole run.
         parameter_bytes: the model's weights and the trained ones.
         gradient_bytes, optimizer_bytes: of the trained values.
-        activation_bytes: what one batch keeps from the forward pass for the backward pass.
+        activation_bytes: what one batch keeps from the forward pass for the backward pass; with an online objective,
+            what one prediction of a micro-batch keeps.
         peak_bytes: the most that the device had allocated; ``None`` on a CPU, where nobody counts.
     """
 
@@ -54,6 +59,8 @@ class Estimate:
     optimizer_bytes: int
     activation_bytes: int
     peak_bytes: int | None
+    prompts: int | None = None
+    guard_prompts: int = 0
 
     @property
     def memory_bytes(self) -> int:
@@ -62,7 +69,6 @@ class Estimate:
 
     def text(self) -> str:
         """The estimate in words, one fact a line."""
-        prior = f", and {self.prior_samples} of prior preservation" if self.prior_samples else ""
         parts = {
             "parameters": self.parameter_bytes,
             "gradients": self.gradient_bytes,
@@ -70,7 +76,7 @@ class Estimate:
             "activations": self.activation_bytes,
         }
         lines = [
-            f"data: {self.samples} images{prior}; every image and caption is readable",
+            f"data: {self._data()}",
             f"trainable: {self.trained:,} of {self.total:,} parameters ({self.trained / self.total:.2%})",
             *self._layer_lines(),
             f"time: {self.step_seconds:.3g} s/step on this {self.device}, {self._hours()} for {self.steps} steps",
@@ -79,6 +85,13 @@ class Estimate:
         if self.peak_bytes is not None:
             lines.append(f"memory peak of the measured step: {size(self.peak_bytes)}")
         return "\n".join(lines)
+
+    def _data(self) -> str:
+        if self.prompts is not None:
+            held = f", and {self.guard_prompts} for the guards" if self.guard_prompts else ""
+            return f"{self.prompts} prompts to train on{held}"
+        prior = f", and {self.prior_samples} of prior preservation" if self.prior_samples else ""
+        return f"{self.samples} images{prior}; every image and caption is readable"
 
     def _layer_lines(self) -> list[str]:
         if not self.layers:
@@ -105,6 +118,8 @@ def size(count: float) -> str:
 def measure(run: Run) -> Estimate:
     """Do one step of a run after one to warm up, with stand-ins for prior images; nothing stays on disk.
 
+    With an online objective it is one rollout and the steps that it serves, without a warm-up.
+
     Raises:
         UserError: whatever would stop the run itself before its first step.
     """
@@ -113,26 +128,44 @@ def measure(run: Run) -> Estimate:
         trainer = build(run, cache_dir=Path(cache), images=_stand_ins, fill=False)
         kept = Kept([*_tensors(trainer), *trainer.parameters.values()])
         with kept:
-            trainer.loss(0)
-        _step(trainer, 0)
+            _forward(trainer)
+        first, count = (0, trainer.online.objective.updates) if trainer.online else (1, 1)
+        for step in range(first):
+            _step(trainer, step)
         if trainer.accelerator.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
         started = time.perf_counter()
-        _step(trainer, 1)
-        return _estimate(run, trainer, kept.bytes, time.perf_counter() - started)
+        for step in range(first, first + count):
+            _step(trainer, step)
+        return _estimate(run, trainer, kept.bytes, (time.perf_counter() - started) / count)
+
+
+def _forward(trainer: Trainer) -> None:
+    """What keeps the most for a backward pass: a batch's loss, or a prediction of an online objective's micro-batch."""
+    if trainer.online is None:
+        trainer.loss(0)
+        return
+    # Online objectives take the gradients of a rollout one prediction at a time.
+    model, options = trainer.online.model, vars(trainer.online.objective.config)
+    batch = trainer.rows.batch(0)
+    batch = batch[: options.get("micro_batch") or len(batch)]
+    side = model.resolution // model.downsample
+    noise = torch.randn(len(batch), model.latent_channels, side, side, device=model.device)
+    t = model.schedule.timesteps(options.get("steps", 25))[0][:1].to(model.device).expand(len(batch))
+    cfg_scale = options.get("cfg_scale", 1.0)
+    cond, uncond = conditions(model, batch.prompts, cfg_scale, trainer.train.text_encoder)
+    guided(model, noise, t, cond, uncond, cfg_scale)
 
 
 def _estimate(run: Run, trainer: Trainer, activations: int, seconds: float) -> Estimate:
-    assert isinstance(trainer.rows, BatchSampler)
-    rows, cuda = trainer.rows.rows, trainer.accelerator.device.type == "cuda"
+    cuda = trainer.accelerator.device.type == "cuda"
     trained = list(trainer.parameters.values())
     model = _tensors(trainer)
     state = list(optim.state_tensors(trainer.optimizer.state))
     everything = {id(t): t for t in [*model, *trained]}.values()
     return Estimate(
         device=str(trainer.accelerator.device),
-        samples=len(rows),
-        prior_samples=len(rows.prior),
+        **_counts(trainer),
         trained=sum(p.numel() for p in trained),
         total=sum(t.numel() for t in everything),
         layers=trainer.adapters.layers if trainer.adapters is not None else [],
@@ -144,6 +177,15 @@ def _estimate(run: Run, trainer: Trainer, activations: int, seconds: float) -> E
         activation_bytes=activations,
         peak_bytes=torch.cuda.max_memory_allocated() if cuda else None,
     )
+
+
+def _counts(trainer: Trainer) -> dict[str, Any]:
+    """How much data there is."""
+    if isinstance(trainer.rows, PromptBatches):
+        held = len(trainer.guard.prompts) if trainer.guard is not None else 0
+        return {"samples": 0, "prior_samples": 0, "prompts": len(trainer.rows), "guard_prompts": held}
+    assert isinstance(trainer.rows, BatchSampler)
+    return {"samples": len(trainer.rows.rows), "prior_samples": len(trainer.rows.rows.prior)}
 
 
 def _step(trainer: Trainer, step: int) -> None:
