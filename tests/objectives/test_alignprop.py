@@ -122,9 +122,7 @@ def assert_close(found, expected):
 # ---------------------------------------------------------------------------------------------------- gradients
 
 
-@pytest.mark.parametrize(
-    ("truncation", "grad_steps", "window"), [("full", 1, STEPS), ("fixed", 1, 1), ("fixed", 3, 3)]
-)
+@pytest.mark.parametrize(("truncation", "grad_steps", "window"), [("full", 1, STEPS), ("fixed", 1, 1), ("fixed", 3, 3)])
 @pytest.mark.parametrize("target", [None, 0.4])
 def test_gradients_are_those_of_one_graph(truncation, grad_steps, window, target):
     model = Model()

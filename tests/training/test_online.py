@@ -37,7 +37,9 @@ def work(out, kind):
     """Run the worker in a process of its own."""
     folders = [str(HERE), str(HERE.parent), str(HERE.parents[1])]
     env = {**os.environ, "PYTHONPATH": os.pathsep.join(folders), "OMP_NUM_THREADS": "1"}
-    return subprocess.run([sys.executable, str(HERE / "online_worker.py"), str(out), kind], env=env, capture_output=True)
+    return subprocess.run(
+        [sys.executable, str(HERE / "online_worker.py"), str(out), kind], env=env, capture_output=True
+    )
 
 
 def metrics(out):
@@ -54,7 +56,9 @@ def same(one, other):
     return torch.equal(one, other) if isinstance(one, torch.Tensor) else one == other
 
 
-def prop(out, model=None, reward=None, found=None, batch_size=2, accelerator=None, preview=None, objective=None, **train):
+def prop(
+    out, model=None, reward=None, found=None, batch_size=2, accelerator=None, preview=None, objective=None, **train
+):
     model = model or TinyModel()
     options = {"steps": 3, "cfg_scale": 2.0, "truncation": "full", **(objective or {})}
     return tiny_trainer(
@@ -266,7 +270,7 @@ def test_a_checkpoint_between_the_updates_of_a_rollout_is_refused(tmp_path, name
 
 
 def test_the_base_is_the_model_without_its_adapter(tmp_path):
-    with pytest.raises(UserError, match="compares with the base model.*set an adapter"):
+    with pytest.raises(UserError, match=r"compares with the base model.*set an adapter"):
         prop(tmp_path / "full").online.tools(0).reference()
     model = tiny_model("sd")
     found = adapters.attach({"unet": model.denoiser}, "lora", targets=["to_q"])
@@ -318,7 +322,7 @@ def test_mistakes_of_a_recipe_are_found_before_the_model_is_opened(tmp_path, mon
 
 
 def test_an_adapter_that_looks_at_data_is_refused(tmp_path):
-    with pytest.raises(UserError, match="'eva' looks at a loss on data.*'alignprop' does not have"):
+    with pytest.raises(UserError, match=r"'eva' looks at a loss on data.*'alignprop' does not have"):
         assemble.build(recipe(tmp_path, "adapter=eva"), cache_dir=tmp_path / "cache")
 
 

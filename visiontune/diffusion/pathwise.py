@@ -103,7 +103,8 @@ def backpropagate(
 def into_conditions(live: Condition, *gradients: Condition | None) -> None:
     """Send a condition's gradients, summed, on to the text encoders that made `live`.
 
-    Nothing happens where none is being trained. The graph of `live` is freed, so what several walks found goes in one call.
+    Nothing happens where none is being trained. The graph of `live` is freed, so what several walks found goes in one
+    call.
     """
     found = [gradient for gradient in gradients if gradient is not None]
     if not found:
