@@ -21,7 +21,7 @@ PROMPTS = ["a red cat", "a dog", "two birds in a tree", "a blue fish", "an old h
 
 
 class Remembering(Online):
-    """Pulls predictions at drawn latents towards a running mean that it keeps as its state; two updates a rollout."""
+    """Pulls the prediction at drawn latents towards a running mean that it keeps as its state."""
 
     group = 2
     updates = 2
