@@ -84,7 +84,9 @@ def test_the_rewards_seen_survive_a_resume(tmp_path):
     policy_trainer(tmp_path / "broken", build(), **options | {"steps": 2}).fit()
     broken = final(policy_trainer(tmp_path / "broken", build(), **options))
     assert all(torch.equal(value, broken[name]) for name, value in whole.items())
-    states = [checkpoint.load(checkpoint.latest(tmp_path / run))[1]["online"] for run in ("whole", "broken")]
+    states = [
+        checkpoint.load(checkpoint.latest(tmp_path / run))[1]["online"]["objective"] for run in ("whole", "broken")
+    ]
     assert states[0] == states[1] and sum(map(len, states[0]["reward"].values())) == 16
     # Two rollouts of eight rows over three prompts: some prompt has been seen in both.
     assert max(map(len, states[0]["reward"].values())) > 4

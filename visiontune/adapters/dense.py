@@ -1,8 +1,7 @@
 """Dense: a trained change of whole weights and biases, of the layers that ``targets`` names.
 
 Full fine-tuning of a part of a model with an adapter's comforts: the base stays as it was, so the change can be
-switched off, scaled, saved alone and merged. On a few blocks it is what Kaplun et al. choose blocks for ("Less is More:
-Selective Layer Finetuning with SubTuning", arXiv 2302.06354).
+switched off, scaled, saved alone and merged. ``subtuning`` chooses blocks for it.
 
     W' = W + scale D,   b' = b + scale d,   D and d start at zero
 
