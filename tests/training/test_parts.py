@@ -165,7 +165,7 @@ def previewed(out, method="lora", method_options=None, **train):
 def test_previews_are_drawn_before_the_first_step_and_after_the_last(tmp_path):
     previewed(tmp_path, trackers=["tensorboard"]).fit()
     folders = sorted(p.name for p in (tmp_path / "samples").iterdir())
-    assert folders == ["step-000000", "step-000002", "step-000004", "step-000005"]
+    assert folders == ["before_after.png", "step-000000", "step-000002", "step-000004", "step-000005"]
     names = {p.name for p in (tmp_path / "samples" / "step-000000").iterdir()}
     assert names == {"00_seed3.png", "00_seed4.png", "01_seed3.png", "01_seed4.png", "grid.png"}
     card = (tmp_path / "README.md").read_text()
