@@ -156,7 +156,7 @@ def goal_9(rounds: int) -> Iterator[dict]:
         yield row(9, f"walk / checkpointing, time, {rows} rows", measured["deferred"], 0.92)
         yield row(9, f"one graph / checkpointing, time, {rows} rows", measured["graph"])
         held = {way: peak(steps[way]) for way in ("checkpoint", "deferred")}
-        yield row(9, f"walk / checkpointing, peak, {rows} rows", held["deferred"] / held["checkpoint"], 1.0)
+        yield row(9, f"walk / checkpointing, peak, {rows} rows", held["deferred"] / held["checkpoint"], 1.01)
         found = [gradient(steps[way], model) for way in ("deferred", "checkpoint")]
         yield row(9, f"walk - checkpointing, largest difference of a gradient, {rows} rows", difference(*found), 0.0)
 
