@@ -4,6 +4,8 @@ import json
 import logging
 import math
 import os
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -539,8 +541,18 @@ def test_a_hacked_reward_rings_while_it_rises(tmp_path):
 
 def test_processes_stop_together_with_one_result(tmp_path):
     """Each of two draws half of the prompts; the first looks, both stop, and the result is a checkpoint's."""
-    children = [os.fork() or _rank(tmp_path, rank) for rank in range(2)]
-    assert [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children] == [3, 3]
+    # New interpreters: a fork of one that has computed on several threads hangs.
+    code = "import pathlib, sys; from training import test_alarms; test_alarms.process(pathlib.Path(sys.argv[1]))"
+    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29617", "OMP_NUM_THREADS": "1"}
+    shared["PYTHONPATH"] = os.pathsep.join(sys.path)
+    children = [
+        subprocess.Popen(
+            [sys.executable, "-c", code, str(tmp_path)],
+            env={**os.environ, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+        )
+        for rank in range(2)
+    ]
+    assert [child.wait(timeout=240) for child in children] == [3, 3]
     good, alarm = checkpoint.steps(tmp_path)
     assert alarm == good + 2
     assert [row["guard/alarms"] for row in guarded(tmp_path)] == [0.0] * (alarm // 2) + [1.0]
@@ -552,15 +564,10 @@ def test_processes_stop_together_with_one_result(tmp_path):
     )
 
 
-def _rank(out, rank):
-    code = 1
+def process(out):
+    """One of the two: the second logs other numbers than the first, and the bound is on their mean."""
+    objective = Drift(logs=lambda step: {"kl": step * (2 * int(os.environ["RANK"]))})
     try:
-        os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
-        os.environ["MASTER_PORT"] = "29617"
-        # The second process logs other numbers: the bound is on their mean.
-        objective = Drift(logs=lambda step: {"kl": step * (2 * rank)})
         drifting(out, objective=objective, guards={"terms": {"kl": 3.0}}).fit()
     except Stopped as stopped:
-        code = stopped.status
-    finally:
-        os._exit(code)
+        sys.exit(stopped.status)
