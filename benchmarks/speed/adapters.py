@@ -8,11 +8,8 @@ only sizes matter. Writes ``benchmarks/results/speed_adapters.json`` and ``.md``
 
 from __future__ import annotations
 
-import argparse
 import copy
-import warnings
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,23 +17,15 @@ from diffusers import SD3Transformer2DModel, UNet2DConditionModel
 from diffusers.models.attention import BasicTransformerBlock
 from measure import Step, operations, peak, ratios
 from peft import LoraConfig, OFTConfig, ShiraConfig, inject_adapter_in_model
+from report import main, row
 from torch import Tensor, nn
 
 from visiontune.adapters import attach
 from visiontune.adapters._cayley import rotations
 from visiontune.adapters.oft import orthogonality_error
-from visiontune.files import write_json
 
-RESULTS = Path(__file__).parents[1] / "results"
 TARGETS = ["to_q", "to_k", "to_v", "to_out.0"]
 MIB = 2**20
-
-
-def row(goal: int, what: str, value: float, bar: float | None = None) -> dict[str, Any]:
-    """One line of the table; smaller is better. Without a bar it is there to compare with."""
-    met = "" if bar is None else "yes" if value <= bar else "no"
-    print(f"{goal:>2}  {what:<75} {value:.4g}  {f'(at most {bar:g}: {met})' if met else ''}", flush=True)
-    return {"goal": goal, "what": what, "value": value, "at most": bar, "met": met}
 
 
 # ---------------------------------------------------------------------------------------------------- models
@@ -279,22 +268,10 @@ def goal_8() -> Iterator[dict]:
         yield row(8, f"{name} on a bf16 base, peak / PEFT's", held[0] / held[1], 0.82)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--out", type=Path, default=RESULTS)
-    args = parser.parse_args()
-    torch.set_num_threads(args.threads)
-    warnings.simplefilter("ignore")
-    rows = [*goal_3(), *goal_2(), *goal_8(), *goals_6_and_7(args.rounds), *goal_1(args.rounds), *goal_5(args.rounds)]
-    rows.sort(key=lambda r: r["goal"])
-    args.out.mkdir(parents=True, exist_ok=True)
-    write_json(args.out / "speed_adapters.json", {"threads": args.threads, "rounds": args.rounds, "rows": rows})
-    lines = ["| goal | what | measured | at most | met |", "|---|---|---|---|---|"]
-    lines += [f"| {r['goal']} | {r['what']} | {r['value']:.3g} | {r['at most'] or ''} | {r['met']} |" for r in rows]
-    (args.out / "speed_adapters.md").write_text("\n".join(lines) + "\n")
+def measure(rounds: int) -> list[dict]:
+    """Everything in the table."""
+    return [*goal_3(), *goal_2(), *goal_8(), *goals_6_and_7(rounds), *goal_1(rounds), *goal_5(rounds)]
 
 
 if __name__ == "__main__":
-    main()
+    main("speed_adapters", __doc__, measure)

@@ -10,16 +10,14 @@ sizes matter. Writes ``benchmarks/results/speed_rewards.json`` and ``.md``.
 
 from __future__ import annotations
 
-import argparse
-import warnings
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
-from adapters import RESULTS, TARGETS, oft_config, peft, row, unet
+from adapters import TARGETS, oft_config, peft, unet
 from diffusers import AutoencoderKL
 from measure import Step, peak, ratios
+from report import main, row
 from torch import Tensor, nn
 
 from visiontune.adapters import attach
@@ -30,7 +28,6 @@ from visiontune.diffusion.pathwise import backpropagate, end_gradient
 from visiontune.diffusion.replay import backpropagate_scores
 from visiontune.diffusion.schedule import Schedule
 from visiontune.diffusion.trajectory import rollout
-from visiontune.files import write_json
 
 CFG, STEPS, ROWS = 4.0, 10, 4
 
@@ -233,24 +230,10 @@ def sampling(rounds: int) -> Iterator[dict]:
             yield row(0, f"sampling, {name} / {ROWS} rows at once, guided, OFT with rotated weights kept", value)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--out", type=Path, default=RESULTS)
-    args = parser.parse_args()
-    torch.set_num_threads(args.threads)
-    warnings.simplefilter("ignore")
-    rows = [*goal_10(), *goal_9(args.rounds), *goal_4(args.rounds), *sampling(args.rounds)]
-    rows.sort(key=lambda r: r["goal"] or 99)
-    args.out.mkdir(parents=True, exist_ok=True)
-    write_json(args.out / "speed_rewards.json", {"threads": args.threads, "rounds": args.rounds, "rows": rows})
-    lines = ["| goal | what | measured | at most | met |", "|---|---|---|---|---|"]
-    for r in rows:
-        bar = "" if r["at most"] is None else f"{r['at most']:g}"
-        lines.append(f"| {r['goal'] or ''} | {r['what']} | {r['value']:.3g} | {bar} | {r['met']} |")
-    (args.out / "speed_rewards.md").write_text("\n".join(lines) + "\n")
+def measure(rounds: int) -> list[dict]:
+    """Everything in the table."""
+    return [*goal_10(), *goal_9(rounds), *goal_4(rounds), *sampling(rounds)]
 
 
 if __name__ == "__main__":
-    main()
+    main("speed_rewards", __doc__, measure)
