@@ -167,6 +167,22 @@ def test_a_file_brings_everything_back(method: str, options: dict, tmp_path) -> 
     assert all(torch.equal(state[name], value) for name, value in again.named_buffers())
 
 
+@pytest.mark.parametrize("component", ["unet", "model"])
+@pytest.mark.parametrize("method", METHODS)
+def test_a_component_of_any_name_is_planned_and_loaded(method: str, component: str, tmp_path) -> None:
+    """A single module goes by the name ``model`` among the parameters, which a component may have too."""
+    net, alone = Net(), planned(method, options_of(method))[1]
+    adapters = attach({component: net}, method, targets=list(layers_of(method)), **options_of(method))
+    torch.manual_seed(0)
+    adapters.prepare([_loss(net, i) for i in range(3)])
+    assert {key.removeprefix(f"{component}.") for key in adapters.tensors()} == set(alone.tensors())
+    turn(adapters)
+    fresh = Net()
+    load({component: fresh}, adapters.save(tmp_path / "adapter.safetensors"))
+    adapters.eval()
+    assert torch.equal(fresh(rows(7)), net(rows(7)))
+
+
 @pytest.mark.parametrize(("method", "options"), CASES)
 def test_loading_decomposes_nothing(method: str, options: dict, tmp_path, monkeypatch) -> None:
     """A large model would wait minutes for a start that the file brings."""
