@@ -79,7 +79,7 @@ class Beneath:
         return run(self.layer, x, weight, bias)
 
 
-class Adapted:
+class Adapted(nn.Module):
     """What :func:`adopt` mixes into a layer's class."""
 
     entries: list[Entry]
@@ -89,11 +89,11 @@ class Adapted:
         return Beneath(self, [entry for entry in self.entries if entry.owner.active])(x)
 
     def frozen_forward(self, x: Tensor) -> Tensor:
-        return super().forward(x)  # type: ignore[misc]
+        return super().forward(x)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         # The sets are not submodules, so `model.to(device)` would leave them behind; their dtype stays float32.
-        result = super()._apply(fn, recurse)  # type: ignore[misc]
+        result = super()._apply(fn, recurse)
         follow(self)
         return result
 
