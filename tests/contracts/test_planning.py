@@ -11,7 +11,7 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
-from contracts.declared import declared
+from contracts.declared import declared, turn
 from torch import Tensor, nn
 
 from visiontune import plugin
@@ -63,13 +63,6 @@ def planned(method: str, options: dict, seed: int = 0) -> tuple[Net, AdapterSet]
 
 def _loss(net: Net, index: int) -> Callable[[], Tensor]:
     return lambda: (net(rows(index)) - rows(100 + index)).square().mean()
-
-
-def turn(adapters: AdapterSet) -> None:
-    rng = torch.Generator().manual_seed(2)
-    with torch.no_grad():
-        for p in adapters.parameters():
-            p.add_(0.1 * torch.randn(p.shape, generator=rng))
 
 
 def options_of(method: str) -> dict:
