@@ -76,6 +76,29 @@ def test_a_file_brings_shared_tensors_back(method: str, tmp_path) -> None:
     assert torch.equal(one.eval()(X), other(X))
 
 
+@pytest.mark.parametrize(
+    ("method", "options"),
+    [
+        ("Lora", {"r": 2, "lora_dropout": 0.5}),
+        ("LoHa", {"r": 2, "rank_dropout": 0.5}),
+        ("LoHa", {"r": 2, "module_dropout": 0.5}),
+    ],
+)
+def test_dropout_is_for_training_and_for_no_weight(method: str, options: dict) -> None:
+    model = net()
+    bridge = attach({"unet": model}, "peft", targets=["0"], method=method, options=options)
+    moved(bridge)
+    torch.manual_seed(3)
+    seen = [model[0](X) for _ in range(8)]
+    assert any(not torch.allclose(y, seen[0], atol=1e-3) for y in seen)
+    weights = [bridge.weight("unet.0") for _ in range(8)]
+    assert all(torch.equal(w, weights[0]) for w in weights)
+    model.eval(), bridge.eval()
+    torch.testing.assert_close(
+        model[0](X), torch.nn.functional.linear(X, weights[0], model[0].bias), rtol=1e-5, atol=1e-6
+    )
+
+
 def test_it_lies_on_top_of_other_sets() -> None:
     model = net()
     below = attach({"unet": model}, "oft", targets=["0"], name="below", block_size=4)

@@ -7,7 +7,9 @@ import importlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
+import torch
 from torch import nn
 
 from visiontune.adapters import AdapterSet
@@ -58,6 +60,21 @@ def declared() -> dict[str, Declared]:
 def declaring(method: str) -> list[str]:
     """The test files that declare the method."""
     return [file for file, contract in _contracts().items() if method in contract]
+
+
+def turn(module: nn.Module, std: float = 0.1, seed: int = 2) -> None:
+    """Give what is trained values as after some training."""
+    rng = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for p in module.parameters():
+            if p.requires_grad:
+                p.add_(std * torch.randn(p.shape, generator=rng).to(p))
+
+
+def turned(module: Any, std: float = 0.2) -> Any:
+    """The module, turned and in evaluation mode."""
+    turn(module, std)
+    return module.eval()
 
 
 def full_rank(module: nn.Module) -> int:

@@ -12,7 +12,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from contracts.declared import declared, declaring
+from contracts.declared import declared, declaring, turn
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -79,14 +79,6 @@ def _net(method: str, options: dict, kind: str, dtype: torch.dtype = torch.float
     return net, attach(net, method, targets="layer", **options)
 
 
-def _turn(adapters: AdapterSet, std: float = 0.1, seed: int = 2) -> None:
-    """Give the parameters values as after some training."""
-    rng = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in adapters.parameters():
-            parameter.add_(std * torch.randn(parameter.shape, generator=rng).to(parameter))
-
-
 def _moved(net: Net, adapters: AdapterSet) -> float:
     """The largest change of a weight or bias."""
     bias, before = adapters.bias("layer"), getattr(net.layer, "bias", None)
@@ -124,7 +116,7 @@ def test_identity_at_init_is_bit_exact(method: str, options: dict, kind: str, dt
 @pytest.mark.parametrize(("method", "options", "kind"), CASES)
 def test_fast_path_is_the_weight_path(method: str, options: dict, kind: str) -> None:
     net, adapters = _net(method, options, kind)
-    _turn(adapters)
+    turn(adapters)
     x = net.input()
     assert _moved(net, adapters) > 1e-3
     for scale in (1.0, 0.4):
@@ -153,7 +145,7 @@ def test_fast_path_is_the_weight_path(method: str, options: dict, kind: str) -> 
 )
 def test_gradcheck(method: str, options: dict, kind: str) -> None:
     net, adapters = _net(method, options, kind)
-    _turn(adapters)
+    turn(adapters)
     x = net.input().narrow(0, 0, 1)
     parameters = list(adapters.parameters())
 
@@ -168,7 +160,7 @@ def test_gradcheck(method: str, options: dict, kind: str) -> None:
 @pytest.mark.parametrize(("method", "options", "kind"), CASES)
 def test_merge_equals_unmerged_and_unmerge_restores(method: str, options: dict, kind: str) -> None:
     net, adapters = _net(method, options, kind)
-    _turn(adapters)
+    turn(adapters)
     x, weight, bits = net.input(), net.layer.weight, net.layer.weight.detach().clone()
     bias, plain = getattr(net.layer, "bias", None), Net(kind)
     expected = net(x).detach()
@@ -204,7 +196,7 @@ def test_base_is_untouched(method: str, options: dict, kind: str) -> None:
     adapters = attach(net, method, targets="layer", **options)
     assert list(net.state_dict()) == keys
     assert isinstance(net.layer, cls)
-    _turn(adapters)
+    turn(adapters)
     assert not torch.equal(net(x), before)
     with adapters.disable():
         assert torch.equal(net(x), before)
@@ -226,7 +218,7 @@ def test_base_is_untouched(method: str, options: dict, kind: str) -> None:
 @pytest.mark.parametrize(("method", "options", "kind"), CASES)
 def test_save_and_load(method: str, options: dict, kind: str, tmp_path) -> None:
     net, adapters = _net(method, options, kind, torch.float32)
-    _turn(adapters)
+    turn(adapters)
     path = adapters.save(tmp_path / "adapter.safetensors", {"trigger": "sks"})
     header = read_header(path)
     assert (header["method"], header["targets"], header["layers"]) == (method, ["layer"], ["layer"])
@@ -258,8 +250,8 @@ def test_two_adapters_on_one_layer(method: str, options: dict, kind: str) -> Non
     if kind in ("layer_norm", "group_norm"):
         upper_method = "sara"
     upper = attach(net, upper_method, targets="layer", name="upper", **declared()[upper_method].options)
-    _turn(lower)
-    _turn(upper)
+    turn(lower)
+    turn(upper)
     x = net.input()
     expected = run(net.layer, x, upper.weight("layer"), upper.bias("layer"))
     torch.testing.assert_close(net.layer(x), expected, rtol=1e-10, atol=1e-12)
@@ -291,7 +283,7 @@ def test_two_adapters_on_one_layer(method: str, options: dict, kind: str) -> Non
 def test_accumulation_over_steps(method: str, options: dict, kind: str) -> None:
     """Micro-batches give the gradient of their sum, at every optimiser step and not only at the first."""
     net, adapters = _net(method, options, kind)
-    _turn(adapters)
+    turn(adapters)
     xs = [net.input(seed) for seed in (3, 4, 5)]
 
     def whole_loss(net: Net) -> Tensor:
@@ -325,7 +317,7 @@ def test_accumulation_over_steps(method: str, options: dict, kind: str) -> None:
 )
 def test_checkpointing_gives_the_same_gradients(method: str, options: dict, kind: str, first: str) -> None:
     net, adapters = _net(method, options, kind)
-    _turn(adapters)
+    turn(adapters)
     x = net.input()
     fresh_net, fresh = _net(method, options, kind)
     fresh.load_state_dict(adapters.state_dict())
@@ -353,8 +345,8 @@ def test_bf16_base_with_float32_masters(method: str, options: dict, kind: str) -
     full_net.layer.load_state_dict(net.layer.state_dict())
     full = attach(full_net, method, targets="layer", **options)
     assert all(p.dtype == torch.float32 for p in adapters.parameters())
-    _turn(adapters)
-    _turn(full)
+    turn(adapters)
+    turn(full)
     for p, q in zip(full.parameters(), adapters.parameters(), strict=True):
         p.data.copy_(q.data)
     x = net.input()
@@ -378,7 +370,7 @@ def test_bf16_base_with_float32_masters(method: str, options: dict, kind: str) -
 def test_autocast(method: str, options: dict, kind: str) -> None:
     """float32 base and masters under autocast: low precision inside, float32 gradients, no crash in the backward."""
     net, adapters = _net(method, options, kind, torch.float32)
-    _turn(adapters)
+    turn(adapters)
     x = net.input()
     expected = net(x).detach()
     adapters.refresh()
@@ -395,14 +387,14 @@ def test_autocast(method: str, options: dict, kind: str) -> None:
 @pytest.mark.parametrize(("method", "options", "kind"), CASES)
 def test_deepcopy_and_pickle_carry_the_adapters(method: str, options: dict, kind: str) -> None:
     net, adapters = _net(method, options, kind)
-    _turn(adapters)
+    turn(adapters)
     x = net.input()
     expected = net(x).detach()
     for twin in (copy.deepcopy(net), pickle.loads(pickle.dumps(net))):
         assert torch.equal(twin(x), expected)
         own = attached(twin)["default"]
         assert own is not adapters
-        _turn(own, seed=3)
+        turn(own, seed=3)
         assert not torch.equal(twin(x), expected)
         own.detach()
         assert torch.equal(net(x), expected)

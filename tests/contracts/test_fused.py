@@ -8,11 +8,12 @@ from __future__ import annotations
 import copy
 import pickle
 import warnings
+from dataclasses import fields
 
 import pytest
 import torch
 import torch.nn.functional as F
-from contracts.declared import declared
+from contracts.declared import declared, turn
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -53,13 +54,6 @@ def _input(seed: int = 1, length: int = 5, dtype: torch.dtype = torch.float64) -
 
 def _attach(net: nn.Module, method: str, name: str = "default", targets=("in_proj", "out_proj")) -> AdapterSet:
     return attach(net, method, targets=targets, name=name, **declared()[method].options)
-
-
-def _turn(adapters: AdapterSet, std: float = 0.1, seed: int = 2) -> None:
-    rng = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in adapters.parameters():
-            parameter.add_(std * torch.randn(parameter.shape, generator=rng).to(parameter))
 
 
 def _expected(net: Net, adapters: AdapterSet, x: Tensor, y: Tensor | None = None) -> Tensor:
@@ -104,7 +98,7 @@ def test_output_and_gradients_are_those_of_the_adapted_weights(method: str, batc
     net = Net(batch_first)
     adapters = _attach(net, method)
     assert adapters.layers == ["attn.in_proj", "attn.out_proj"]
-    _turn(adapters)
+    turn(adapters)
     x = _input().requires_grad_()
     y = _input(3).requires_grad_() if cross else None
     for scale in (1.0, 0.4):
@@ -138,7 +132,7 @@ def test_one_projection_alone(method: str) -> None:
         net, x = Net(), _input()
         before = net(x)
         adapters = _attach(net, method, targets=target)
-        _turn(adapters)
+        turn(adapters)
         reference = Net()
         weight, bias = adapters.weight(f"attn.{target}"), adapters.bias(f"attn.{target}")
         layer = reference.attn.out_proj if target == "out_proj" else InProj(reference.attn)
@@ -154,7 +148,7 @@ def test_one_projection_alone(method: str) -> None:
 def test_a_bias_of_the_joint_projection_alone_reaches_the_fused_kernel() -> None:
     net, x = Net(bias=False), _input()
     adapters = attach(net, "bitfit", targets="in_proj", create=True)
-    _turn(adapters)
+    turn(adapters)
     expected = net(x)
     assert not torch.allclose(expected, Net(bias=False)(x))
     with torch.no_grad():
@@ -171,7 +165,7 @@ def test_base_is_untouched_and_merging_is_undone(method: str) -> None:
     assert [name for name, _ in net.named_modules()] == names
     assert isinstance(net.attn, nn.MultiheadAttention)
     assert not any(p.requires_grad for p in net.parameters())
-    _turn(adapters)
+    turn(adapters)
     adapted = net(x)
     assert not torch.allclose(adapted, before)
     with adapters.disable():
@@ -202,7 +196,7 @@ def test_base_is_untouched_and_merging_is_undone(method: str) -> None:
 def test_save_load_and_copies(method: str, tmp_path) -> None:
     net, x = Net(dtype=torch.float32), _input(dtype=torch.float32)
     adapters = _attach(net, method)
-    _turn(adapters)
+    turn(adapters)
     expected = net.eval()(x)
     path = adapters.save(tmp_path / "a.safetensors")
     fresh = Net(dtype=torch.float32).eval()
@@ -218,7 +212,7 @@ def test_save_load_and_copies(method: str, tmp_path) -> None:
         assert torch.equal(twin(x), expected)
         own = attached(twin)["default"]
         assert own is not adapters
-        _turn(own, seed=3)
+        turn(own, seed=3)
         assert not torch.equal(twin(x), expected)
         own.detach()
         assert type(twin.attn) is nn.MultiheadAttention
@@ -234,8 +228,8 @@ def test_save_load_and_copies(method: str, tmp_path) -> None:
 def test_two_sets(method: str) -> None:
     net, x = Net(), _input()
     lower, upper = _attach(net, method), _attach(net, "lora" if method != "lora" else "oft", "upper", "in_proj")
-    _turn(lower)
-    _turn(upper)
+    turn(lower)
+    turn(upper)
     with upper.disable():
         alone = net(x)
     torch.testing.assert_close(alone, _expected(net, lower, x), rtol=1e-10, atol=1e-12)
@@ -267,7 +261,7 @@ def test_encoder_layers_fused_kernel_sees_the_adapters(method: str) -> None:
         adapters = _attach(stack, method)
         with torch.no_grad():
             torch.testing.assert_close(stack(x), before, rtol=1e-12, atol=1e-12)
-        _turn(adapters)
+        turn(adapters)
         expected, masked = (stack.train()(x, src_key_padding_mask=mask) for mask in (None, padding))
         stack.eval()
         for mode in (torch.no_grad, torch.inference_mode):
@@ -284,7 +278,7 @@ def test_low_precision(method: str) -> None:
     net = Net(dtype=torch.bfloat16)
     adapters = _attach(net, method)
     assert all(p.dtype == torch.float32 for p in adapters.parameters())
-    _turn(adapters)
+    turn(adapters)
     x = _input(dtype=torch.bfloat16)
     y = net(x)
     assert y.dtype == torch.bfloat16
@@ -292,7 +286,7 @@ def test_low_precision(method: str) -> None:
     assert all(p.grad is not None and p.grad.isfinite().all() for p in adapters.parameters())
     full = Net(dtype=torch.float32)
     other = _attach(full, method)
-    _turn(other)
+    turn(other)
     expected = full(x.float())
     with torch.autocast("cpu", torch.bfloat16):
         found = full(x.float())
@@ -320,13 +314,17 @@ def test_adapters_follow_the_module() -> None:
         net.to("cpu")
 
 
+def _takes_dropout(method: str) -> bool:
+    # ALLoRA has LoRA's options and refuses this one everywhere.
+    return method != "allora" and "dropout" in {f.name for f in fields(plugin.load("adapters", method).Config)}
+
+
 @pytest.mark.parametrize(
     ("method", "options"),
     [
-        ("lora", {"dropout": 0.1}),
+        *((method, {**declared()[method].options, "dropout": 0.1}) for method in METHODS if _takes_dropout(method)),
         ("mosa", {"experts": 2}),
-        ("boft", {"block_size": 4, "factors": 1, "dropout": 0.1}),
-        ("diablo", {"dropout": 0.1}),
+        ("peft", {"method": "Lora", "options": {"r": 2, "lora_dropout": 0.1}}),
     ],
 )
 def test_chance_in_training_is_refused(method: str, options: dict) -> None:
@@ -355,7 +353,7 @@ def test_a_failing_adapter_is_no_base_model() -> None:
 def test_exports(tmp_path) -> None:
     net = Net(dtype=torch.float32)
     adapters = attach({"unet": net}, "lora", targets=["in_proj", "out_proj"], rank=2)
-    _turn(adapters)
+    turn(adapters)
     for kind in ("diffusers", "kohya"):
         with pytest.raises(UserError, match=r"'unet\.attn\.in_proj' is the joint weight"):
             export(adapters, tmp_path / "x.safetensors", kind, dtype=torch.float32)
@@ -369,7 +367,7 @@ def test_exports(tmp_path) -> None:
     expected = adapters.weight("unet.attn.in_proj") - net.attn._parameters["in_proj_weight"]
     torch.testing.assert_close(written["lora_unet_attn_in_proj_weight.diff"], expected)
     dense = attach({"unet": Net(dtype=torch.float32)}, "dense", targets="in_proj")
-    _turn(dense)
+    turn(dense)
     export(dense, done.path, "diff", dtype=torch.float32)
     assert set(load_file(done.path)) == {"lora_unet_attn_in_proj_weight.diff", "lora_unet_attn_in_proj_bias.diff"}
 

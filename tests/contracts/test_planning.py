@@ -11,7 +11,7 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
-from contracts.declared import declared
+from contracts.declared import declared, turn
 from torch import Tensor, nn
 
 from visiontune import plugin
@@ -63,13 +63,6 @@ def planned(method: str, options: dict, seed: int = 0) -> tuple[Net, AdapterSet]
 
 def _loss(net: Net, index: int) -> Callable[[], Tensor]:
     return lambda: (net(rows(index)) - rows(100 + index)).square().mean()
-
-
-def turn(adapters: AdapterSet) -> None:
-    rng = torch.Generator().manual_seed(2)
-    with torch.no_grad():
-        for p in adapters.parameters():
-            p.add_(0.1 * torch.randn(p.shape, generator=rng))
 
 
 def options_of(method: str) -> dict:
@@ -165,6 +158,22 @@ def test_a_file_brings_everything_back(method: str, options: dict, tmp_path) -> 
     # As a training run does with a checkpoint.
     state = dict(adapters.named_buffers())
     assert all(torch.equal(state[name], value) for name, value in again.named_buffers())
+
+
+@pytest.mark.parametrize("component", ["unet", "model"])
+@pytest.mark.parametrize("method", METHODS)
+def test_a_component_of_any_name_is_planned_and_loaded(method: str, component: str, tmp_path) -> None:
+    """A single module goes by the name ``model`` among the parameters, which a component may have too."""
+    net, alone = Net(), planned(method, options_of(method))[1]
+    adapters = attach({component: net}, method, targets=list(layers_of(method)), **options_of(method))
+    torch.manual_seed(0)
+    adapters.prepare([_loss(net, i) for i in range(3)])
+    assert {key.removeprefix(f"{component}.") for key in adapters.tensors()} == set(alone.tensors())
+    turn(adapters)
+    fresh = Net()
+    load({component: fresh}, adapters.save(tmp_path / "adapter.safetensors"))
+    adapters.eval()
+    assert torch.equal(fresh(rows(7)), net(rows(7)))
 
 
 @pytest.mark.parametrize(("method", "options"), CASES)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import peft
 import pytest
 import torch
+from contracts.declared import turned
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from tiny import tiny_sd
@@ -19,15 +20,6 @@ from visiontune.weights.peft_folders import read_peft, write_peft
 TARGETS = ["to_q", "to_out.0", "conv1", "proj_in"]
 
 
-def moved(module, std=0.2):
-    rng = torch.Generator().manual_seed(2)
-    with torch.no_grad():
-        for p in module.parameters():
-            if p.requires_grad:
-                p.add_(std * torch.randn(p.shape, generator=rng))
-    return module.eval()
-
-
 def output(pipe):
     ids = pipe.tokenizer(["a word"], padding="max_length", return_tensors="pt").input_ids
     with torch.no_grad():
@@ -37,7 +29,7 @@ def output(pipe):
 
 def adapted(scale=1.0):
     pipe = tiny_sd()
-    adapters = moved(attach({"unet": pipe.unet}, "lora", targets=TARGETS, rank=3, alpha=6.0, dora=True))
+    adapters = turned(attach({"unet": pipe.unet}, "lora", targets=TARGETS, rank=3, alpha=6.0, dora=True))
     adapters.scale = scale
     return pipe, adapters
 
@@ -50,11 +42,11 @@ def kernels():
 def test_a_convolution_with_a_kernel_is_pefts_too(tmp_path):
     x = torch.randn(2, 4, 9, 9, generator=torch.Generator().manual_seed(1))
     net = kernels()
-    write_peft(moved(attach({"unet": net}, "lora", targets=["0", "1"], rank=2, dora=True)), tmp_path / "mine")
+    write_peft(turned(attach({"unet": net}, "lora", targets=["0", "1"], rank=2, dora=True)), tmp_path / "mine")
     theirs = PeftModel.from_pretrained(kernels(), str(tmp_path / "mine")).eval()
     torch.testing.assert_close(theirs(x), net(x), rtol=1e-4, atol=1e-5)
     assert not torch.allclose(kernels()(x), net(x), atol=1e-2)
-    trained = moved(get_peft_model(kernels(), LoraConfig(r=2, lora_alpha=3, use_dora=True, target_modules=["0", "1"])))
+    trained = turned(get_peft_model(kernels(), LoraConfig(r=2, lora_alpha=3, use_dora=True, target_modules=["0", "1"])))
     trained.save_pretrained(str(tmp_path / "theirs"))
     back = kernels()
     assert read_peft(tmp_path / "theirs", {"unet": back}).config.dora
@@ -76,7 +68,7 @@ def test_diffusers_loads_an_exported_dora_and_draws_the_same(scale, tmp_path):
 def test_what_diffusers_saves_comes_in(tmp_path):
     pipe, back = tiny_sd(), tiny_sd()
     pipe.unet.add_adapter(LoraConfig(r=2, lora_alpha=7, use_dora=True, target_modules=["to_q", "conv1"]))
-    moved(pipe.unet)
+    turned(pipe.unet)
     pipe.save_lora_weights(
         str(tmp_path),
         unet_lora_layers=peft.get_peft_model_state_dict(pipe.unet),

@@ -7,6 +7,7 @@ import copy
 import peft
 import pytest
 import torch
+from contracts.declared import turned
 from peft import BOFTConfig, LoraConfig, OFTConfig, PeftModel, get_peft_model
 from peft.tuners.boft.layer import BOFTLayer
 from safetensors.torch import load_file, save_file
@@ -47,21 +48,12 @@ CASES = {
 }
 
 
-def moved(module, std=0.2):
-    rng = torch.Generator().manual_seed(2)
-    with torch.no_grad():
-        for p in module.parameters():
-            if p.requires_grad:
-                p.add_(std * torch.randn(p.shape, generator=rng))
-    return module.eval()
-
-
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("scale", [1.0, 0.5])
 def test_peft_loads_what_is_written_and_gives_the_same(case, scale, tmp_path):
     method, options, targets = CASES[case]
     net = Net()
-    adapters = moved(attach({"unet": net}, method, targets=targets, **options), 0.1)
+    adapters = turned(attach({"unet": net}, method, targets=targets, **options), 0.1)
     adapters.scale = scale
     write_peft(adapters, tmp_path / "folder")
     theirs = PeftModel.from_pretrained(Net(), str(tmp_path / "folder")).eval()
@@ -87,7 +79,7 @@ CONFIGS = {
 
 @pytest.mark.parametrize("case", CONFIGS)
 def test_what_peft_trained_acts_here_as_there(case, tmp_path):
-    theirs = moved(get_peft_model(Net(), copy.deepcopy(CONFIGS[case])), 0.1)
+    theirs = turned(get_peft_model(Net(), copy.deepcopy(CONFIGS[case])), 0.1)
     theirs.save_pretrained(str(tmp_path))
     mine = Net()
     read_peft(tmp_path, {"unet": mine})
@@ -98,7 +90,7 @@ def test_what_peft_trained_acts_here_as_there(case, tmp_path):
 def test_several_butterfly_factors_are_multiplied_in_pefts_order(tmp_path):
     """PEFT runs more than one factor with a CUDA extension only, so its product is formed from its own parts."""
     net, b, m = Net(), 4, 3
-    adapters = moved(attach({"unet": net}, "boft", targets=["one"], block_size=b, factors=m), 0.3)
+    adapters = turned(attach({"unet": net}, "boft", targets=["one"], block_size=b, factors=m), 0.3)
     write_peft(adapters, tmp_path / "folder")
     blocks = load_file(tmp_path / "folder" / "adapter_model.safetensors")["base_model.model.one.boft_R"]
     parts = BOFTLayer(nn.Linear(16, 24))
@@ -162,7 +154,7 @@ def output(pipe):
 def test_an_exported_file_comes_back(kind, tmp_path):
     pipe, back = tiny_sd(), tiny_sd()
     file = tmp_path / "lora.safetensors"
-    export(moved(attach(parts(pipe), "lora", targets=TARGETS, rank=3, alpha=6.0)), file, kind, dtype=torch.float32)
+    export(turned(attach(parts(pipe), "lora", targets=TARGETS, rank=3, alpha=6.0)), file, kind, dtype=torch.float32)
     adapters = read_lora(file, parts(back))
     torch.testing.assert_close(output(back), output(pipe), rtol=1e-4, atol=1e-5)
     assert len(adapters.layers) == len(load_file(file)) // (3 if kind == "kohya" else 2)

@@ -73,7 +73,7 @@ class View(nn.Linear):
         return self.__dict__["layer"](x)
 
 
-class Adapted:
+class Adapted(nn.Module):
     """What is mixed into an attention module's class while a projection of it has adapters."""
 
     in_proj_weight = property(lambda self: self._values(IN)[0])
@@ -86,7 +86,7 @@ class Adapted:
 
     @property
     def out_proj(self) -> nn.Module:
-        layer = self._modules[OUT]  # type: ignore[attr-defined]
+        layer: Any = self._modules[OUT]
         # The fused kernel wants both biases or none, and an adapter may have given the other projection one.
         lacking = layer.bias is None and self.in_proj_bias is not None
         return View(layer, lambda: self._values(OUT)) if lacking or _active(layer) else layer
@@ -95,7 +95,7 @@ class Adapted:
         # Torch reads each weight several times.
         self.__dict__["read"] = {}
         try:
-            return super().forward(*args, **kwargs)  # type: ignore[misc]
+            return super().forward(*args, **kwargs)
         finally:
             del self.__dict__["read"]
 
@@ -106,7 +106,7 @@ class Adapted:
         return read[name]
 
     def _computed(self, name: str) -> tuple[Tensor, Tensor | None]:
-        layer = in_proj(self) if name == IN else self._modules[name]  # type: ignore[attr-defined]
+        layer: Any = in_proj(self) if name == IN else self._modules[name]
         beneath = Beneath(layer, _active(layer))
         try:
             weight, bias = beneath.weight(), beneath.bias()
@@ -119,7 +119,7 @@ class Adapted:
         return weight.contiguous(), bias if bias is None else bias.to(weight.dtype)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
-        result = super()._apply(fn, recurse)  # type: ignore[misc]
+        result = super()._apply(fn, recurse)
         _layers.follow(in_proj(self))
         return result
 

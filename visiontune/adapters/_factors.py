@@ -9,11 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from visiontune.adapters._layers import CONVOLUTIONS, masters
+from visiontune.adapters._layers import masters, pointwise, run
+from visiontune.adapters._low_rank import matrices
 from visiontune.adapters.base import Adapter, Beneath
-
-LAYERS: tuple[type[nn.Module], ...] = (nn.Linear, *CONVOLUTIONS)
-_CONV = {3: F.conv1d, 4: F.conv2d, 5: F.conv3d}
 
 # W [out, d] in high precision -> L [out, r], R [r, d]
 Factorise = Callable[[Tensor], tuple[Tensor, Tensor]]
@@ -35,9 +33,7 @@ class Diagonal(nn.Module, Adapter):
     def __init__(self, layer: Any, factorise: Factorise) -> None:
         super().__init__()
         self.groups, weight = int(getattr(layer, "groups", 1)), layer.weight.detach()
-        # Decompositions of large matrices are more exact, and the same everywhere, in float64 on the CPU.
-        rows = weight.reshape(self.groups, weight.shape[0] // self.groups, -1).cpu().double()
-        pairs = [factorise(part) for part in rows]
+        pairs = [factorise(part) for part in matrices(layer, weight)]
         rank = max(left.shape[1] for left, _ in pairs)
         lefts = [F.pad(left, (0, rank - left.shape[1])) for left, _ in pairs]
         rights = [F.pad(right, (0, 0, 0, rank - right.shape[0])) for _, right in pairs]
@@ -57,11 +53,8 @@ class Diagonal(nn.Module, Adapter):
         """``layer(x) + scale L (t * R x)``; no product of the factors is formed."""
         layer, y = beneath.layer, beneath(x)
         x, left, right, t = (v.to(y.dtype) for v in (x, self.left, self.right, self.t.flatten()))
-        if isinstance(layer, nn.Linear):
-            return torch.add(y, F.linear(F.linear(x, right) * t, left), alpha=scale)
-        ones = [1] * (right.dim() - 2)
-        low = layer._conv_forward(x, right, None) * t.view(-1, *ones)
-        return torch.add(y, _CONV[right.dim()](low, left.view(*left.shape, *ones), groups=self.groups), alpha=scale)
+        low = run(layer, x, right, None) * t.view(-1, *[1] * (right.dim() - 2))
+        return torch.add(y, pointwise(layer, low, left), alpha=scale)
 
     def tensors(self) -> dict[str, Tensor]:
         return {"t": self.t}

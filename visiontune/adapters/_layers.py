@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 NORMS = (nn.LayerNorm, nn.GroupNorm)
+_CONV = {3: F.conv1d, 4: F.conv2d, 5: F.conv3d}
 
 
 @dataclass
@@ -78,7 +79,7 @@ class Beneath:
         return run(self.layer, x, weight, bias)
 
 
-class Adapted:
+class Adapted(nn.Module):
     """What :func:`adopt` mixes into a layer's class."""
 
     entries: list[Entry]
@@ -88,11 +89,11 @@ class Adapted:
         return Beneath(self, [entry for entry in self.entries if entry.owner.active])(x)
 
     def frozen_forward(self, x: Tensor) -> Tensor:
-        return super().forward(x)  # type: ignore[misc]
+        return super().forward(x)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         # The sets are not submodules, so `model.to(device)` would leave them behind; their dtype stays float32.
-        result = super()._apply(fn, recurse)  # type: ignore[misc]
+        result = super()._apply(fn, recurse)
         follow(self)
         return result
 
@@ -155,6 +156,19 @@ def run(layer: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     if isinstance(layer, nn.GroupNorm):
         return F.group_norm(x, layer.num_groups, weight, bias, layer.eps)
     return layer._conv_forward(x, weight, bias)
+
+
+def pointwise(layer: Any, x: Tensor, weight: Tensor) -> Tensor:
+    """The output for what :func:`run` gave of a linear layer, or a 1x1 convolution in the groups of a convolution.
+
+    Args:
+        layer: the linear layer or convolution whose first factor ``x`` went through.
+        weight: [out, r], with r the channels of each group of ``x``.
+    """
+    if isinstance(layer, nn.Linear):
+        return F.linear(x, weight)
+    dims = layer.weight.dim()
+    return _CONV[dims](x, weight.view(*weight.shape, *[1] * (dims - 2)), groups=layer.groups)
 
 
 def fan_in(layer: Any) -> int:

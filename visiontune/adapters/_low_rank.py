@@ -1,4 +1,4 @@
-"""Changes of a weight that are the product of two thin matrices."""
+"""Changes of a weight that are a product of two thin factors, made anew from the parameters in each forward pass."""
 
 from __future__ import annotations
 
@@ -6,14 +6,12 @@ from abc import abstractmethod
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from visiontune.adapters._layers import CONVOLUTIONS, fan_in
+from visiontune.adapters._layers import CONVOLUTIONS, fan_in, pointwise, run
 from visiontune.adapters.base import Adapter, Beneath
 
 LAYERS: tuple[type[nn.Module], ...] = (nn.Linear, *CONVOLUTIONS)
-_CONV = {3: F.conv1d, 4: F.conv2d, 5: F.conv3d}
 
 
 def full_rank(layer: Any) -> int:
@@ -31,37 +29,39 @@ def matrices(layer: Any, values: Tensor) -> Tensor:
 
 
 class LowRank(nn.Module, Adapter):
-    """The change B A of one layer; every group of a convolution has its own factors.
+    """``W' = W + s up down``; every group of a convolution has its own factors.
 
     Args:
-        layer: a linear layer or a convolution.
+        layer: a linear layer or a convolution. strength: s.
     """
 
-    def __init__(self, layer: Any) -> None:
+    def __init__(self, layer: Any, strength: float = 1.0) -> None:
         super().__init__()
-        self.groups = int(getattr(layer, "groups", 1))
+        self.groups, self.strength = int(getattr(layer, "groups", 1)), strength
 
     @abstractmethod
     def factors(self) -> tuple[Tensor, Tensor]:
-        """A [groups r, in / groups, kernel ...] and B [out, r] as the parameters are now."""
+        """``down`` [groups r, in / groups, kernel ...] and ``up`` [out, r], in the dtype of the parameters."""
 
     def weight(self, w: Tensor, scale: float) -> Tensor:
-        """``w + scale B A``, group by group."""
+        """``w + scale s up down``, group by group."""
         down, up = self.factors()
         r = up.shape[1]
-        change = up.view(self.groups, -1, r) @ down.reshape(self.groups, r, -1)
-        return w + (scale * change.reshape(w.shape)).to(w.dtype)
+        change = up.reshape(self.groups, -1, r) @ down.reshape(self.groups, r, -1)
+        return w + (scale * self.strength * change.view(w.shape)).to(w.dtype)
 
     def forward(self, x: Tensor, beneath: Beneath, scale: float) -> Tensor:
-        """``layer(x) + scale B A x``; the product B A is never formed."""
+        """``layer(x) + scale s up down x``; the product of the factors is never formed."""
         layer, y = beneath.layer, beneath(x)
-        x, down, up = (v.to(y.dtype) for v in (x, *self.factors()))
-        if isinstance(layer, nn.Linear):
-            return torch.add(y, F.linear(F.linear(x, down), up), alpha=scale)
-        low, up = layer._conv_forward(x, down, None), up.view(*up.shape, *[1] * (down.dim() - 2))
-        return torch.add(y, _CONV[down.dim()](low, up, groups=self.groups), alpha=scale)
+        with torch.autocast(x.device.type, enabled=False):
+            down, up = (factor.to(x.dtype) for factor in self.factors())
+        low = pointwise(layer, run(layer, x, down, None), up)
+        return torch.add(y, low.to(y.dtype), alpha=scale * self.strength)
 
+    @torch.no_grad()
     def low_rank(self, scale: float) -> tuple[Tensor, Tensor] | None:
-        """A and ``scale B``; none for several groups, whose factors are others."""
+        """The factors, with the scale in ``up``; none for several groups, whose factors are others."""
+        if self.groups > 1:
+            return None
         down, up = self.factors()
-        return (down.detach(), scale * up.detach()) if self.groups == 1 else None
+        return down, scale * self.strength * up

@@ -56,11 +56,13 @@ class AdapterSet(nn.Module):
         self._scale, self._enabled, self._originals = 1.0, True, dict[str, _layers.Values]()
         self._layers: dict[str, nn.Module] = {}
         self._adapters: dict[str, Adapter] = {}
+        self._methods: dict[str, Method] = {}
         for component, found in layers.items():
             built = build(config, {layer_name: _quantised.plain(layer) for layer_name, layer in found.items()})
+            self._methods[component] = built
             self.add_module(component or "model", built)
             for layer_name, layer in found.items():
-                full = f"{component}.{layer_name}" if component else layer_name
+                full = _full(component, layer_name)
                 self._layers[full], self._adapters[full] = layer, built.adapters[layer_name]
         self._handles: list[RemovableHandle] = []
         self.fused = [name for name, layer in self._layers.items() if layer in owners]
@@ -72,17 +74,15 @@ class AdapterSet(nn.Module):
                 )
         self.base = _storage.fingerprint(self._layers)
         for component, found in layers.items():
-            built = self.get_submodule(component or "model")
+            own = self._methods[component]
             for layer_name, layer in found.items():
-                entry = Entry(self, built, built.adapters[layer_name])  # type: ignore[arg-type, index]
+                entry = Entry(self, own, own.adapters[layer_name])
                 _attention.adopt(layer, entry, owners.get(layer))
 
     def watch(self, roots: Mapping[str, nn.Module]) -> None:
         """Let the methods watch their components until the set is detached; see :meth:`Method.watch`."""
         for component, root in roots.items():
-            method = getattr(self, component or "model", None)
-            if isinstance(method, Method):
-                self._handles += method.watch(root)
+            self._handles += self._methods[component].watch(root)
 
     # -- what it is ---------------------------------------------------------------------------------------------
 
@@ -242,7 +242,7 @@ class AdapterSet(nn.Module):
 
     def methods(self) -> list[Method]:
         """The methods of the components."""
-        return [child for child in self.children() if isinstance(child, Method)]
+        return list(self._methods.values())
 
     @property
     def plans(self) -> bool:
@@ -256,10 +256,9 @@ class AdapterSet(nn.Module):
             losses: ``config.batches`` of them; see :class:`Evidence`.
             reduce: sums a tensor over processes.
         """
-        for component, method in self.named_children():
-            prefix = "" if component == "model" else f"{component}."
-            layers = {n.removeprefix(prefix): layer for n, layer in self._layers.items() if n.startswith(prefix)}
-            method.prepare(Evidence(layers, losses, reduce, self.disable))  # type: ignore[operator]
+        for component, method in self._methods.items():
+            layers = {layer: self._layers[_full(component, layer)] for layer in method.adapters}
+            method.prepare(Evidence(layers, losses, reduce, self.disable))
         self.refresh()
 
     def before_step(self, step: int = 0, loss_scale: float = 1.0) -> None:
@@ -316,14 +315,10 @@ class AdapterSet(nn.Module):
 
     def _fit(self, saved: Mapping[str, Tensor]) -> None:
         """See :meth:`Method.fit`."""
-        grouped: dict[str, dict[str, Tensor]] = {}
-        for key, value in saved.items():
-            layer, _, name = key.rpartition(".")
-            grouped.setdefault(layer, {})[name] = value
-        for component, method in self.named_children():
-            prefix = "" if component == "model" else f"{component}."
-            own = {layer.removeprefix(prefix): values for layer, values in grouped.items()}
-            method.fit({layer: values for layer, values in own.items() if layer in method.adapters})  # type: ignore[operator]
+        grouped = _storage.by_layer(saved)
+        for component, method in self._methods.items():
+            full = {layer: _full(component, layer) for layer in method.adapters}
+            method.fit({layer: grouped[name] for layer, name in full.items() if name in grouped})
 
     def save(self, path: str | Path, metadata: Mapping[str, str] | None = None) -> Path:
         """Write a safetensors file whose header holds method, config, targets, layers and a hash of the base.
@@ -344,6 +339,10 @@ class AdapterSet(nn.Module):
         if self.base.error:
             header["base_error"] = json.dumps(self.base.error)
         return _storage.write(path, self.tensors(), header, metadata or {})
+
+
+def _full(component: str, layer: str) -> str:
+    return f"{component}.{layer}" if component else layer
 
 
 def _flat(tensors: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:

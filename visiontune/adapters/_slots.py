@@ -38,6 +38,11 @@ class Slot(nn.Module, Adapter):
         super().__init__()
         self.inner = inner
 
+    @property
+    def random(self) -> bool:
+        """That of what is here."""
+        return self.inner is not None and self.inner.random
+
     def put(self, inner: nn.Module | None) -> None:
         """Replace what is here."""
         self.inner = None if inner is None else inner.train(self.training)

@@ -6,8 +6,6 @@ import sys
 from dataclasses import asdict
 from pathlib import Path
 
-from torch import Tensor
-
 from visiontune import schema
 from visiontune.adapters import _storage
 from visiontune.adapters._set import AdapterSet
@@ -39,10 +37,7 @@ def start(adapters: AdapterSet, path: str | Path) -> None:
     module = sys.modules[type(adapters.config).__module__]
     if hasattr(module, "refit"):
         was = schema.from_mapping(module.Config, header["config"], str(path))
-        grouped: dict[str, dict[str, Tensor]] = {layer: {} for layer in adapters.layers}
-        for key, value in saved.items():
-            layer, _, name = key.rpartition(".")
-            grouped[layer][name] = value
+        grouped = _storage.by_layer(saved)
         made = {layer: module.refit(adapter, grouped[layer], was) for layer, adapter in adapters.adapters().items()}
         saved = {f"{layer}.{name}": value for layer, values in made.items() for name, value in values.items()}
     else:

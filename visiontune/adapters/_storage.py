@@ -98,6 +98,15 @@ def read(path: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         raise UserError(f"'{path}' is damaged ({error}): copy or train it again") from error
 
 
+def by_layer(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+    """Layer -> name -> tensor, for the keys ``<layer>.<name>`` of a file."""
+    grouped: dict[str, dict[str, Tensor]] = {}
+    for key, value in tensors.items():
+        layer, _, name = key.rpartition(".")
+        grouped.setdefault(layer, {})[name] = value
+    return grouped
+
+
 @torch.no_grad()
 def fill(path: str | Path, own: Mapping[str, Tensor], saved: Mapping[str, Tensor]) -> None:
     """Copy saved tensors into those of a set.

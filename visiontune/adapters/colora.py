@@ -24,7 +24,8 @@ from torch import Tensor, nn
 from visiontune.adapters import _slots
 from visiontune.adapters._budget import proportional
 from visiontune.adapters._evidence import Evidence
-from visiontune.adapters._layers import CONVOLUTIONS, fan_in, masters
+from visiontune.adapters._layers import CONVOLUTIONS, masters
+from visiontune.adapters._low_rank import full_rank
 from visiontune.adapters._slots import Slots, rank_cost
 from visiontune.adapters.base import Method
 from visiontune.schema import option
@@ -129,4 +130,4 @@ def along(layers: Mapping[str, Any]) -> Iterator[tuple[dict[str, Tensor], Callab
 
 def half_rank(layer: Any) -> int:
     """Half the full rank of a layer's weight, or of one group's."""
-    return max(1, min(int(layer.weight.shape[0]) // int(getattr(layer, "groups", 1)), fan_in(layer)) // 2)
+    return max(1, full_rank(layer) // 2)

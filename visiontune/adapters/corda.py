@@ -86,7 +86,7 @@ class Difference(LowRank):
     up0: Tensor
 
     def __init__(self, config: Config, layer: Any) -> None:
-        super().__init__(layer)
+        super().__init__(layer, config.strength)
         self.config, weight = config, layer.weight
         rank, place = min(config.rank, full_rank(layer)), masters(layer)
         self.down = nn.Parameter(torch.zeros(self.groups * rank, *weight.shape[1:], **place))
@@ -104,9 +104,9 @@ class Difference(LowRank):
         self.down0.copy_(torch.cat([down for _, down in pairs]).reshape(self.down0.shape))
 
     def factors(self) -> tuple[Tensor, Tensor]:
-        """[A; dA] and s [dB, B0]: their product is s (B A - B0 A0)."""
+        """[A; dA] and [dB, B0]: their product is B A - B0 A0."""
         parts = [v.unflatten(0, (self.groups, -1)) for v in (self.down0 + self.down, self.down)]
-        return torch.cat(parts, 1).flatten(0, 1), self.config.strength * torch.cat([self.up, self.up0], 1)
+        return torch.cat(parts, 1).flatten(0, 1), torch.cat([self.up, self.up0], 1)
 
     def tensors(self) -> dict[str, Tensor]:
         return {"down": self.down, "up": self.up, "down0": self.down0, "up0": self.up0}

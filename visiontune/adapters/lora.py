@@ -27,13 +27,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from visiontune.adapters._layers import CONVOLUTIONS, fan_in, masters
+from visiontune.adapters._layers import CONVOLUTIONS, fan_in, masters, pointwise, run
 from visiontune.adapters.base import Adapter, Beneath, Method
 from visiontune.errors import UserError
 from visiontune.schema import option
 
 LAYERS: tuple[type[nn.Module], ...] = (nn.Linear, *CONVOLUTIONS, nn.Embedding)
-_CONV = {3: F.conv1d, 4: F.conv2d, 5: F.conv3d}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -175,10 +174,7 @@ class LoRA(nn.Module, Adapter):
             return F.linear(F.embedding(x, self.down, layer.padding_idx), self.up)
         x = F.dropout(x, self.dropout, self.training)
         down, up = self.down.to(x.dtype), self.active_up().to(x.dtype)
-        if isinstance(layer, nn.Linear):
-            return F.linear(F.linear(x, down), up)
-        low = layer._conv_forward(x, down, None)
-        return _CONV[down.dim()](low, up.view(*up.shape, *[1] * (down.dim() - 2)), groups=self.groups)
+        return pointwise(layer, run(layer, x, down, None), up)
 
 
 class DoRA(LoRA):

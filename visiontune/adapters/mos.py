@@ -23,13 +23,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from visiontune.adapters import _thin
 from visiontune.adapters._layers import masters
+from visiontune.adapters._low_rank import LAYERS, LowRank
 from visiontune.adapters.base import Method
 from visiontune.errors import UserError
 from visiontune.schema import option
 
-LAYERS = _thin.LAYERS
+__all__ = ["LAYERS", "Config", "build"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,7 +129,7 @@ class MoS(Method):
                     setattr(mixture.pool, side, nn.Parameter(pool.new_zeros(tensors[f"pool_{side}"].shape)))
 
 
-class Mixture(_thin.Thin):
+class Mixture(LowRank):
     """One layer's hands, ``index_down`` and ``index_up`` [groups r, l], numbers of shards in its pool.
 
     The first layer of a pool saves the pool too.

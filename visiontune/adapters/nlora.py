@@ -22,13 +22,13 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from visiontune.adapters import _thin
 from visiontune.adapters._layers import masters
+from visiontune.adapters._low_rank import LAYERS, LowRank, matrices
 from visiontune.adapters.base import Method
 from visiontune.errors import UserError
 from visiontune.schema import option
 
-LAYERS = _thin.LAYERS
+__all__ = ["LAYERS", "Config", "build"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,7 +100,7 @@ class NLoRA(Method):
                 adapter.start(tensors["rows"], tensors["columns"])
 
 
-class Nystrom(_thin.Thin):
+class Nystrom(LowRank):
     """One layer: ``down`` (a) [groups r, in, kernel ...], ``core`` (n) [groups, r, r] and ``up`` (b) [out, r].
 
     The start follows from the base weight and the numbers of its rows and columns, which alone are saved.
@@ -118,7 +118,7 @@ class Nystrom(_thin.Thin):
         super().__init__(layer, config.strength)
         self.layer = [layer]  # in a list, lest the base become a submodule
         self.rcond, core_only = config.rcond, config.train == "core"
-        parts = self._parts()
+        parts = matrices(layer, layer.weight)
         rank = min(config.rank, *parts.shape[1:])
         rows, columns = zip(*(choose(part, rank, config.minor) for part in parts), strict=True)
         self.start(torch.stack(rows), torch.stack(columns))
@@ -128,8 +128,9 @@ class Nystrom(_thin.Thin):
 
     def start(self, rows: Tensor, columns: Tensor) -> None:
         """Compute A_0, N_0 and B_0 for ``rows`` and ``columns`` [groups, r] of each group."""
-        place, shape = masters(self.layer[0]), self.layer[0].weight.shape
-        pairs = list(zip(self._parts(), rows.cpu(), columns.cpu(), strict=True))
+        layer = self.layer[0]
+        place, shape = masters(layer), layer.weight.shape
+        pairs = list(zip(matrices(layer, layer.weight), rows.cpu(), columns.cpu(), strict=True))
         down = torch.cat([part[i] for part, i, _ in pairs]).reshape(-1, *shape[1:])
         core = torch.linalg.pinv(torch.stack([part[i][:, j] for part, i, j in pairs]), rtol=self.rcond)
         up = torch.cat([part[:, j] for part, _, j in pairs])
@@ -137,11 +138,6 @@ class Nystrom(_thin.Thin):
             self.register_buffer(name, value.to(**place), persistent=False)
         for name, value in {"rows": rows, "columns": columns}.items():
             self.register_buffer(name, value.to(place["device"]))
-
-    def _parts(self) -> Tensor:
-        """The base weight as [groups, out, in x kernel], in high precision."""
-        weight = self.layer[0].weight.detach()
-        return weight.reshape(self.groups, weight.shape[0] // self.groups, -1).cpu().double()
 
     def factors(self) -> tuple[Tensor, Tensor]:
         """A over a, and b N + B_0 n beside B_0 N_0."""

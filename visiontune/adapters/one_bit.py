@@ -81,6 +81,15 @@ def codebook(bits: int, loss: str) -> tuple[Tensor, Tensor]:
     return values, (values[1:] + values[:-1]) / 2
 
 
+@functools.cache
+def codebook_on(bits: int, loss: str, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """:func:`codebook` where it is used, since every forward pass of every layer asks for it."""
+    # Whatever mode the first caller is in, a later one may train.
+    with torch.inference_mode(False):
+        values, between = codebook(bits, loss)
+        return values.to(device, dtype), between.to(device, dtype)
+
+
 class Quantised(nn.Module):
     """``latent`` [2, ...], trained, and the few values that it is rounded to.
 
@@ -117,7 +126,7 @@ class Quantised(nn.Module):
         """The rounded values, in the shape of ``latent``; gradients pass to it straight through the rounding."""
         mean, std = self.statistics()
         z = (self.latent - mean) / std
-        values, between = (t.to(z) for t in codebook(self.bits, self.loss))
+        values, between = codebook_on(self.bits, self.loss, z.device, z.dtype)
         # Signs apart, so that opposite numbers stay opposite on boundaries and at zero too.
         return mean + std * straight(z, torch.copysign(values[torch.bucketize(z.detach().abs(), between)], z))
 

@@ -173,6 +173,8 @@ def _check_linear(config: Config, adapter: Any, layer: Any) -> None:
     A copy of one layer's adapter is moved, and what it gives for an input compared with its adapted weight.
     """
     rng, probe = torch.Generator().manual_seed(0), copy.deepcopy(adapter)
+    # Only what the options ask for is let differ in training.
+    probe.layer.train(not probe.random)
     for parameter in probe.layer.parameters():
         parameter.add_(0.1 * torch.randn(parameter.shape, generator=rng).to(parameter))
     x, w = torch.randn(4, layer.in_features, generator=rng).to(layer.weight.device), layer.weight.float()
@@ -193,10 +195,16 @@ class Bridged(Adapter):
         if not isinstance(base, StandIn):
             raise UserError(f"PEFT's '{config.method}' does not adapt linear layers")
         self.layer, self.stand_in, self.home = layer, base, base._beneath
+        self._random = any("dropout" in name and bool(value) for name, value in config.options.items())
+
+    @property
+    def random(self) -> bool:
+        """Whether the options ask for one of PEFT's dropouts, each of which has that word in its name."""
+        return self._random
 
     def weight(self, w: Tensor, scale: float) -> Tensor:
         """``w + scale (W_peft - w)``, the second from what the layer makes of the identity."""
-        rows = self.run(torch.eye(w.shape[1], dtype=w.dtype, device=w.device), Alone(self.home.layer, w, None))
+        rows = self._alone(torch.eye(w.shape[1], dtype=w.dtype, device=w.device), w, None)
         adapted = (rows - self._at_zero(w, None)).mT.to(w.dtype)
         return adapted if scale == 1 else w + scale * (adapted - w)
 
@@ -215,7 +223,16 @@ class Bridged(Adapter):
         return below + scale * (y - below)
 
     def _at_zero(self, w: Tensor, b: Tensor | None) -> Tensor:
-        return self.run(w.new_zeros(1, w.shape[1]), Alone(self.home.layer, w, b))[0].to(w.dtype)
+        return self._alone(w.new_zeros(1, w.shape[1]), w, b)[0].to(w.dtype)
+
+    def _alone(self, x: Tensor, w: Tensor, b: Tensor | None) -> Tensor:
+        """What PEFT's layer gives on that weight and bias without dropout, in training too."""
+        training = self.layer.training
+        self.layer.eval()
+        try:
+            return self.run(x, Alone(self.home.layer, w, b))
+        finally:
+            self.layer.train(training)
 
     def tensors(self) -> dict[str, Tensor]:
         own = self.layer.state_dict(keep_vars=True)

@@ -24,13 +24,12 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from visiontune.adapters import lora
-from visiontune.adapters._layers import CONVOLUTIONS
+from visiontune.adapters._layers import CONVOLUTIONS, pointwise, run
 from visiontune.adapters.base import AdapterSet, Method
 from visiontune.errors import UserError
 from visiontune.schema import option
 
 LAYERS: tuple[type[nn.Module], ...] = (nn.Linear, *CONVOLUTIONS)
-_CONV = {3: F.conv1d, 4: F.conv2d, 5: F.conv3d}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -195,13 +194,10 @@ class Pairs(lora.LoRA):
         down, up = self.down.to(x.dtype), self.up.to(x.dtype)
         mix = self.gate.now()
         shares = self._shares(x.new_tensor([0.5]) if mix is None else _rows(mix, x))
-        if isinstance(layer, nn.Linear):
-            low = F.linear(x, down)
-            return F.linear(low * _beside(shares, low, -1).to(low.dtype), up)
-        low = layer._conv_forward(x, down, None)
-        channels = 1 - down.dim()
-        low = low * _beside(shares.repeat(1, self.groups), low, channels).to(low.dtype)
-        return _CONV[down.dim()](low, up.view(*up.shape, *[1] * (down.dim() - 2)), groups=self.groups)
+        low = run(layer, x, down, None)
+        # A convolution's channels lie before as many dimensions as its kernel has.
+        shares = _beside(shares.repeat(1, self.groups), low, 1 - down.dim())
+        return pointwise(layer, low * shares.to(low.dtype), up)
 
 
 def _rows(mix: Tensor, x: Tensor) -> Tensor:

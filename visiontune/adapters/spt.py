@@ -7,7 +7,9 @@ He et al., "Sensitivity-Aware Visual Parameter-Efficient Fine-Tuning", ICCV 2023
 is, but for the learning rate, what one gradient step on the entry n alone would lower the loss by. The tau entries of
 greatest s over the whole component decide: a matrix that holds at least p_LoRA / alpha of them gets a LoRA of p_LoRA
 parameters, any other trains just its own in place, and one that holds none stays frozen. tau is the largest that the
-budget pays for. Entries of zero sensitivity are never chosen, and equal ones in the order of layers and places.
+budget pays for; with ``lora_from`` above 1, where a LoRA may cost less than the entries that ask for it, one of those
+after which the next entry would cost too much. Entries of zero sensitivity are never chosen, and equal ones in the
+order of layers and places.
 """
 
 from __future__ import annotations

@@ -18,11 +18,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from visiontune.adapters import _factors
+from visiontune.adapters import _factors, _low_rank
 from visiontune.adapters.base import Method
 from visiontune.schema import option
 
-LAYERS = _factors.LAYERS
+LAYERS = _low_rank.LAYERS
 
 
 @dataclass(frozen=True, kw_only=True)

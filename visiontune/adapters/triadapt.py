@@ -25,12 +25,12 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from visiontune.adapters import _thin
 from visiontune.adapters._layers import fan_in, masters
+from visiontune.adapters._low_rank import LAYERS, LowRank, full_rank
 from visiontune.adapters.base import Method
 from visiontune.schema import option
 
-LAYERS = _thin.LAYERS
+__all__ = ["LAYERS", "Config", "build"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,7 +118,7 @@ class TriAdapt(Method):
                 self.triangles[name].rank.copy_(tensors["rank"])
 
 
-class Triangles(_thin.Thin):
+class Triangles(LowRank):
     """``down`` (A) [groups limit, in, kernel ...] and ``up`` (B) [out, limit]; the first ``rank`` of the limit act."""
 
     rank: Tensor
@@ -126,7 +126,7 @@ class Triangles(_thin.Thin):
     def __init__(self, config: Config, layer: Any) -> None:
         super().__init__(layer, config.strength)
         weight, place, inputs = layer.weight, masters(layer), fan_in(layer)
-        self.limit, self.size = min(config.max_rank, weight.shape[0] // self.groups, inputs), weight.numel()
+        self.limit, self.size = min(config.max_rank, full_rank(layer)), weight.numel()
         bound = 1 / math.sqrt(inputs)
         down = torch.empty(self.groups, self.limit, inputs, **place).uniform_(-bound, bound).triu()
         self.down = nn.Parameter(down.view(-1, *weight.shape[1:]))
