@@ -1,15 +1,14 @@
-"""Online runs that die, or that are several processes: run by `test_online.py`, and imported there."""
+"""Online runs that die, or that are several processes, for `test_online.py`."""
 
 from __future__ import annotations
 
 import os
 import signal
-import sys
 from pathlib import Path
 
 import torch
+from processes import ranks
 from tiny_training import TinyModel, TinyReward, tiny_trainer
-from worker import processes
 
 from visiontune.core import Loss
 from visiontune.data.prompts import PromptBatches
@@ -72,9 +71,11 @@ def shared(out: Path, batch_size: int, rank: int = 0, world: int = 1):
     )
 
 
-if __name__ == "__main__":
-    folder, kind = Path(sys.argv[1]), sys.argv[2]
-    if kind == "processes":
-        print(*processes(folder, 2, shared), flush=True)
-    else:
-        remembering(folder, dies_at=int(kind)).fit()
+def two(folder: str) -> list[int]:
+    """The exit codes of two processes of one run."""
+    return ranks(2, lambda rank: shared(Path(folder), 2, rank, 2).fit())
+
+
+def death(folder: str, when: str) -> list[int]:
+    """The exit code of a run that dies in rollout ``when``."""
+    return ranks(1, lambda _: remembering(Path(folder), dies_at=int(when)).fit())

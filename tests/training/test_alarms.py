@@ -3,13 +3,13 @@ from __future__ import annotations
 import json
 import logging
 import math
-import os
-import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from processes import apart, ranks
 from safetensors.torch import load_file
 from tiny import SIZE, tiny_model
 from tiny_training import tiny_trainer
@@ -541,18 +541,7 @@ def test_a_hacked_reward_rings_while_it_rises(tmp_path):
 
 def test_processes_stop_together_with_one_result(tmp_path):
     """Each of two draws half of the prompts; the first looks, both stop, and the result is a checkpoint's."""
-    # New interpreters: a fork of one that has computed on several threads hangs.
-    code = "import pathlib, sys; from training import test_alarms; test_alarms.process(pathlib.Path(sys.argv[1]))"
-    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29617", "OMP_NUM_THREADS": "1"}
-    shared["PYTHONPATH"] = os.pathsep.join(sys.path)
-    children = [
-        subprocess.Popen(
-            [sys.executable, "-c", code, str(tmp_path)],
-            env={**os.environ, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-        )
-        for rank in range(2)
-    ]
-    assert [child.wait(timeout=240) for child in children] == [3, 3]
+    assert apart("training.test_alarms:two", tmp_path) == [3, 3]
     good, alarm = checkpoint.steps(tmp_path)
     assert alarm == good + 2
     assert [row["guard/alarms"] for row in guarded(tmp_path)] == [0.0] * (alarm // 2) + [1.0]
@@ -564,9 +553,13 @@ def test_processes_stop_together_with_one_result(tmp_path):
     )
 
 
-def process(out):
-    """One of the two: the second logs other numbers than the first, and the bound is on their mean."""
-    objective = Drift(logs=lambda step: {"kl": step * (2 * int(os.environ["RANK"]))})
+def two(folder):
+    return ranks(2, lambda rank: until_stopped(Path(folder), rank))
+
+
+def until_stopped(out, rank):
+    """The second process logs other numbers than the first, and the bound is on their mean."""
+    objective = Drift(logs=lambda step: {"kl": step * 2 * rank})
     try:
         drifting(out, objective=objective, guards={"terms": {"kl": 3.0}}).fit()
     except Stopped as stopped:
