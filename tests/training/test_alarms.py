@@ -12,7 +12,7 @@ import torch
 from processes import apart, ranks
 from safetensors.torch import load_file
 from tiny import SIZE, tiny_model
-from tiny_training import tiny_trainer
+from tiny_training import interrupt, tiny_trainer
 
 from visiontune import adapters
 from visiontune.core import Loss
@@ -421,20 +421,6 @@ def test_a_term_that_nobody_logs_is_refused_at_the_first_check(tmp_path):
         drifting(tmp_path, objective=objective, guards={"terms": {"clip_fractoin": 0.5}}).fit()
 
 
-def interrupted(trainer, at):
-    """Run until just after ``at`` steps."""
-    after = trainer._after
-
-    def failing(step, metrics):
-        after(step, metrics)
-        if step == at:
-            raise KeyboardInterrupt
-
-    trainer._after = failing
-    with pytest.raises(KeyboardInterrupt):
-        trainer.fit()
-
-
 def test_lower_lr_multiplies_the_rate_at_each_check_with_an_alarm(tmp_path, caplog):
     options = {"on_alarm": "lower_lr", "lr_factor": 0.3, "change_max": 1e-9}
     more = {"guards": options, "schedule": "linear", "log_every": 1}
@@ -458,7 +444,7 @@ def test_a_run_with_guards_goes_on_bit_for_bit(tmp_path, at):
         return drifting(tmp_path / name, objective=objective, guards=options, **more)
 
     whole = run("whole").fit()
-    interrupted(run("broken"), at)
+    interrupt(run("broken"), at)
     assert_same(load_file(run("broken").fit()), load_file(whole))
     assert_same(state(tmp_path / "whole", 8), state(tmp_path / "broken", 8))
     for name in ("whole", "broken"):
@@ -469,7 +455,7 @@ def test_a_run_with_guards_goes_on_bit_for_bit(tmp_path, at):
 
 
 def test_a_run_killed_before_its_first_checkpoint_measures_its_start_anew(tmp_path):
-    interrupted(drifting(tmp_path, checkpoint_every=4), 3)
+    interrupt(drifting(tmp_path, checkpoint_every=4), 3)
     drifting(tmp_path, checkpoint_every=4).fit()
     assert [row["step"] for row in guarded(tmp_path)] == [0, 2, 4, 6, 8]
 

@@ -8,7 +8,7 @@ import torch
 from processes import apart
 from safetensors.torch import load_file
 from tiny import tiny_model
-from tiny_training import TinyModel, TinyRows, tiny_trainer
+from tiny_training import TinyModel, TinyRows, interrupt, tiny_trainer
 from training import worker
 
 from visiontune import adapters
@@ -78,27 +78,9 @@ def sd_trainer(out, **options):
     return tiny_trainer(out, model=model, rows=TinyRows(model, embedded=False), adapters=found, **defaults | options)
 
 
-class Interrupted(Exception):
-    pass
-
-
-def interrupt_at(trainer, step):
-    after = trainer._after
-
-    def failing(done, metrics):
-        after(done, metrics)
-        if done == step:
-            raise Interrupted
-
-    trainer._after = failing
-
-
 def test_an_adapter_goes_on_from_its_checkpoint(tmp_path):
     sd_trainer(tmp_path / "whole").fit()
-    broken = sd_trainer(tmp_path / "broken")
-    interrupt_at(broken, 3)
-    with pytest.raises(Interrupted):
-        broken.fit()
+    interrupt(sd_trainer(tmp_path / "broken"), 3)
     assert not (tmp_path / "broken" / "adapter.safetensors").exists()
     sd_trainer(tmp_path / "broken").fit()
     one, other = (load_file(tmp_path / name / "adapter.safetensors") for name in ("whole", "broken"))
