@@ -158,10 +158,13 @@ def test_two_processes_train_like_one_with_both_their_batches(tmp_path):
     one = load_file(trainer.fit() / "weights.safetensors")
     two = load_file(tmp_path / "two" / "model" / "weights.safetensors")
     for name, value in one.items():
-        torch.testing.assert_close(two[name], value, rtol=1e-5, atol=1e-6)
+        # Scores are divided by their spread, which is small here, and rounding with them.
+        torch.testing.assert_close(two[name], value, rtol=1e-4, atol=1e-5)
         assert (value - before[f"denoiser.{name}"]).abs().max() > 1e-4
     for ours, theirs in zip(metrics(tmp_path / "two"), metrics(tmp_path / "one"), strict=True):
         assert ours == pytest.approx(theirs, rel=1e-4)
+    ours, theirs = (checkpoint.load(checkpoint.latest(tmp_path / run))[1]["online"]["reward"] for run in ("two", "one"))
+    assert ours["tiny#2"] == pytest.approx(theirs["tiny#2"], rel=1e-4) and ours["tiny#2"]["count"] == 16
 
 
 # ---------------------------------------------------------------------------------------------------- precision
