@@ -53,6 +53,9 @@ def build(config: Config) -> Mix:
     if not config.terms:
         raise UserError("the reward mix needs terms, for instance terms: [{reward: pickscore, weight: 0.1}, jpeg]")
     rewards = [load({**term.options, "name": term.reward}, f"terms[{i}]") for i, term in enumerate(config.terms)]
+    for i, reward in enumerate(rewards):
+        if getattr(reward, "running", None):
+            raise UserError(f"terms[{i}] is itself a mix with normalise: running: put its terms here in its place")
     return Mix(rewards, config.terms)
 
 
