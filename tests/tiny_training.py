@@ -6,6 +6,7 @@ import hashlib
 from pathlib import Path
 from types import SimpleNamespace
 
+import pytest
 import torch
 import torch.nn.functional as F
 import torch.utils.checkpoint
@@ -173,6 +174,20 @@ class TinyReward(Reward):
         place = torch.linspace(0.5, 1.5, images[0].numel(), dtype=images.dtype).view(images.shape[1:])
         told = torch.tensor([len(prompt) / 10 for prompt in prompts], dtype=images.dtype)
         return told * (torch.sin(3 * images) * place).mean((1, 2, 3))
+
+
+def interrupt(trainer, at: int) -> None:
+    """Train until just after ``at`` steps and what belongs to them, as if stopped there by hand."""
+    after = trainer._after
+
+    def failing(step, metrics):
+        after(step, metrics)
+        if step == at:
+            raise KeyboardInterrupt
+
+    trainer._after = failing
+    with pytest.raises(KeyboardInterrupt):
+        trainer.fit()
 
 
 def tiny_trainer(

@@ -118,7 +118,7 @@ def size(count: float) -> str:
 def measure(run: Run) -> Estimate:
     """Do one step of a run after one to warm up, with stand-ins for prior images; nothing stays on disk.
 
-    With an online objective it is one rollout and the steps that it serves, without a warm-up.
+    With an online objective it is one rollout and the steps that it serves, after as much to warm up.
 
     Raises:
         UserError: whatever would stop the run itself before its first step.
@@ -129,13 +129,13 @@ def measure(run: Run) -> Estimate:
         kept = Kept([*_tensors(trainer), *trainer.parameters.values()])
         with kept:
             _forward(trainer)
-        first, count = (0, trainer.online.objective.updates) if trainer.online else (1, 1)
-        for step in range(first):
+        count = trainer.online.objective.updates if trainer.online else 1
+        for step in range(count):
             _step(trainer, step)
         if trainer.accelerator.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
         started = time.perf_counter()
-        for step in range(first, first + count):
+        for step in range(count, 2 * count):
             _step(trainer, step)
         return _estimate(run, trainer, kept.bytes, (time.perf_counter() - started) / count)
 

@@ -183,9 +183,8 @@ def test_a_guidance_distilled_unet_is_refused(tmp_path):
     assert "its guidance is distilled into the UNet" in refusal(tmp_path / "lcm")
 
 
-def test_an_absent_device_is_refused(saved):
-    if torch.cuda.is_available():
-        pytest.skip("this machine has one")
+def test_an_absent_device_is_refused(saved, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert "device 'cuda:0' is not available" in refusal(saved, device="cuda:0")
 
 

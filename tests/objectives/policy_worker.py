@@ -1,13 +1,11 @@
-"""Runs of policy gradients in several processes: run by `test_policy_processes.py`, and imported there."""
+"""Runs of policy gradients in several processes, for `test_policy_processes.py`."""
 
 from __future__ import annotations
 
-import os
-import socket
-import sys
 from pathlib import Path
 
 import torch
+from processes import ranks
 from tiny_policy import policy_trainer
 
 from visiontune.objectives import ddpo, grpo
@@ -29,18 +27,6 @@ def trainer(out: Path, name: str, batch_size: int, rank: int = 0, world: int = 1
     return policy_trainer(out, BUILT[name](), rank=rank, world=world, checkpoint_every=3, **options)
 
 
-if __name__ == "__main__":
-    folder, name, world = Path(sys.argv[1]), sys.argv[2], 2
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    children = []
-    for rank in range(world):
-        child = os.fork()
-        if not child:
-            os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world)}
-            os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-            trainer(folder, name, 8, rank, world).fit()
-            os._exit(0)
-        children.append(child)
-    sys.exit(max(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children))
+def two(folder: str, name: str) -> list[int]:
+    """The exit codes of two processes of one run."""
+    return ranks(2, lambda rank: trainer(Path(folder), name, 8, rank, 2).fit())

@@ -2,29 +2,19 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
+from objectives import ranks_worker as worker
+from processes import apart
 from safetensors.torch import load_file
-
-HERE = Path(__file__)
-spec = importlib.util.spec_from_file_location("ranks", HERE.with_name("ranks.py"))
-ranks = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(ranks)
 
 
 @pytest.fixture(scope="module")
 def two(tmp_path_factory):
     out = tmp_path_factory.mktemp("two")
-    env = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, HERE.parents[1:3])), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, HERE.with_name("ranks.py"), out], env=env, capture_output=True, text=True)
-    assert done.stdout.split() == ["0", "0"], done.stderr[-2000:]
+    assert apart("objectives.ranks_worker:two", out) == [0, 0]
     return out
 
 
@@ -32,9 +22,9 @@ def rows(folder):
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
-@pytest.mark.parametrize("name", ranks.NAMES)
+@pytest.mark.parametrize("name", worker.NAMES)
 def test_two_processes_train_like_one(two, tmp_path, name):
-    ranks.fit(tmp_path, name, 0, 1)
+    worker.fit(tmp_path, name, 0, 1)
     one, other = (load_file(folder / name / "adapter.safetensors") for folder in (tmp_path, two))
     # LoRA's second factors start at 0, so all that they hold was learnt.
     learnt, also = (torch.cat([v.flatten() for k, v in sorted(f.items()) if k.endswith("up")]) for f in (one, other))

@@ -2,23 +2,15 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
+from objectives import policy_worker as worker
+from processes import apart
 from safetensors.torch import load_file
 
 from visiontune.training import checkpoint
-
-WORKER = Path(__file__).with_name("policy_worker.py")
-spec = importlib.util.spec_from_file_location("policy_worker", WORKER)
-worker = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(worker)
 
 
 def rows(out):
@@ -27,9 +19,7 @@ def rows(out):
 
 @pytest.mark.parametrize("name", ["ddpo", "grpo"])
 def test_two_processes_train_like_one_with_both_their_batches(tmp_path, name):
-    folders = [str(Path(__file__).parents[1]), str(Path(__file__).parents[2])]
-    env = {**os.environ, "PYTHONPATH": os.pathsep.join(folders), "OMP_NUM_THREADS": "1"}
-    subprocess.run([sys.executable, str(WORKER), str(tmp_path / "two"), name], env=env, capture_output=True, check=True)
+    assert apart("objectives.policy_worker:two", tmp_path / "two", name) == [0, 0]
     result = worker.trainer(tmp_path / "one", name, 16).fit()
     one, two = load_file(result / "weights.safetensors"), load_file(tmp_path / "two" / "model" / "weights.safetensors")
     start = worker.trainer(tmp_path / "start", name, 16).parameters

@@ -1,15 +1,14 @@
-"""Online runs that die, or that are several processes: run by `test_online.py`, and imported there."""
+"""Online runs that die, or that are several processes, for `test_online.py`."""
 
 from __future__ import annotations
 
 import os
 import signal
-import sys
 from pathlib import Path
 
 import torch
-from tiny_training import TinyModel, TinyReward, tiny_trainer
-from worker import processes
+from processes import ranks
+from tiny_training import TinyReward, tiny_trainer
 
 from visiontune.core import Loss
 from visiontune.data.prompts import PromptBatches
@@ -61,20 +60,20 @@ def remembering(out: Path, dies_at: int = -1, **train):
 
 
 def shared(out: Path, batch_size: int, rank: int = 0, world: int = 1):
-    """AlignProp with a trained text encoder; the batches may be cut between processes."""
+    """AlignProp with a trained text encoder and a running scale; the batches may be cut between processes."""
     torch.set_num_threads(1)
     objective = alignprop.build(alignprop.Config(steps=4, cfg_scale=2.0, dynamics={"name": "ddim", "eta": 0.5}))
     options = {"steps": 4, "optimizer": "sgd", "lr": 0.3, "log_every": 2, "max_grad_norm": None, "text_encoder": True}
     rows = PromptBatches(PROMPTS, batch_size, rank=rank, world=world)
-    reward, model = TinyReward(), TinyModel()
-    return tiny_trainer(
-        out, model=model, objective=objective, rows=rows, reward=reward, batch_size=batch_size, **options
-    )
+    reward = Mix([TinyReward()] * 2, [Term(reward="tiny"), Term(reward="tiny", normalise="running")])
+    return tiny_trainer(out, objective=objective, rows=rows, reward=reward, batch_size=batch_size, **options)
 
 
-if __name__ == "__main__":
-    folder, kind = Path(sys.argv[1]), sys.argv[2]
-    if kind == "processes":
-        print(*processes(folder, 2, shared), flush=True)
-    else:
-        remembering(folder, dies_at=int(kind)).fit()
+def two(folder: str) -> list[int]:
+    """The exit codes of two processes of one run."""
+    return ranks(2, lambda rank: shared(Path(folder), 2, rank, 2).fit())
+
+
+def death(folder: str, when: str) -> list[int]:
+    """The exit code of a run that dies in rollout ``when``."""
+    return ranks(1, lambda _: remembering(Path(folder), dies_at=int(when)).fit())

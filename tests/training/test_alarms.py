@@ -3,16 +3,16 @@ from __future__ import annotations
 import json
 import logging
 import math
-import os
-import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from processes import apart, ranks
 from safetensors.torch import load_file
 from tiny import SIZE, tiny_model
-from tiny_training import tiny_trainer
+from tiny_training import interrupt, tiny_trainer
 
 from visiontune import adapters
 from visiontune.core import Loss
@@ -421,20 +421,6 @@ def test_a_term_that_nobody_logs_is_refused_at_the_first_check(tmp_path):
         drifting(tmp_path, objective=objective, guards={"terms": {"clip_fractoin": 0.5}}).fit()
 
 
-def interrupted(trainer, at):
-    """Run until just after ``at`` steps."""
-    after = trainer._after
-
-    def failing(step, metrics):
-        after(step, metrics)
-        if step == at:
-            raise KeyboardInterrupt
-
-    trainer._after = failing
-    with pytest.raises(KeyboardInterrupt):
-        trainer.fit()
-
-
 def test_lower_lr_multiplies_the_rate_at_each_check_with_an_alarm(tmp_path, caplog):
     options = {"on_alarm": "lower_lr", "lr_factor": 0.3, "change_max": 1e-9}
     more = {"guards": options, "schedule": "linear", "log_every": 1}
@@ -458,7 +444,7 @@ def test_a_run_with_guards_goes_on_bit_for_bit(tmp_path, at):
         return drifting(tmp_path / name, objective=objective, guards=options, **more)
 
     whole = run("whole").fit()
-    interrupted(run("broken"), at)
+    interrupt(run("broken"), at)
     assert_same(load_file(run("broken").fit()), load_file(whole))
     assert_same(state(tmp_path / "whole", 8), state(tmp_path / "broken", 8))
     for name in ("whole", "broken"):
@@ -469,7 +455,7 @@ def test_a_run_with_guards_goes_on_bit_for_bit(tmp_path, at):
 
 
 def test_a_run_killed_before_its_first_checkpoint_measures_its_start_anew(tmp_path):
-    interrupted(drifting(tmp_path, checkpoint_every=4), 3)
+    interrupt(drifting(tmp_path, checkpoint_every=4), 3)
     drifting(tmp_path, checkpoint_every=4).fit()
     assert [row["step"] for row in guarded(tmp_path)] == [0, 2, 4, 6, 8]
 
@@ -541,18 +527,7 @@ def test_a_hacked_reward_rings_while_it_rises(tmp_path):
 
 def test_processes_stop_together_with_one_result(tmp_path):
     """Each of two draws half of the prompts; the first looks, both stop, and the result is a checkpoint's."""
-    # New interpreters: a fork of one that has computed on several threads hangs.
-    code = "import pathlib, sys; from training import test_alarms; test_alarms.process(pathlib.Path(sys.argv[1]))"
-    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29617", "OMP_NUM_THREADS": "1"}
-    shared["PYTHONPATH"] = os.pathsep.join(sys.path)
-    children = [
-        subprocess.Popen(
-            [sys.executable, "-c", code, str(tmp_path)],
-            env={**os.environ, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-        )
-        for rank in range(2)
-    ]
-    assert [child.wait(timeout=240) for child in children] == [3, 3]
+    assert apart("training.test_alarms:two", tmp_path) == [3, 3]
     good, alarm = checkpoint.steps(tmp_path)
     assert alarm == good + 2
     assert [row["guard/alarms"] for row in guarded(tmp_path)] == [0.0] * (alarm // 2) + [1.0]
@@ -564,9 +539,13 @@ def test_processes_stop_together_with_one_result(tmp_path):
     )
 
 
-def process(out):
-    """One of the two: the second logs other numbers than the first, and the bound is on their mean."""
-    objective = Drift(logs=lambda step: {"kl": step * (2 * int(os.environ["RANK"]))})
+def two(folder):
+    return ranks(2, lambda rank: until_stopped(Path(folder), rank))
+
+
+def until_stopped(out, rank):
+    """The second process logs other numbers than the first, and the bound is on their mean."""
+    objective = Drift(logs=lambda step: {"kl": step * 2 * rank})
     try:
         drifting(out, objective=objective, guards={"terms": {"kl": 3.0}}).fit()
     except Stopped as stopped:

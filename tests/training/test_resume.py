@@ -1,36 +1,20 @@
 from __future__ import annotations
 
-import importlib.util
 import json
-import os
 import signal
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
+from processes import apart
 from safetensors.torch import load_file
 from tiny import tiny_model
-from tiny_training import TinyModel, TinyRows, tiny_trainer
+from tiny_training import TinyModel, TinyRows, interrupt, tiny_trainer
+from training import worker
 
 from visiontune import adapters
 from visiontune.errors import UserError
 from visiontune.training import checkpoint
 from visiontune.training.trackers import forget_after
-
-WORKER = Path(__file__).with_name("worker.py")
-spec = importlib.util.spec_from_file_location("worker", WORKER)
-worker = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(worker)
-
-
-def work(out, *deaths):
-    """Let processes run and die; gives for each death its exit code and the checkpoints that it left."""
-    folders = [str(Path(__file__).parents[1]), str(Path(__file__).parents[2])]
-    env = {**os.environ, "PYTHONPATH": os.pathsep.join(folders), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, str(WORKER), str(out), *deaths], env=env, capture_output=True, check=True)
-    return [[int(word) for word in line.split()] for line in done.stdout.decode().splitlines()]
 
 
 def tensors(state, path=""):
@@ -59,7 +43,7 @@ def test_a_run_killed_twice_ends_in_the_same_bits(tmp_path):
     """Killed in a step (batch 15 is the second half of step 8), then in the middle of writing a checkpoint."""
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     worker.trainer(whole).fit()
-    left = work(broken, "batch:15", "save:12")
+    left = apart("training.worker:deaths", broken, "batch:15", "save:12")
     assert left == [[-signal.SIGKILL, 3, 6], [-signal.SIGKILL, 6, 9]]
     assert list((broken / "checkpoints").glob(".*"))
     worker.trainer(broken).fit()
@@ -76,7 +60,7 @@ def test_a_run_killed_twice_ends_in_the_same_bits(tmp_path):
 
 
 def test_two_processes_train_like_one_with_both_their_batches(tmp_path):
-    assert work(tmp_path / "two", "processes:2") == [[0, 0]]
+    assert apart("training.worker:two", tmp_path / "two") == [0, 0]
     result = worker.shared(tmp_path / "one", 4).fit()
     one, two = load_file(result / "weights.safetensors"), load_file(tmp_path / "two" / "model" / "weights.safetensors")
     for name, value in one.items():
@@ -94,27 +78,9 @@ def sd_trainer(out, **options):
     return tiny_trainer(out, model=model, rows=TinyRows(model, embedded=False), adapters=found, **defaults | options)
 
 
-class Interrupted(Exception):
-    pass
-
-
-def interrupt_at(trainer, step):
-    after = trainer._after
-
-    def failing(done, metrics):
-        after(done, metrics)
-        if done == step:
-            raise Interrupted
-
-    trainer._after = failing
-
-
 def test_an_adapter_goes_on_from_its_checkpoint(tmp_path):
     sd_trainer(tmp_path / "whole").fit()
-    broken = sd_trainer(tmp_path / "broken")
-    interrupt_at(broken, 3)
-    with pytest.raises(Interrupted):
-        broken.fit()
+    interrupt(sd_trainer(tmp_path / "broken"), 3)
     assert not (tmp_path / "broken" / "adapter.safetensors").exists()
     sd_trainer(tmp_path / "broken").fit()
     one, other = (load_file(tmp_path / name / "adapter.safetensors") for name in ("whole", "broken"))

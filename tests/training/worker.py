@@ -1,14 +1,13 @@
-"""Training runs that die, or that are several processes: run by `test_resume.py`, and imported there."""
+"""Training runs that die, or that are several processes, for `test_resume.py`."""
 
 from __future__ import annotations
 
 import os
 import signal
-import socket
-import sys
 from pathlib import Path
 
 import torch
+from processes import ranks
 from tiny_training import CutRows, RowNoise, TinyModel, TinyRows, tiny_trainer
 
 from visiontune.objectives import dreambooth
@@ -64,23 +63,6 @@ def die_while_saving(step: int) -> None:
     checkpoint.torch.save = dying
 
 
-def processes(out: Path, world: int, make=None) -> list[int]:
-    """Train what `make` makes, by default `shared`, with several processes; gives their exit codes."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    children = []
-    for rank in range(world):
-        child = os.fork()
-        if not child:
-            os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world)}
-            os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-            (make or shared)(out, 2, rank, world).fit()
-            os._exit(0)
-        children.append(child)
-    return [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
-
-
 def shared(out: Path, batch_size: int, rank: int = 0, world: int = 1):
     """A run whose batches may be cut between processes."""
     torch.set_num_threads(1)
@@ -90,19 +72,22 @@ def shared(out: Path, batch_size: int, rank: int = 0, world: int = 1):
     return tiny_trainer(out, model=model, rows=rows, objective=RowNoise(), **options)
 
 
-if __name__ == "__main__":
-    # One child per death, forked before torch has started a thread: importing it again would take most of the time.
-    folder = Path(sys.argv[1])
-    for death in sys.argv[2:]:
-        where, when = death.split(":")
-        if where == "processes":
-            print(*processes(folder, int(when)), flush=True)
-            continue
-        child = os.fork()
-        if child:
-            print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), *checkpoint.steps(folder), flush=True)
-            continue
-        if where == "save":
-            die_while_saving(int(when))
-        trainer(folder, dies_at=int(when) if where == "batch" else -1).fit()
-        os._exit(0)
+def two(folder: str) -> list[int]:
+    """The exit codes of two processes of one run."""
+    return ranks(2, lambda rank: shared(Path(folder), 2, rank, 2).fit())
+
+
+def deaths(folder: str, *places: str) -> list[list[int]]:
+    """Let a run die at each of ``places``, one after the other; each exit code, and the checkpoints then there."""
+    return [
+        [*ranks(1, lambda _, place=place: die(Path(folder), place)), *checkpoint.steps(Path(folder))]
+        for place in places
+    ]
+
+
+def die(out: Path, place: str) -> None:
+    """Train up to ``batch:N`` or ``save:N``."""
+    where, _, when = place.partition(":")
+    if where == "save":
+        die_while_saving(int(when))
+    trainer(out, dies_at=int(when) if where == "batch" else -1).fit()

@@ -1,14 +1,14 @@
 """A weighted sum of other rewards, each raw, or brought to one scale first.
 
 ``sum_k w_k (s_k - mean_k) / std_k``. The mean and standard deviation are declared (measure them once, on pictures of
-the untuned model), or run along: those of every score seen so far, this batch's among them. The raw score of each term
-of the latest call is kept in ``terms``, to be logged.
+the untuned model), or run along: those of every score seen so far, by all processes of a run and this batch's among
+them. The raw score of each term of the latest call is kept in ``terms``, to be logged.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -53,13 +53,21 @@ def build(config: Config) -> Mix:
     if not config.terms:
         raise UserError("the reward mix needs terms, for instance terms: [{reward: pickscore, weight: 0.1}, jpeg]")
     rewards = [load({**term.options, "name": term.reward}, f"terms[{i}]") for i, term in enumerate(config.terms)]
+    for i, reward in enumerate(rewards):
+        if getattr(reward, "running", None):
+            raise UserError(f"terms[{i}] is itself a mix with normalise: running: put its terms here in its place")
     return Mix(rewards, config.terms)
 
 
 class Mix(Reward):
-    """Differentiable if all terms are; groupwise if one is, or if one is scaled by the statistics of the batch."""
+    """Differentiable if all terms are; groupwise if one is, or if one is scaled by the statistics of the batch.
+
+    Attributes:
+        gather: the scores of all processes, which a run over several of them lends; each must then be asked as often.
+    """
 
     name = "mix"
+    gather: Callable[[Tensor], Tensor] = staticmethod(lambda scores: scores)
 
     def __init__(self, rewards: Sequence[Reward], terms: Sequence[Term]) -> None:
         self.rewards, self.settings = list(rewards), list(terms)
@@ -76,7 +84,7 @@ class Mix(Reward):
         raw = {label: reward(images, prompts, meta) for label, reward in zip(self.labels, self.rewards, strict=True)}
         # Only once every term has answered: a call that fails leaves no trace.
         for label, statistics in self.running.items():
-            statistics.add(raw[label].detach())
+            statistics.add(self.gather(raw[label].detach()))
         self.terms = {label: scores.detach() for label, scores in raw.items()}
         total = torch.zeros(len(images), device=images.device)
         for label, term in zip(self.labels, self.settings, strict=True):

@@ -19,11 +19,10 @@ from accelerate.utils import broadcast_object_list, set_seed
 from torch import Tensor
 
 from visiontune.core import Loss
-from visiontune.errors import Stopped, UserError
-from visiontune.files import atomic_write
+from visiontune.errors import Stopped
 from visiontune.objectives._online import Online
 from visiontune.objectives.base import Objective, generator, seed_of
-from visiontune.training import alarms, card, checkpoint, guards, optim, preview
+from visiontune.training import alarms, guards, optim, preview, result, resume
 from visiontune.training.config import PreviewConfig, TrainConfig
 from visiontune.training.devices import attention_for_training, make_accelerator
 from visiontune.training.ema import Average
@@ -114,7 +113,7 @@ class Trainer:
         from tqdm.auto import tqdm
 
         with guards.readable_disk_errors(self.out):
-            start = self._resume()
+            start = resume.begin(self)
             # Nothing is kept of a run that begins, not even what was measured before its first step.
             metrics = Metrics(self.accelerator, self.out, self.train.trackers, start or -1)
             if self.accelerator.is_main_process:
@@ -216,7 +215,7 @@ class Trainer:
         if preview.due(step, self.train.steps, self.preview):
             self._preview(step, metrics)
         if last or step % self.train.checkpoint_every == 0 or (self.guard is not None and self.guard.stops()):
-            self._save(step)
+            resume.save(self, step)
 
     def _check(self, step: int) -> dict[str, float]:
         """Let the guard look, if that is due after ``step`` steps; what it measured."""
@@ -225,7 +224,7 @@ class Trainer:
             return {}
         images, found = None, [dict[str, float]()]
         if self.accelerator.is_main_process:
-            with self._looking():
+            with self.looking():
                 images = guard.draw(self.model)
                 found = [guard.measure(images, self.out, self.adapters, self.accelerator.device)]
         # All processes judge, each by what the first one saw, so that they go on or stop together.
@@ -236,10 +235,10 @@ class Trainer:
             if broken or step == 0:
                 guard.keep(self.out, step, images)
             guard.report(broken, self.out)
-        self._set_rates()
+        self.set_rates()
         return {f"guard/{name}": value for name, value in {**guard.latest, "alarms": float(len(broken))}.items()}
 
-    def _set_rates(self) -> None:
+    def set_rates(self) -> None:
         """The learning rates as the guard leaves them."""
         factor = self.guard.factor if self.guard is not None else 1.0
         self.schedule.base_lrs = [rate * factor for rate in self._rates]
@@ -249,12 +248,12 @@ class Trainer:
 
     def _preview(self, step: int, metrics: Metrics) -> None:
         if self.preview.prompts and self.accelerator.is_main_process:
-            with self._looking():
+            with self.looking():
                 metrics.images(step, preview.draw(self.model, self.out, step, self.preview))
         self.accelerator.wait_for_everyone()
 
     @contextmanager
-    def _looking(self) -> Iterator[None]:
+    def looking(self) -> Iterator[None]:
         """The model as its user will have it: averaged weights, evaluation mode, no gradients."""
         with self.average.applied(), torch.no_grad():
             # Adapters keep what they computed from their parameters until the mode is switched.
@@ -262,133 +261,20 @@ class Trainer:
             yield
         self.step_module.train(self.online is None)
 
-    # -- checkpoints --------------------------------------------------------------------------------------------
-
-    def _weights(self) -> dict[str, Tensor]:
-        """Trained parameters and the adapters' buffers, by name."""
-        buffers = self.adapters.named_buffers() if self.adapters is not None else ()
-        return {**self.parameters, **{f"adapters.{name}": buffer for name, buffer in buffers}}
-
-    def _settings(self) -> dict[str, Any]:
-        """What may not change between a checkpoint and the run that goes on from it."""
-        return {
-            "seed": self.seed,
-            "train.batch_size": self.train.batch_size,
-            "train.accumulate": self.train.accumulate,
-            "train.optimizer": self.train.optimizer,
-            "number of processes": self.accelerator.num_processes,
-        }
-
-    def _save(self, step: int) -> None:
-        guards.check_weights(self.parameters.values(), step, self.out)
-        self.meter.reduce(self.accelerator)
-        if self.guard is not None:
-            self.guard.meter.reduce(self.accelerator)
-        if self.accelerator.is_main_process:
-            scaler = self.accelerator.scaler
-            state = {
-                "settings": self._settings(),
-                "optimizer": self.optimizer.state_dict(),
-                "schedule": self.schedule.last_epoch,
-                "average": self.average.state_dict(),
-                "meter": self.meter.state_dict(),
-                "online": self.online.state_dict() if self.online else None,
-                "guard": self.guard.state_dict() if self.guard is not None else None,
-                "scaler": scaler.state_dict() if scaler else None,
-            }
-            good = self.guard.good if self.guard is not None else None
-            checkpoint.save(self.out, step, self._weights(), state, self.train.keep, good)
-        self.accelerator.wait_for_everyone()
-
-    def _resume(self) -> int:
-        """Load the newest checkpoint if there is one; returns the number of steps done."""
-        found = checkpoint.latest(self.out)
-        if found is not None and not self.train.resume:
-            raise UserError(f"{self.out} already holds a run ({found.name}); set train.resume=true, or another name")
-        if self.accelerator.is_main_process:
-            checkpoint.clear_partial(self.out)
-        return 0 if found is None else self._load(found)
-
-    def _load(self, found: Path) -> int:
-        """Take up a checkpoint; returns the number of steps done."""
-        weights, state = checkpoint.load(found, optim.state_package(self.optimizer))
-        if state["step"] > self.train.steps:
-            raise UserError(f"{found} is past train.steps={self.train.steps}: ask for more steps, or use another name")
-        self._check_same(found, weights, state)
-        with torch.no_grad():
-            for name, tensor in self._weights().items():
-                tensor.copy_(weights[name])
-        optim.restore(self.optimizer, self.schedule, state["optimizer"], state["schedule"], self.train)
-        self.average.load_state_dict(state["average"])
-        self.meter.load_state_dict(state["meter"], self.accelerator.device)
-        if self.guard is not None:
-            if not state.get("guard"):
-                raise UserError(f"{found} is of a run without guards, which compare with its start: use another name")
-            self.guard.load_state_dict(state["guard"], self.accelerator.device)
-            self._set_rates()
-        if self.online:
-            self.online.load_state_dict(state["online"])
-        if self.accelerator.scaler and state["scaler"]:
-            self.accelerator.scaler.load_state_dict(state["scaler"])
-        return state["step"]
-
-    def _check_same(self, path: Path, weights: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
-        for name, value in self._settings().items():
-            if state["settings"][name] != value:
-                was = state["settings"][name]
-                raise UserError(f"{path} was made with {name}={was}, not {value}; set it back, or use another name")
-        now = self._weights()
-        other = {name for name in now.keys() | weights.keys() if _shape(now, name) != _shape(weights, name)}
-        if other:
-            raise UserError(
-                f"{path} does not fit what is trained now ({min(other)} and {len(other) - 1} more tensors differ); "
-                "set model and adapter back, or use another name"
-            )
-
     # -- the end ------------------------------------------------------------------------------------------------
 
     def _stop_if_alarmed(self) -> None:
         """End a run whose last check broke a bound: its result has the weights of the last good checkpoint."""
         if self.guard is None or not self.guard.stops():
             return
-        good, words = self.guard.last_good(self.out), self.guard.message(self.out, self._result)
+        good, words = self.guard.last_good(self.out), self.guard.message(self.out, result.place(self))
         if good is not None:
-            taken = self._load(good)
+            taken = resume.load(self, good)
             self._finish({"taken from": f"step {taken}, the last good checkpoint before an alarm"})
         raise Stopped(words)
 
-    @property
-    def _result(self) -> Path:
-        return self.out / ("model" if self.adapters is None else "adapter.safetensors")
-
     def _finish(self, facts: Mapping[str, str] | None = None) -> Path:
-        result = self._result
         if self.accelerator.is_main_process:
-            with self._looking():
-                self._write(result)
-            preview.compare(self.out, self.train.steps, self.preview)
-            method = self.adapters.method if self.adapters is not None else None
-            facts = {"trained parameters": f"{sum(p.numel() for p in self.parameters.values()):,}", **(facts or {})}
-            card.write(
-                self.out,
-                source=self.model.source,
-                method=method,
-                train=self.train,
-                preview=self.preview,
-                facts=facts,
-                metadata=self.metadata,
-            )
+            result.write(self, facts or {})
         self.accelerator.wait_for_everyone()
-        return result
-
-    def _write(self, result: Path) -> None:
-        if self.adapters is None:
-            with atomic_write(result) as partial:
-                self.model.pipe.save_pretrained(partial, safe_serialization=True)
-                checkpoint.remove_folder(result)
-            return
-        self.adapters.save(result, metadata=self.metadata)
-
-
-def _shape(tensors: Mapping[str, Tensor], name: str) -> torch.Size | None:
-    return tensors[name].shape if name in tensors else None
+        return result.place(self)

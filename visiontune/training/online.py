@@ -96,6 +96,8 @@ class OnlineSteps:
         self.model: Any = Precise(model, accelerator)
         self.adapters, self.objective, self.rows, self.train = adapters, objective, rows, train
         self.reward, self.seed, self.accelerator, self.parameters = reward, seed, accelerator, parameters
+        if hasattr(reward, "gather"):
+            reward.gather = accelerator.gather
         self.state: dict[str, Any] = {}
         self._held: tuple[int, Any] = (-1, None)
 

@@ -1,13 +1,11 @@
-"""Online runs of one process or of two: run by `test_online_ranks.py`, and imported there."""
+"""Online runs of one process or of two, for `test_online_ranks.py`."""
 
 from __future__ import annotations
 
-import os
-import socket
-import sys
 from pathlib import Path
 
 import torch
+from processes import ranks
 from tiny import tiny_model
 from tiny_drawing import PROMPTS, brightness
 
@@ -41,23 +39,6 @@ def fit(out: Path, name: str, rank: int, world: int) -> None:
     ).fit()
 
 
-def processes(out: Path, world: int) -> list[int]:
-    """Train with several processes; gives their exit codes."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    children = []
-    for rank in range(world):
-        child = os.fork()
-        if not child:
-            os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world)}
-            os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-            for name in NAMES:
-                fit(out, name, rank, world)
-            os._exit(0)
-        children.append(child)
-    return [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
-
-
-if __name__ == "__main__":
-    print(*processes(Path(sys.argv[1]), 2), flush=True)
+def two(folder: str) -> list[int]:
+    """The exit codes of two processes, which share one run after the other."""
+    return ranks(2, lambda rank: [fit(Path(folder), name, rank, 2) for name in NAMES])

@@ -1,0 +1,44 @@
+"""What a run leaves behind: the trained weights, pictures of before and after, and the model card."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from visiontune.files import atomic_write
+from visiontune.training import card, checkpoint, preview
+
+if TYPE_CHECKING:
+    from visiontune.training.loop import Trainer
+
+
+def place(run: Trainer) -> Path:
+    """``adapter.safetensors``, or the folder ``model`` after full fine-tuning."""
+    return run.out / ("model" if run.adapters is None else "adapter.safetensors")
+
+
+def write(run: Trainer, facts: Mapping[str, str]) -> None:
+    """Write the results of a run as it stands; ``facts`` are further rows of the card's table."""
+    with run.looking():
+        _weights(run)
+    preview.compare(run.out, run.train.steps, run.preview)
+    trained = f"{sum(p.numel() for p in run.parameters.values()):,}"
+    card.write(
+        run.out,
+        source=run.model.source,
+        method=run.adapters.method if run.adapters is not None else None,
+        train=run.train,
+        preview=run.preview,
+        facts={"trained parameters": trained, **facts},
+        metadata=run.metadata,
+    )
+
+
+def _weights(run: Trainer) -> None:
+    if run.adapters is not None:
+        run.adapters.save(place(run), metadata=run.metadata)
+        return
+    with atomic_write(place(run)) as partial:
+        run.model.pipe.save_pretrained(partial, safe_serialization=True)
+        checkpoint.remove_folder(place(run))

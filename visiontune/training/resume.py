@@ -1,0 +1,120 @@
+"""What of a run is in a checkpoint, and how a run goes on from one."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from visiontune.errors import UserError
+from visiontune.training import checkpoint, guards, optim
+
+if TYPE_CHECKING:
+    from visiontune.training.loop import Trainer
+
+
+def save(run: Trainer, step: int) -> None:
+    """Write the checkpoint of a run after ``step`` steps.
+
+    Raises:
+        UserError: the weights are not finite; nothing is written then.
+    """
+    guards.check_weights(run.parameters.values(), step, run.out)
+    accelerator, guard = run.accelerator, run.guard
+    run.meter.reduce(accelerator)
+    if guard is not None:
+        guard.meter.reduce(accelerator)
+    if accelerator.is_main_process:
+        state = {
+            "settings": _settings(run),
+            "optimizer": run.optimizer.state_dict(),
+            "schedule": run.schedule.last_epoch,
+            "average": run.average.state_dict(),
+            "meter": run.meter.state_dict(),
+            "online": run.online.state_dict() if run.online else None,
+            "guard": guard.state_dict() if guard is not None else None,
+            "scaler": accelerator.scaler.state_dict() if accelerator.scaler else None,
+        }
+        good = guard.good if guard is not None else None
+        checkpoint.save(run.out, step, _weights(run), state, run.train.keep, good)
+    accelerator.wait_for_everyone()
+
+
+def begin(run: Trainer) -> int:
+    """Take up the newest checkpoint of the run folder if there is one; the number of steps done.
+
+    Raises:
+        UserError: there is one, and ``train.resume`` is off; or see :func:`load`.
+    """
+    found = checkpoint.latest(run.out)
+    if found is not None and not run.train.resume:
+        raise UserError(f"{run.out} already holds a run ({found.name}); set train.resume=true, or another name")
+    if run.accelerator.is_main_process:
+        checkpoint.clear_partial(run.out)
+    return 0 if found is None else load(run, found)
+
+
+def load(run: Trainer, found: Path) -> int:
+    """Take up the checkpoint ``found``; the number of steps done.
+
+    Raises:
+        UserError: it cannot be read, or is of another run than this one.
+    """
+    weights, state = checkpoint.load(found, optim.state_package(run.optimizer))
+    if state["step"] > run.train.steps:
+        raise UserError(f"{found} is past train.steps={run.train.steps}: ask for more steps, or use another name")
+    _check_same(run, found, weights, state)
+    with torch.no_grad():
+        for name, tensor in _weights(run).items():
+            tensor.copy_(weights[name])
+    optim.restore(run.optimizer, run.schedule, state["optimizer"], state["schedule"], run.train)
+    run.average.load_state_dict(state["average"])
+    run.meter.load_state_dict(state["meter"], run.accelerator.device)
+    if run.guard is not None:
+        if not state.get("guard"):
+            raise UserError(f"{found} is of a run without guards, which compare with its start: use another name")
+        run.guard.load_state_dict(state["guard"], run.accelerator.device)
+        run.set_rates()
+    if run.online:
+        run.online.load_state_dict(state["online"])
+    if run.accelerator.scaler and state["scaler"]:
+        run.accelerator.scaler.load_state_dict(state["scaler"])
+    return state["step"]
+
+
+def _weights(run: Trainer) -> dict[str, Tensor]:
+    """Trained parameters and the adapters' buffers, by name."""
+    buffers = run.adapters.named_buffers() if run.adapters is not None else ()
+    return {**run.parameters, **{f"adapters.{name}": buffer for name, buffer in buffers}}
+
+
+def _settings(run: Trainer) -> dict[str, Any]:
+    """What may not change between a checkpoint and the run that goes on from it."""
+    return {
+        "seed": run.seed,
+        "train.batch_size": run.train.batch_size,
+        "train.accumulate": run.train.accumulate,
+        "train.optimizer": run.train.optimizer,
+        "number of processes": run.accelerator.num_processes,
+    }
+
+
+def _check_same(run: Trainer, path: Path, weights: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
+    for name, value in _settings(run).items():
+        if state["settings"][name] != value:
+            was = state["settings"][name]
+            raise UserError(f"{path} was made with {name}={was}, not {value}; set it back, or use another name")
+    now = _weights(run)
+    other = {name for name in now.keys() | weights.keys() if _shape(now, name) != _shape(weights, name)}
+    if other:
+        raise UserError(
+            f"{path} does not fit what is trained now ({min(other)} and {len(other) - 1} more tensors differ); "
+            "set model and adapter back, or use another name"
+        )
+
+
+def _shape(tensors: Mapping[str, Tensor], name: str) -> torch.Size | None:
+    return tensors[name].shape if name in tensors else None
