@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import torch
-from tiny_policy import policy_trainer
+from tiny_online import policy_trainer
 
 from visiontune.objectives import ddpo, grpo
 

@@ -28,6 +28,7 @@ from torch import Tensor
 from visiontune.core import Batch, Condition, Loss
 from visiontune.diffusion.replay import micro_batches
 from visiontune.diffusion.schedule import Schedule
+from visiontune.objectives._advantages import group_advantages
 from visiontune.objectives._draw import draw_scored
 from visiontune.objectives._old import follow, old_policy
 from visiontune.objectives._online import GroupConfig, Online, Tools
@@ -89,18 +90,6 @@ class Collected:
     terms: dict[str, Tensor]
 
 
-def advantages(rewards: Tensor, prompts: Tensor) -> Tensor:
-    """Rewards less the mean of their prompt, over the deviation of all; 0 where all rewards are equal.
-
-    Args:
-        rewards, prompts: ``[b]``, of all processes.
-    """
-    same = (prompts[:, None] == prompts[None]).to(rewards)
-    spread = rewards.std(unbiased=False)
-    centred = rewards - same @ rewards / same.sum(1)
-    return torch.where(spread > 0, centred / spread, 0)
-
-
 def implicit(pred: Tensor, old: Tensor, beta: float) -> tuple[Tensor, Tensor]:
     """The positive and the negative policy around the old one."""
     return beta * pred + (1 - beta) * old, (1 + beta) * old - beta * pred
@@ -126,7 +115,8 @@ class NFT(Online):
         with old_policy(tools):
             trajectories, own = draw_scored(self, model, batch, tools)
         rewards, prompts = tools.gather(own), tools.gather(batch.extra["prompt"])
-        good = (advantages(rewards, prompts) / (2 * config.advantage_range) + 0.5).clamp(0, 1)
+        advantages = group_advantages(rewards.cpu().double(), prompts.cpu(), global_std=True).to(rewards)
+        good = (advantages / (2 * config.advantage_range) + 0.5).clamp(0, 1)
         same = prompts[:, None] == prompts[None]
         flat = (same & (rewards[:, None] != rewards[None])).sum(1) == 0
         return Collected(
