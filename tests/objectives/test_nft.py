@@ -106,9 +106,9 @@ def test_optimality_is_the_distance_from_the_prompts_mean_in_deviations_of_all()
     rewards = torch.tensor([1.0, 3.0, 10.0, 10.0])
     model = Drawing()
     lent = tools_of(lambda images, prompts, meta: rewards, model=model)
-    collected = build(Config(group=2, steps=1, advantage_range=0.2)).collect(model, batch_of(2, 2), lent)
-    away = 1 / (2 * 0.2 * float(rewards.std(unbiased=False)))
-    assert collected.optimality.tolist() == pytest.approx([max(0, 0.5 - away), min(1, 0.5 + away), 0.5, 0.5])
+    collected = build(Config(group=2, steps=1, advantage_range=2.0)).collect(model, batch_of(2, 2), lent)
+    away = 1 / (2 * 2.0 * float(rewards.std(unbiased=False)))
+    assert collected.optimality.tolist() == pytest.approx([0.5 - away, 0.5 + away, 0.5, 0.5])
     assert float(collected.terms["flat_groups"]) == 0.5
 
 
