@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 from processes import ranks
-from tiny_policy import policy_trainer
+from tiny_online import policy_trainer
 
 from visiontune.objectives import ddpo, grpo
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from processes import ranks
 from tiny import tiny_model
-from tiny_drawing import PROMPTS, brightness
+from tiny_online import PROMPTS, brightness
 
 from visiontune import adapters, plugin
 from visiontune.data.prompts import PromptBatches

@@ -4,14 +4,14 @@ import pytest
 import torch
 from diffusers import DDIMScheduler
 from safetensors.torch import load_file
-from tiny_policy import Drawing, Gaussian, batch_of, policy_trainer, shifted_reference, tools_of
-from tiny_training import PREDICTIONS
+from tiny_online import Gaussian, batch_of, policy_trainer, shifted_reference, tools_of
+from tiny_training import PREDICTIONS, TinyModel
 
 from visiontune.diffusion.replay import replay
 from visiontune.diffusion.schedule import Schedule
 from visiontune.errors import UserError
 from visiontune.objectives import ddpo
-from visiontune.objectives._policy import tracked_advantages
+from visiontune.objectives._advantages import tracked_advantages
 from visiontune.training import checkpoint
 
 
@@ -58,7 +58,7 @@ def test_without_a_tracker_the_rollout_is_the_yardstick():
 
 
 def test_a_step_without_noise_is_left_out():
-    model = Drawing()
+    model = TinyModel()
     model.denoiser.requires_grad_(True)
     model.schedule = Schedule.from_scheduler(
         DDIMScheduler(set_alpha_to_one=True, clip_sample=False, prediction_type=PREDICTIONS["eps"])

@@ -9,13 +9,14 @@ from dataclasses import replace
 import pytest
 import torch
 from tiny import tiny_model
-from tiny_drawing import PROMPTS, SCHEDULES, Drawing, brightness, drawn_batch, gradient, most_held, tools
+from tiny_online import PROMPTS, SCHEDULES, Drawing, batch_of, brightness, gradient, most_held, tools_of
 
 from visiontune import adapters, config
 from visiontune.core import Batch
 from visiontune.data.prompts import PromptBatches
 from visiontune.errors import UserError
 from visiontune.objectives import dpo_online
+from visiontune.objectives._draw import draw
 from visiontune.objectives.base import generator
 from visiontune.objectives.diffusion_dpo import Config, build, preference
 from visiontune.rewards.base import as_reward
@@ -222,20 +223,11 @@ def online(**options):
 
 def test_the_best_and_the_worst_of_each_group_are_a_pair():
     model = Drawing()
-    objective, lent = online(), tools(model)
+    objective, lent = online(), tools_of(model=model)
     rewards = torch.tensor([0.3, 0.1, 0.9, 0.4, 5.0, 7.0, 6.0, 5.5])
-    single = tools(model, reward=lambda images, prompts, meta: rewards)
-    collected = objective.collect(model, drawn_batch(8, GROUP), single)
-    pictures = dpo_online.draw(
-        model,
-        drawn_batch(8, GROUP),
-        lent,
-        steps=3,
-        cfg_scale=4.0,
-        dynamics=objective.dynamics,
-        group=4,
-        micro_batch=None,
-    )[0][0]
+    single = tools_of(model=model, reward=lambda images, prompts, meta: rewards)
+    collected = objective.collect(model, batch_of(GROUP, 2), single)
+    pictures = draw(objective, model, batch_of(GROUP, 2), lent)
     assert torch.equal(collected.chosen, pictures.final[[2, 5]])
     assert torch.equal(collected.rejected, pictures.final[[1, 4]])
     assert torch.equal(collected.cond.tokens, pictures.cond.tokens[[2, 5]])
@@ -246,8 +238,8 @@ def test_the_best_and_the_worst_of_each_group_are_a_pair():
 @pytest.mark.parametrize("prediction", SCHEDULES)
 def test_an_online_update_is_the_gradient_of_one_graph(prediction, micro_batch):
     model = Drawing(prediction)
-    objective, lent = online(micro_batch=micro_batch, sft_weight=0.1), tools(model, scale=2.0)
-    collected = objective.collect(model, drawn_batch(16, GROUP), lent)
+    objective, lent = online(micro_batch=micro_batch, sft_weight=0.1), tools_of(model=model, scale=2.0)
+    collected = objective.collect(model, batch_of(GROUP, 4), lent)
     model.move()
     loss = objective.update(model, collected, 0, lent)
     found = gradient(model)
@@ -274,20 +266,20 @@ def test_groups_without_a_difference_are_no_pairs():
         found = brightness(images, prompts)
         return torch.where(torch.arange(len(found)) < GROUP, 0.5, found)
 
-    lent = tools(model, reward=half_tied)
-    collected = objective.collect(model, drawn_batch(8, GROUP), lent)
+    lent = tools_of(model=model, reward=half_tied)
+    collected = objective.collect(model, batch_of(GROUP, 2), lent)
     assert collected.weight.tolist() == [0, 1] and float(collected.terms["ties"]) == 0.5
-    level = tools(model, reward=lambda images, prompts, meta: torch.ones(len(images)))
-    tied = objective.collect(model, drawn_batch(8, GROUP), level)
+    level = tools_of(model=model, reward=lambda images, prompts, meta: torch.ones(len(images)))
+    tied = objective.collect(model, batch_of(GROUP, 2), level)
     objective.update(model, tied, 0, level)
     assert not gradient(model).any()
 
 
 def test_two_ranks_take_the_gradient_of_one():
     model = Drawing()
-    objective, lent = online(), tools(model)
-    batches = [drawn_batch(GROUP, GROUP, rank=r, world=2) for r in (0, 1)]
-    whole = objective.collect(model, drawn_batch(2 * GROUP, GROUP), lent)
+    objective, lent = online(), tools_of(model=model)
+    batches = [batch_of(GROUP, 1, rank=r, world=2) for r in (0, 1)]
+    whole = objective.collect(model, batch_of(GROUP, 2), lent)
     parts = [objective.collect(model, batch, lent) for batch in batches]
     model.move()
     objective.update(model, whole, 0, lent)
@@ -308,17 +300,19 @@ def test_a_tie_on_one_rank_counts_on_both():
         def gather(value):
             return torch.cat(gaps) if len(value) == 1 else torch.cat([value, value])
 
-        reward = lambda images, prompts, meta, rank=rank: torch.arange(4.0) * rank  # noqa: E731
-        lent = tools(model, reward=reward, world=2, rank=rank, gather=gather)
-        part = objective.collect(model, drawn_batch(GROUP, GROUP, rank=rank, world=2), lent)
+        def reward(images, prompts, meta, rank=rank):
+            return torch.arange(4.0) * rank
+
+        lent = tools_of(model=model, reward=reward, world=2, rank=rank, gather=gather)
+        part = objective.collect(model, batch_of(GROUP, 1, rank=rank, world=2), lent)
         assert part.weight.tolist() == [weight]
 
 
 def test_memory_does_not_grow_with_the_timesteps():
     def held(timesteps):
         model = Drawing()
-        objective, lent = online(timesteps=timesteps), tools(model)
-        collected = objective.collect(model, drawn_batch(8, GROUP), lent)
+        objective, lent = online(timesteps=timesteps), tools_of(model=model)
+        collected = objective.collect(model, batch_of(GROUP, 2), lent)
         return most_held(lambda: objective.update(model, collected, 0, lent))
 
     assert held(9) == held(3) > 0
@@ -326,10 +320,10 @@ def test_memory_does_not_grow_with_the_timesteps():
 
 def test_a_batch_that_mixes_prompts_in_a_group_is_refused():
     model = Drawing()
-    batch = drawn_batch(8, GROUP)
+    batch = batch_of(GROUP, 2)
     batch.extra["prompt"][1] += 1
     with pytest.raises(ValueError, match="groups of 4 with one prompt"):
-        online().collect(model, batch, tools(model))
+        online().collect(model, batch, tools_of(model=model))
     with pytest.raises(ValueError, match="group"):
         dpo_online.Config(group=1)
 

@@ -1,14 +1,17 @@
 from __future__ import annotations
 
+import copy
 import json
 
 import pytest
 import torch
-from tiny_policy import Drawing, Gaussian, batch_of, policy_trainer, shifted_reference, tools_of
+from tiny_online import Gaussian, batch_of, policy_trainer, shifted_reference, tools_of
+from tiny_training import TinyModel
 
 from visiontune import adapters
 from visiontune.diffusion.dynamics import make_dynamics
 from visiontune.diffusion.trajectory import rollout
+from visiontune.diffusion.transition import transition
 from visiontune.objectives import grpo
 
 SDE = ("flow-sde", "dance-sde", "cps")
@@ -18,11 +21,11 @@ def objective(**options):
     return grpo.build(grpo.Config(**{"steps": 5, "cfg_scale": 1.0, "dynamics": "flow-sde", "group": 4} | options))
 
 
-@pytest.mark.parametrize("dynamics", ["flow-sde", "dance-sde"])
+@pytest.mark.parametrize("dynamics", SDE)
 def test_the_gradient_is_that_of_the_expected_reward(dynamics):
     """Likelihood ratios against the gradient through the sampler, both over many pictures.
 
-    Not with cps: its last step adds no noise, so that likelihoods do not see what it does.
+    The last step of cps adds no noise and so has no likelihood: what the weights do there is left out on both sides.
     """
     model, count = Gaussian(), 6000
     built = objective(dynamics=dynamics, group=count, last_step=True)
@@ -35,11 +38,16 @@ def test_the_gradient_is_that_of_the_expected_reward(dynamics):
     found = -float(model.mean.grad) * 4 * scored * float(rollouts.terms["reward_std"])
 
     model.mean.grad = None
+    cond, (start, end), steps = model.embed([""] * count), model.schedule.timesteps(5), make_dynamics(dynamics)
     through = rollout(
-        model, model.embed([""] * count), steps=5, dynamics=make_dynamics(dynamics), grad_steps=5,
+        model, cond, chain=(start[:scored], end[:scored]), dynamics=steps, grad_steps=scored,
         generator=torch.Generator().manual_seed(1),
     )  # fmt: skip
-    (model.decode(through.final) / 2 + 0.5).mean().backward()
+    x, frozen = through.final, copy.deepcopy(model).requires_grad_(False)
+    for t, t_next in zip(start[scored:, None], end[scored:, None], strict=True):
+        x, _ = transition(model.schedule, frozen.predict(x, t, cond), x, t, t_next, steps)
+    (model.decode(x) / 2 + 0.5).mean().backward()
+    assert scored == (4 if dynamics == "cps" else 5)
     assert found == pytest.approx(float(model.mean.grad), rel=0.15)
 
 
@@ -115,7 +123,7 @@ def test_the_reward_rises(dynamics):
 
 @pytest.mark.parametrize("method", ["lora", "oft"])
 def test_a_run_with_an_adapter_compares_with_the_model_without_it(tmp_path, method):
-    model = Drawing()
+    model = TinyModel()
     torch.manual_seed(0)
     options = {"block_size": 4} if method == "oft" else {"rank": 2}
     found = adapters.attach({"unet": model.denoiser}, method, targets=["first", "time"], **options)

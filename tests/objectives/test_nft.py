@@ -7,7 +7,7 @@ from contextlib import nullcontext
 import pytest
 import torch
 from tiny import tiny_model
-from tiny_drawing import PROMPTS, SCHEDULES, Drawing, brightness, drawn_batch, gradient, most_held, tools
+from tiny_online import PROMPTS, SCHEDULES, Drawing, batch_of, brightness, gradient, most_held, tools_of
 
 from visiontune import adapters
 from visiontune.core import Condition
@@ -16,7 +16,7 @@ from visiontune.diffusion.schedule import Schedule
 from visiontune.errors import UserError
 from visiontune.objectives._old import follow, old_policy
 from visiontune.objectives._online import Tools
-from visiontune.objectives.nft import Config, advantages, build, implicit
+from visiontune.objectives.nft import Config, build, implicit
 from visiontune.rewards.base import as_reward
 from visiontune.training.config import TrainConfig
 from visiontune.training.loop import Trainer
@@ -102,13 +102,14 @@ def test_normalised_errors_are_those_of_the_implied_pictures(prediction):
     torch.testing.assert_close(slope(objective, schedule, pred, old, x_0, eps, x_t, t, r), slopes)
 
 
-def test_advantages_are_of_the_prompt_over_the_deviation_of_all():
-    rewards, prompts = torch.tensor([1.0, 3.0, 10.0, 10.0]), torch.tensor([4, 4, 2, 2])
-    expected = torch.tensor([-1.0, 1.0, 0.0, 0.0]) / rewards.std(unbiased=False)
-    torch.testing.assert_close(advantages(rewards, prompts), expected)
-    order = torch.tensor([2, 0, 3, 1])
-    torch.testing.assert_close(advantages(rewards[order], prompts[order]), expected[order])
-    assert not advantages(torch.full((4,), 0.3), prompts).any()
+def test_optimality_is_the_distance_from_the_prompts_mean_in_deviations_of_all():
+    rewards = torch.tensor([1.0, 3.0, 10.0, 10.0])
+    model = Drawing()
+    lent = tools_of(lambda images, prompts, meta: rewards, model=model)
+    collected = build(Config(group=2, steps=1, advantage_range=2.0)).collect(model, batch_of(2, 2), lent)
+    away = 1 / (2 * 2.0 * float(rewards.std(unbiased=False)))
+    assert collected.optimality.tolist() == pytest.approx([0.5 - away, 0.5 + away, 0.5, 0.5])
+    assert float(collected.terms["flat_groups"]) == 0.5
 
 
 # ---------------------------------------------------------------------------------------------------- old policy
@@ -116,7 +117,7 @@ def test_advantages_are_of_the_prompt_over_the_deviation_of_all():
 
 def test_the_old_policy_follows_at_the_distance_of_d():
     model = Drawing()
-    lent = tools(model)
+    lent = tools_of(model=model)
     model.move()
     follow(lent, 0.9)
     first = model.delta.detach().clone()
@@ -207,9 +208,9 @@ def by_hand(model, objective, collected, part, lent):
 def test_an_update_is_the_gradient_of_one_graph(prediction, micro_batch):
     model = Drawing(prediction)
     options = {**OPTIONS, "beta": 0.7, "kl_weight": 0.3, "timesteps": 2, "micro_batch": micro_batch}
-    objective, lent = build(Config(**options)), tools(model, scale=4.0)
+    objective, lent = build(Config(**options)), tools_of(model=model, scale=4.0)
     model.move()
-    collected = objective.collect(model, drawn_batch(8, GROUP), lent)
+    collected = objective.collect(model, batch_of(GROUP, 2), lent)
     assert 0 < collected.optimality.min() < 0.5 < collected.optimality.max() < 1
     model.move(seed=1)
     loss = objective.update(model, collected, 1, lent)
@@ -223,8 +224,8 @@ def test_an_update_is_the_gradient_of_one_graph(prediction, micro_batch):
 
 def test_every_update_has_noise_of_its_own_and_each_timestep_once():
     model = Drawing()
-    objective, lent = build(Config(**OPTIONS)), tools(model)
-    collected = objective.collect(model, drawn_batch(4, GROUP), lent)
+    objective, lent = build(Config(**OPTIONS)), tools_of(model=model)
+    collected = objective.collect(model, batch_of(GROUP, 1), lent)
     t, eps = objective.noised(collected, 0, lent)
     assert t.shape == (4, 3) and all(sorted(row) == sorted(collected.timesteps.tolist()) for row in t.tolist())
     again, other = objective.noised(collected, 0, lent), objective.noised(collected, 1, lent)
@@ -234,14 +235,14 @@ def test_every_update_has_noise_of_its_own_and_each_timestep_once():
 
 def test_the_rollout_is_the_old_policys():
     model = Drawing()
-    objective, lent = build(Config(**OPTIONS, decay_rate=1.0, decay_max=1.0)), tools(model)
-    first = objective.collect(model, drawn_batch(4, GROUP), lent)
+    objective, lent = build(Config(**OPTIONS, decay_rate=1.0, decay_max=1.0)), tools_of(model=model)
+    first = objective.collect(model, batch_of(GROUP, 1), lent)
     model.move()
-    same = objective.collect(model, drawn_batch(4, GROUP), tools(model, state=lent.state, index=0))
+    same = objective.collect(model, batch_of(GROUP, 1), tools_of(model=model, state=lent.state, index=0))
     assert not torch.equal(same.x_0, first.x_0), "with d = 0 it has come along"
     held = lent.state["old"]["delta"].clone()
     model.move(seed=1)
-    objective.collect(model, drawn_batch(4, GROUP), tools(model, state=lent.state, index=1))
+    objective.collect(model, batch_of(GROUP, 1), tools_of(model=model, state=lent.state, index=1))
     assert torch.equal(lent.state["old"]["delta"], held)
     assert model.refreshed > 0
 
@@ -249,19 +250,19 @@ def test_the_rollout_is_the_old_policys():
 def test_two_ranks_take_the_gradient_of_one():
     model = Drawing()
     objective = build(Config(**OPTIONS))
-    lent = tools(model)
-    whole = objective.collect(model, drawn_batch(8, GROUP), lent)
+    lent = tools_of(model=model)
+    whole = objective.collect(model, batch_of(GROUP, 2), lent)
     single = objective.update(model, whole, 0, lent)
     expected = gradient(model)
     seen = [[], []]
     for rank in (0, 1):
-        local = tools(model, gather=lambda value, rank=rank: seen[rank].append(value) or value)
-        objective.collect(model, drawn_batch(4, GROUP, rank=rank, world=2), local)
+        local = tools_of(model=model, gather=lambda value, rank=rank: seen[rank].append(value) or value)
+        objective.collect(model, batch_of(GROUP, 1, rank=rank, world=2), local)
     halves = []
     for rank in (0, 1):
         calls = iter(zip(*seen, strict=True))
-        both = tools(model, rank=rank, world=2, gather=lambda value, calls=calls: torch.cat(next(calls)))
-        part = objective.collect(model, drawn_batch(4, GROUP, rank=rank, world=2), both)
+        both = tools_of(model=model, rank=rank, world=2, gather=lambda value, calls=calls: torch.cat(next(calls)))
+        part = objective.collect(model, batch_of(GROUP, 1, rank=rank, world=2), both)
         torch.testing.assert_close(part.optimality, whole.optimality[4 * rank : 4 * rank + 4])
         objective.update(model, part, 0, both)
         halves.append(gradient(model))
@@ -272,8 +273,8 @@ def test_two_ranks_take_the_gradient_of_one():
 def test_memory_does_not_grow_with_the_timesteps():
     def held(steps):
         model = Drawing()
-        objective, lent = build(Config(**OPTIONS | {"steps": steps})), tools(model)
-        collected = objective.collect(model, drawn_batch(4, GROUP), lent)
+        objective, lent = build(Config(**OPTIONS | {"steps": steps})), tools_of(model=model)
+        collected = objective.collect(model, batch_of(GROUP, 1), lent)
         return most_held(lambda: objective.update(model, collected, 0, lent))
 
     assert held(9) == held(3) > 0
@@ -281,9 +282,9 @@ def test_memory_does_not_grow_with_the_timesteps():
 
 def test_equal_rewards_say_nothing_and_are_counted():
     model = Drawing()
-    lent = tools(model, reward=lambda images, prompts, meta: torch.ones(len(images)))
+    lent = tools_of(model=model, reward=lambda images, prompts, meta: torch.ones(len(images)))
     objective = build(Config(**OPTIONS, kl_weight=0.0))
-    collected = objective.collect(model, drawn_batch(8, GROUP), lent)
+    collected = objective.collect(model, batch_of(GROUP, 2), lent)
     loss = objective.update(model, collected, 0, lent)
     assert gradient(model).abs().max() < 1e-12
     assert float(loss.terms["flat_groups"]) == 1 and float(loss.terms["kl"]) == 0
@@ -325,7 +326,7 @@ def test_mass_moves_to_what_is_rewarded():
     objective, state = build(Config(group=16, steps=4, kl_weight=0.0)), {}
     for index in range(40):
         lent = Tools(reward=above_half, reference=nullcontext, parameters=parameters, index=index, state=state)
-        collected = objective.collect(model, drawn_batch(32, 16, index), lent)
+        collected = objective.collect(model, batch_of(16, 2, step=index), lent)
         objective.update(model, collected, 0, lent)
         optimizer.step()
         optimizer.zero_grad()
@@ -378,8 +379,6 @@ def test_what_cannot_work_is_refused():
     model = Drawing()
     with pytest.raises(UserError, match="for flow models"):
         build(Config(dynamics="flow-ode")).check(model, object())
-    with pytest.raises(UserError, match=r"train\.text_encoder=false"):
-        build(Config(**OPTIONS)).collect(model, drawn_batch(4, GROUP), tools(model, text=True))
     for wrong in ({"group": 1}, {"timesteps": 11}, {"beta": 0}, {"decay_max": 2}):
         with pytest.raises(ValueError, match=next(iter(wrong))):
             Config(**wrong)

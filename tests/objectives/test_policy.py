@@ -1,4 +1,4 @@
-"""Advantages, the clipped surrogate, and rollouts that are scored again: `objectives/_policy.py`."""
+"""Advantages, the clipped surrogate, and rollouts that are scored again: `_advantages.py` and `_policy.py`."""
 
 from __future__ import annotations
 
@@ -7,19 +7,15 @@ from types import MappingProxyType
 import numpy as np
 import pytest
 import torch
-from tiny_policy import Drawing, Gaussian, batch_of, brightness, no_reference, shifted_reference, tools_of
+from tiny_online import Gaussian, batch_of, brightness, no_reference, shifted_reference, tools_of
+from tiny_training import TinyModel
 
 from visiontune.diffusion.replay import backpropagate_scores, replay, revisit
 from visiontune.diffusion.transition import gaussian_kl
 from visiontune.errors import UserError
 from visiontune.objectives import ddpo, grpo
-from visiontune.objectives._policy import (
-    clipped_surrogate,
-    extremes,
-    flat_share,
-    group_advantages,
-    tracked_advantages,
-)
+from visiontune.objectives._advantages import extremes, flat_share, group_advantages, tracked_advantages
+from visiontune.objectives._policy import clipped_surrogate
 from visiontune.rewards.base import FunctionReward, Reward
 
 PROMPTS = torch.tensor([0, 1, 0, 1, 0, 2, 2])
@@ -178,7 +174,7 @@ def test_the_gradient_follows_finite_differences_of_the_loss():
 
 @pytest.mark.parametrize("kind", [grpo, ddpo])
 def test_before_the_first_update_every_ratio_is_exactly_one(kind):
-    model = Drawing() if kind is ddpo else Gaussian()
+    model = TinyModel() if kind is ddpo else Gaussian()
     if kind is ddpo:
         model.denoiser.requires_grad_(True)
     built = objective(kind, micro_batch=3, timestep_fraction=0.5, cfg_scale=2.0)
@@ -350,7 +346,7 @@ def test_a_sampler_without_noise_is_refused_before_anything_is_drawn(dynamics):
 
 def test_a_sampler_of_another_kind_of_model_is_refused():
     with pytest.raises(UserError, match="for flow models"):
-        objective(dynamics="dance-sde").check(Drawing(), FunctionReward(brightness, "brightness"))
+        objective(dynamics="dance-sde").check(TinyModel(), FunctionReward(brightness, "brightness"))
     with pytest.raises(UserError, match="needs a reward"):
         objective().check(Gaussian(), None)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tiny_drawing import Drawing, drawn_batch, gradient, most_held, tools
+from tiny_online import Drawing, batch_of, gradient, most_held, tools_of
 
 from visiontune.diffusion.replay import replay
 from visiontune.errors import UserError
@@ -132,11 +132,11 @@ def test_a_clip_range_far_below_the_rewards_over_beta_still_clips(monkeypatch):
     """Log-probabilities come in float32, in which both errors would be equal to each other."""
     model, sent = Drawing(), []
     objective = build(Config(**OPTIONS | {"beta": 1e-9, "clip": 1e-6}))
-    collected = objective.collect(model, drawn_batch(4, GROUP), tools(model))
+    collected = objective.collect(model, batch_of(GROUP, 1), tools_of(model=model))
     best = collected.rewards.argmax()
     collected.old[best] -= 1e-4  # as if its steps had become likelier since
     monkeypatch.setattr(prdp, "backpropagate_scores", lambda model, trajectory, weights: sent.append(weights))
-    single = tools(model, gather=lambda value: value.float() if value.is_floating_point() else value)
+    single = tools_of(model=model, gather=lambda value: value.float() if value.is_floating_point() else value)
     objective.update(model, collected, 1, single)
     assert not sent[0][best].any()
     assert sent[0].any(1).sum() == GROUP - 1
@@ -150,8 +150,8 @@ def test_two_passes_give_the_gradient_of_one_graph(prediction, micro_batch):
     options = {**OPTIONS, "clip": 0.01, "dynamics": dynamics, "micro_batch": micro_batch}
     objective = build(Config(**options))
     model.move(0.05)
-    lent = tools(model, scale=8.0)
-    collected = objective.collect(model, drawn_batch(8, GROUP), lent)
+    lent = tools_of(model=model, scale=8.0)
+    collected = objective.collect(model, batch_of(GROUP, 2), lent)
     model.move(0.05, seed=1)
     loss = objective.update(model, collected, 1, lent)
     found = gradient(model)
@@ -169,7 +169,7 @@ def test_the_reference_is_the_model_without_its_adapter():
     model, untouched = Drawing(), Drawing()
     model.move()
     objective = build(Config(**OPTIONS))
-    collected = objective.collect(model, drawn_batch(4, GROUP), tools(model))
+    collected = objective.collect(model, batch_of(GROUP, 1), tools_of(model=model))
     untouched.delta.data = torch.zeros_like(model.delta)
     with torch.no_grad():
         again = torch.cat([replay(untouched, t) for t in collected.trajectories])
@@ -181,8 +181,8 @@ def test_the_reference_is_the_model_without_its_adapter():
 def held(steps):
     model = Drawing()
     objective = build(Config(**OPTIONS | {"steps": steps}))
-    collected = objective.collect(model, drawn_batch(4, GROUP), tools(model))
-    return most_held(lambda: objective.update(model, collected, 0, tools(model)))
+    collected = objective.collect(model, batch_of(GROUP, 1), tools_of(model=model))
+    return most_held(lambda: objective.update(model, collected, 0, tools_of(model=model)))
 
 
 def test_memory_does_not_grow_with_the_chain():
@@ -192,26 +192,26 @@ def test_memory_does_not_grow_with_the_chain():
 def test_log_probabilities_that_are_not_met_again_stop_the_run():
     model = Drawing()
     objective = build(Config(**OPTIONS))
-    collected = objective.collect(model, drawn_batch(4, GROUP), tools(model))
-    start = objective.update(model, collected, 0, tools(model))
+    collected = objective.collect(model, batch_of(GROUP, 1), tools_of(model=model))
+    start = objective.update(model, collected, 0, tools_of(model=model))
     assert float(start.terms["kl"]) == 0 and float(start.terms["clipped"]) == 0
     model.move(0.5)
     with pytest.raises(UserError, match=r"log-probability of step \d \(t = \d+\) differs by"):
-        objective.update(model, collected, 0, tools(model))
-    objective.update(model, collected, 1, tools(model))
+        objective.update(model, collected, 0, tools_of(model=model))
+    objective.update(model, collected, 1, tools_of(model=model))
 
 
 def test_two_ranks_take_the_gradient_of_one():
     model, halves = Drawing(), []
     objective = build(Config(**OPTIONS | {"clip": 0.01}))
     model.move()
-    whole = objective.collect(model, drawn_batch(8, GROUP), tools(model))
-    parts = [objective.collect(model, drawn_batch(4, GROUP, rank=r, world=2), tools(model)) for r in (0, 1)]
+    whole = objective.collect(model, batch_of(GROUP, 2), tools_of(model=model))
+    parts = [objective.collect(model, batch_of(GROUP, 1, rank=r, world=2), tools_of(model=model)) for r in (0, 1)]
     for name in ("old", "base", "rewards", "prompts"):
         together = torch.cat([getattr(part, name) for part in parts])
         torch.testing.assert_close(together, getattr(whole, name), rtol=1e-12, atol=1e-12)
     model.move(0.02, seed=1)
-    expected = objective.update(model, whole, 1, tools(model))
+    expected = objective.update(model, whole, 1, tools_of(model=model))
     grad = gradient(model)
     with torch.no_grad():
         now = [torch.cat([replay(model, t) for t in part.trajectories]) for part in parts]
@@ -223,7 +223,7 @@ def test_two_ranks_take_the_gradient_of_one():
     }
     for rank, part in enumerate(parts):
         calls = iter(values.values())
-        lent = tools(model, rank=rank, world=2, gather=lambda value, calls=calls: torch.cat(next(calls)))
+        lent = tools_of(model=model, rank=rank, world=2, gather=lambda value, calls=calls: torch.cat(next(calls)))
         loss = objective.update(model, part, 1, lent)
         torch.testing.assert_close(loss.total, expected.total)
         for name, value in expected.terms.items():
@@ -252,11 +252,11 @@ def test_training_brings_implied_rewards_to_what_beta_asks_for():
     """At a fixed rollout the implied rewards come to be those that beta asks for."""
     model = Drawing()
     objective = build(Config(**OPTIONS | {"beta": 2.0, "over_steps": "sum", "steps": 3}))
-    collected = objective.collect(model, drawn_batch(4, GROUP), tools(model))
+    collected = objective.collect(model, batch_of(GROUP, 1), tools_of(model=model))
     optimizer = torch.optim.Adam([model.delta], lr=3e-3)
     log = []
     for _ in range(60):
-        loss = objective.update(model, collected, 1, tools(model))
+        loss = objective.update(model, collected, 1, tools_of(model=model))
         optimizer.step()
         optimizer.zero_grad()
         log.append((float(loss.total), float(loss.terms["agreement"])))
@@ -270,8 +270,6 @@ def test_what_cannot_work_is_refused_before_anything_is_drawn():
         build(Config(**OPTIONS | {"dynamics": "ddim"})).check(model, object())
     with pytest.raises(UserError, match="for flow models"):
         build(Config(**OPTIONS | {"dynamics": "flow-sde"})).check(model, object())
-    with pytest.raises(UserError, match=r"train\.text_encoder=false"):
-        build(Config(**OPTIONS)).collect(model, drawn_batch(4, GROUP), tools(model, text=True))
     assert model.calls == 0
     with pytest.raises(ValueError, match="group"):
         Config(group=1)

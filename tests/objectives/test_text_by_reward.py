@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from tiny import tiny_model
-from tiny_policy import batch_of, policy_trainer, tools_of
+from tiny_online import batch_of, policy_trainer, tools_of
 from tiny_training import TinyRows, tiny_trainer
 
 from visiontune import adapters, config
@@ -18,6 +18,8 @@ from visiontune.objectives import alignprop, ddpo
 from visiontune.objectives._online import conditions
 from visiontune.objectives._policy import clipped_surrogate
 from visiontune.rewards.base import FunctionReward
+from visiontune.training.config import TrainConfig
+from visiontune.training.online import check_train
 
 PROMPTS = ("a red circle", "a blue square")
 
@@ -144,9 +146,11 @@ def craft(**options):
 
 
 def bright():
-    function = lambda images, prompts, meta: images.square().mean((1, 2, 3))  # noqa: E731
-    function.differentiable = True
-    return FunctionReward(function, "bright")
+    def squared(images, prompts, meta):
+        return images.square().mean((1, 2, 3))
+
+    squared.differentiable = True
+    return FunctionReward(squared, "bright")
 
 
 def gradients(built, model, found):
@@ -209,9 +213,9 @@ def test_the_gradient_with_first_steps_of_the_base_is_that_of_one_graph(eta):
 
 
 def test_steps_of_the_base_need_a_trained_encoder():
-    model, found = tuned()
     with pytest.raises(UserError, match=r"train\.text_encoder=true"):
-        craft(base_steps=2).update(model, batch_of(1, 2, PROMPTS), 0, tools_of(bright(), reference=found.disable))
+        check_train(craft(base_steps=2), TrainConfig())
+    check_train(craft(base_steps=2), TrainConfig(text_encoder=True))
     for wrong in ({"base_steps": 4}, {"base_steps": 2, "grad_steps": 3}, {"base_steps": -1}):
         with pytest.raises(ValueError, match="base_steps"):
             craft(**wrong)

@@ -13,7 +13,7 @@ from tiny_training import TinyReward, tiny_trainer
 from visiontune.core import Loss
 from visiontune.data.prompts import PromptBatches
 from visiontune.objectives import alignprop
-from visiontune.objectives._online import Online, conditions, score
+from visiontune.objectives._online import Online, OnlineConfig, conditions, score
 from visiontune.rewards.mix import Mix, Term
 
 PROMPTS = ["a red cat", "a dog", "two birds in a tree", "a blue fish", "an old house"]
@@ -51,7 +51,7 @@ class Remembering(Online):
 def remembering(out: Path, dies_at: int = -1, **train):
     """A state of the objective and of the reward, several updates a rollout, averages."""
     torch.set_num_threads(1)
-    objective = Remembering()
+    objective = Remembering(OnlineConfig())
     objective.dies_at = dies_at
     options = {"steps": 12, "checkpoint_every": 4, "lr": 1e-2, "ema": 0.9, "log_every": 3, "resume": True, **train}
     reward = Mix([TinyReward()], [Term(reward="tiny", normalise="running")])

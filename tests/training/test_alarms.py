@@ -19,7 +19,7 @@ from visiontune.core import Loss
 from visiontune.data.prompts import PromptBatches, hold_out
 from visiontune.errors import Stopped, UserError
 from visiontune.objectives import alignprop, denoising
-from visiontune.objectives._online import Online
+from visiontune.objectives._online import Online, OnlineConfig
 from visiontune.rewards.base import as_reward
 from visiontune.training import alarms, checkpoint, measures
 from visiontune.training.alarms import Guard, bounds
@@ -219,7 +219,8 @@ class Drift(Online):
     rewarded = False
 
     def __init__(self, updates=1, logs=None) -> None:
-        self.config = type("Config", (), {"steps": 2, "cfg_scale": 1.0, "updates": updates})()
+        super().__init__(OnlineConfig(steps=2, cfg_scale=1.0))
+        self.updates = updates
         self.logs = logs or (lambda step: {})
         self.step = 0
 

@@ -62,19 +62,34 @@ class Dynamics(ABC):
                 f"dynamics '{self.name}' is for flow models and this one predicts {prediction}: use ddim, ddpm or cps"
             )
 
+    def require_noise(self) -> None:
+        """Raise UserError where no step adds noise, so that none has a log-probability."""
+        if not self.stochastic:
+            raise UserError(f"dynamics '{self.name}' adds no noise, so no step has a log-probability: {self.remedy}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Scaled(Dynamics):
+    """Noise in proportion to eta, or growing with it."""
+
+    eta: float
+
+    def __post_init__(self) -> None:
+        if self.eta < 0:
+            raise ValueError(f"eta must not be negative, got {self.eta}")
+
+    @property
+    def stochastic(self) -> bool:
+        return self.eta > 0
+
 
 def _variance(at: Levels) -> Tensor:
     """Var[x_t | x_next] of the forward process; beta_t where the timesteps are neighbours."""
     return (at.sigma.square() - (at.alpha / at.alpha_next * at.sigma_next).square()).clamp(min=0)
 
 
-def _not_negative(eta: float) -> None:
-    if eta < 0:
-        raise ValueError(f"eta must not be negative, got {eta}")
-
-
 @dataclass(frozen=True, kw_only=True)
-class DDIM(Dynamics):
+class DDIM(_Scaled):
     """Song et al. (2021), equation 16, for any alpha and sigma.
 
     Given x_0 every eta up to 1 keeps the marginals; with the mean of x_0 that a denoiser knows, in the limit of short
@@ -83,13 +98,6 @@ class DDIM(Dynamics):
 
     name: ClassVar[str] = "ddim"
     eta: float = option(0.0, help="0 is deterministic, 1 has the variance of DDPM's posterior")
-
-    def __post_init__(self) -> None:
-        _not_negative(self.eta)
-
-    @property
-    def stochastic(self) -> bool:
-        return self.eta > 0
 
     def std(self, at: Levels) -> Tensor:
         return self.eta * at.sigma_next / at.sigma * _variance(at).sqrt()
@@ -137,7 +145,8 @@ class FlowODE(Dynamics):
         return torch.zeros_like(at.sigma)
 
 
-class _FlowSDE(Dynamics):
+@dataclass(frozen=True, kw_only=True)
+class _FlowSDE(_Scaled):
     """Euler-Maruyama steps of dx = (v + s^2 eps / (2 sigma)) dt + s dw, dt < 0.
 
     The marginals are kept in the limit of short steps; a long one leaves too much noise.
@@ -166,13 +175,6 @@ class FlowSDE(_FlowSDE):
     name: ClassVar[str] = "flow-sde"
     eta: float = option(0.7, help="amount of noise, the paper's a; 0 is flow-ode")
 
-    def __post_init__(self) -> None:
-        _not_negative(self.eta)
-
-    @property
-    def stochastic(self) -> bool:
-        return self.eta > 0
-
     def diffusion(self, at: Levels) -> Tensor:
         return self.eta * (at.sigma / torch.where(at.alpha > 0, at.alpha, at.alpha_next)).sqrt()
 
@@ -184,19 +186,12 @@ class DanceSDE(_FlowSDE):
     name: ClassVar[str] = "dance-sde"
     eta: float = option(0.3, help="amount of noise; 0 is flow-ode")
 
-    def __post_init__(self) -> None:
-        _not_negative(self.eta)
-
-    @property
-    def stochastic(self) -> bool:
-        return self.eta > 0
-
     def diffusion(self, at: Levels) -> Tensor:
         return torch.full_like(at.sigma, self.eta)
 
 
 @dataclass(frozen=True, kw_only=True)
-class CPS(Dynamics):
+class CPS(_Scaled):
     """Coefficients-preserving sampling, Wang and Yu (2025), arXiv 2509.05952.
 
     The shares cos(eta pi / 2) and sin(eta pi / 2) of sigma_next are old and fresh noise: as DDIM's, given x_0 they keep
@@ -210,10 +205,6 @@ class CPS(Dynamics):
     def __post_init__(self) -> None:
         if not 0 <= self.eta <= 1:
             raise ValueError(f"eta must be between 0 and 1, got {self.eta}")
-
-    @property
-    def stochastic(self) -> bool:
-        return self.eta > 0
 
     def std(self, at: Levels) -> Tensor:
         return math.sin(self.eta * math.pi / 2) * at.sigma_next

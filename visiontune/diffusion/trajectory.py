@@ -206,7 +206,9 @@ def rollout(
     of_x, of_pred, std = kernel(model.schedule, start, end, dynamics)
     scored = std > 0
     if log_probs:
-        _require_noise(dynamics, scored)
+        dynamics.require_noise()
+        if not scored.any():
+            raise UserError("none of the steps adds noise, so none has a log-probability: sample with more steps")
     if tracked:
         require_effect(window, start, of_x, of_pred)
         if dtype is not None:
@@ -281,15 +283,6 @@ def _draw(
     if noise.shape != expected:
         raise ValueError(f"noise of shape {tuple(noise.shape)}, not {expected}")
     return x, noise.to(x)
-
-
-def _require_noise(dynamics: Dynamics, scored: Tensor) -> None:
-    if not dynamics.stochastic:
-        raise UserError(
-            f"dynamics '{dynamics.name}' adds no noise, so no step has a log-probability: {dynamics.remedy}"
-        )
-    if not scored.any():
-        raise UserError("none of the steps adds noise, so none has a log-probability: sample with more steps")
 
 
 def _frozen(cond: Condition) -> Condition:

@@ -9,11 +9,10 @@ import torch
 from torch import Tensor
 
 from visiontune.core import Batch
-from visiontune.diffusion.dynamics import Dynamics
+from visiontune.diffusion.replay import micro_batches
 from visiontune.diffusion.trajectory import Trajectory, rollout
 from visiontune.diffusion.transition import Reduce
-from visiontune.errors import UserError
-from visiontune.objectives._online import Tools, conditions, parts_of, pixels, score
+from visiontune.objectives._online import Online, Tools, conditions, parts_of, pixels, score
 
 if TYPE_CHECKING:
     from visiontune.models.base import DiffusionModel
@@ -21,48 +20,71 @@ if TYPE_CHECKING:
 
 @torch.no_grad()
 def draw(
+    objective: Online,
     model: DiffusionModel,
-    batch: Batch,
+    rows: Batch,
     tools: Tools,
     *,
-    steps: int,
-    cfg_scale: float,
-    dynamics: Dynamics,
-    group: int,
-    micro_batch: int | None,
+    latents: Tensor | None = None,
     reduce: Reduce = "mean",
-    log_probs: bool = False,
-) -> tuple[list[Trajectory], Tensor]:
-    """Rollouts of at most ``micro_batch`` rows each, and the rewards ``[b]`` of their pictures.
+) -> Trajectory:
+    """The rollout of some rows in one batch; with its history, on the CPU, where the objective needs likelihoods.
 
-    Scored transitions are computed again in these same slices, since rounding depends on the batch's shape. Rewards see
-    whole groups.
+    Scored transitions are to be computed again in these same slices, since rounding depends on the batch's shape.
 
-    Raises:
-        UserError: text encoders are trained, which would get no gradient from frozen conditions.
+    Args:
+        latents: where the rows start, instead of noise of their own.
     """
-    if tools.text:
-        raise UserError("objective keeps the conditions of its rollouts: set train.text_encoder=false")
-    trajectories, images = [], []
-    for rows in parts_of(batch, micro_batch):
-        cond, uncond = conditions(model, rows.prompts, cfg_scale, text=False)
-        drawn = rollout(
-            model,
-            cond,
-            uncond=uncond,
-            cfg_scale=cfg_scale,
-            steps=steps,
-            dynamics=dynamics,
-            generator=tools.generators(rows),
-            reduce=reduce,
-            log_probs=log_probs,
-        )
-        images.append(pixels(model, drawn.final))
-        # The history holds all that the noise has to say.
-        trajectories.append(replace(drawn, noise=None).to("cpu" if log_probs else drawn.final.device))
-    whole = group * -(-(micro_batch or len(batch)) // group)
-    parts = zip(torch.cat(images).split(whole), parts_of(batch, whole), strict=True)
-    return trajectories, torch.cat([score(tools, shown, rows) for shown, rows in parts])
+    config = objective.config
+    cond, uncond = conditions(model, rows.prompts, config.cfg_scale, text=False)
+    drawn = rollout(
+        model,
+        cond,
+        uncond=uncond,
+        cfg_scale=config.cfg_scale,
+        steps=config.steps,
+        dynamics=objective.dynamics,
+        latents=latents,
+        generator=tools.generators(rows),
+        reduce=reduce,
+        log_probs=objective.likelihoods,
+    )
+    # Nothing reads the noise again, which is as large as the history.
+    drawn = replace(drawn, noise=None)
+    return drawn.to("cpu") if objective.likelihoods else drawn
+
+
+def draw_scored(
+    objective: Online, model: DiffusionModel, batch: Batch, tools: Tools, reduce: Reduce = "mean"
+) -> tuple[list[Trajectory], Tensor]:
+    """Rollouts of at most ``micro_batch`` rows each, and the rewards ``[b]`` of all their pictures."""
+    size = objective.config.micro_batch
+    drawn = [draw(objective, model, rows, tools, reduce=reduce) for rows in parts_of(batch, size)]
+    latents = torch.cat([trajectory.final for trajectory in drawn])
+    return drawn, score_latents(model, tools, latents, batch, objective.group, size)["reward"]
+
+
+@torch.no_grad()
+def score_latents(
+    model: DiffusionModel, tools: Tools, latents: Tensor, batch: Batch, group: int, size: int | None
+) -> dict[str, Tensor]:
+    """Rewards ``[b]`` of finished latents as ``reward``, and where it is made of terms each as ``reward/<term>``.
+
+    Pictures are decoded at most ``size`` at a time. They are scored so too, unless the reward is groupwise: it then
+    sees each prompt's ``group`` pictures, which are consecutive rows, in a call of their own, however the batch is cut
+    and whatever other groups of the same prompt there are.
+    """
+    whole = size
+    if getattr(tools.reward, "groupwise", False):
+        whole = group if group > 1 else len(batch)
+    found: list[dict[str, Tensor]] = []
+    for rows in micro_batches(len(batch), whole):
+        drawn = latents[rows].to(model.device)
+        shown = torch.cat([pixels(model, part) for part in drawn.split(size or len(drawn))])
+        rewards = score(tools, shown, batch[rows])
+        terms = {f"reward/{name}": value for name, value in getattr(tools.reward, "terms", {}).items()}
+        found.append({"reward": rewards, **terms})
+    return {name: torch.cat([part[name].detach().to(rewards) for part in found]) for name in found[0]}
 
 
 def same_prompt(batch: Batch, group: int) -> None:

@@ -13,13 +13,51 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from visiontune.core import Batch, Condition, Loss
+from visiontune.diffusion.dynamics import make_dynamics
+from visiontune.diffusion.replay import micro_batches
 from visiontune.errors import UserError
 from visiontune.objectives.base import generator
+from visiontune.schema import option
 
 if TYPE_CHECKING:
     from visiontune.models.base import DiffusionModel
 
 Reward = Callable[..., Tensor]
+
+
+@dataclass(frozen=True, kw_only=True)
+class OnlineConfig:
+    """Options of a rollout, which every online objective has."""
+
+    steps: int = option(25, help="sampling steps of a rollout")
+    cfg_scale: float = option(4.0, help="guidance of the rollout; 1 for none")
+    dynamics: Any = option("ddim", help="how the sampler steps: a name, or {name: ddim, eta: 1.0}")
+    micro_batch: int | None = option(None, help="pictures drawn and differentiated at once; null for all")
+
+    def __post_init__(self) -> None:
+        if self.steps < 1:
+            raise ValueError("steps must be at least 1")
+        if self.micro_batch is not None and self.micro_batch < 1:
+            raise ValueError("micro_batch must be at least 1, or null")
+        make_dynamics(self.dynamics)
+
+
+@dataclass(frozen=True, kw_only=True)
+class GroupConfig(OnlineConfig):
+    """Options of objectives that score several pictures of each prompt, and may use a rollout more than once."""
+
+    fewest: ClassVar[int] = 2
+
+    group: int = option(8, help="pictures of each prompt, which are compared with each other")
+    updates: int = option(1, help="optimiser steps for each rollout")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.group < self.fewest:
+            needed = ": pictures of one prompt are compared with each other" if self.fewest > 1 else ""
+            raise ValueError(f"group must be at least {self.fewest}{needed}")
+        if self.updates < 1:
+            raise ValueError("updates must be at least 1")
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -69,24 +107,27 @@ class Online(ABC):
     computed twice comes out the same.
 
     Attributes:
-        config: with ``cfg_scale``, ``steps`` and ``micro_batch``.
+        dynamics: how rollouts step.
         group: pictures of each prompt that are compared with each other.
         updates: optimiser steps for each rollout.
         rewarded: whether pictures are scored. differentiable: whether by a reward that gradients pass through.
+        likelihoods: whether it needs the log-probabilities of the steps, and so a sampler with noise.
+        embeds: whether updates embed the prompts anew, so that text encoders can be trained.
         referenced: whether it compares with the base, which only a run with an adapter keeps.
     """
 
-    config: Any
+    config: OnlineConfig
+    group: int = 1
+    updates: int = 1
     rewarded: ClassVar[bool] = True
     differentiable: ClassVar[bool] = False
+    likelihoods: ClassVar[bool] = False
+    embeds: ClassVar[bool] = True
 
-    @property
-    def group(self) -> int:
-        return int(getattr(self.config, "group", 1))
-
-    @property
-    def updates(self) -> int:
-        return int(getattr(self.config, "updates", 1))
+    def __init__(self, config: OnlineConfig) -> None:
+        self.config, self.dynamics = config, make_dynamics(config.dynamics)
+        if isinstance(config, GroupConfig):
+            self.group, self.updates = config.group, config.updates
 
     @property
     def referenced(self) -> bool:
@@ -96,9 +137,21 @@ class Online(ABC):
         """Refuse what cannot work, before anything is drawn.
 
         Raises:
-            UserError: the reward does not suit, or the model.
+            UserError: the reward does not suit, or the sampler does not suit the model or adds no noise.
         """
         self.check_reward(reward)
+        self.dynamics.check(model.schedule.prediction)
+        if self.likelihoods:
+            self.dynamics.require_noise()
+
+    def check_text(self, trained: bool) -> None:
+        """Refuse what does not suit ``train.text_encoder``, before a model is opened.
+
+        Raises:
+            UserError: text encoders are trained, which would get no gradient from a rollout's conditions.
+        """
+        if trained and not self.embeds:
+            raise UserError("objective keeps the conditions of its rollouts: set train.text_encoder=false")
 
     def check_reward(self, reward: Any) -> None:
         """The part of :meth:`check` for which no model need be opened.
@@ -139,8 +192,8 @@ def pixels(model: DiffusionModel, latents: Tensor) -> Tensor:
 
 def parts_of(batch: Batch, size: int | None) -> Iterator[Batch]:
     """The batch in pieces of at most ``size`` rows."""
-    for start in range(0, len(batch), size or len(batch)):
-        yield batch[start : start + (size or len(batch))]
+    for rows in micro_batches(len(batch), size):
+        yield batch[rows]
 
 
 def score(tools: Tools, images: Tensor, batch: Batch) -> Tensor:
@@ -148,28 +201,3 @@ def score(tools: Tools, images: Tensor, batch: Batch) -> Tensor:
     assert tools.reward is not None
     meta = [{"prompt_id": int(i)} for i in batch.extra["prompt"]]
     return tools.reward(images, batch.prompts, meta)
-
-
-@torch.no_grad()
-def score_latents(
-    model: DiffusionModel, tools: Tools, latents: Tensor, batch: Batch, group: int, size: int | None
-) -> dict[str, Tensor]:
-    """Rewards ``[b]`` of finished latents as ``reward``, and where it is made of terms each as ``reward/<term>``.
-
-    Pictures are decoded at most ``size`` at a time. They are scored so too, unless the reward is groupwise: it then
-    sees each prompt's ``group`` pictures, which are consecutive rows, in a call of their own, however the batch is cut
-    and whatever other groups of the same prompt there are.
-    """
-    whole = size
-    if getattr(tools.reward, "groupwise", False):
-        whole = group if group > 1 else len(batch)
-    found: list[dict[str, Tensor]] = []
-    start = 0
-    for rows in parts_of(batch, whole):
-        drawn = latents[start : start + len(rows)].to(model.device)
-        start += len(rows)
-        shown = torch.cat([pixels(model, part) for part in drawn.split(size or len(drawn))])
-        rewards = score(tools, shown, rows)
-        terms = {f"reward/{name}": value for name, value in getattr(tools.reward, "terms", {}).items()}
-        found.append({"reward": rewards, **terms})
-    return {name: torch.cat([part[name].detach().to(rewards) for part in found]) for name in found[0]}

@@ -15,31 +15,31 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from visiontune.core import Batch, Condition, Loss
-from visiontune.diffusion.dynamics import make_dynamics
 from visiontune.diffusion.pathwise import gradient_of, into_conditions, leaf_of
 from visiontune.diffusion.replay import latent, replay, revisit
-from visiontune.diffusion.trajectory import Trajectory, rollout
+from visiontune.diffusion.trajectory import Trajectory
 from visiontune.diffusion.transition import gaussian_kl, log_prob
 from visiontune.errors import UserError
-from visiontune.objectives._online import Online, Tools, conditions, score_latents
+from visiontune.objectives._advantages import extremes, flat_share
+from visiontune.objectives._draw import draw, score_latents
+from visiontune.objectives._online import GroupConfig, Online, Tools, conditions
 from visiontune.schema import option
 
 if TYPE_CHECKING:
     from visiontune.models.base import DiffusionModel
 
-# Numbers that are equal differ by rounding.
-_FLAT = 1e-6
-
 
 @dataclass(frozen=True, kw_only=True)
-class PolicyConfig:
+class PolicyConfig(GroupConfig):
     """Options that policy gradients have in common."""
+
+    fewest: ClassVar[int] = 1
 
     steps: int = option(50, help="sampling steps of a rollout")
     cfg_scale: float = option(5.0, help="guidance of the rollout and of its replay; 1 for none, at half the cost")
@@ -54,77 +54,13 @@ class PolicyConfig:
     micro_batch: int | None = option(None, help="pictures drawn and replayed at once; null for all of an update")
 
     def __post_init__(self) -> None:
-        for name in ("steps", "group", "updates", "inner_epochs"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1")
-        if self.micro_batch is not None and self.micro_batch < 1:
-            raise ValueError("micro_batch must be at least 1, or null")
+        super().__post_init__()
+        if self.inner_epochs < 1:
+            raise ValueError("inner_epochs must be at least 1")
         if not 0 < self.timestep_fraction <= 1:
             raise ValueError("timestep_fraction must be above 0 and at most 1")
         if self.clip <= 0 or self.advantage_clip <= 0:
             raise ValueError("clip and advantage_clip must be above 0")
-        make_dynamics(self.dynamics)
-
-
-# ---------------------------------------------------------------------------------------------------- advantages
-
-
-def standardised(values: Tensor, mean: Tensor, std: Tensor) -> Tensor:
-    """(values - mean) / std, and exactly 0 where the deviation is nothing but rounding."""
-    flat = std <= _FLAT * mean.abs()
-    return torch.where(flat, 0.0, (values - mean) / torch.where(flat, 1.0, std))
-
-
-def group_advantages(values: Tensor, prompts: Tensor, global_std: bool = False) -> Tensor:
-    """How much better each of ``values`` [n] is than the others of its prompt, in standard deviations.
-
-    Args:
-        values: [n] float64.
-        prompts: [n] ids; equal ids are one group, wherever they stand.
-        global_std: divide by the deviation of all values, not by the group's.
-    """
-    _, member, count = torch.unique(prompts, return_inverse=True, return_counts=True)
-    mean = torch.zeros(len(count), dtype=values.dtype).index_add(0, member, values) / count
-    around = values - mean[member]
-    std = (torch.zeros_like(mean).index_add(0, member, around.square()) / count).sqrt()
-    flat = (std <= _FLAT * mean.abs())[member]
-    scale = values.std(unbiased=False) if global_std else std[member]
-    return torch.where(flat, 0.0, around / torch.where(flat, 1.0, scale))
-
-
-def tracked_advantages(
-    values: Tensor, prompts: Tensor, seen: dict[int, list[float]], size: int, min_count: int
-) -> Tensor:
-    """``values`` [n] against the last ``size`` values of their prompts, these among them.
-
-    Args:
-        values: [n] float64. prompts: [n] ids.
-        seen: the values so far by prompt, to which these are added.
-        size: values kept for each prompt.
-        min_count: a prompt with fewer is compared with the mean and deviation of all of ``values`` instead.
-    """
-    for prompt, value in zip(prompts.tolist(), values.tolist(), strict=True):
-        seen[prompt] = [*seen.get(prompt, []), value][-size:]
-    mean, std = (v.expand(len(values)).clone() for v in (values.mean(), values.std(unbiased=False)))
-    for prompt in prompts.unique().tolist():
-        known = torch.tensor(seen[prompt], dtype=values.dtype)
-        if len(known) >= min_count:
-            mean[prompts == prompt], std[prompts == prompt] = known.mean(), known.std(unbiased=False)
-    return standardised(values, mean, std)
-
-
-def flat_share(advantages: Tensor, prompts: Tensor) -> Tensor:
-    """Share of the prompts whose advantages are all 0: there is nothing to learn from them."""
-    names = prompts.unique()
-    return torch.stack([(advantages[prompts == name] == 0).all() for name in names]).double().mean()
-
-
-def extremes(advantages: Tensor, group: int, count: int) -> Tensor:
-    """[b] bool: the ``count`` rows of each group that are best and worst, half of each; of equals the first."""
-    order = advantages.view(-1, group).argsort(dim=1, descending=True, stable=True)
-    best = (count + 1) // 2
-    picked = torch.cat([order[:, :best], order[:, group - (count - best) :]], dim=1)
-    return torch.zeros(len(order), group, dtype=torch.bool).scatter_(1, picked, True).flatten()
 
 
 def clipped_surrogate(now: Tensor, old: Tensor, advantages: Tensor, clip: float) -> tuple[Tensor, Tensor]:
@@ -188,37 +124,25 @@ class Policy(Online):
         shared_start: whether the pictures of a group start from the same noise.
     """
 
-    config: Any
+    likelihoods = True
+    config: PolicyConfig
     beta: float = 0.0
     penalty: float = 0.0
     chosen: int | None = None
     last: bool = True
     shared_start: bool = False
 
-    def __init__(self, config: Any) -> None:
-        self.config, self.dynamics = config, make_dynamics(config.dynamics)
-
-    @property
-    def updates(self) -> int:
-        return self.config.updates * self.config.inner_epochs
+    def __init__(self, config: PolicyConfig) -> None:
+        super().__init__(config)
+        self.updates = config.updates * config.inner_epochs
 
     @property
     def referenced(self) -> bool:
         return self.beta > 0 or self.penalty > 0
 
     def check(self, model: DiffusionModel, reward: Any) -> None:
-        """Refuse also a sampler without noise, or one that is not for the model.
-
-        Raises:
-            UserError: see above.
-        """
+        """Besides, refuse terms to normalise where there are none."""
         super().check(model, reward)
-        self.dynamics.check(model.schedule.prediction)
-        if not self.dynamics.stochastic:
-            raise UserError(
-                f"dynamics '{self.dynamics.name}' adds no noise, so no step has a log-probability: "
-                f"{self.dynamics.remedy}"
-            )
         if self.config.per_reward and not getattr(reward, "weights", {}):
             raise UserError(f"per_reward is for a reward mix, and '{reward.name}' has no terms: set it to false")
 
@@ -236,7 +160,7 @@ class Policy(Online):
         deal = self.deal(len(batch), tools)
         each = len(batch) // config.updates
         parts = [rows for piece in deal.split(each) for rows in piece.split(config.micro_batch or each)]
-        drawn = [self.draw(model, batch[rows], tools) for rows in parts]
+        drawn = [draw(self, model, batch[rows], tools, latents=self.start(model, batch[rows], tools)) for rows in parts]
         back = torch.argsort(deal)
         latents = torch.cat([trajectory.final for trajectory in drawn])[back]
         values = score_latents(model, tools, latents, batch, config.group, config.micro_batch)
@@ -264,25 +188,10 @@ class Policy(Online):
             return torch.arange(rows)
         return torch.randperm(rows, generator=tools.shared("deal"))
 
-    def draw(self, model: DiffusionModel, rows: Batch, tools: Tools) -> Trajectory:
-        """A rollout of some rows, its history on the CPU."""
-        cond, uncond = conditions(model, rows.prompts, self.config.cfg_scale, text=False)
-        trajectory = rollout(
-            model,
-            cond,
-            uncond=uncond,
-            cfg_scale=self.config.cfg_scale,
-            steps=self.config.steps,
-            dynamics=self.dynamics,
-            latents=self.start(model, rows, tools) if self.shared_start else None,
-            generator=tools.generators(rows),
-            log_probs=True,
-        )
-        # Nothing here reads the noise again, which is as large as the history.
-        return replace(trajectory, noise=None).to("cpu")
-
-    def start(self, model: DiffusionModel, rows: Batch, tools: Tools) -> Tensor:
-        """The noise from which the rows start, one for each group."""
+    def start(self, model: DiffusionModel, rows: Batch, tools: Tools) -> Tensor | None:
+        """The noise from which the rows start, one for each group; ``None`` for each row its own."""
+        if not self.shared_start:
+            return None
         side = model.resolution // model.downsample
         shape = (model.latent_channels, side, side)
         groups = (rows.extra["row"] // self.config.group).tolist()

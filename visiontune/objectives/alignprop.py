@@ -26,12 +26,11 @@ from torch import Tensor
 
 from visiontune.core import Batch, Loss
 from visiontune.diffusion._window import gradient_window, require_effect
-from visiontune.diffusion.dynamics import make_dynamics
 from visiontune.diffusion.pathwise import backpropagate, end_gradient, into_conditions
 from visiontune.diffusion.trajectory import Trajectory, rollout
 from visiontune.diffusion.transition import kernel
 from visiontune.errors import UserError
-from visiontune.objectives._online import Online, Tools, conditions, parts_of, pixels, score
+from visiontune.objectives._online import Online, OnlineConfig, Tools, conditions, parts_of, pixels, score
 from visiontune.schema import option
 
 if TYPE_CHECKING:
@@ -42,12 +41,10 @@ SPREAD = 5.0
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config:
+class Config(OnlineConfig):
     """Options of reward back-propagation."""
 
     steps: int = option(25, help="N, sampling steps of a rollout")
-    cfg_scale: float = option(4.0, help="guidance of the rollout; 1 for none")
-    dynamics: Any = option("ddim", help="how the sampler steps: a name, or {name: ddim, eta: 1.0}")
     truncation: Literal["uniform", "normal", "fixed", "full", "early_end"] = option(
         "uniform", help="steps with a gradient: random (uniform, normal), grad_steps, all, or the last of a cut chain"
     )
@@ -56,13 +53,11 @@ class Config:
     base_steps: int = option(0, help="first steps that see the prompt as the untrained text encoder reads it")
     copies: int = option(1, help="DRaFT-LV: noised copies of the end over which a last step's gradient is averaged")
     target: float | None = option(None, help="pull the reward to this value instead of up without bound")
-    micro_batch: int | None = option(None, help="pictures drawn and differentiated at once; null for all")
 
     def __post_init__(self) -> None:
-        if self.steps < 1 or self.copies < 1:
-            raise ValueError("steps and copies must be at least 1")
-        if self.micro_batch is not None and self.micro_batch < 1:
-            raise ValueError("micro_batch must be at least 1, or null")
+        super().__post_init__()
+        if self.copies < 1:
+            raise ValueError("copies must be at least 1")
         if not 0 <= self.base_steps < self.steps:
             raise ValueError("base_steps must be at least 0 and less than steps")
         if not 1 <= self.grad_steps <= self.steps - self.base_steps:
@@ -73,7 +68,6 @@ class Config:
             raise ValueError(
                 "copies average the gradient of the last step: set truncation to fixed and grad_steps to 1"
             )
-        make_dynamics(self.dynamics)
 
 
 def build(config: Config) -> AlignProp:
@@ -85,9 +79,7 @@ class AlignProp(Online):
     """Logs the reward (mean and deviation over all processes' rows) and the number of steps with a gradient."""
 
     differentiable = True
-
-    def __init__(self, config: Config) -> None:
-        self.config, self.dynamics = config, make_dynamics(config.dynamics)
+    config: Config
 
     @property
     def referenced(self) -> bool:
@@ -105,12 +97,17 @@ class AlignProp(Online):
     def check(self, model: DiffusionModel, reward: Any) -> None:
         """Besides, refuse what an unlucky draw of the window would refuse in the middle of a run."""
         super().check(model, reward)
-        self.dynamics.check(model.schedule.prediction)
         for length, window in self.shortest():
             chain = self.chain(model, length)
             require_effect(
                 gradient_window(window, length), chain[0], *kernel(model.schedule, *chain, self.dynamics)[:2]
             )
+
+    def check_text(self, trained: bool) -> None:
+        """Besides, refuse first steps of an untrained encoder where none is trained."""
+        super().check_text(trained)
+        if self.config.base_steps and not trained:
+            raise UserError("objective.base_steps is for runs with train.text_encoder=true: set it to 0")
 
     def collect(self, model: DiffusionModel, batch: Batch, tools: Tools) -> Batch:
         """The prompts: pictures and gradients come from one and the same chain."""
@@ -118,8 +115,6 @@ class AlignProp(Online):
 
     def update(self, model: DiffusionModel, collected: Batch, part: int, tools: Tools) -> Loss:
         """The chains of a batch under the present weights, in micro-batches, and their gradients."""
-        if self.config.base_steps and not tools.text:
-            raise UserError("objective.base_steps is for runs with train.text_encoder=true: set it to 0")
         length, window = self.draw(tools.shared("window"))
         rewards, total = [], torch.zeros((), device=model.device)
         for rows in parts_of(collected, self.config.micro_batch):

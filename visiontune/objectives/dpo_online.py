@@ -8,17 +8,16 @@ equal count as no pair. Any sampler will do, since pictures are noised again for
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from visiontune.core import Batch, Condition, Loss
-from visiontune.diffusion.dynamics import make_dynamics
 from visiontune.diffusion.replay import micro_batches
 from visiontune.objectives import diffusion_dpo
-from visiontune.objectives._draw import draw, same_prompt
-from visiontune.objectives._online import Online, Tools
+from visiontune.objectives._draw import draw_scored, same_prompt
+from visiontune.objectives._online import GroupConfig, Online, Tools
 from visiontune.objectives.diffusion_dpo import preference, said
 from visiontune.schema import option
 
@@ -27,24 +26,19 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(diffusion_dpo.Config):
+class Config(GroupConfig, diffusion_dpo.Config):
     """Options of online DPO, besides those of Diffusion-DPO."""
 
     group: int = option(8, help="pictures of each prompt, the best and the worst of which are a pair")
     updates: int = option(4, help="optimiser steps for each rollout, each with noise and timesteps of its own")
     steps: int = option(15, help="sampling steps of a rollout")
-    cfg_scale: float = option(4.0, help="guidance of the rollout; 1 for none")
-    dynamics: Any = option("ddim", help="how the sampler steps; no noise is needed")
     timesteps: int = option(4, help="how many each pair is trained at in an update, one in each part of the schedule")
-    micro_batch: int | None = option(None, help="pictures drawn and differentiated at once; null for all")
 
     def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.group < 2:
-            raise ValueError("group must be at least 2: the best and the worst picture are a pair")
-        if min(self.updates, self.steps, self.timesteps) < 1:
-            raise ValueError("updates, steps and timesteps must be at least 1")
-        make_dynamics(self.dynamics)
+        GroupConfig.__post_init__(self)
+        diffusion_dpo.Config.__post_init__(self)
+        if self.timesteps < 1:
+            raise ValueError("timesteps must be at least 1")
 
 
 def build(config: Config) -> OnlineDPO:
@@ -75,31 +69,21 @@ class Collected:
 class OnlineDPO(Online):
     """Logs the reward, its mean difference within pairs, the share of ties, and what Diffusion-DPO logs."""
 
+    embeds = False
+    config: Config
+
     def __init__(self, config: Config) -> None:
-        self.config, self.dynamics = config, make_dynamics(config.dynamics)
+        super().__init__(config)
         self.pairs = diffusion_dpo.DiffusionDPO(config)
 
     @property
     def referenced(self) -> bool:
         return True
 
-    def check(self, model: DiffusionModel, reward: Any) -> None:
-        super().check(model, reward)
-        self.dynamics.check(model.schedule.prediction)
-
     def collect(self, model: DiffusionModel, batch: Batch, tools: Tools) -> Collected:
         config = self.config
         same_prompt(batch, config.group)
-        trajectories, own = draw(
-            model,
-            batch,
-            tools,
-            steps=config.steps,
-            cfg_scale=config.cfg_scale,
-            dynamics=self.dynamics,
-            group=config.group,
-            micro_batch=config.micro_batch,
-        )
+        trajectories, own = draw_scored(self, model, batch, tools)
         x_0, cond = torch.cat([t.final for t in trajectories]), Condition.cat([t.cond for t in trajectories])
         first = torch.arange(0, len(own), config.group, device=own.device)
         grouped = own.view(-1, config.group)

@@ -12,18 +12,21 @@ eps, v or x_0; ``flow-sde``, ``dance-sde`` or ``cps`` for flow.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 from torch import Tensor
 
+from visiontune.objectives._advantages import group_advantages
 from visiontune.objectives._online import Tools
-from visiontune.objectives._policy import Policy, PolicyConfig, group_advantages
+from visiontune.objectives._policy import Policy, PolicyConfig
 from visiontune.schema import option
 
 
 @dataclass(frozen=True, kw_only=True)
 class Config(PolicyConfig):
     """Options of GRPO."""
+
+    fewest: ClassVar[int] = 2
 
     steps: int = option(10, help="sampling steps of a rollout")
     cfg_scale: float = option(4.5, help="guidance of the rollout and of its replay; 1 for none, at half the cost")
@@ -36,8 +39,6 @@ class Config(PolicyConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.group < 2:
-            raise ValueError("group must be at least 2: a picture is compared with the others of its prompt")
         if self.beta < 0:
             raise ValueError("beta must be 0 or more")
         if self.best_of is not None and not 2 <= self.best_of <= self.group:

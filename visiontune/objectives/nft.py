@@ -20,18 +20,18 @@ follows the trained one, old <- d old + (1 - d) trained before every rollout, wi
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from visiontune.core import Batch, Condition, Loss
-from visiontune.diffusion.dynamics import make_dynamics
 from visiontune.diffusion.replay import micro_batches
 from visiontune.diffusion.schedule import Schedule
-from visiontune.objectives._draw import draw
+from visiontune.objectives._advantages import group_advantages
+from visiontune.objectives._draw import draw_scored
 from visiontune.objectives._old import follow, old_policy
-from visiontune.objectives._online import Online, Tools
+from visiontune.objectives._online import GroupConfig, Online, Tools
 from visiontune.schema import option
 
 if TYPE_CHECKING:
@@ -39,14 +39,13 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config:
+class Config(GroupConfig):
     """Options of DiffusionNFT."""
 
     group: int = option(8, help="pictures of each prompt, whose rewards are compared")
     updates: int = option(1, help="optimiser steps for each rollout, each with noise of its own")
     steps: int = option(10, help="sampling steps of a rollout")
     cfg_scale: float = option(1.0, help="guidance of the rollout; training has none, so other than 1 draws off-policy")
-    dynamics: Any = option("ddim", help="how the sampler steps; no noise is needed")
     beta: float = option(1.0, help="share of the trained policy in the implicit ones; smaller moves further")
     advantage_range: float = option(5.0, help="advantage, in deviations, at which a picture is certainly good or bad")
     timesteps: int | None = option(None, help="of the sampler's, how many each picture is trained at; null for all")
@@ -55,20 +54,15 @@ class Config:
     decay_start: int = option(0, help="rollout from which d grows; before it the old policy is the trained one")
     decay_rate: float = option(1e-3, help="growth of d with each rollout; 0 stays on-policy")
     decay_max: float = option(0.5, help="greatest d")
-    micro_batch: int | None = option(None, help="pictures drawn and differentiated at once; null for all")
 
     def __post_init__(self) -> None:
-        if self.group < 2:
-            raise ValueError("group must be at least 2: pictures of one prompt are compared")
-        if self.updates < 1 or self.steps < 1:
-            raise ValueError("updates and steps must be at least 1")
+        super().__post_init__()
         if self.timesteps is not None and not 1 <= self.timesteps <= self.steps:
             raise ValueError("timesteps must be from 1 to steps, or null for all")
         if self.beta <= 0 or self.advantage_range <= 0:
             raise ValueError("beta and advantage_range must be above 0")
         if min(self.kl_weight, self.decay_start, self.decay_rate) < 0 or not 0 <= self.decay_max <= 1:
             raise ValueError("kl_weight, decay_start and decay_rate must be 0 or more, decay_max in [0, 1]")
-        make_dynamics(self.dynamics)
 
 
 def build(config: Config) -> NFT:
@@ -96,18 +90,6 @@ class Collected:
     terms: dict[str, Tensor]
 
 
-def advantages(rewards: Tensor, prompts: Tensor) -> Tensor:
-    """Rewards less the mean of their prompt, over the deviation of all; 0 where all rewards are equal.
-
-    Args:
-        rewards, prompts: ``[b]``, of all processes.
-    """
-    same = (prompts[:, None] == prompts[None]).to(rewards)
-    spread = rewards.std(unbiased=False)
-    centred = rewards - same @ rewards / same.sum(1)
-    return torch.where(spread > 0, centred / spread, 0)
-
-
 def implicit(pred: Tensor, old: Tensor, beta: float) -> tuple[Tensor, Tensor]:
     """The positive and the negative policy around the old one."""
     return beta * pred + (1 - beta) * old, (1 + beta) * old - beta * pred
@@ -116,16 +98,12 @@ def implicit(pred: Tensor, old: Tensor, beta: float) -> tuple[Tensor, Tensor]:
 class NFT(Online):
     """Logs the reward, the share of prompts without any difference, d, and squared distances to old and base."""
 
-    def __init__(self, config: Config) -> None:
-        self.config, self.dynamics = config, make_dynamics(config.dynamics)
+    embeds = False
+    config: Config
 
     @property
     def referenced(self) -> bool:
         return self.config.kl_weight > 0
-
-    def check(self, model: DiffusionModel, reward: Any) -> None:
-        super().check(model, reward)
-        self.dynamics.check(model.schedule.prediction)
 
     def decay(self, index: int) -> float:
         """d before rollout number ``index``."""
@@ -135,18 +113,10 @@ class NFT(Online):
         config = self.config
         follow(tools, self.decay(tools.index))
         with old_policy(tools):
-            trajectories, own = draw(
-                model,
-                batch,
-                tools,
-                steps=config.steps,
-                cfg_scale=config.cfg_scale,
-                dynamics=self.dynamics,
-                group=config.group,
-                micro_batch=config.micro_batch,
-            )
+            trajectories, own = draw_scored(self, model, batch, tools)
         rewards, prompts = tools.gather(own), tools.gather(batch.extra["prompt"])
-        good = (advantages(rewards, prompts) / (2 * config.advantage_range) + 0.5).clamp(0, 1)
+        advantages = group_advantages(rewards.cpu().double(), prompts.cpu(), global_std=True).to(rewards)
+        good = (advantages / (2 * config.advantage_range) + 0.5).clamp(0, 1)
         same = prompts[:, None] == prompts[None]
         flat = (same & (rewards[:, None] != rewards[None])).sum(1) == 0
         return Collected(

@@ -26,12 +26,11 @@ import torch
 from torch import Tensor
 
 from visiontune.core import Batch, Loss
-from visiontune.diffusion.dynamics import make_dynamics
 from visiontune.diffusion.replay import backpropagate_scores, reference, replay
 from visiontune.diffusion.trajectory import Trajectory
 from visiontune.errors import UserError
-from visiontune.objectives._draw import draw
-from visiontune.objectives._online import Online, Tools
+from visiontune.objectives._draw import draw_scored
+from visiontune.objectives._online import GroupConfig, Online, Tools
 from visiontune.schema import option
 
 if TYPE_CHECKING:
@@ -41,7 +40,7 @@ _ROUNDING = 1e-5  # of a mean log-probability that is computed twice
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config:
+class Config(GroupConfig):
     """Options of PRDP."""
 
     group: int = option(8, help="B, pictures of each prompt; all pairs of them are compared")
@@ -57,16 +56,11 @@ class Config:
     over_latents: Literal["mean", "sum"] = option(
         "mean", help="a log-probability is the mean over the latent's values, or the sum: the density itself"
     )
-    micro_batch: int | None = option(None, help="pictures drawn and differentiated at once; null for all")
 
     def __post_init__(self) -> None:
-        if self.group < 2:
-            raise ValueError("group must be at least 2: pictures of one prompt are compared")
-        if self.updates < 1 or self.steps < 1:
-            raise ValueError("updates and steps must be at least 1")
+        super().__post_init__()
         if self.beta <= 0 or (self.clip is not None and self.clip <= 0):
             raise ValueError("beta and clip must be above 0 (clip: null for no clipping)")
-        make_dynamics(self.dynamics)
 
 
 def build(config: Config) -> PRDP:
@@ -109,36 +103,15 @@ def errors(implied: Tensor, rewards: Tensor, beta: float) -> Tensor:
 class PRDP(Online):
     """Logs the reward (mean, deviation), the agreement of implied and true rewards, KL, clipped share and ties."""
 
-    def __init__(self, config: Config) -> None:
-        self.config, self.dynamics = config, make_dynamics(config.dynamics)
+    likelihoods, embeds = True, False
+    config: Config
 
     @property
     def referenced(self) -> bool:
         return True
 
-    def check(self, model: DiffusionModel, reward: Any) -> None:
-        super().check(model, reward)
-        self.dynamics.check(model.schedule.prediction)
-        if not self.dynamics.stochastic:
-            raise UserError(
-                f"objective.dynamics '{self.dynamics.name}' adds no noise, so that no step has a log-probability: "
-                f"{self.dynamics.remedy}"
-            )
-
     def collect(self, model: DiffusionModel, batch: Batch, tools: Tools) -> Collected:
-        config = self.config
-        trajectories, rewards = draw(
-            model,
-            batch,
-            tools,
-            steps=config.steps,
-            cfg_scale=config.cfg_scale,
-            dynamics=self.dynamics,
-            group=config.group,
-            micro_batch=config.micro_batch,
-            reduce=config.over_latents,
-            log_probs=True,
-        )
+        trajectories, rewards = draw_scored(self, model, batch, tools, self.config.over_latents)
         return Collected(
             trajectories=trajectories,
             old=torch.cat([_scored(t).to(model.device) for t in trajectories]),

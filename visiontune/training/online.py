@@ -50,8 +50,10 @@ def check_train(objective: Online, train: TrainConfig) -> None:
     """Refuse options of training that do not suit an online objective.
 
     Raises:
-        UserError: accumulation, or checkpoints that would fall between the steps of one rollout.
+        UserError: accumulation, text encoders where the objective cannot train them (or trained ones that it lacks), or
+            checkpoints that would fall between the steps of one rollout.
     """
+    objective.check_text(train.text_encoder)
     if train.accumulate > 1:
         raise UserError("train.accumulate is for objectives with data: set objective.micro_batch instead")
     for name in ("checkpoint_every", "steps"):

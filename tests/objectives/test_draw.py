@@ -1,0 +1,50 @@
+"""Pictures drawn and scored for objectives that learn from them afterwards, and what is refused before."""
+
+from __future__ import annotations
+
+import pytest
+from tiny_online import Drawing, batch_of, tools_of
+
+from visiontune.errors import UserError
+from visiontune.objectives import alignprop, ddpo, dpo_online, grpo, nft, prdp
+from visiontune.training.config import TrainConfig
+from visiontune.training.online import check_train
+
+KEEPING = [prdp, nft, dpo_online]
+
+
+@pytest.mark.parametrize("micro_batch", [None, 3])
+@pytest.mark.parametrize("kind", KEEPING)
+def test_a_groupwise_reward_sees_the_pictures_of_one_prompt_alone(kind, micro_batch):
+    seen = []
+
+    def apart(images, prompts, meta):
+        seen.append((len(images), len(set(prompts))))
+        return (images - images.mean(0)).abs().mean((1, 2, 3))
+
+    apart.groupwise = True
+    model = Drawing()
+    objective = kind.build(kind.Config(group=4, steps=3, micro_batch=micro_batch))
+    objective.collect(model, batch_of(4, 2), tools_of(apart, model=model))
+    assert seen == [(4, 1), (4, 1)]
+
+
+@pytest.mark.parametrize("kind", KEEPING)
+def test_objectives_that_keep_conditions_refuse_to_train_text_encoders(kind):
+    with pytest.raises(UserError, match=r"train\.text_encoder=false"):
+        check_train(kind.build(kind.Config()), TrainConfig(text_encoder=True))
+
+
+@pytest.mark.parametrize("kind", [alignprop, ddpo, grpo, *KEEPING])
+@pytest.mark.parametrize("wrong", [{"steps": 0}, {"micro_batch": 0}])
+def test_a_rollout_needs_steps_and_pictures(kind, wrong):
+    with pytest.raises(ValueError, match=f"{next(iter(wrong))} must be at least 1"):
+        kind.Config(**wrong)
+
+
+@pytest.mark.parametrize("kind", [grpo, *KEEPING])
+def test_a_group_is_compared_with_itself(kind):
+    with pytest.raises(ValueError, match="group must be at least 2"):
+        kind.Config(group=1)
+    with pytest.raises(ValueError, match="updates must be at least 1"):
+        kind.Config(updates=0)
