@@ -147,7 +147,7 @@ START = {
 @pytest.mark.parametrize(
     ("measure", "option", "good", "bad"),
     [
-        ("reward", {"reward_drop": 0.2}, 0.41, 0.39),
+        ("reward", {"reward_drop": 0.2}, 0.481, 0.479),
         ("diversity", {"diversity_min": 0.5}, 0.101, 0.099),
         ("high_frequency", {"high_frequency_factor": 2.0}, 0.199, 0.201),
         ("high_frequency", {"high_frequency_factor": 2.0}, 0.051, 0.049),
@@ -171,11 +171,12 @@ def test_each_bound_is_broken_on_its_far_side_alone(measure, option, good, bad):
     assert [b for b in bounds(GuardsConfig(**OFF), START) if b.broken({**START, measure: bad})] == []
 
 
-def test_a_reward_near_nought_has_its_spread_as_its_scale():
+def test_a_reward_falls_by_its_spread_whatever_its_size():
     config = GuardsConfig(**{**OFF, "reward_drop": 0.2})
-    (near,) = bounds(config, {**START, "reward": 0.01, "reward_std": 1.0})
-    (below,) = bounds(config, {**START, "reward": -10.0})
-    assert near.low == pytest.approx(-0.19) and below.low == pytest.approx(-12.0)
+    lows = [bounds(config, {**START, "reward": start})[0].low for start in (0.01, 30.0, -10.0)]
+    assert lows == pytest.approx([-0.01, 29.98, -10.02])
+    (equal,) = bounds(config, {**START, "reward": -10.0, "reward_std": 0.0})
+    assert equal.low == pytest.approx(-12.0)
 
 
 @pytest.mark.parametrize(
@@ -509,7 +510,11 @@ def test_a_hacked_reward_rings_while_it_rises(tmp_path):
         rows=PromptBatches(["a green triangle", "a small circle"], 4),
         reward=as_reward(flatness, "flatness"),
         guard=Guard(
-            GuardsConfig(every=5), ["a green triangle", "a small circle"], reward=contrast, steps=2, cfg_scale=1
+            GuardsConfig(every=5, reward_drop=6.0),
+            ["a green triangle", "a small circle"],
+            reward=contrast,
+            steps=2,
+            cfg_scale=1,
         ),
         **{"steps": 30, "lr": 3e-3, "checkpoint_every": 5, "log_every": 5},
     )

@@ -65,8 +65,8 @@ def bounds(config: GuardsConfig, start: Mapping[str, float]) -> list[Bound]:
         found.append(Bound(measure=measure, option=f"guards.{option}", low=low, high=high))
 
     if config.reward_drop is not None and "reward" in start:
-        # A reward that begins near 0 has its spread as its scale.
-        scale = max(abs(start["reward"]), start["reward_std"])
+        # A cosine of 0.3 that falls to 0.27 is ruined: what a score is worth shows in how pictures differ by it.
+        scale = start["reward_std"] or abs(start["reward"])
         bound("reward", "reward_drop", low=start["reward"] - config.reward_drop * scale)
     if config.diversity_min is not None:
         bound("diversity", "diversity_min", low=config.diversity_min * start["diversity"])
