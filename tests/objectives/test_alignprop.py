@@ -387,6 +387,6 @@ def test_rewards_are_told_the_prompts_and_their_numbers():
             return super().score(images, prompts, meta)
 
     rows = batch()[1:3]
-    score(tools(reward=Asks()), torch.rand(2, 3, 16, 16), rows)
+    assert list(score(tools(reward=Asks()), torch.rand(2, 3, 16, 16), rows)) == ["reward"]
     assert seen["prompts"] == rows.prompts
     assert [PROMPTS[m["prompt_id"]] for m in seen["meta"]] == rows.prompts

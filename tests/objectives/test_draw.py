@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import pytest
-from tiny_online import Drawing, batch_of, tools_of
+from tiny_online import Drawing, batch_of, brightness, tools_of
 
 from visiontune.errors import UserError
 from visiontune.objectives import alignprop, ddpo, dpo_online, grpo, nft, prdp
+from visiontune.rewards.base import as_reward
+from visiontune.rewards.mix import Mix, Term
 from visiontune.training.config import TrainConfig
 from visiontune.training.online import check_train
 
@@ -27,6 +29,21 @@ def test_a_groupwise_reward_sees_the_pictures_of_one_prompt_alone(kind, micro_ba
     objective = kind.build(kind.Config(group=4, steps=3, micro_batch=micro_batch))
     objective.collect(model, batch_of(4, 2), tools_of(apart, model=model))
     assert seen == [(4, 1), (4, 1)]
+
+
+@pytest.mark.parametrize("kind", [alignprop, ddpo, grpo, *KEEPING])
+def test_the_terms_of_a_mix_are_logged(kind):
+    red = as_reward(lambda images, prompts, meta: images[:, 0].mean((1, 2)), "red")
+    bright = as_reward(brightness, "bright")
+    red.differentiable = bright.differentiable = True
+    mix = Mix([bright, red], [Term(reward="bright"), Term(reward="red", weight=2.0)])
+    model, rows = Drawing(), batch_of(4, 2)
+    objective = kind.build(kind.Config(steps=3, micro_batch=4, **({} if kind is alignprop else {"group": 4})))
+    tools = tools_of(mix, model=model)
+    logged = objective.update(model, objective.collect(model, rows, tools), 0, tools).terms
+    assert 0 < float(logged["reward/red"]) != float(logged["reward/bright"])
+    weighted = logged["reward/bright"] + 2 * logged["reward/red"]
+    assert float(logged["reward"]) == pytest.approx(float(weighted), rel=1e-5)
 
 
 @pytest.mark.parametrize("kind", KEEPING)

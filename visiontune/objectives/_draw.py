@@ -12,7 +12,7 @@ from visiontune.core import Batch
 from visiontune.diffusion.replay import micro_batches
 from visiontune.diffusion.trajectory import Trajectory, rollout
 from visiontune.diffusion.transition import Reduce
-from visiontune.objectives._online import Online, Tools, conditions, parts_of, pixels, score
+from visiontune.objectives._online import Online, Tools, conditions, parts_of, pixels, reward_terms, score
 
 if TYPE_CHECKING:
     from visiontune.models.base import DiffusionModel
@@ -56,19 +56,20 @@ def draw(
 
 def draw_scored(
     objective: Online, model: DiffusionModel, batch: Batch, tools: Tools, reduce: Reduce = "mean"
-) -> tuple[list[Trajectory], Tensor]:
-    """Rollouts of at most ``micro_batch`` rows each, and the rewards ``[b]`` of all their pictures."""
+) -> tuple[list[Trajectory], Tensor, dict[str, Tensor]]:
+    """Rollouts of at most ``micro_batch`` rows each, the rewards ``[b]`` of all their pictures, and their log."""
     size = objective.config.micro_batch
     drawn = [draw(objective, model, rows, tools, reduce=reduce) for rows in parts_of(batch, size)]
     latents = torch.cat([trajectory.final for trajectory in drawn])
-    return drawn, score_latents(model, tools, latents, batch, objective.group, size)["reward"]
+    scores = score_latents(model, tools, latents, batch, objective.group, size)
+    return drawn, scores["reward"], reward_terms(tools, scores)
 
 
 @torch.no_grad()
 def score_latents(
     model: DiffusionModel, tools: Tools, latents: Tensor, batch: Batch, group: int, size: int | None
 ) -> dict[str, Tensor]:
-    """Rewards ``[b]`` of finished latents as ``reward``, and where it is made of terms each as ``reward/<term>``.
+    """What :func:`score` gives for the pictures of finished latents.
 
     Pictures are decoded at most ``size`` at a time. They are scored so too, unless the reward is groupwise: it then
     sees each prompt's ``group`` pictures, which are consecutive rows, in a call of their own, however the batch is cut
@@ -81,10 +82,8 @@ def score_latents(
     for rows in micro_batches(len(batch), whole):
         drawn = latents[rows].to(model.device)
         shown = torch.cat([pixels(model, part) for part in drawn.split(size or len(drawn))])
-        rewards = score(tools, shown, batch[rows])
-        terms = {f"reward/{name}": value for name, value in getattr(tools.reward, "terms", {}).items()}
-        found.append({"reward": rewards, **terms})
-    return {name: torch.cat([part[name].detach().to(rewards) for part in found]) for name in found[0]}
+        found.append(score(tools, shown, batch[rows]))
+    return {name: torch.cat([part[name].detach() for part in found]) for name in found[0]}
 
 
 def same_prompt(batch: Batch, group: int) -> None:

@@ -196,8 +196,17 @@ def parts_of(batch: Batch, size: int | None) -> Iterator[Batch]:
         yield batch[rows]
 
 
-def score(tools: Tools, images: Tensor, batch: Batch) -> Tensor:
-    """Rewards ``[b]`` of pictures of a batch's prompts."""
+def score(tools: Tools, images: Tensor, batch: Batch) -> dict[str, Tensor]:
+    """Rewards ``[b]`` of pictures of a batch's prompts as ``reward``, and of a mix each term as ``reward/<term>``."""
     assert tools.reward is not None
     meta = [{"prompt_id": int(i)} for i in batch.extra["prompt"]]
-    return tools.reward(images, batch.prompts, meta)
+    rewards = tools.reward(images, batch.prompts, meta)
+    terms = getattr(tools.reward, "terms", {})
+    return {"reward": rewards, **{f"reward/{name}": value.to(rewards) for name, value in terms.items()}}
+
+
+def reward_terms(tools: Tools, scores: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """For the logs: means over the rows of all processes of what :func:`score` gave, and the reward's deviation."""
+    everyone = {name: tools.gather(values.detach()) for name, values in scores.items()}
+    means = {name: values.mean() for name, values in everyone.items()}
+    return {**means, "reward_std": everyone["reward"].std(unbiased=False)}

@@ -30,7 +30,7 @@ from visiontune.diffusion.pathwise import backpropagate, end_gradient, into_cond
 from visiontune.diffusion.trajectory import Trajectory, rollout
 from visiontune.diffusion.transition import kernel
 from visiontune.errors import UserError
-from visiontune.objectives._online import Online, OnlineConfig, Tools, conditions, parts_of, pixels, score
+from visiontune.objectives._online import Online, OnlineConfig, Tools, conditions, parts_of, pixels, reward_terms, score
 from visiontune.schema import option
 
 if TYPE_CHECKING:
@@ -116,15 +116,14 @@ class AlignProp(Online):
     def update(self, model: DiffusionModel, collected: Batch, part: int, tools: Tools) -> Loss:
         """The chains of a batch under the present weights, in micro-batches, and their gradients."""
         length, window = self.draw(tools.shared("window"))
-        rewards, total = [], torch.zeros((), device=model.device)
+        scores, total = [], torch.zeros((), device=model.device)
         for rows in parts_of(collected, self.config.micro_batch):
             share = len(rows) / len(collected)
             found, loss = self.gradients(model, rows, length, window, share, tools)
-            rewards.append(found)
+            scores.append(found)
             total += loss
-        reward = tools.gather(torch.cat(rewards))
-        terms = {"reward": reward.mean(), "reward_std": reward.std(unbiased=False)}
-        return Loss(total=total / tools.scale, terms={**terms, "grad_steps": reward.new_tensor(window)})
+        terms = reward_terms(tools, {name: torch.cat([part[name] for part in scores]) for name in scores[0]})
+        return Loss(total=total / tools.scale, terms={**terms, "grad_steps": total.new_tensor(window)})
 
     def draw(self, rng: torch.Generator) -> tuple[int, int]:
         """How many steps to take, and through how many of the last ones the gradient goes."""
@@ -154,8 +153,8 @@ class AlignProp(Online):
 
     def gradients(
         self, model: DiffusionModel, rows: Batch, length: int, window: int, share: float, tools: Tools
-    ) -> tuple[Tensor, Tensor]:
-        """Add the gradients of some rows, ``share`` of the batch; their rewards and their part of the scaled loss."""
+    ) -> tuple[dict[str, Tensor], Tensor]:
+        """Add the gradients of some rows, ``share`` of the batch; their scores and their part of the scaled loss."""
         with torch.enable_grad():
             cond, uncond = conditions(model, rows.prompts, self.config.cfg_scale, tools.text)
         with torch.no_grad():
@@ -173,11 +172,12 @@ class AlignProp(Online):
                 grad_steps=window,
                 deferred=True,
             )
-        scores: list[Tensor] = []
+        scores: list[dict[str, Tensor]] = []
 
         def loss(latents: Tensor) -> Tensor:
-            reward = score(tools, pixels(model, latents), rows)
-            scores.append(reward.detach())
+            found = score(tools, pixels(model, latents), rows)
+            scores.append({name: value.detach() for name, value in found.items()})
+            reward = found["reward"]
             error = -reward if self.config.target is None else (reward - self.config.target).abs()
             return tools.scale * share / self.config.copies * error.mean()
 
@@ -190,7 +190,7 @@ class AlignProp(Online):
         into_conditions(cond, *(walk.cond for walk in walks))
         if uncond is not None:
             into_conditions(uncond, *(walk.uncond for walk in walks))
-        return torch.stack(scores).mean(0), total
+        return {name: torch.stack([one[name] for one in scores]).mean(0) for name in scores[0]}, total
 
     def begin(
         self,

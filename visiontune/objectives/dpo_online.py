@@ -83,13 +83,13 @@ class OnlineDPO(Online):
     def collect(self, model: DiffusionModel, batch: Batch, tools: Tools) -> Collected:
         config = self.config
         same_prompt(batch, config.group)
-        trajectories, own = draw_scored(self, model, batch, tools)
+        trajectories, own, terms = draw_scored(self, model, batch, tools)
         x_0, cond = torch.cat([t.final for t in trajectories]), Condition.cat([t.cond for t in trajectories])
         first = torch.arange(0, len(own), config.group, device=own.device)
         grouped = own.view(-1, config.group)
         best, worst = first + grouped.argmax(1), first + grouped.argmin(1)
         gap = grouped.amax(1) - grouped.amin(1)
-        gaps, rewards = tools.gather(gap), tools.gather(own)
+        gaps = tools.gather(gap)
         pairs = (gaps > 0).sum().clamp(min=1)
         return Collected(
             chosen=x_0[best],
@@ -98,8 +98,7 @@ class OnlineDPO(Online):
             weight=(gap > 0) * (tools.world / pairs),
             rows=batch.extra["row"][first],
             terms={
-                "reward": rewards.mean(),
-                "reward_std": rewards.std(unbiased=False),
+                **terms,
                 "gap": gaps.mean(),
                 "ties": (gaps == 0).to(gaps).mean(),
             },

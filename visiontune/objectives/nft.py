@@ -113,7 +113,7 @@ class NFT(Online):
         config = self.config
         follow(tools, self.decay(tools.index))
         with old_policy(tools):
-            trajectories, own = draw_scored(self, model, batch, tools)
+            trajectories, own, terms = draw_scored(self, model, batch, tools)
         rewards, prompts = tools.gather(own), tools.gather(batch.extra["prompt"])
         advantages = group_advantages(rewards.cpu().double(), prompts.cpu(), global_std=True).to(rewards)
         good = (advantages / (2 * config.advantage_range) + 0.5).clamp(0, 1)
@@ -126,8 +126,7 @@ class NFT(Online):
             optimality=good[tools.rank * len(own) : (tools.rank + 1) * len(own)],
             rows=batch.extra["row"],
             terms={
-                "reward": rewards.mean(),
-                "reward_std": rewards.std(unbiased=False),
+                **terms,
                 "flat_groups": flat.to(rewards).mean(),
                 "decay": rewards.new_tensor(self.decay(tools.index)),
             },

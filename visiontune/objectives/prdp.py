@@ -76,6 +76,7 @@ class Collected:
         trajectories: of a micro-batch each.
         old, base: ``[b, k]`` log-probabilities under the weights that drew it, and without adapters.
         rewards, prompts: ``[b]`` each.
+        terms: what the log says of the rollout.
     """
 
     trajectories: list[Trajectory]
@@ -83,6 +84,7 @@ class Collected:
     base: Tensor
     rewards: Tensor
     prompts: Tensor
+    terms: dict[str, Tensor]
 
 
 def matched(rewards: Tensor, prompts: Tensor) -> Tensor:
@@ -111,13 +113,14 @@ class PRDP(Online):
         return True
 
     def collect(self, model: DiffusionModel, batch: Batch, tools: Tools) -> Collected:
-        trajectories, rewards = draw_scored(self, model, batch, tools, self.config.over_latents)
+        trajectories, rewards, terms = draw_scored(self, model, batch, tools, self.config.over_latents)
         return Collected(
             trajectories=trajectories,
             old=torch.cat([_scored(t).to(model.device) for t in trajectories]),
             base=torch.cat([reference(model, t, tools.reference()) for t in trajectories]),
             rewards=rewards,
             prompts=batch.extra["prompt"],
+            terms=terms,
         )
 
     def update(self, model: DiffusionModel, collected: Collected, part: int, tools: Tools) -> Loss:
@@ -140,7 +143,7 @@ class PRDP(Online):
             backpropagate_scores(model, trajectory, weight.to(now))
         terms = self.terms(implied.detach(), old, rewards, prompts)
         on_device = {name: value.to(now.device, torch.float32) for name, value in terms.items()}
-        return Loss(total=total.detach().to(now.device, torch.float32), terms=on_device)
+        return Loss(total=total.detach().to(now.device, torch.float32), terms={**collected.terms, **on_device})
 
     def loss(self, implied: Tensor, old: Tensor, rewards: Tensor, prompts: Tensor) -> Tensor:
         """The mean over the pairs of ``max(l, clipped l)``; 0 where there is none.
@@ -164,8 +167,6 @@ class PRDP(Online):
         given, true = (v - share @ v for v in (self._over_steps(implied), rewards))
         spread = (given.square().sum() * true.square().sum()).sqrt()
         return {
-            "reward": rewards.mean(),
-            "reward_std": rewards.std(unbiased=False),
             "agreement": torch.where(spread > 0, (given * true).sum() / spread, 0),
             "kl": implied.sum(1).mean(),
             "clipped": ((implied - old).abs() > clip).to(rewards).mean(),
