@@ -152,6 +152,7 @@ def goal_9(rounds: int) -> Iterator[dict]:
         measured = ratios(steps, "checkpoint", rounds)
         yield row(9, f"walk / checkpointing, time, {rows} rows", measured["deferred"], 0.92)
         yield row(9, f"one graph / checkpointing, time, {rows} rows", measured["graph"])
+        # Equal means to a percent: the walk's own few small tensors count too.
         held = {way: peak(steps[way]) for way in ("checkpoint", "deferred")}
         yield row(9, f"walk / checkpointing, peak, {rows} rows", held["deferred"] / held["checkpoint"], 1.01)
         found = [gradient(steps[way], model) for way in ("deferred", "checkpoint")]
