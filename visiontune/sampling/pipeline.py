@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 def initial_noise(prompt: str, seed: int, shape: Sequence[int]) -> Tensor:
     """Standard normal noise ``float32 shape`` of one (prompt, seed) pair, drawn on the CPU.
 
-    Each pair has a generator of its own (`own_generator`), so an image does not depend on its batch, its process or its place in a list,
+    Each pair has a generator of its own, so an image does not depend on its batch, its process or its place in a list,
     and one seed gives unrelated noise to different prompts.
     """
     return torch.randn(tuple(shape), generator=own_generator(prompt, seed))
