@@ -424,8 +424,7 @@ def amused_run(out, steps, **train):
 def test_the_reward_of_a_real_architecture_rises(tmp_path):
     _, rows = amused_run(tmp_path, 30, lr=1e-2, checkpoint_every=30)
     first, last = (sum(row["reward"] for row in part) / 6 for part in (rows[:6], rows[-6:]))
-    print([round(row["reward"], 4) for row in rows], rows[0]["reward_std"], [row["kl"] for row in rows])
-    assert last > first + 0.1, (first, last)
+    assert last > first + 2 * rows[0]["reward_std"], (first, last)
     assert rows[0]["kl"] < 1e-6 < rows[-1]["kl"]
     assert {"reward_std", "flat_prompts", "clip_fraction", "mask_ratio"} <= rows[0].keys()
     assert all(row["mask_ratio"] == 1 for row in rows[1::2])
