@@ -5,13 +5,13 @@ The work is in `visiontune.models._loading`, which is imported on the first call
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import torch
 
     from visiontune.models._quantise import Kind
-    from visiontune.models.base import DiffusionModel
+    from visiontune.models.base import Model
 
 
 def load(
@@ -21,8 +21,8 @@ def load(
     revision: str | None = None,
     device: str = "cpu",
     quantize: Kind | None = None,
-) -> DiffusionModel:
-    """Open a diffusion model, frozen and in evaluation mode.
+) -> Any:
+    """Open a model, a `DiffusionModel` or a `MaskedModel`, frozen and in evaluation mode.
 
     Args:
         source: `pocket/<name>`, a folder in the diffusers layout, or a Hugging Face Hub id.
@@ -39,8 +39,8 @@ def load(
     return _loading.load(source, dtype or _loading.DEFAULT_DTYPE, revision, device, quantize)
 
 
-def families() -> dict[str, type[DiffusionModel]]:
-    """Every family by its key: the DiffusionModel classes that the files of this folder define."""
+def families() -> dict[str, type[Model]]:
+    """Every family by its key: the classes that the files of this folder define."""
     from visiontune.models import _loading
 
     return _loading.families()

@@ -25,7 +25,7 @@ from visiontune import models
 from visiontune.errors import UserError
 from visiontune.models import pocket
 from visiontune.models._quantise import Kind, quantise
-from visiontune.models.base import DiffusionModel
+from visiontune.models.base import Model
 from visiontune.schema import nearest
 
 INDEX = "model_index.json"
@@ -36,7 +36,7 @@ _BROKEN: tuple[type[Exception], ...] = (*_HUB_ERRORS, AttributeError, KeyError, 
 _HUB_ID = re.compile(r"\w[\w.-]*/[\w.-]+")
 
 
-def families() -> dict[str, type[DiffusionModel]]:
+def families() -> dict[str, type[Model]]:
     """See `visiontune.models.families`."""
     found = {}
     for info in pkgutil.iter_modules(models.__path__):
@@ -44,14 +44,12 @@ def families() -> dict[str, type[DiffusionModel]]:
             continue
         module = importlib.import_module(f"{models.__name__}.{info.name}")
         for value in vars(module).values():
-            if isinstance(value, type) and issubclass(value, DiffusionModel) and value.__module__ == module.__name__:
+            if isinstance(value, type) and issubclass(value, Model) and value.__module__ == module.__name__:
                 found[value.family] = value
     return found
 
 
-def load(
-    source: str, dtype: torch.dtype, revision: str | None, device: str, quantize: Kind | None = None
-) -> DiffusionModel:
+def load(source: str, dtype: torch.dtype, revision: str | None, device: str, quantize: Kind | None = None) -> Model:
     """See `visiontune.models.load`."""
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise UserError(f"device '{device}' is not available: PyTorch sees no CUDA device; use device=cpu")

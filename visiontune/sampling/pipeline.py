@@ -12,13 +12,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from diffusers import DPMSolverMultistepScheduler, EulerDiscreteScheduler
+from diffusers import AmusedScheduler, DPMSolverMultistepScheduler, EulerDiscreteScheduler
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from visiontune import adapters
 from visiontune.diffusion.schedule import ddim_scheduler
 from visiontune.errors import UserError
+from visiontune.models.base import MaskedModel
 
 if TYPE_CHECKING:
     from visiontune.models.base import DiffusionModel
@@ -30,14 +31,25 @@ def initial_noise(prompt: str, seed: int, shape: Sequence[int]) -> Tensor:
     Each pair has a generator of its own, so an image does not depend on its batch, its process or its place in a list,
     and one seed gives unrelated noise to different prompts.
     """
+    return torch.randn(tuple(shape), generator=own_generator(prompt, seed))
+
+
+def own_generator(prompt: str, seed: int) -> torch.Generator:
+    """The generator of one (prompt, seed) pair, on the CPU."""
     digest = hashlib.sha256(f"{seed}\0{prompt}".encode()).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
-    return torch.randn(tuple(shape), generator=generator)
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
 
 
 def make_scheduler(name: str, base: Any) -> Any:
-    """A fresh sampler on the noise schedule of the scheduler ``base``; ``ddim`` is the one that rollouts step by."""
+    """A fresh sampler on the noise schedule of the scheduler ``base``; ``ddim`` is the one that rollouts step by.
+
+    Masked tokens have no noise schedule: ``ddim``, the default, and ``model`` are both the pipeline's own for them.
+    """
     config = base.config
+    if isinstance(base, AmusedScheduler) and name in ("dpm++", "euler"):
+        raise UserError(f"scheduler '{name}' adds and takes off noise, which masked tokens do not have: set model")
+    if isinstance(base, AmusedScheduler):
+        name = "model"
     if name == "ddim":
         return ddim_scheduler(base)
     if name == "dpm++":
@@ -50,7 +62,7 @@ def make_scheduler(name: str, base: Any) -> Any:
 
 
 @contextmanager
-def _prepared(model: DiffusionModel, scheduler: str) -> Iterator[None]:
+def _prepared(model: DiffusionModel | MaskedModel, scheduler: str) -> Iterator[None]:
     """Sampler, evaluation mode and silence for a while; a trainer finds its modules as it left them."""
     pipe = model.pipe
     components = [c for c in pipe.components.values() if isinstance(c, nn.Module)]
@@ -75,7 +87,7 @@ def _prepared(model: DiffusionModel, scheduler: str) -> Iterator[None]:
             adapter_set.train()
 
 
-def _size(model: DiffusionModel, height: int | None, width: int | None) -> tuple[int, int]:
+def _size(model: DiffusionModel | MaskedModel, height: int | None, width: int | None) -> tuple[int, int]:
     height, width = height or model.resolution, width or model.resolution
     # Stock pipelines refuse sizes that are no multiple of 8, even where the codec would take them.
     unit = max(model.downsample, 8)
@@ -85,7 +97,7 @@ def _size(model: DiffusionModel, height: int | None, width: int | None) -> tuple
 
 
 def images(
-    model: DiffusionModel,
+    model: DiffusionModel | MaskedModel,
     prompts: str | Sequence[str],
     seeds: int | Sequence[int] = 0,
     *,
@@ -107,7 +119,7 @@ def images(
         steps: denoising steps.
         cfg_scale: classifier-free guidance w in ``uncond + w (cond - uncond)``; 1 runs the conditional branch alone.
         negative_prompt: prompt of the unconditional branch.
-        batch_size: images in one pass; changes the result by rounding only.
+        batch_size: images in one pass; changes the result by rounding only. Masked models draw one at a time.
         height: pixels; the model's resolution when left out. ``width`` likewise.
         scheduler: ``ddim`` (deterministic), ``dpm++``, ``euler``, or ``model`` for the pipeline's own.
         progress: show a bar.
@@ -121,20 +133,19 @@ def images(
     """
     pairs = pair(prompts, seeds)
     height, width = _size(model, height, width)
-    shape = (model.latent_channels, height // model.downsample, width // model.downsample)
-    reference = next(model.denoiser.parameters())
+    # The stock sampler of tokens takes one generator for a whole batch, so each picture is a batch of its own.
+    batch_size = 1 if isinstance(model, MaskedModel) else batch_size
     parts = []
     with _prepared(model, scheduler), tqdm(total=len(pairs), unit="image", disable=not progress) as bar:
         for start in range(0, len(pairs), batch_size):
             batch = pairs[start : start + batch_size]
-            noise = torch.stack([initial_noise(prompt, seed, shape) for prompt, seed in batch])
             with torch.no_grad():
                 pixels = model.pipe(
                     prompt=[prompt for prompt, _ in batch],
                     negative_prompt=[negative_prompt] * len(batch) if cfg_scale > 1 else None,
                     num_inference_steps=steps,
                     guidance_scale=cfg_scale,
-                    latents=noise.to(reference.device, reference.dtype),
+                    **_start(model, batch, height, width),
                     height=height,
                     width=width,
                     output_type="np",
@@ -148,6 +159,17 @@ def images(
             parts.append((pixels * 255).round().astype(np.uint8))
             bar.update(len(batch))
     return np.concatenate(parts) if parts else np.zeros((0, height, width, 3), np.uint8)
+
+
+def _start(model: DiffusionModel | MaskedModel, batch: Sequence[tuple[str, int]], height: int, width: int) -> Any:
+    """What makes the pictures of (prompt, seed) pairs what they are: their noise, or where tokens are drawn from."""
+    if isinstance(model, MaskedModel):
+        ((prompt, seed),) = batch
+        return {"generator": own_generator(prompt, seed)}
+    shape = (model.latent_channels, height // model.downsample, width // model.downsample)
+    noise = torch.stack([initial_noise(prompt, seed, shape) for prompt, seed in batch])
+    reference = next(model.denoiser.parameters())
+    return {"latents": noise.to(reference.device, reference.dtype)}
 
 
 def pair(prompts: str | Sequence[str], seeds: int | Sequence[int]) -> list[tuple[str, int]]:

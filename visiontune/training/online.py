@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 class Precise:
     """A model whose networks run in the run's precision; everything between them stays in float32."""
 
-    def __init__(self, model: DiffusionModel, accelerator: Accelerator) -> None:
+    def __init__(self, model: Any, accelerator: Accelerator) -> None:
         self._model, self._accelerator = model, accelerator
 
     def __getattr__(self, name: str) -> Any:
@@ -32,6 +32,10 @@ class Precise:
     def predict(self, x_t: Tensor, t: Tensor, cond: Condition) -> Tensor:
         with self._accelerator.autocast():
             return self._model.predict(x_t, t, cond)
+
+    def logits(self, tokens: Tensor, cond: Condition) -> Tensor:
+        with self._accelerator.autocast():
+            return self._model.logits(tokens, cond)
 
     def embed(self, prompts: Any) -> Condition:
         with self._accelerator.autocast():

@@ -192,6 +192,8 @@ def checkpoint_gradients(modules: nn.ModuleDict) -> None:
     """
     network: Any
     for name, network in modules.items():
+        if not getattr(network, "_supports_gradient_checkpointing", True):
+            raise UserError(f"train.gradient_checkpointing: the {name} of this model has no gradient checkpointing")
         if hasattr(network, "enable_gradient_checkpointing"):
             network.enable_gradient_checkpointing()
         elif hasattr(network, "activation_checkpointing_enable"):

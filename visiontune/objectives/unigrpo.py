@@ -1,0 +1,332 @@
+"""UniGRPO: policy gradients for models that fill in masked tokens, by mask and predict.
+
+Yang et al., "MMaDA: Multimodal Large Diffusion Language Models", 2025, arXiv 2505.15809. Such a model has no chain
+rule, so the likelihood of a finished picture o, n tokens, is estimated: a set M of the tokens is masked, and what the
+model says of them is averaged. For the pictures of a prompt, i in 1..G, with advantages A_i = (r_i - mean) / std,
+
+    L = mean_i mean_{t in M_i} [ max(-A_i rho_t, -A_i clip(rho_t, 1 - c, 1 + c)) + beta KL_t ]
+    rho_t = p(o_t | o without M) / p_old(o_t | o without M),    KL_t = KL(p(. | o without M) || p_base(. | o without M))
+
+with the same M for the trained model, the one that drew the pictures and the base. Each of the mu updates of a rollout
+has masks of its own: the share that is masked is random in the first, and goes from there to 1 in equal steps.
+
+All masks of a rollout are known when it is drawn, so the old log-probabilities of all updates are found there and then:
+as many forward passes as with a second copy of the weights, and only a number for each token to keep.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor
+
+from visiontune.core import Batch, Condition, Loss
+from visiontune.diffusion.unmask import guided_logits, unmask
+from visiontune.errors import UserError
+from visiontune.objectives._online import Online, Tools, conditions, parts_of, score_latents
+from visiontune.objectives._policy import clipped_surrogate, flat_share, group_advantages
+from visiontune.schema import option
+
+if TYPE_CHECKING:
+    from visiontune.models.base import MaskedModel
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """Options of UniGRPO."""
+
+    group: int = option(8, help="pictures of each prompt, which are compared with each other")
+    updates: int = option(4, help="mu, optimiser steps for each rollout, each with masks of its own")
+    steps: int = option(12, help="steps in which a picture is drawn")
+    cfg_scale: float = option(3.5, help="guidance of the rollout; 1 for none")
+    score_cfg_scale: float = option(1.0, help="guidance of the token probabilities; 1 for none, at half the cost")
+    temperature: float = option(2.0, help="noise on what the sampler is sure of, at its first step; falls to 0")
+    masks: int = option(2, help="masks of each picture in an update")
+    coupled: bool = option(False, help="masks in pairs that cover each token once; masks is then even")
+    same_mask: bool = option(True, help="the pictures of a group are masked alike")
+    ratio_min: float = option(0.1, help="least share of the tokens that is masked")
+    clip: float = option(0.2, help="a token's ratio is clipped to 1 - clip .. 1 + clip")
+    beta: float = option(0.01, help="weight of the divergence from the base; 0 for none")
+    kl: Literal["exact", "k3"] = option("exact", help="over the whole vocabulary, or estimated from the drawn token")
+    micro_batch: int | None = option(None, help="pictures drawn and differentiated at once; null for all")
+
+    def __post_init__(self) -> None:
+        if self.group < 2:
+            raise ValueError("group must be at least 2: a picture is compared with the others of its prompt")
+        for name in ("updates", "steps", "masks"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1")
+        if self.coupled and self.masks % 2:
+            raise ValueError("masks must be even with coupled, which makes them in pairs")
+        if not 0 <= self.ratio_min <= 1:
+            raise ValueError("ratio_min must be from 0 to 1")
+        if self.clip <= 0:
+            raise ValueError("clip must be above 0")
+        if self.beta < 0 or self.temperature < 0:
+            raise ValueError("beta and temperature must be 0 or more")
+        if self.micro_batch is not None and self.micro_batch < 1:
+            raise ValueError("micro_batch must be at least 1, or null")
+
+
+def build(config: Config) -> UniGRPO:
+    """The objective that ``config`` describes."""
+    return UniGRPO(config)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Chunk:
+    """Pictures that are differentiated in one batch, and were scored in it: at first their ratio is exactly 1.
+
+    Attributes:
+        tokens: ``[m, n]``. cond, uncond: their conditions. advantages: ``[m]``.
+        hidden: ``[mu, k, m, n]`` bool, True for what the k masks of each update mask.
+        old: ``[mu, k, m, n]`` log-probabilities of the tokens under the weights that drew them.
+    """
+
+    tokens: Tensor
+    cond: Condition
+    uncond: Condition | None
+    advantages: Tensor
+    hidden: Tensor
+    old: Tensor
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Collected:
+    """A rollout.
+
+    Attributes:
+        chunks: its pictures but those with nothing to teach. rows: how many there are with those.
+        shape: height and width of a picture, in tokens. terms: for the logs.
+    """
+
+    chunks: list[Chunk]
+    rows: int
+    shape: tuple[int, int]
+    terms: dict[str, Tensor]
+
+
+def mask_shares(first: float, updates: int) -> list[float]:
+    """The masked share in each of mu updates: from ``first`` to 1 in equal steps."""
+    return [first + (1 - first) * n / max(updates - 1, 1) for n in range(updates)]
+
+
+def draw_mask(tokens: int, share: float, rng: torch.Generator, coupled: bool = False) -> Tensor:
+    """A mask ``[n]`` of about ``share`` of the tokens, of one at least; if it is to have a complement, not of all."""
+    count = min(max(round(share * tokens), 1), tokens - coupled)
+    hidden = torch.zeros(tokens, dtype=torch.bool)
+    hidden[torch.randperm(tokens, generator=rng)[:count]] = True
+    return hidden
+
+
+def exact_kl(now: Tensor, base: Tensor) -> Tensor:
+    """KL(now || base) ``[...]`` of distributions given as log-probabilities ``[..., v]``."""
+    return (now.exp() * (now - base)).sum(-1)
+
+
+def k3(now: Tensor, base: Tensor) -> Tensor:
+    """An estimate of KL(now || base), never below 0, from log-probabilities of a token that is drawn from ``now``."""
+    return (base - now).expm1() - (base - now)
+
+
+def of_drawn(log_probs: Tensor, tokens: Tensor) -> Tensor:
+    """Log-probabilities ``[m, n]`` of the tokens ``[m, n]`` out of those of the vocabulary ``[m, n, v]``."""
+    return log_probs.gather(-1, tokens[..., None])[..., 0]
+
+
+class UniGRPO(Online):
+    """Logs the reward (mean, deviation, terms), KL, clipped share, flat prompts, and the share that is masked.
+
+    Rows without advantage are left out, from the divergence too.
+    """
+
+    config: Config
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+
+    @property
+    def referenced(self) -> bool:
+        return self.config.beta > 0
+
+    def check(self, model: Any, reward: Any) -> None:
+        """Refuse also a model that does not fill in masked tokens.
+
+        Raises:
+            UserError: see above.
+        """
+        super().check(model, reward)
+        if not hasattr(model, "mask_token"):
+            raise UserError(
+                f"objective=unigrpo is for models that fill in masked tokens (amused), not for '{model.source}': take "
+                "objective=grpo"
+            )
+
+    # -- collect ------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def collect(self, model: MaskedModel, batch: Batch, tools: Tools) -> Collected:  # type: ignore[override]
+        if tools.text:
+            raise UserError("objective keeps the conditions of its rollouts: set train.text_encoder=false")
+        config, size = self.config, self.config.micro_batch
+        drawn = [self.draw(model, rows, tools) for rows in parts_of(batch, size)]
+        tokens = torch.cat([found for found, _ in drawn])
+        cond = Condition.cat([told for _, told in drawn])
+        values = score_latents(model, tools, tokens, batch, config.group, size)  # type: ignore[arg-type]
+        advantages, terms = self.advantages(values, batch.extra["prompt"], tools)
+        chunks = []
+        for rows in advantages.nonzero().flatten().split(size or len(batch)):
+            if len(rows):
+                chunks.append(self.scored(model, tokens[rows], cond[rows], advantages[rows], batch[rows], tools))
+        height, width = tokens.shape[1:]
+        return Collected(chunks=chunks, rows=len(batch), shape=(height, width), terms=terms)
+
+    def draw(self, model: MaskedModel, rows: Batch, tools: Tools) -> tuple[Tensor, Condition]:
+        """Tokens ``[m, h, w]`` of some rows, and their conditions."""
+        config = self.config
+        cond, uncond = conditions(model, rows.prompts, config.cfg_scale, text=False)  # type: ignore[arg-type]
+        tokens = unmask(
+            model,
+            cond,
+            uncond=uncond,
+            cfg_scale=config.cfg_scale,
+            steps=config.steps,
+            temperature=(config.temperature, 0.0),
+            generator=tools.generators(rows),
+        )
+        return tokens, cond
+
+    def advantages(self, own: dict[str, Tensor], prompts: Tensor, tools: Tools) -> tuple[Tensor, dict[str, Tensor]]:
+        """Advantages ``[b]`` of this process's rows against those of their prompts on all processes, and terms."""
+        device = own["reward"].device
+        everyone = tools.gather(prompts.to(device)).cpu()
+        values = {name: tools.gather(value.to(device).float()).cpu().double() for name, value in own.items()}
+        found = group_advantages(values["reward"], everyone)
+        terms = {name: value.mean() for name, value in values.items()}
+        terms |= {
+            "reward_std": values["reward"].std(unbiased=False),
+            "flat_prompts": flat_share(found, everyone),
+        }
+        return found[tools.rank * len(prompts) :][: len(prompts)], terms
+
+    def scored(
+        self, model: MaskedModel, tokens: Tensor, cond: Condition, advantages: Tensor, rows: Batch, tools: Tools
+    ) -> Chunk:
+        """Rows with the masks of all updates and the log-probabilities under the weights of now."""
+        shape = tokens.shape[1:]
+        flat = tokens.flatten(1)
+        hidden = self.hidden(flat.shape[1], rows.extra["row"], tools).to(flat.device)
+        uncond = None if self.config.score_cfg_scale == 1.0 else model.unconditional(len(flat))
+        found = [
+            of_drawn(self.log_probs(model, flat, mask, cond, uncond, shape), flat) for mask in hidden.flatten(0, 1)
+        ]
+        old = torch.stack(found).view(hidden.shape)
+        return Chunk(tokens=flat, cond=cond, uncond=uncond, advantages=advantages, hidden=hidden, old=old)
+
+    def hidden(self, tokens: int, rows: Tensor, tools: Tools) -> Tensor:
+        """What is masked in each update, bool ``[mu, k, m, n]``; it belongs to the row's number, or its group's."""
+        units = rows // self.config.group if self.config.same_mask else rows
+        masks = {unit: self.masks_of(unit, tokens, tools) for unit in set(units.tolist())}
+        return torch.stack([masks[unit] for unit in units.tolist()], dim=2)
+
+    def masks_of(self, unit: int, tokens: int, tools: Tools) -> Tensor:
+        """Masks ``[mu, k, n]`` of a group, or of a picture."""
+        config = self.config
+        lanes = []
+        for lane in range(config.masks // 2 if config.coupled else config.masks):
+            rng = tools.shared("masks", unit, lane)
+            first = config.ratio_min + (1 - config.ratio_min) * float(torch.rand((), generator=rng))
+            shares = mask_shares(first, config.updates)
+            lane_masks = torch.stack([draw_mask(tokens, share, rng, config.coupled) for share in shares])
+            lanes += [lane_masks, ~lane_masks] if config.coupled else [lane_masks]
+        return torch.stack(lanes, dim=1)
+
+    def log_probs(
+        self,
+        model: MaskedModel,
+        tokens: Tensor,
+        hidden: Tensor,
+        cond: Condition,
+        uncond: Condition | None,
+        shape: tuple[int, ...],
+    ) -> Tensor:
+        """Log-probabilities ``[m, n, v]`` of all tokens given those of ``tokens`` ``[m, n]`` that are not hidden."""
+        seen = tokens.masked_fill(hidden, model.mask_token).view(-1, *shape)
+        return guided_logits(model, seen, cond, uncond, self.config.score_cfg_scale).flatten(1, 2).log_softmax(-1)
+
+    # -- update -------------------------------------------------------------------------------------------------
+
+    def update(self, model: MaskedModel, collected: Collected, part: int, tools: Tools) -> Loss:  # type: ignore[override]
+        found = [
+            sums
+            for chunk in collected.chunks
+            for sums in self.gradients(model, chunk, part, collected.rows, collected.shape, tools)
+        ]
+        kept = sum(len(chunk.tokens) for chunk in collected.chunks)
+        total, kl, clipped, share = torch.stack(found).sum(0) if found else torch.zeros(4)
+        terms = {**collected.terms, "clip_fraction": clipped / max(kept, 1), "mask_ratio": share / max(kept, 1)}
+        if self.config.beta:
+            terms["kl"] = kl / max(kept, 1)
+        return Loss(total=total.to(model.device, torch.float32), terms=terms)
+
+    @torch.enable_grad()
+    def gradients(
+        self, model: MaskedModel, chunk: Chunk, part: int, rows: int, shape: tuple[int, int], tools: Tools
+    ) -> Iterator[Tensor]:
+        """Add the gradient of some rows' losses, one mask at a time.
+
+        Yields:
+            ``[4]`` for each mask: what it adds to the loss, and sums over its rows of the divergence, the clipped share
+            and the masked share.
+        """
+        masks, before = chunk.hidden[part], chunk.old[part]
+        for hidden, old, weight in zip(masks, before, self.weights(masks, before.dtype), strict=True):
+            given = (model, chunk.tokens, hidden, chunk.cond, chunk.uncond, shape)
+            base = None
+            if self.config.beta:
+                with tools.reference(), torch.no_grad():
+                    base = self.log_probs(*given)
+            everything = self.log_probs(*given)
+            # What is not masked has no part, however far it may have moved.
+            now = torch.where(hidden, of_drawn(everything, chunk.tokens), old)
+            if part == 0:
+                self.require_ratio_one((now - old)[hidden])
+            loss, clipped = clipped_surrogate(now, old, chunk.advantages, self.config.clip)
+            kl = torch.zeros_like(loss)
+            if base is not None:
+                kl = self.divergence(everything, base, chunk.tokens)
+            total = (weight * (loss + self.config.beta * kl)).sum() / rows
+            (tools.scale * total).backward()
+            masked = hidden.to(now).mean(1).sum() / len(masks)
+            yield torch.stack([total, (weight * kl).sum(), (weight * clipped).sum(), masked]).detach()
+
+    def divergence(self, now: Tensor, base: Tensor, tokens: Tensor) -> Tensor:
+        """From the base, ``[m, n]``, of distributions ``[m, n, v]`` of the tokens ``[m, n]``."""
+        return exact_kl(now, base) if self.config.kl == "exact" else k3(of_drawn(now, tokens), of_drawn(base, tokens))
+
+    def weights(self, hidden: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+        """What a token counts in its picture's loss, ``[k, m, n]``, for masks ``[k, m, n]``; in all 1.
+
+        Masks count alike, and within a mask its tokens do; of coupled masks each token counts alike, since one of a
+        pair may have a single token.
+        """
+        counts = hidden.sum(-1, keepdim=True) if not self.config.coupled else hidden.shape[-1] / 2
+        return hidden.to(dtype) / (counts * len(hidden))
+
+    def require_ratio_one(self, drift: Tensor) -> None:
+        """Refuse log-probabilities that moved though no weight did.
+
+        Raises:
+            UserError: how far.
+        """
+        worst = float(drift.detach().abs().max())
+        # Rounding may differ where gradients are kept; what counts is that it is far from the clip.
+        if not worst <= self.config.clip / 10:
+            raise UserError(
+                f"before the first update a token's log-probability differs by {worst:.2g} from that of the rollout, "
+                f"which is not small beside objective.clip={self.config.clip:g}: turn off dropout in the base, set "
+                "train.precision=no, or raise clip"
+            )
