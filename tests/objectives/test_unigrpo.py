@@ -8,7 +8,7 @@ import pytest
 import torch
 from diffusers import AmusedScheduler
 from tiny import tiny_model
-from tiny_policy import Drawing, batch_of, policy_trainer, tools_of
+from tiny_online import batch_of, policy_trainer, tools_of
 from torch import nn
 
 from visiontune import adapters
@@ -381,11 +381,11 @@ def test_rewards_see_pictures_between_0_and_1_without_a_graph():
 class TestRefusals:
     def test_a_model_of_continuous_latents(self):
         with pytest.raises(UserError, match=r"for models that fill in masked tokens \(amused\), not for 'tiny'"):
-            objective().check(Drawing(), SimpleNamespace(differentiable=False))
+            objective().check(SimpleNamespace(source="tiny"), SimpleNamespace(differentiable=False))
 
     def test_trained_text(self):
         with pytest.raises(UserError, match=r"train\.text_encoder=false"):
-            objective().collect(Bound(), batch_of(4, 1), tools_of(text=True))
+            objective().check_text(True)
 
     @pytest.mark.parametrize(
         ("wrong", "message"),

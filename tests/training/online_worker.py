@@ -33,7 +33,7 @@ class Remembering(Online):
             os.kill(os.getpid(), signal.SIGKILL)
         noise = torch.stack([torch.randn(4, 8, 8, generator=rng) for rng in tools.generators(batch)])
         cond, _ = conditions(model, batch.prompts, 1.0, tools.text)
-        rewards = tools.gather(score(tools, model.decode(noise) / 2 + 0.5, batch))
+        rewards = tools.gather(score(tools, model.decode(noise) / 2 + 0.5, batch)["reward"])
         mean = tools.state.get("mean", torch.zeros(()))
         tools.state["mean"] = 0.9 * mean + 0.1 * rewards.mean()
         tools.state["rollouts"] = tools.state.get("rollouts", 0) + 1

@@ -12,15 +12,15 @@ from visiontune.core import Batch
 from visiontune.diffusion.replay import micro_batches
 from visiontune.diffusion.trajectory import Trajectory, rollout
 from visiontune.diffusion.transition import Reduce
-from visiontune.objectives._online import Online, Tools, conditions, parts_of, pixels, reward_terms, score
+from visiontune.objectives._online import Stepped, Tools, conditions, parts_of, pixels, reward_terms, score
 
 if TYPE_CHECKING:
-    from visiontune.models.base import DiffusionModel
+    from visiontune.models.base import DiffusionModel, MaskedModel
 
 
 @torch.no_grad()
 def draw(
-    objective: Online,
+    objective: Stepped,
     model: DiffusionModel,
     rows: Batch,
     tools: Tools,
@@ -55,7 +55,7 @@ def draw(
 
 
 def draw_scored(
-    objective: Online, model: DiffusionModel, batch: Batch, tools: Tools, reduce: Reduce = "mean"
+    objective: Stepped, model: DiffusionModel, batch: Batch, tools: Tools, reduce: Reduce = "mean"
 ) -> tuple[list[Trajectory], Tensor, dict[str, Tensor]]:
     """Rollouts of at most ``micro_batch`` rows each, the rewards ``[b]`` of all their pictures, and their log."""
     size = objective.config.micro_batch
@@ -67,7 +67,7 @@ def draw_scored(
 
 @torch.no_grad()
 def score_latents(
-    model: DiffusionModel, tools: Tools, latents: Tensor, batch: Batch, group: int, size: int | None
+    model: DiffusionModel | MaskedModel, tools: Tools, latents: Tensor, batch: Batch, group: int, size: int | None
 ) -> dict[str, Tensor]:
     """What :func:`score` gives for the pictures of finished latents.
 

@@ -20,7 +20,7 @@ from visiontune.objectives.base import generator
 from visiontune.schema import option
 
 if TYPE_CHECKING:
-    from visiontune.models.base import DiffusionModel
+    from visiontune.models.base import DiffusionModel, MaskedModel, Model
 
 Reward = Callable[..., Tensor]
 
@@ -31,7 +31,6 @@ class OnlineConfig:
 
     steps: int = option(25, help="sampling steps of a rollout")
     cfg_scale: float = option(4.0, help="guidance of the rollout; 1 for none")
-    dynamics: Any = option("ddim", help="how the sampler steps: a name, or {name: ddim, eta: 1.0}")
     micro_batch: int | None = option(None, help="pictures drawn and differentiated at once; null for all")
 
     def __post_init__(self) -> None:
@@ -39,6 +38,16 @@ class OnlineConfig:
             raise ValueError("steps must be at least 1")
         if self.micro_batch is not None and self.micro_batch < 1:
             raise ValueError("micro_batch must be at least 1, or null")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SteppedConfig(OnlineConfig):
+    """Options of a rollout of continuous latents."""
+
+    dynamics: Any = option("ddim", help="how the sampler steps: a name, or {name: ddim, eta: 1.0}")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
         make_dynamics(self.dynamics)
 
 
@@ -107,11 +116,9 @@ class Online(ABC):
     computed twice comes out the same.
 
     Attributes:
-        dynamics: how rollouts step.
         group: pictures of each prompt that are compared with each other.
         updates: optimiser steps for each rollout.
         rewarded: whether pictures are scored. differentiable: whether by a reward that gradients pass through.
-        likelihoods: whether it needs the log-probabilities of the steps, and so a sampler with noise.
         embeds: whether updates embed the prompts anew, so that text encoders can be trained.
         referenced: whether it compares with the base, which only a run with an adapter keeps.
     """
@@ -121,11 +128,10 @@ class Online(ABC):
     updates: int = 1
     rewarded: ClassVar[bool] = True
     differentiable: ClassVar[bool] = False
-    likelihoods: ClassVar[bool] = False
     embeds: ClassVar[bool] = True
 
     def __init__(self, config: OnlineConfig) -> None:
-        self.config, self.dynamics = config, make_dynamics(config.dynamics)
+        self.config = config
         if isinstance(config, GroupConfig):
             self.group, self.updates = config.group, config.updates
 
@@ -133,16 +139,13 @@ class Online(ABC):
     def referenced(self) -> bool:
         return False
 
-    def check(self, model: DiffusionModel, reward: Any) -> None:
+    def check(self, model: Any, reward: Any) -> None:
         """Refuse what cannot work, before anything is drawn.
 
         Raises:
-            UserError: the reward does not suit, or the sampler does not suit the model or adds no noise.
+            UserError: the reward does not suit, or the model.
         """
         self.check_reward(reward)
-        self.dynamics.check(model.schedule.prediction)
-        if self.likelihoods:
-            self.dynamics.require_noise()
 
     def check_text(self, trained: bool) -> None:
         """Refuse what does not suit ``train.text_encoder``, before a model is opened.
@@ -168,16 +171,39 @@ class Online(ABC):
             )
 
     @abstractmethod
-    def collect(self, model: DiffusionModel, batch: Batch, tools: Tools) -> Any:
+    def collect(self, model: Any, batch: Batch, tools: Tools) -> Any:
         """A rollout of prompts, without gradients."""
 
     @abstractmethod
-    def update(self, model: DiffusionModel, collected: Any, part: int, tools: Tools) -> Loss:
+    def update(self, model: Any, collected: Any, part: int, tools: Tools) -> Loss:
         """Add the gradients of one optimiser step, number ``part`` of the rollout's; the loss is detached."""
 
 
+class Stepped(Online):
+    """Draws continuous latents by the steps of a sampler.
+
+    Attributes:
+        dynamics: how it steps.
+        likelihoods: whether the log-probabilities of the steps are needed, and so a sampler with noise.
+    """
+
+    config: SteppedConfig
+    likelihoods: ClassVar[bool] = False
+
+    def __init__(self, config: SteppedConfig) -> None:
+        super().__init__(config)
+        self.dynamics = make_dynamics(config.dynamics)
+
+    def check(self, model: DiffusionModel, reward: Any) -> None:
+        """Besides, refuse a sampler that does not suit the model, or adds no noise where that is needed."""
+        super().check(model, reward)
+        self.dynamics.check(model.schedule.prediction)
+        if self.likelihoods:
+            self.dynamics.require_noise()
+
+
 def conditions(
-    model: DiffusionModel, prompts: Sequence[str], cfg_scale: float, text: bool
+    model: Model, prompts: Sequence[str], cfg_scale: float, text: bool
 ) -> tuple[Condition, Condition | None]:
     """What to draw and, with guidance, what to guide away from; with a graph where ``text`` encoders are trained."""
     with torch.set_grad_enabled(text and torch.is_grad_enabled()):
@@ -185,8 +211,11 @@ def conditions(
         return cond, None if cfg_scale == 1.0 else model.unconditional(len(prompts))
 
 
-def pixels(model: DiffusionModel, latents: Tensor) -> Tensor:
-    """Pictures ``[b, 3, h, w]`` in [0, 1], as rewards take them; differentiable inside that range."""
+def pixels(model: DiffusionModel | MaskedModel, latents: Tensor) -> Tensor:
+    """Pictures ``[b, 3, h, w]`` in [0, 1], as rewards take them; differentiable inside that range.
+
+    ``latents`` of a masked model are its tokens.
+    """
     return (model.decode(latents) / 2 + 0.5).clamp(0, 1)
 
 

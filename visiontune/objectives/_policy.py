@@ -28,7 +28,7 @@ from visiontune.diffusion.transition import gaussian_kl, log_prob
 from visiontune.errors import UserError
 from visiontune.objectives._advantages import extremes, flat_share
 from visiontune.objectives._draw import draw, score_latents
-from visiontune.objectives._online import GroupConfig, Online, Tools, conditions
+from visiontune.objectives._online import GroupConfig, Stepped, SteppedConfig, Tools, conditions
 from visiontune.schema import option
 
 if TYPE_CHECKING:
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class PolicyConfig(GroupConfig):
+class PolicyConfig(GroupConfig, SteppedConfig):
     """Options that policy gradients have in common."""
 
     fewest: ClassVar[int] = 1
@@ -113,7 +113,7 @@ class Rollouts:
     terms: dict[str, Tensor]
 
 
-class Policy(Online):
+class Policy(Stepped):
     """Policy gradient on the steps of a stochastic sampler.
 
     Attributes:

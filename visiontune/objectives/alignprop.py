@@ -30,7 +30,16 @@ from visiontune.diffusion.pathwise import backpropagate, end_gradient, into_cond
 from visiontune.diffusion.trajectory import Trajectory, rollout
 from visiontune.diffusion.transition import kernel
 from visiontune.errors import UserError
-from visiontune.objectives._online import Online, OnlineConfig, Tools, conditions, parts_of, pixels, reward_terms, score
+from visiontune.objectives._online import (
+    Stepped,
+    SteppedConfig,
+    Tools,
+    conditions,
+    parts_of,
+    pixels,
+    reward_terms,
+    score,
+)
 from visiontune.schema import option
 
 if TYPE_CHECKING:
@@ -41,7 +50,7 @@ SPREAD = 5.0
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(OnlineConfig):
+class Config(SteppedConfig):
     """Options of reward back-propagation."""
 
     steps: int = option(25, help="N, sampling steps of a rollout")
@@ -75,7 +84,7 @@ def build(config: Config) -> AlignProp:
     return AlignProp(config)
 
 
-class AlignProp(Online):
+class AlignProp(Stepped):
     """Logs the reward (mean and deviation over all processes' rows) and the number of steps with a gradient."""
 
     differentiable = True

@@ -17,7 +17,7 @@ from visiontune.core import Batch, Condition, Loss
 from visiontune.diffusion.replay import micro_batches
 from visiontune.objectives import diffusion_dpo
 from visiontune.objectives._draw import draw_scored, same_prompt
-from visiontune.objectives._online import GroupConfig, Online, Tools
+from visiontune.objectives._online import GroupConfig, Stepped, SteppedConfig, Tools
 from visiontune.objectives.diffusion_dpo import preference, said
 from visiontune.schema import option
 
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(GroupConfig, diffusion_dpo.Config):
+class Config(GroupConfig, SteppedConfig, diffusion_dpo.Config):
     """Options of online DPO, besides those of Diffusion-DPO."""
 
     group: int = option(8, help="pictures of each prompt, the best and the worst of which are a pair")
@@ -66,7 +66,7 @@ class Collected:
     terms: dict[str, Tensor]
 
 
-class OnlineDPO(Online):
+class OnlineDPO(Stepped):
     """Logs the reward, its mean difference within pairs, the share of ties, and what Diffusion-DPO logs."""
 
     embeds = False

@@ -31,7 +31,7 @@ from visiontune.diffusion.schedule import Schedule
 from visiontune.objectives._advantages import group_advantages
 from visiontune.objectives._draw import draw_scored
 from visiontune.objectives._old import follow, old_policy
-from visiontune.objectives._online import GroupConfig, Online, Tools
+from visiontune.objectives._online import GroupConfig, Stepped, SteppedConfig, Tools
 from visiontune.schema import option
 
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(GroupConfig):
+class Config(GroupConfig, SteppedConfig):
     """Options of DiffusionNFT."""
 
     group: int = option(8, help="pictures of each prompt, whose rewards are compared")
@@ -95,7 +95,7 @@ def implicit(pred: Tensor, old: Tensor, beta: float) -> tuple[Tensor, Tensor]:
     return beta * pred + (1 - beta) * old, (1 + beta) * old - beta * pred
 
 
-class NFT(Online):
+class NFT(Stepped):
     """Logs the reward, the share of prompts without any difference, d, and squared distances to old and base."""
 
     embeds = False

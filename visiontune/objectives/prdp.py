@@ -30,7 +30,7 @@ from visiontune.diffusion.replay import backpropagate_scores, reference, replay
 from visiontune.diffusion.trajectory import Trajectory
 from visiontune.errors import UserError
 from visiontune.objectives._draw import draw_scored
-from visiontune.objectives._online import GroupConfig, Online, Tools
+from visiontune.objectives._online import GroupConfig, Stepped, SteppedConfig, Tools
 from visiontune.schema import option
 
 if TYPE_CHECKING:
@@ -40,7 +40,7 @@ _ROUNDING = 1e-5  # of a mean log-probability that is computed twice
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(GroupConfig):
+class Config(GroupConfig, SteppedConfig):
     """Options of PRDP."""
 
     group: int = option(8, help="B, pictures of each prompt; all pairs of them are compared")
@@ -102,7 +102,7 @@ def errors(implied: Tensor, rewards: Tensor, beta: float) -> Tensor:
     return (missing[:, None] - missing[None]).square()
 
 
-class PRDP(Online):
+class PRDP(Stepped):
     """Logs the reward (mean, deviation), the agreement of implied and true rewards, KL, clipped share and ties."""
 
     likelihoods, embeds = True, False

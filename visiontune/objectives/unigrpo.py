@@ -26,8 +26,10 @@ from torch import Tensor
 from visiontune.core import Batch, Condition, Loss
 from visiontune.diffusion.unmask import guided_logits, unmask
 from visiontune.errors import UserError
-from visiontune.objectives._online import Online, Tools, conditions, parts_of, score_latents
-from visiontune.objectives._policy import clipped_surrogate, flat_share, group_advantages
+from visiontune.objectives._advantages import flat_share, group_advantages
+from visiontune.objectives._draw import score_latents
+from visiontune.objectives._online import GroupConfig, Online, Tools, conditions, parts_of, reward_terms
+from visiontune.objectives._policy import clipped_surrogate
 from visiontune.schema import option
 
 if TYPE_CHECKING:
@@ -35,10 +37,9 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config:
+class Config(GroupConfig):
     """Options of UniGRPO."""
 
-    group: int = option(8, help="pictures of each prompt, which are compared with each other")
     updates: int = option(4, help="mu, optimiser steps for each rollout, each with masks of its own")
     steps: int = option(12, help="steps in which a picture is drawn")
     cfg_scale: float = option(3.5, help="guidance of the rollout; 1 for none")
@@ -51,14 +52,11 @@ class Config:
     clip: float = option(0.2, help="a token's ratio is clipped to 1 - clip .. 1 + clip")
     beta: float = option(0.01, help="weight of the divergence from the base; 0 for none")
     kl: Literal["exact", "k3"] = option("exact", help="over the whole vocabulary, or estimated from the drawn token")
-    micro_batch: int | None = option(None, help="pictures drawn and differentiated at once; null for all")
 
     def __post_init__(self) -> None:
-        if self.group < 2:
-            raise ValueError("group must be at least 2: a picture is compared with the others of its prompt")
-        for name in ("updates", "steps", "masks"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1")
+        super().__post_init__()
+        if self.masks < 1:
+            raise ValueError("masks must be at least 1")
         if self.coupled and self.masks % 2:
             raise ValueError("masks must be even with coupled, which makes them in pairs")
         if not 0 <= self.ratio_min <= 1:
@@ -67,8 +65,6 @@ class Config:
             raise ValueError("clip must be above 0")
         if self.beta < 0 or self.temperature < 0:
             raise ValueError("beta and temperature must be 0 or more")
-        if self.micro_batch is not None and self.micro_batch < 1:
-            raise ValueError("micro_batch must be at least 1, or null")
 
 
 def build(config: Config) -> UniGRPO:
@@ -143,10 +139,8 @@ class UniGRPO(Online):
     Rows without advantage are left out, from the divergence too.
     """
 
+    embeds = False
     config: Config
-
-    def __init__(self, config: Config) -> None:
-        self.config = config
 
     @property
     def referenced(self) -> bool:
@@ -168,14 +162,12 @@ class UniGRPO(Online):
     # -- collect ------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def collect(self, model: MaskedModel, batch: Batch, tools: Tools) -> Collected:  # type: ignore[override]
-        if tools.text:
-            raise UserError("objective keeps the conditions of its rollouts: set train.text_encoder=false")
+    def collect(self, model: MaskedModel, batch: Batch, tools: Tools) -> Collected:
         config, size = self.config, self.config.micro_batch
         drawn = [self.draw(model, rows, tools) for rows in parts_of(batch, size)]
         tokens = torch.cat([found for found, _ in drawn])
         cond = Condition.cat([told for _, told in drawn])
-        values = score_latents(model, tools, tokens, batch, config.group, size)  # type: ignore[arg-type]
+        values = score_latents(model, tools, tokens, batch, config.group, size)
         advantages, terms = self.advantages(values, batch.extra["prompt"], tools)
         chunks = []
         for rows in advantages.nonzero().flatten().split(size or len(batch)):
@@ -187,7 +179,7 @@ class UniGRPO(Online):
     def draw(self, model: MaskedModel, rows: Batch, tools: Tools) -> tuple[Tensor, Condition]:
         """Tokens ``[m, h, w]`` of some rows, and their conditions."""
         config = self.config
-        cond, uncond = conditions(model, rows.prompts, config.cfg_scale, text=False)  # type: ignore[arg-type]
+        cond, uncond = conditions(model, rows.prompts, config.cfg_scale, text=False)
         tokens = unmask(
             model,
             cond,
@@ -201,15 +193,9 @@ class UniGRPO(Online):
 
     def advantages(self, own: dict[str, Tensor], prompts: Tensor, tools: Tools) -> tuple[Tensor, dict[str, Tensor]]:
         """Advantages ``[b]`` of this process's rows against those of their prompts on all processes, and terms."""
-        device = own["reward"].device
-        everyone = tools.gather(prompts.to(device)).cpu()
-        values = {name: tools.gather(value.to(device).float()).cpu().double() for name, value in own.items()}
-        found = group_advantages(values["reward"], everyone)
-        terms = {name: value.mean() for name, value in values.items()}
-        terms |= {
-            "reward_std": values["reward"].std(unbiased=False),
-            "flat_prompts": flat_share(found, everyone),
-        }
+        everyone = tools.gather(prompts.to(own["reward"].device)).cpu()
+        found = group_advantages(tools.gather(own["reward"]).cpu().double(), everyone)
+        terms = {**reward_terms(tools, own), "flat_prompts": flat_share(found, everyone)}
         return found[tools.rank * len(prompts) :][: len(prompts)], terms
 
     def scored(
@@ -259,7 +245,7 @@ class UniGRPO(Online):
 
     # -- update -------------------------------------------------------------------------------------------------
 
-    def update(self, model: MaskedModel, collected: Collected, part: int, tools: Tools) -> Loss:  # type: ignore[override]
+    def update(self, model: MaskedModel, collected: Collected, part: int, tools: Tools) -> Loss:
         found = [
             sums
             for chunk in collected.chunks
