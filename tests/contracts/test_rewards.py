@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import socket
 from collections.abc import Callable
 from pathlib import Path
@@ -10,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from tiny_rewards import OPTIONS, smooth
 
 from visiontune import catalogue, config, plugin
@@ -174,3 +176,23 @@ def test_a_spec_loads_without_a_network_or_says_in_one_line_what_to_fetch(
 
 def test_specs_name_a_licence() -> None:
     assert all(config.load_reward_spec(spec).licence for spec in SPECS)
+
+
+@pytest.mark.parametrize("spec", SPECS)
+def test_a_spec_pins_the_commit_of_its_own_model_alone(
+    spec: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = config.load_reward_spec(spec).options
+    if "/" not in str(own.get("model", "")) or own["model"].startswith("pocket/"):
+        assert "revision" not in own
+        return
+    assert re.fullmatch("[0-9a-f]{40}", own["revision"])
+    options = {"name": spec, "model": "nobody/another"}
+    assert "revision" not in loading.resolve(options)
+    assert loading.resolve({**options, "revision": "v2"})["revision"] == "v2"
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    Image.new("RGB", (8, 8)).save(tmp_path / "subject.png")
+    needed = {"references": str(tmp_path)} if spec == "dino" else {}
+    with pytest.raises(UserError) as refused:
+        loading.load({"name": spec, **needed})
+    assert f"--revision {own['revision']}" in str(refused.value) or "download sac+logos" in str(refused.value)

@@ -105,7 +105,7 @@ def load_clip(
         only_open = (folder / "open_clip_config.json").is_file() and not (folder / "config.json").is_file()
         backend = "open_clip" if only_open or source.startswith("hf-hub:") else "transformers"
     name = str(folder) if folder.is_dir() else source
-    with weights_of(f"CLIP '{source}'", backend, source):
+    with weights_of(f"CLIP '{source}'", backend, source, revision=revision):
         return _load_open_clip(name) if backend == "open_clip" else _load_transformers(name, revision, tokenizer)
 
 

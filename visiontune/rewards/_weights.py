@@ -14,7 +14,9 @@ from visiontune.errors import UserError
 
 
 @contextmanager
-def weights_of(what: str, library: str, source: str, file: str = "", option: str = "model") -> Iterator[None]:
+def weights_of(
+    what: str, library: str, source: str, *, file: str = "", option: str = "model", revision: str | None = None
+) -> Iterator[None]:
     """Turn a library's failure to load ``source`` into a :class:`UserError` that says what to fetch.
 
     ``file`` is the one file that is needed, ``option`` the option that takes the folder.
@@ -23,12 +25,13 @@ def weights_of(what: str, library: str, source: str, file: str = "", option: str
         yield
     except (OSError, ValueError, RuntimeError, ImportError) as error:
         reason = (str(error).strip().split("\n")[0] or type(error).__name__).rstrip(".")
-        mend = "" if Path(source).expanduser().exists() else f": {_fetch(source, file, option)}"
+        mend = "" if Path(source).expanduser().exists() else f": {_fetch(source, file, option, revision)}"
         raise UserError(f"{what} cannot be loaded by {library} ({reason}){mend}") from error
 
 
-def _fetch(source: str, file: str, option: str) -> str:
+def _fetch(source: str, file: str, option: str, revision: str | None) -> str:
     command = f"hf download {source.removeprefix('hf-hub:')} {file}".rstrip()
+    command += f" --revision {revision}" if revision else ""
     return f"give a local folder, or fetch it with `{command} --local-dir FOLDER` and set {option}: FOLDER"
 
 
@@ -47,7 +50,7 @@ def find_file(source: str, file: str, revision: str | None = None) -> Path:
         return path / file
     from huggingface_hub import hf_hub_download
 
-    with weights_of(f"{file} of '{source}'", "huggingface_hub", source, file):
+    with weights_of(f"{file} of '{source}'", "huggingface_hub", source, file=file, revision=revision):
         return Path(hf_hub_download(source, file, revision=revision))
 
 

@@ -44,7 +44,7 @@ def build(config: Config) -> Dino:
     references = _read(config.references.expanduser())
     from transformers import AutoImageProcessor, AutoModel
 
-    with weights_of(f"the image encoder '{config.model}'", "transformers", config.model):
+    with weights_of(f"the image encoder '{config.model}'", "transformers", config.model, revision=config.revision):
         model: Any = AutoModel.from_pretrained(config.model, revision=config.revision or "main")
         processor = AutoImageProcessor.from_pretrained(config.model, revision=config.revision or "main")
         preprocess = Preprocess(_framing(processor), processor.image_mean, processor.image_std)

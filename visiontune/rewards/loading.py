@@ -42,4 +42,8 @@ def resolve(spec: str | Mapping[str, Any]) -> str | Mapping[str, Any]:
         return options
     if not isinstance(entry.get("name"), str) or not isinstance(entry.get("options", {}), Mapping):
         raise UserError(f"{name} is not a reward spec: it needs the name of a module, and options")
-    return {**entry.get("options", {}), **options, "name": entry["name"]}
+    own = dict(entry.get("options", {}))
+    if options.get("model", own.get("model")) != own.get("model"):
+        # The spec's commit is one of its own model.
+        own.pop("revision", None)
+    return {**own, **options, "name": entry["name"]}

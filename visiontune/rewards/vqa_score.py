@@ -40,8 +40,8 @@ def build(config: Config) -> VqaScore:
     """The reward of a config; loads the weights."""
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
-    revision = config.revision or "main"
-    with weights_of(f"the vision-language model '{config.model}'", "transformers", config.model):
+    revision, what = config.revision or "main", f"the vision-language model '{config.model}'"
+    with weights_of(what, "transformers", config.model, revision=config.revision):
         model = AutoModelForImageTextToText.from_pretrained(config.model, revision=revision, dtype=config.dtype)
         processor = AutoProcessor.from_pretrained(config.model, revision=revision)
     return VqaScore(model, processor, config.question, config.answers)
