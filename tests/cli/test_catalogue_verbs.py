@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import subprocess
 import sys
 from pathlib import Path
@@ -39,7 +40,7 @@ def test_show_prints_every_option_of_every_method_with_its_help(cli, kind):
         out = cli("show", name).out
         module = plugin.load(kind, name)
         assert module.__doc__.splitlines()[0] in out
-        for field in module.Config.__dataclass_fields__.values():
+        for field in dataclasses.fields(module.Config):
             assert f"  {field.name}: " in out
             assert field.metadata["help"].split()[0] in out
 
