@@ -21,12 +21,14 @@ import torch
 
 from visiontune import config
 from visiontune.data.readers import read
+from visiontune.errors import UserError
 from visiontune.evaluation.metrics import hyperspherical_energy
 from visiontune.evaluation.personalise import measure
 from visiontune.files import write_json
 from visiontune.models import load
 from visiontune.models.base import DiffusionModel
 from visiontune.training.devices import native_bf16
+from visiontune.training.loop import Trainer
 
 METHODS = ("lora", "oft", "coft", "full")
 SUBJECTS = ("bumble", "domino", "lagoon")
@@ -36,9 +38,14 @@ RESULTS = Path(__file__).parents[1] / "results"
 SCORES = ("subject_oracle", "subject_known", "subject_clip", "prompt_accuracy", "class_kept")
 
 
-def train_and_measure(method: str | None, subject: str, seed: int, work: Path, overrides: list[str]) -> dict:
-    """Scores of one run; ``method`` None measures the base model."""
-    name = f"{method or 'base'}-{subject}-{seed}"
+def train_and_measure(
+    method: str | None, subject: str, seed: int, work: Path, overrides: list[str], label: str = "", **sizes: int
+) -> dict:
+    """Scores of one run; ``method`` None measures the base model.
+
+    ``label`` tells runs with other overrides apart; ``sizes`` are those of ``measure``.
+    """
+    name = f"{method or 'base'}{label}-{subject}-{seed}"
     file = work / f"{name}.json"
     if file.exists():
         return json.loads(file.read_text())
@@ -63,23 +70,32 @@ def train_and_measure(method: str | None, subject: str, seed: int, work: Path, o
         model = trainer.model
         trained = sum(p.numel() for p in trainer.parameters.values())
         shutil.rmtree(recipe.folder, ignore_errors=True)
-        if trainer.adapters is not None:
-            trainer.adapters.merge()
-        after = energies(model)
-        change = float(np.mean([abs(after[name] / energy - 1) for name, energy in before.items()]))
-    scores = measure(model, subject, recipe.data.trigger, references, bf16=bf16).scores()
+        change = energy_change(trainer, before)
+    scores = measure(model, subject, recipe.data.trigger, references, bf16=bf16, **sizes).scores()
     row = {"method": method or "base", "subject": subject, "seed": seed, "parameters": trained, **scores}
-    row["energy_change"] = round(change, 5)
+    row["energy_change"] = change
     write_json(file, row)
     print(json.dumps(row), flush=True)
     return row
 
 
+def energy_change(trainer: Trainer, before: dict[str, float]) -> float | None:
+    """Mean relative change of the layers' energies; the trained weights are merged, where one weight can hold them."""
+    try:
+        if trainer.adapters is not None:
+            trainer.adapters.merge()
+    except UserError:
+        return None
+    after = energies(trainer.model)
+    return round(float(np.mean([abs(after[name] / energy - 1) for name, energy in before.items() if name in after])), 5)
+
+
 def energies(model: DiffusionModel) -> dict[str, float]:
-    """Hyperspherical energy of every linear layer and convolution."""
+    """Hyperspherical energy of every linear layer and convolution in which two rows or more are left."""
     layers = {f"{c}.{n}": m for c, root in model.components().items() for n, m in root.named_modules()}
-    kinds = (torch.nn.Linear, torch.nn.Conv2d)
-    return {name: hyperspherical_energy(m.weight) for name, m in layers.items() if isinstance(m, kinds)}
+    weights = {n: m.weight for n, m in layers.items() if isinstance(m, (torch.nn.Linear, torch.nn.Conv2d))}
+    kept = {n: w for n, w in weights.items() if int(w.flatten(1).any(1).sum()) > 1}
+    return {name: hyperspherical_energy(weight) for name, weight in kept.items()}
 
 
 def table(rows: list[dict], methods: Sequence[str] = METHODS, scores: Sequence[str] = SCORES) -> str:
@@ -88,9 +104,15 @@ def table(rows: list[dict], methods: Sequence[str] = METHODS, scores: Sequence[s
     for method in ("base", *methods):
         own = [row for row in rows if row["method"] == method]
         if own:
-            cells = [f"{np.mean([r[s] for r in own]):.3f} ± {np.std([r[s] for r in own]):.3f}" for s in scores]
+            cells = [spread([r[s] for r in own]) for s in scores]
             lines.append(f"| {method} | {own[0]['parameters']:,} | {len(own)} | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
+
+
+def spread(values: Sequence[float | None]) -> str:
+    """Mean and standard deviation; nothing where there is no number."""
+    numbers = [value for value in values if value is not None]
+    return f"{np.mean(numbers):.3f} ± {np.std(numbers):.3f}" if numbers else ""
 
 
 def main() -> None:
