@@ -11,6 +11,7 @@ with blocks of 8, and half of their steps. ``RATES`` were found on another subje
 from __future__ import annotations
 
 import argparse
+import colorsys
 from pathlib import Path
 
 import numpy as np
@@ -104,7 +105,8 @@ def scatter(rows: list[dict]) -> str:
         if own:
             (x, dx), (y, dy) = ((np.mean(v), np.std(v)) for v in ([r[c] for r in own] for c in (X, Y)))
             cx, cy, wx, wy = across(x), 10 + side * (1 - y), side * dx / (1 - least), side * dy
-            colour = f"hsl({i * 137 % 360},70%,40%)"
+            red, green, blue = (round(255 * v) for v in colorsys.hls_to_rgb(i * 137 % 360 / 360, 0.4, 0.7))
+            colour = f"#{red:02x}{green:02x}{blue:02x}"
             parts.append(
                 f'<path d="M{cx - wx} {cy}h{2 * wx}M{cx} {cy - wy}v{2 * wy}" stroke="{colour}" opacity=".25"/>'
             )
