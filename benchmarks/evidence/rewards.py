@@ -103,6 +103,7 @@ def curve(method: str, seed: int, work: Path, seconds: float, lr: float | None =
         return json.loads(file.read_text())
     trainer = trainer_of(method, seed, work, lr)
     assert trainer.online is not None
+    updates = trainer.online.objective.updates
     counted = trainer.online.reward = Counted(trainer.online.reward)
     rows, spent, step = [], 0.0, 0
     while True:
@@ -113,7 +114,7 @@ def curve(method: str, seed: int, work: Path, seconds: float, lr: float | None =
             print(json.dumps(rows[-1]), flush=True)
         if spent >= seconds:
             break
-        for _ in range(trainer.objective.updates):  # type: ignore[union-attr]
+        for _ in range(updates):
             begun = time.process_time()
             trainer.optimise(step)
             spent, step = spent + time.process_time() - begun, step + 1

@@ -15,6 +15,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -91,8 +92,9 @@ class BOFT(Method):
         self.banks, self.gains = banks, gains
 
     def refresh(self) -> None:
+        bank: Any
         for bank in self.banks.values():
-            bank.refresh()  # type: ignore[operator]
+            bank.refresh()
 
 
 class Butterfly(Adapter):

@@ -93,10 +93,10 @@ class Pool(nn.Module):
 class MoS(Method):
     """The pools of one component, one for each shape of a weight."""
 
-    def __init__(self, config: Config, layers: Mapping[str, nn.Module]) -> None:
+    def __init__(self, config: Config, layers: Mapping[str, Any]) -> None:
         alike: dict[tuple, list[str]] = {}
         for name, layer in layers.items():
-            alike.setdefault((*layer.weight.shape, getattr(layer, "groups", 1)), []).append(name)  # type: ignore[misc]
+            alike.setdefault((*layer.weight.shape, getattr(layer, "groups", 1)), []).append(name)
         mixtures: dict[str, Mixture] = {}
         for (*shape, groups), names in alike.items():
             inputs, outputs, users = math.prod(shape[1:]), shape[0] // groups, groups * len(names)

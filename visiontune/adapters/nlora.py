@@ -53,14 +53,14 @@ class Config:
         return 1.0 if self.alpha is None else self.alpha / self.rank
 
 
-def build(config: Config, layers: Mapping[str, nn.Module]) -> Method:
+def build(config: Config, layers: Mapping[str, Any]) -> Method:
     """NLoRA for the layers of one component.
 
     Raises:
         UserError: a weight of zeros, with which all three matrices would stay at zero.
     """
     for name, layer in layers.items():
-        if not layer.weight.any():  # type: ignore[operator]
+        if not layer.weight.any():
             raise UserError(f"the weight of '{name}' is zero, so that no start follows from it: narrow adapter.targets")
     return NLoRA({name: Nystrom(config, layer) for name, layer in layers.items()})
 

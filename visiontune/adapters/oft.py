@@ -131,8 +131,9 @@ class OFT(Method):
             bank.v.mul_((radius.to(norm) / norm.clamp_min(torch.finfo(norm.dtype).tiny)).clamp_max(1)[:, None])
 
     def refresh(self) -> None:
+        bank: Any
         for bank in self.banks.values():
-            bank.refresh()  # type: ignore[operator]
+            bank.refresh()
         for adapter in self.rotations():
             adapter.kept.clear()
 

@@ -15,9 +15,8 @@ from torch import Tensor, nn
 
 from visiontune.core import Condition
 from visiontune.models.base import MaskedModel, dtype_of, require
+from visiontune.models.sd import StableDiffusion
 
-_ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
-_TEXT_ATTENTION = ("q_proj", "k_proj", "v_proj", "out_proj")
 _AESTHETIC_SCORE = 6.0
 
 
@@ -31,18 +30,8 @@ class Amused(MaskedModel):
     family = "amused"
     pipeline_classes = ("AmusedPipeline",)
     DENOISER: ClassVar[str] = "transformer"
-    TARGETS: ClassVar[dict[str, tuple[str, ...]]] = {
-        "attention": _ATTENTION,
-        "attention+ff": (*_ATTENTION, "ff.net.0.proj", "ff.net.2"),
-        "conv": ("Conv2d",),
-        "all": ("Linear", "Conv2d"),
-    }
-    TEXT_TARGETS: ClassVar[dict[str, tuple[str, ...]]] = {
-        "attention": _TEXT_ATTENTION,
-        "attention+ff": (*_TEXT_ATTENTION, "mlp.fc1", "mlp.fc2"),
-        "conv": (),
-        "all": ("Linear",),
-    }
+    # The U-ViT names its layers as Stable Diffusion's UNet does, and the text encoder is a CLIP too.
+    TARGETS, TEXT_TARGETS = StableDiffusion.TARGETS, StableDiffusion.TEXT_TARGETS
 
     def __init__(self, pipe: Any, source: str = "") -> None:
         super().__init__(pipe, source)

@@ -221,7 +221,8 @@ class Policy(Stepped):
         values = {name: tools.gather(value.to(device).float()).cpu().double() for name, value in own.items()}
         weights = {"reward": 1.0}
         if self.config.per_reward:
-            weights = {f"reward/{name}": factor for name, factor in tools.reward.weights.items()}  # type: ignore[union-attr]
+            mix: Any = tools.reward
+            weights = {f"reward/{name}": factor for name, factor in mix.weights.items()}
         total = torch.zeros(len(everyone), dtype=torch.float64)
         for name, factor in weights.items():
             total += factor * self.normalise(values[name], everyone, name, tools)
