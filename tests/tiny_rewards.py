@@ -137,21 +137,10 @@ def dino_folder(folder: Path) -> dict[str, Any]:
 
 def vlm_folder(folder: Path) -> dict[str, Any]:
     """A LLaVA of two narrow layers: CLIP's eye, Llama's tongue, a tokenizer of bytes."""
-    from tokenizers import Tokenizer, models
-    from transformers import (
-        CLIPImageProcessor,
-        LlavaConfig,
-        LlavaForConditionalGeneration,
-        LlavaProcessor,
-        PreTrainedTokenizerFast,
-    )
+    from transformers import CLIPImageProcessor, LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor
 
     torch.manual_seed(5)
-    alphabet = sorted(ByteLevel.alphabet())
-    words = Tokenizer(models.BPE(vocab={t: i for i, t in enumerate(alphabet)}, merges=[]))
-    words.pre_tokenizer = ByteLevel(add_prefix_space=False)
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words)
-    tokenizer.add_special_tokens({"pad_token": "<pad>", "additional_special_tokens": ["<image>"]})
+    tokenizer = _byte_tokenizer("<image>")
     tower = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
     config = LlavaConfig(
         vision_config={"model_type": "clip_vision_model", **tower, "image_size": 32, "patch_size": 8},
@@ -169,6 +158,66 @@ def vlm_folder(folder: Path) -> dict[str, Any]:
         "{% else %}{{ c['text'] }}{% endif %}{% endfor %}{% endfor %} ASSISTANT:",
     ).save_pretrained(folder)  # fmt: skip
     return {"model": str(folder)}
+
+
+def _byte_tokenizer(*special: str) -> Any:
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
+    words = Tokenizer(models.BPE(vocab={t: i for i, t in enumerate(sorted(ByteLevel.alphabet()))}, merges=[]))
+    words.pre_tokenizer = ByteLevel(add_prefix_space=False)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words)
+    tokenizer.add_special_tokens({"pad_token": "<pad>", "additional_special_tokens": list(special)})
+    return tokenizer
+
+
+def hpsv3_files(folder: Path) -> dict[str, Any]:
+    """A Qwen2-VL of two narrow layers, as a folder without weights and as a checkpoint with transformers 4's names."""
+    from safetensors.torch import save_file
+    from transformers import (
+        Qwen2VLConfig,
+        Qwen2VLForConditionalGeneration,
+        Qwen2VLImageProcessor,
+        Qwen2VLProcessor,
+        Qwen2VLVideoProcessor,
+    )
+
+    torch.manual_seed(6)
+    marks = ["<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"]
+    tokenizer = _byte_tokenizer(*marks)
+    start, end, image, video = tokenizer.convert_tokens_to_ids(marks)
+    settings = Qwen2VLConfig(
+        text_config={
+            "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2,
+            "num_key_value_heads": 1, "vocab_size": len(tokenizer) + 20,
+            "rope_parameters": {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 1e4},
+        },
+        vision_config={"depth": 2, "embed_dim": 16, "num_heads": 2, "hidden_size": 16, "mlp_ratio": 2},
+        image_token_id=image, video_token_id=video, vision_start_token_id=start, vision_end_token_id=end,
+    )  # fmt: skip
+    settings.save_pretrained(folder / "base")
+    Qwen2VLProcessor(
+        Qwen2VLImageProcessor(), tokenizer, Qwen2VLVideoProcessor(),
+        chat_template="{% for m in messages %}{% for c in m['content'] %}{% if c['type'] == 'image' %}"
+        "<|vision_start|><|image_pad|><|vision_end|>{% else %}{{ c['text'] }}{% endif %}{% endfor %}{% endfor %} A:",
+    ).save_pretrained(folder / "base")  # fmt: skip
+    settings.text_config.vocab_size = len(tokenizer) + 1
+    model = Qwen2VLForConditionalGeneration(settings)
+    spread(model, 0.3)
+    head = nn.Sequential(
+        nn.Linear(16, 1024), nn.ReLU(), nn.Dropout(0.05), nn.Linear(1024, 16), nn.ReLU(), nn.Linear(16, 2)
+    )
+    spread(head)
+    old = {
+        key.replace("model.language_model.", "model.").replace("model.visual.", "visual."): value
+        for key, value in model.state_dict().items()
+    }
+    old |= {f"rm_head.{key}": value for key, value in head.state_dict().items()}
+    save_file({key: value.clone() for key, value in old.items()}, folder / "HPSv3.safetensors")
+    (folder / "ask.txt").write_text("Rate the image of {text_prompt}. Rating: <|Reward|>")
+    return {
+        "model": str(folder), "base": str(folder / "base"), "instruction": str(folder / "ask.txt"), "dtype": "float32"
+    }  # fmt: skip
 
 
 def clip_with_head(folder: Path) -> dict[str, Any]:
@@ -192,6 +241,7 @@ OPTIONS: dict[str, Callable[[Path], dict[str, Any]]] = {
     "dino": dino_folder,
     "diversity": lambda folder: {"features": "clip", "model": str(tiny_clip_folder(folder))},
     "hpsv2": hpsv2_file,
+    "hpsv3": hpsv3_files,
     "image_reward": image_reward_file,
     "jpeg": lambda folder: {},
     "oracle": lambda folder: {"subject": "bumble"},

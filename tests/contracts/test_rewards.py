@@ -190,9 +190,11 @@ def test_a_spec_pins_the_commit_of_its_own_model_alone(
     options = {"name": spec, "model": "nobody/another"}
     assert "revision" not in loading.resolve(options)
     assert loading.resolve({**options, "revision": "v2"})["revision"] == "v2"
+    assert "base_revision" not in loading.resolve({"name": spec, "base": "nobody/another"})
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     Image.new("RGB", (8, 8)).save(tmp_path / "subject.png")
-    needed = {"references": str(tmp_path)} if spec == "dino" else {}
+    (tmp_path / "ask.txt").write_text("{text_prompt}? <|Reward|>")
+    needed = {"dino": {"references": str(tmp_path)}, "hpsv3": {"instruction": str(tmp_path / "ask.txt")}}.get(spec, {})
     with pytest.raises(UserError) as refused:
         loading.load({"name": spec, **needed})
     assert f"--revision {own['revision']}" in str(refused.value) or "download sac+logos" in str(refused.value)

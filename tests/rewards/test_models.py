@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
 import logging
 from pathlib import Path
 
@@ -11,6 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from tiny_rewards import (
     AESTHETIC,
     OPTIONS,
@@ -18,6 +21,7 @@ from tiny_rewards import (
     dino_folder,
     head_file,
     hpsv2_file,
+    hpsv3_files,
     image_reward_file,
     image_reward_parts,
     smooth,
@@ -30,6 +34,7 @@ from transformers import AutoImageProcessor, AutoProcessor, CLIPModel, CLIPToken
 from visiontune.errors import UserError
 from visiontune.evaluation.metrics import to_tensor
 from visiontune.rewards._clip import MEAN, STD
+from visiontune.rewards._vlm import chat
 from visiontune.rewards.loading import load
 
 SIZES = [(32, 32), (60, 100), (97, 41)]
@@ -262,7 +267,7 @@ def test_vqa_score_reads_prompt_and_image(tmp_path: Path) -> None:
 def test_vqa_score_without_a_chat_template_still_shows_the_image(tmp_path: Path) -> None:
     reward = load({"name": "vqa_score", **vlm_folder(tmp_path), "question": "Q: {prompt}?"})
     reward.processor.chat_template = None
-    assert reward._ask("a cat") == "<image>\nQ: a cat?"
+    assert chat(reward.processor, "Q: a cat?") == "<image>\nQ: a cat?"
     assert 0 <= reward(_one(smooth(32, 32)), ["a cat"]).item() <= 1
 
 
@@ -284,10 +289,80 @@ def test_vqa_score_options_are_checked() -> None:
         load({"name": "vqa_score", "question": "a cat?"})
 
 
+# ---------------------------------------------------------------------------------------------------------- HPS v3
+
+
+@pytest.mark.parametrize("size", [(448, 448), (60, 100)])
+def test_hpsv3_is_the_head_on_the_state_of_its_token(tmp_path: Path, size: tuple[int, int]) -> None:
+    reward = load({"name": "hpsv3", **hpsv3_files(tmp_path)})
+    processor, model = AutoProcessor.from_pretrained(tmp_path / "base"), reward.model
+    processor.tokenizer.add_special_tokens({"additional_special_tokens": ["<|Reward|>"]})
+    text = "<|vision_start|><|image_pad|><|vision_end|>Rate the image of a cat. Rating: <|Reward|> A:"
+    edge = {"shortest_edge": 448 * 448, "longest_edge": 448 * 448}
+    inputs = processor(text=[text], images=[Image.fromarray(smooth(*size))], size=edge, return_tensors="pt")
+    with torch.no_grad():
+        words = model.language_model.embed_tokens(inputs["input_ids"])
+        seen = torch.cat(model.get_image_features(inputs["pixel_values"], inputs["image_grid_thw"]).pooler_output)
+        words[inputs["input_ids"] == model.config.image_token_id] = seen
+        # Without positions the tongue counts its tokens on in a row.
+        states = model.language_model(inputs_embeds=words).last_hidden_state[0]
+        of_token = states[inputs["input_ids"][0] == processor.tokenizer.convert_tokens_to_ids("<|Reward|>")]
+        expected = reward.head(of_token)[0, 0]
+    assert 0.7 * 256 <= len(seen) <= 1.3 * 256
+    got = reward(_one(smooth(*size)), ["a cat"])[0]
+    torch.testing.assert_close(got, expected, rtol=0, atol=1e-6 if size == (448, 448) else 2e-3)
+
+
+def test_hpsv3_reads_prompt_and_image(tmp_path: Path) -> None:
+    reward = load({"name": "hpsv3", **hpsv3_files(tmp_path)})
+    images = to_tensor(np.stack([smooth(32, 32), 255 - smooth(32, 32)]))
+    scores = reward(images, ["a cat", "a cat"])
+    assert scores.diff().abs() > 1e-4
+    assert (reward(images, ["a {dog}", "a cat"]) - scores)[0].abs() > 1e-4
+    assert reward(images[1:], ["a cat"])[0] == scores[1]
+
+
+def test_hpsv3_finds_the_instruction_in_its_authors_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    options = hpsv3_files(tmp_path)
+    expected = load({"name": "hpsv3", **options})(_one(smooth(32, 32)), ["a cat"])
+    without = {key: value for key, value in options.items() if key != "instruction"}
+    monkeypatch.syspath_prepend(tmp_path / "site")
+    if importlib.util.find_spec("hpsv3") is None:
+        with pytest.raises(UserError, match="pip install --no-deps hpsv3"):
+            load({"name": "hpsv3", **without})
+    source = tmp_path / "site" / "hpsv3" / "dataset" / "data_collator_qwen.py"
+    source.parent.mkdir(parents=True)
+    (tmp_path / "site" / "hpsv3" / "__init__.py").write_text("raise ImportError")
+    source.write_text("import nothing_of_that_name\nINSTRUCTION = 'Rate the image of {text_prompt}. '\n")
+    importlib.invalidate_caches()
+    with pytest.raises(UserError, match="no 'prompt_with_special_token'"):
+        load({"name": "hpsv3", **without})
+    with source.open("a") as file:
+        file.write("prompt_with_special_token = 'Rating: <|Reward|>'\n")
+    assert torch.equal(load({"name": "hpsv3", **without})(_one(smooth(32, 32)), ["a cat"]), expected)
+
+
+def test_hpsv3_refuses_what_is_not_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    options = {"name": "hpsv3", **hpsv3_files(tmp_path)}
+    (tmp_path / "bare.txt").write_text("Rate the image of {text_prompt}.")
+    with pytest.raises(UserError, match=r"must contain \{text_prompt\} and <\|Reward\|>"):
+        load({**options, "instruction": str(tmp_path / "bare.txt")})
+    with pytest.raises(UserError, match="correct instruction"):
+        load({**options, "instruction": str(tmp_path / "none.txt")})
+    with pytest.raises(UserError, match=r"hf download nobody/here --local-dir FOLDER` and set base: FOLDER"):
+        load({**options, "base": "nobody/here"})
+    tensors = load_file(tmp_path / "HPSv3.safetensors")
+    for missing in ("model.embed_tokens.weight", "visual.blocks.1.norm1.bias", "rm_head.3.weight"):
+        save_file({k: v for k, v in tensors.items() if k != missing}, tmp_path / "HPSv3.safetensors")
+        with pytest.raises(UserError, match="is missing"):
+            load(options)
+
+
 # ------------------------------------------------------------------------------------------------------ everywhere
 
 
-@pytest.mark.parametrize("name", ["aesthetic", "dino", "hpsv2", "image_reward", "pickscore", "vqa_score"])
+@pytest.mark.parametrize("name", ["aesthetic", "dino", "hpsv2", "hpsv3", "image_reward", "pickscore", "vqa_score"])
 def test_a_models_parameters_are_frozen_and_in_evaluation_mode(name: str, tmp_path: Path) -> None:
     reward = load({"name": name, **OPTIONS[name](tmp_path)})
     parts = [v for v in vars(reward).values() if isinstance(v, torch.nn.Module)]

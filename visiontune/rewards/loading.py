@@ -43,7 +43,8 @@ def resolve(spec: str | Mapping[str, Any]) -> str | Mapping[str, Any]:
     if not isinstance(entry.get("name"), str) or not isinstance(entry.get("options", {}), Mapping):
         raise UserError(f"{name} is not a reward spec: it needs the name of a module, and options")
     own = dict(entry.get("options", {}))
-    if options.get("model", own.get("model")) != own.get("model"):
-        # The spec's commit is one of its own model.
-        own.pop("revision", None)
+    # The spec's commits are those of its own models.
+    for source, commit in (("model", "revision"), ("base", "base_revision")):
+        if options.get(source, own.get(source)) != own.get(source):
+            own.pop(commit, None)
     return {**own, **options, "name": entry["name"]}

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from visiontune.errors import UserError
+from visiontune.rewards._vlm import chat, inputs_of
 from visiontune.rewards._weights import weights_of
 from visiontune.rewards.base import Meta, Reward
 from visiontune.schema import option
@@ -70,23 +71,7 @@ class VqaScore(Reward):
         return torch.stack([self._yes(image, prompt) for image, prompt in zip(images, prompts, strict=True)])
 
     def _yes(self, image: Tensor, prompt: str) -> Tensor:
-        inputs = self._inputs(image, prompt)
-        if image.requires_grad and torch.is_grad_enabled() and not inputs["pixel_values"].requires_grad:
-            raise UserError(f"the processor of reward '{self.name}' passes no gradient: install torchvision")
-        logits = self.model(**inputs.to(image.device, self.model.dtype)).logits[0, -1]
+        text = chat(self.processor, self.question.replace("{prompt}", prompt))
+        inputs = inputs_of(self.processor, image, text, self.name)
+        logits = self.model(**inputs.to(self.model.dtype)).logits[0, -1]
         return logits.float().softmax(-1)[self.answers].sum().clamp(max=1)
-
-    def _inputs(self, image: Tensor, prompt: str) -> Any:
-        from transformers.image_processing_backends import TorchvisionBackend
-
-        # A processor that works on arrays can take no part in a graph.
-        image = image if isinstance(self.processor.image_processor, TorchvisionBackend) else image.detach().cpu()
-        return self.processor(text=[self._ask(prompt)], images=[image], do_rescale=False, return_tensors="pt")
-
-    def _ask(self, prompt: str) -> str:
-        question = self.question.replace("{prompt}", prompt)
-        content = [{"type": "image"}, {"type": "text", "text": question}]
-        message = [{"role": "user", "content": content}]
-        if getattr(self.processor, "chat_template", None):
-            return self.processor.apply_chat_template(message, add_generation_prompt=True, tokenize=False)
-        return f"{getattr(self.processor, 'image_token', '')}\n{question}"
