@@ -11,10 +11,9 @@ with blocks of 8, and half of their steps. ``RATES`` were found on another subje
 from __future__ import annotations
 
 import argparse
-import colorsys
 from pathlib import Path
 
-import numpy as np
+from charts import scatter
 from personalise import RESULTS, SCORES, SEEDS, table, train_and_measure
 
 from visiontune import catalogue
@@ -82,38 +81,12 @@ def tuned(method: str, work: Path) -> float:
     return max(tried, key=tried.__getitem__) * SHORT / STEPS
 
 
-def scatter(rows: list[dict]) -> str:
-    """An SVG of knowledge kept against the subject learnt, a cross of standard deviations for each method."""
-    side, left, least = 560, 60, 0.4
-
-    def across(x: float) -> float:
-        return left + side * (x - least) / (1 - least)
-
-    parts = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" width="{side + 190}" height="{side + 70}" font-family="sans-serif">',
-        '<rect width="100%" height="100%" fill="white"/>',
-        f'<text x="{left + side / 2}" y="{side + 60}" text-anchor="middle">ordinary prompts right</text>',
-        f'<text transform="translate(16 {side / 2}) rotate(-90)" text-anchor="middle">subject recognised</text>',
-    ]
-    for i in range(6):
-        at, x = 10 + side * i / 5, least + (1 - least) * i / 5
-        parts.append(f'<path d="M{left} {at}h{side}M{across(x)} 10v{side}" stroke="#ddd"/>')
-        parts.append(f'<text x="{left - 6}" y="{at + 4}" text-anchor="end" font-size="11">{1 - i / 5:.1f}</text>')
-        parts.append(f'<text x="{across(x)}" y="{side + 28}" text-anchor="middle" font-size="11">{x:.2f}</text>')
-    for i, method in enumerate(["base", *METHODS]):
-        own = [row for row in rows if row["method"] == method]
-        if own:
-            (x, dx), (y, dy) = ((np.mean(v), np.std(v)) for v in ([r[c] for r in own] for c in (X, Y)))
-            cx, cy, wx, wy = across(x), 10 + side * (1 - y), side * dx / (1 - least), side * dy
-            red, green, blue = (round(255 * v) for v in colorsys.hls_to_rgb(i * 137 % 360 / 360, 0.4, 0.7))
-            colour = f"#{red:02x}{green:02x}{blue:02x}"
-            parts.append(
-                f'<path d="M{cx - wx} {cy}h{2 * wx}M{cx} {cy - wy}v{2 * wy}" stroke="{colour}" opacity=".25"/>'
-            )
-            parts.append(f'<text x="{cx}" y="{cy + 4}" text-anchor="middle" font-size="12" fill="{colour}">{i}</text>')
-            parts.append(f'<text x="{left + side + 20}" y="{22 + 18 * i}" font-size="13" fill="{colour}">')
-            parts.append(f"{i} {method}</text>")
-    return "\n".join([*parts, "</svg>\n"])
+def chart(rows: list[dict]) -> str:
+    """Knowledge kept against the subject learnt."""
+    groups = {m: [(row[X], row[Y]) for row in rows if row["method"] == m] for m in ("base", *METHODS)}
+    return scatter(
+        {m: points for m, points in groups.items() if points}, "ordinary prompts right", "subject recognised"
+    )
 
 
 def main() -> None:
@@ -134,7 +107,7 @@ def main() -> None:
             continue
         write_json(args.out / "adapters.json", rows)
         write_text(args.out / "adapters.md", table(rows, METHODS, COLUMNS))
-        write_text(args.out / "adapters.svg", scatter(rows))
+        write_text(args.out / "adapters.svg", chart(rows))
     print(table(rows, METHODS, COLUMNS))
 
 
