@@ -220,6 +220,19 @@ def hpsv3_files(folder: Path) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def reconstruct_file(folder: Path) -> dict[str, Any]:
+    """A reconstruction that sees all but the finest detail."""
+    (folder / "recon.py").write_text(
+        "from dataclasses import dataclass\n\n\n@dataclass(frozen=True)\nclass Config:\n    pass\n\n\n"
+        "def build(config):\n"
+        "    from torch.nn.functional import avg_pool2d, interpolate\n"
+        "    return lambda views, meta: interpolate(\n"
+        "        avg_pool2d(views.flatten(0, 1), 4), views.shape[-2:]\n"
+        "    ).view_as(views)\n"
+    )
+    return {"reconstruct": str(folder / "recon.py")}
+
+
 def clip_with_head(folder: Path) -> dict[str, Any]:
     tiny_clip_folder(folder)
     head_file(folder / AESTHETIC, 16)
@@ -244,6 +257,7 @@ OPTIONS: dict[str, Callable[[Path], dict[str, Any]]] = {
     "hpsv3": hpsv3_files,
     "image_reward": image_reward_file,
     "jpeg": lambda folder: {},
+    "mrc": reconstruct_file,
     "oracle": lambda folder: {"subject": "bumble"},
     "pickscore": lambda folder: {"model": str(tiny_clip_folder(folder))},
     "vqa_score": vlm_folder,

@@ -116,7 +116,7 @@ def test_gradients_are_there_just_where_the_reward_says_so(name: str, built) -> 
         torch.autograd.grad(reward(images(), PROMPTS).sum(), batch)
 
 
-@pytest.mark.parametrize("name", [n for n in MODULES if n not in ("jpeg", "oracle")])
+@pytest.mark.parametrize("name", [n for n in MODULES if n not in ("jpeg", "mrc", "oracle")])
 def test_gradients_are_those_of_finite_differences(name: str, built) -> None:
     """Along three random smooth directions and at single pixels, in float32 sums taken in float64."""
     reward = built(name)
@@ -142,8 +142,8 @@ def test_gradients_are_those_of_finite_differences(name: str, built) -> None:
         assert slope.item() == pytest.approx(expected.item(), rel=0.05, abs=1e-7)
 
 
-# The oracle reads 64x64 pictures of the pocket world alone.
-@pytest.mark.parametrize("name", [n for n in MODULES if n != "oracle"])
+# The oracle reads 64x64 pictures of the pocket world alone, MRC a grid of views of one size.
+@pytest.mark.parametrize("name", [n for n in MODULES if n not in ("mrc", "oracle")])
 def test_images_of_any_size_are_scored(name: str, built) -> None:
     for height, width in ((48, 80), (31, 20)):
         batch = torch.stack([to_tensor(smooth(height, width, i)[None])[0] for i in range(2)])

@@ -1,0 +1,113 @@
+"""Multi-view reconstruction consistency (MRC): do the views in an image show one and the same object?
+
+Xie et al., "Carve3D: Improving Multi-view Reconstruction Consistency for Diffusion Models with RL Finetuning", CVPR
+2024, section 3. A frozen network of yours reconstructs the object from the views and renders it from their cameras.
+Each view and its render are cut to the object's box and brought to one size, so that drawing it smaller gains nothing,
+and compared; the score is minus the mean distance. Views without an object would be perfectly consistent: they get
+``worst``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from visiontune import plugin
+from visiontune.errors import UserError
+from visiontune.rewards.base import Meta, Reward
+from visiontune.schema import option
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """Options of MRC."""
+
+    reconstruct: Any = option(
+        None, help="your .py file, or {name: file, **options}: its build(config) returns the function that renders"
+    )
+    rows: int = option(2, help="rows of views in an image")
+    columns: int = option(2, help="views in a row")
+    background: float = option(0.95, help="a pixel of the object has a channel below this; the ground is white")
+    margin: int = option(5, help="pixels of ground kept around the object's box")
+    least: float = option(0.01, help="share of a view that the object must fill")
+    worst: float = option(-1.0, help="score where it does not, in any view")
+
+    def __post_init__(self) -> None:
+        if min(self.rows, self.columns) < 1 or self.margin < 0:
+            raise UserError("rows and columns must be at least 1, margin at least 0")
+
+
+def build(config: Config) -> Mrc:
+    """The reward of a config; builds the user's function, which takes ``views [b, v, 3, h, w]`` in [0, 1] and ``meta``.
+
+    It returns renders of that shape, and may have an attribute ``distance``, a function of two ``[n, 3, h, w]`` that
+    returns ``[n]``, such as LPIPS; without one it is the mean squared difference.
+    """
+    if config.reconstruct is None:
+        raise UserError("MRC needs the network that reconstructs: set reconstruct: FILE.py")
+    module, own = plugin.configure("rewards", config.reconstruct, "reconstruct")
+    return Mrc(config, module.build(own))
+
+
+class Mrc(Reward):
+    """At most 0; no gradient. Views are read row by row."""
+
+    name = "mrc"
+    range: tuple[float, float] = (float("-inf"), 0.0)
+
+    def __init__(self, config: Config, reconstruct: Callable[[Tensor, Meta], Tensor]) -> None:
+        self.config, self.reconstruct = config, reconstruct
+        self.distance = getattr(reconstruct, "distance", _squared)
+
+    def score(self, images: Tensor, prompts: Sequence[str], meta: Meta) -> Tensor:
+        views = self._views(images)
+        renders = self.reconstruct(views, meta)
+        if renders.shape != views.shape:
+            raise UserError(f"reconstruct returned {list(renders.shape)} for views {list(views.shape)}")
+        objects = (views < self.config.background).any(2)
+        scores = [self._consistency(*parts) for parts in zip(views, renders, objects, strict=True)]
+        return torch.stack(scores)
+
+    def _views(self, images: Tensor) -> Tensor:
+        rows, columns = self.config.rows, self.config.columns
+        height, width = images.shape[-2:]
+        if height % rows or width % columns:
+            raise UserError(f"images of {width}x{height} pixels do not hold {columns}x{rows} views of one size")
+        grid = images.unflatten(-1, (columns, -1)).unflatten(-3, (rows, -1))
+        return grid.permute(0, 2, 4, 1, 3, 5).flatten(1, 2)
+
+    def _consistency(self, views: Tensor, renders: Tensor, objects: Tensor) -> Tensor:
+        """The score ``[]`` of v views ``[v, 3, h, w]`` with objects ``[v, h, w]``."""
+        if objects.float().mean((1, 2)).min() < self.config.least:
+            return views.new_tensor(self.config.worst)
+        pairs = []
+        for view, render, inside in zip(views, renders, objects, strict=True):
+            top, bottom, left, right = square_box(inside, self.config.margin)
+            pairs.append([_resized(x[:, top:bottom, left:right], views.shape[-2:]) for x in (view, render)])
+        one, other = (torch.stack(half) for half in zip(*pairs, strict=True))
+        return -self.distance(one, other).mean()
+
+
+def square_box(inside: Tensor, margin: int) -> tuple[int, int, int, int]:
+    """Top, bottom, left and right of the square around the true pixels of ``[h, w]`` and a margin, cut at the edges."""
+    spans = [torch.nonzero(inside.any(axis)).flatten() for axis in (1, 0)]
+    first, last = [int(s[0]) for s in spans], [int(s[-1]) + 1 for s in spans]
+    side = max(end - start for start, end in zip(first, last, strict=True))
+    box: list[int] = []
+    for start, end, size in zip(first, last, inside.shape, strict=True):
+        corner = start - (side - (end - start)) // 2
+        box += [max(corner - margin, 0), min(corner + side + margin, size)]
+    return box[0], box[1], box[2], box[3]
+
+
+def _resized(image: Tensor, size: Sequence[int]) -> Tensor:
+    return F.interpolate(image[None], tuple(size), mode="bicubic", antialias=True, align_corners=False)[0]
+
+
+def _squared(one: Tensor, other: Tensor) -> Tensor:
+    return (one - other).square().flatten(1).mean(1)
