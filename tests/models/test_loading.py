@@ -188,6 +188,13 @@ def test_an_absent_device_is_refused(saved, monkeypatch):
     assert "device 'cuda:0' is not available" in refusal(saved, device="cuda:0")
 
 
+def test_a_device_past_the_last_and_what_is_none_are_refused(saved, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert "device 'cuda:7' is not available: PyTorch sees cuda:0 to cuda:1" in refusal(saved, device="cuda:7")
+    assert "'gpu' is not a device: take cpu, cuda" in refusal(saved, device="gpu")
+
+
 def test_an_unreachable_hub_tells_how_to_bring_the_model(hub):
     message = refusal("owner/some-model", revision="v2")
     assert "model 'owner/some-model' at revision 'v2'" in message

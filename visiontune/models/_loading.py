@@ -51,8 +51,7 @@ def families() -> dict[str, type[Model]]:
 
 def load(source: str, dtype: torch.dtype, revision: str | None, device: str, quantize: Kind | None = None) -> Model:
     """See `visiontune.models.load`."""
-    if device.startswith("cuda") and not torch.cuda.is_available():
-        raise UserError(f"device '{device}' is not available: PyTorch sees no CUDA device; use device=cpu")
+    _check_device(device)
     folder, fetching = _locate(source, revision)
     name = str(_read_index(source, folder, fetching).get("_class_name"))
     known = {cls_name: cls for cls in families().values() for cls_name in cls.pipeline_classes}
@@ -73,6 +72,21 @@ def load(source: str, dtype: torch.dtype, revision: str | None, device: str, qua
     if quantize:
         quantise(model.denoiser, quantize)
     return model.to(device)
+
+
+def _check_device(device: str) -> None:
+    """Refuse what is no device, and a CUDA device that is not there, before anything is read."""
+    try:
+        wanted = torch.device(device)
+    except RuntimeError as error:
+        raise UserError(f"'{device}' is not a device: take cpu, cuda, cuda:1 or mps") from error
+    if wanted.type != "cuda":
+        return
+    if not torch.cuda.is_available():
+        raise UserError(f"device '{device}' is not available: PyTorch sees no CUDA device; use device=cpu")
+    count = torch.cuda.device_count()
+    if (wanted.index or 0) >= count:
+        raise UserError(f"device '{device}' is not available: PyTorch sees cuda:0 to cuda:{count - 1}")
 
 
 def _locate(source: str, revision: str | None) -> tuple[Path | None, dict[str, Any]]:
