@@ -15,15 +15,20 @@ from visiontune.rewards.base import as_reward
 from visiontune.training.config import TrainConfig
 from visiontune.training.loop import Trainer
 
-NAMES = {"prdp": {"clip": 1e-3, "beta": 1e-2}, "nft": {"kl_weight": 0.1}, "dpo_online": {"beta": 50.0}}
+NAMES = {
+    "prdp": {"clip": 1e-3, "beta": 1e-2},
+    "nft": {"kl_weight": 0.1},
+    "dpo_online": {"beta": 50.0},
+    "unigrpo": {"masks": 2},
+}
 
 
 def fit(out: Path, name: str, rank: int, world: int) -> None:
     """A rollout of two groups in all, and two updates."""
     torch.set_num_threads(1)
-    model = tiny_model("sd")
+    model = tiny_model("amused" if name == "unigrpo" else "sd")
     torch.manual_seed(0)
-    found = adapters.attach({"unet": model.denoiser}, "lora", targets=["to_q"])
+    found = adapters.attach({"denoiser": model.denoiser}, "lora", targets=["to_q"])
     options = {"name": name, "group": 2, "steps": 2, "updates": 2, "cfg_scale": 1.0, "micro_batch": 2, **NAMES[name]}
     module, config = plugin.configure("objectives", options, "objective")
     size = 4 // world
