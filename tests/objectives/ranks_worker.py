@@ -19,7 +19,7 @@ NAMES = {
     "prdp": {"clip": 1e-3, "beta": 1e-2},
     "nft": {"kl_weight": 0.1},
     "dpo_online": {"beta": 50.0},
-    "unigrpo": {"masks": 2},
+    "unigrpo": {"masks": 2, "group": 4},
 }
 
 
@@ -31,13 +31,14 @@ def fit(out: Path, name: str, rank: int, world: int) -> None:
     found = adapters.attach({"denoiser": model.denoiser}, "lora", targets=["to_q"])
     options = {"name": name, "group": 2, "steps": 2, "updates": 2, "cfg_scale": 1.0, "micro_batch": 2, **NAMES[name]}
     module, config = plugin.configure("objectives", options, "objective")
-    size = 4 // world
+    group = options["group"]
+    size = 2 * group // world
     train = {"steps": 2, "batch_size": size, "optimizer": "sgd", "lr": 0.1, "max_grad_norm": 1.0, "log_every": 1}
     Trainer(
         model=model,
         adapters=found,
         objective=module.build(config),
-        rows=PromptBatches(PROMPTS, size, 2, 0, rank, world),
+        rows=PromptBatches(PROMPTS, size, group, 0, rank, world),
         train=TrainConfig(**train, trackers=[], device="cpu"),
         out=out / name,
         reward=as_reward(brightness, "brightness"),
