@@ -42,7 +42,7 @@ def _recipes() -> list[list[object]]:
     rows = []
     for name in catalogue.names("pipelines"):
         r = catalogue.load("pipelines", name)
-        what = [r["model"], _name(r.get("adapter", "")), _name(r.get("objective", ""))]
+        what = [r.get("model", "the adapter's"), _name(r.get("adapter", "")), _name(r.get("objective", ""))]
         rows.append([f"[{name}]({name}.yaml)", r["verb"], *what, r["description"]])
     return rows
 

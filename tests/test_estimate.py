@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from tiny import tiny_model
 
 from visiontune import config
 from visiontune.estimate import Estimate, Kept, measure, size
@@ -86,6 +87,20 @@ def test_an_online_run_is_measured_by_its_prompts_and_one_prediction(tiny_run):
     assert measure(tiny_run(*REWARDED, "train.batch_size=8")).activation_bytes == base > 0
     assert 1.8 < measure(tiny_run(*REWARDED, "objective.micro_batch=4")).activation_bytes / base < 2.2
     assert 1.8 < measure(tiny_run(*REWARDED, "objective.cfg_scale=3")).activation_bytes / base < 2.2
+
+
+def test_a_masked_model_is_measured_by_a_prediction_of_its_tokens(tiny_run, tmp_path):
+    tiny_model("amused").pipe.save_pretrained(tmp_path / "amused")
+    rewarded = [
+        f"model={tmp_path / 'amused'}",
+        "reward=redness",
+        "data=pocket/prompts",
+        "train.batch_size=4",
+        "objective={name: unigrpo, steps: 2, group: 2, updates: 1, micro_batch: 2}",
+    ]
+    base = measure(tiny_run(*rewarded)).activation_bytes
+    assert base > 0
+    assert 1.8 < measure(tiny_run(*rewarded, "objective.score_cfg_scale=3")).activation_bytes / base < 2.2
 
 
 def test_a_rollout_is_shared_by_the_steps_that_it_serves(tiny_run, monkeypatch):

@@ -19,6 +19,8 @@ from visiontune.config import Run
 from visiontune.data.loader import BatchSampler
 from visiontune.data.prompts import PromptBatches
 from visiontune.diffusion.trajectory import guided
+from visiontune.diffusion.unmask import guided_logits
+from visiontune.models.base import MaskedModel
 from visiontune.objectives._online import conditions
 from visiontune.training import optim
 
@@ -150,6 +152,11 @@ def _forward(trainer: Trainer) -> None:
     batch = trainer.rows.batch(0)
     batch = batch[: options.get("micro_batch") or len(batch)]
     side = model.resolution // model.downsample
+    if isinstance(trainer.model, MaskedModel):
+        masked = torch.full((len(batch), side, side), model.mask_token, device=model.device)
+        cfg_scale = options["score_cfg_scale"]
+        guided_logits(model, masked, *conditions(model, batch.prompts, cfg_scale, text=False), cfg_scale)
+        return
     noise = torch.randn(len(batch), model.latent_channels, side, side, device=model.device)
     t = model.schedule.timesteps(options.get("steps", 25))[0][:1].to(model.device).expand(len(batch))
     cfg_scale = options.get("cfg_scale", 1.0)

@@ -22,6 +22,7 @@ from visiontune.errors import UserError
 from visiontune.sampling import generate as module
 from visiontune.sampling.config import SampleConfig
 from visiontune.sampling.generate import generate
+from visiontune.sampling.sources import base_of
 from visiontune.schema import from_mapping
 
 PROMPTS = ["a red circle", "a blue square", "a green triangle"]
@@ -164,6 +165,17 @@ def test_adapters_scale_trigger_and_retraining(folder: Path, finished: Path, tmp
         generate(_config(folder, tmp_path / "b", adapter=str(tmp_path)))
 
 
+def test_without_a_model_an_adapter_is_drawn_with_on_the_one_it_was_trained_on(folder: Path, tmp_path: Path) -> None:
+    path = _adapter(tmp_path / "adapter.safetensors", base_model=str(folder))
+    generate(_config(folder, tmp_path / "named", adapter=str(path)))
+    generate(_config(folder, tmp_path / "found", adapter=[str(path)], model=None))
+    assert _rows(tmp_path / "found")[0]["settings"] == _rows(tmp_path / "named")[0]["settings"]
+    assert _bytes(tmp_path / "found")["00000_seed0.png"] == _bytes(tmp_path / "named")["00000_seed0.png"]
+    assert base_of(_config(folder, tmp_path, model=None)) == "pocket/sd"
+    nameless = _adapter(tmp_path / "nameless.safetensors")
+    assert base_of(_config(folder, tmp_path, model=None, adapter=str(nameless))) == "pocket/sd"
+
+
 def test_a_given_model_gets_its_adapters_taken_off_again(folder: Path, tmp_path: Path) -> None:
     model = tiny_model("sd")
     path = _adapter(tmp_path / "adapter.safetensors")
@@ -210,6 +222,7 @@ _SCRIPT = """
 import json, os, sys, time
 from pathlib import Path
 from visiontune.errors import UserError
+from visiontune.sampling.sources import base_of
 from visiontune.schema import from_mapping
 from visiontune.sampling import generate as module
 from visiontune.sampling.config import SampleConfig

@@ -16,7 +16,10 @@ Format = Literal["png", "webp"]
 class SampleConfig:
     """Every prompt with every seed, written to one folder."""
 
-    model: str = option("pocket/sd", help="pocket/sd, a local diffusers folder or a Hub id")
+    model: str | None = option(
+        None,
+        help="pocket/sd, a local diffusers folder or a Hub id; null: what the adapter was trained on, or pocket/sd",
+    )
     revision: str | None = option(None, help="branch, tag or commit of a Hub model")
     dtype: Literal["fp32", "bf16", "fp16"] = option("fp32", help="number format of the weights")
     device: str = option("auto", help="auto, cpu, cuda, cuda:1, mps")

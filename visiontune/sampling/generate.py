@@ -21,7 +21,7 @@ from visiontune.sampling.config import SampleConfig
 from visiontune.sampling.grid import grid
 from visiontune.sampling.manifest import Job
 from visiontune.sampling.pipeline import images
-from visiontune.sampling.sources import adapter_file, loaded, substituted
+from visiontune.sampling.sources import adapter_file, base_of, loaded, substituted
 from visiontune.sampling.writer import write_image
 
 if TYPE_CHECKING:
@@ -153,9 +153,10 @@ def _on_main(state: PartialState, action: Callable[[], T]) -> T:
 def _settings(config: SampleConfig, model: DiffusionModel | None) -> dict[str, Any]:
     """What decides how the images look (batch size, device and processes do not)."""
     adapters = [(name, hashlib.sha256(adapter_file(name).read_bytes()).hexdigest()) for name in config.adapter_list()]
+    source = model.source if model else base_of(config)
     return {
-        "model": model.source if model else config.model,
-        "model_files": None if model else _stamp(Path(config.model).expanduser()),
+        "model": source,
+        "model_files": None if model else _stamp(Path(source).expanduser()),
         "revision": config.revision,
         "dtype": config.dtype,
         "adapter": [{"file": name, "sha256": digest[:16]} for name, digest in adapters],

@@ -31,6 +31,14 @@ def adapter_file(name: str) -> Path:
     return file
 
 
+def base_of(config: SampleConfig) -> str:
+    """The model that is named, else the one that the first adapter says it was trained on, else the shipped one."""
+    if config.model is not None:
+        return config.model
+    headers = [adapters.read_header(adapter_file(name)) for name in config.adapter_list()[:1]]
+    return next((header["base_model"] for header in headers if header.get("base_model")), "pocket/sd")
+
+
 def substituted(prompts: list[str], config: SampleConfig) -> list[str]:
     """Prompts with ``[trigger]`` and ``[class]`` replaced by the words that the first adapter was trained with."""
     if not any(slot in prompt for prompt in prompts for slot in ("[trigger]", "[class]")):
@@ -54,7 +62,7 @@ def loaded(config: SampleConfig, model: DiffusionModel | None, state: PartialSta
         dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[config.dtype]
         # Each process has a device of its own, which a bare "cuda" must not override.
         device = str(state.device) if config.device in ("auto", state.device.type) else config.device
-        model = models.load(config.model, dtype=dtype, revision=config.revision, device=device)
+        model = models.load(base_of(config), dtype=dtype, revision=config.revision, device=device)
     sets = []
     try:
         for i, name in enumerate(config.adapter_list()):
