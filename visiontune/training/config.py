@@ -103,7 +103,7 @@ class GuardsConfig:
         None, help="another reward than the trained one, with its options as in reward:; null for none"
     )
     reward_drop: float | None = option(
-        0.2, help="how much the mean reward may fall, in deviations over the pictures at the start"
+        0.15, help="how much the mean reward may fall, in deviations over the pictures at the start"
     )
     diversity_min: float | None = option(0.5, help="least share of the distance between seeds of a prompt")
     high_frequency_from: float = option(0.25, help="cycles a pixel above which a frequency is high; 0.5 is the most")
