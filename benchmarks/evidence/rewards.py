@@ -2,30 +2,38 @@
 
     python benchmarks/evidence/rewards.py
 
-Every method has the same LoRA, sampler length and processor time, no guidance, and a learning rate that was chosen of
-three on a seed of its own (``--pilot``). The reward is pocket-clip plus redness: both pull, one against what the prompt
-says. Unseen prompts are drawn by the stock pipeline and judged by both terms and by the oracle, which no method sees.
+Every method has the same LoRA on what it tunes, five sampling steps, no guidance, and a learning rate that was chosen
+of three on a seed of its own (``--pilot``). Methods that see only scores get twice the processor time of those that see
+gradients. The reward is pocket-clip plus five times redness: both pull, one past what the prompt says. Unseen
+prompts are drawn by the stock pipeline and judged by both terms and by the oracle, which no method sees. DDPO and PRDP
+also raise redness alone, on 400 prompts and on few.
 
 Then redness alone is raised, the quickest way to ruin a model, and guards that see other prompts and the oracle look
-after every update: do they stop the run before a tenth of the unseen prompts is lost?
+after every update: do they stop the run before a tenth of the unseen prompts is lost? And do they keep silent where
+pocket-clip is raised, which helps? The bound of their reward was set on runs with other seeds.
 
-Finished runs are kept in ``--work``. Writes ``rewards`` and ``rewards_alarm``, ``.json`` and ``.md``, into
-``benchmarks/results/``.
+Finished runs are kept in ``--work``. Writes ``rewards`` and ``rewards_alarm``, ``.json`` and ``.md``, and
+``rewards.svg`` into ``benchmarks/results/``.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import time
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from charts import curves
 from personalise import RESULTS
 
 from visiontune import config
+from visiontune.data.base import Config as Data
+from visiontune.data.prompts import read_data_prompts
 from visiontune.evaluation.metrics import prompt_accuracy, to_tensor
 from visiontune.evaluation.personalise import ordinary_prompts
 from visiontune.files import write_json, write_text
@@ -36,41 +44,69 @@ from visiontune.sampling.pipeline import images
 from visiontune.training.devices import native_bf16
 from visiontune.training.loop import Trainer
 
-SEEDS, PILOT = (0, 1, 2), 7
-TERMS = ("redness", "pocket-clip")
-SECONDS, LOOKS = 120.0, 6
+SEEDS, ALARM_SEEDS, PILOT = (0, 1, 2), (3, 4, 5), 7
+TERMS = {"redness": 5.0, "pocket-clip": 1.0}
+PATHWISE, BLIND, LOOKS = 80.0, 160.0, 5
 PROMPTS = ordinary_prompts(60)
-SAMPLED = {"steps": 10, "cfg_scale": 1.0}
+FEW, RATE = 8, 2e-3
+STEPS, ALARM_STEPS = 5, 10
 COMMON = [
-    "adapter={name: lora, targets: attention, rank: 8}",
-    "data=pocket/prompts",
-    "reward={name: mix, terms: [redness, pocket-clip]}",
-    "objective.steps=10",
+    "adapter={name: lora, targets: attention, rank: 4}",
+    f"reward={{name: mix, terms: [{', '.join(f'{{reward: {name}, weight: {w}}}' for name, w in TERMS.items())}]}}",
+    f"objective.steps={STEPS}",
     "objective.cfg_scale=1",
     "preview.prompts=[]",
     "train.trackers=[]",
     "train.steps=8000",
 ]
-BLACK_BOX = ["train.batch_size=32", "objective.micro_batch=16"]
+BATCH = ["train.batch_size=32", "objective.micro_batch=32", "objective.group=8"]
+HALF, ONCE = [*BATCH, "objective.timestep_fraction=0.6"], [*BATCH, "objective.updates=1"]
+TEXT = ["train.denoiser=false", "train.text_encoder=true"]
+RED = "reward=redness"
+# What is raised under guards, learning rate, updates between two checks.
+RAISED = (("redness", 4e-3, 1), ("redness", 2e-3, 1), ("pocket-clip", 2e-3, 4))
 # Recipe, options, learning rate.
 METHODS: dict[str, tuple[str, list[str], float]] = {
     "AlignProp": ("alignprop", [], 2e-3),
     "DRaFT-1": ("alignprop", ["objective.truncation=fixed", "objective.grad_steps=1"], 2e-3),
     "ReFL": ("refl", [], 2e-3),
-    "DDPO": ("ddpo", [*BLACK_BOX, "objective.timestep_fraction=0.5"], 1e-3),
-    "PRDP": ("prdp", [*BLACK_BOX, "objective.updates=2"], 1e-3),
-    "NFT": ("nft", [*BLACK_BOX, "objective.timesteps=3"], 1e-3),
+    "DDPO": ("ddpo", HALF, 2e-3),
+    "PRDP": ("prdp", ONCE, 2e-3),
+    "NFT": ("nft", [*BATCH, "objective.timesteps=3"], 7e-4),
+    "TextCraftor": ("alignprop", TEXT, 6e-3),
+    "AlignProp, both": ("alignprop", ["train.text_encoder=true", "train.text_encoder_lr=6e-3"], 2e-3),
+    "TexForce": ("ddpo", [*HALF, *TEXT], 6e-3),
+    "DDPO, redness": ("ddpo", [*HALF, RED], 2e-3),
+    "PRDP, redness": ("prdp", [*ONCE, RED], 2e-3),
+    f"DDPO, redness, {FEW} prompts": ("ddpo", [*HALF, RED], 2e-3),
+    f"PRDP, redness, {FEW} prompts": ("prdp", [*ONCE, RED], 2e-3),
 }
-SCORES = ("reward", "redness", "pocket-clip", "oracle")
+SCORES = ("reward", *TERMS, "oracle")
 
 
-def look(model: DiffusionModel) -> dict[str, float]:
+@cache
+def prompts(method: str, work: Path) -> str:
+    """What is trained on: 400 captions, or the first few of them."""
+    if not method.endswith(f" {FEW} prompts"):
+        return "pocket/prompts"
+    few = work / "few.txt"
+    write_text(few, "\n".join(read_data_prompts(Data(root="pocket/prompts"))[:FEW]) + "\n")
+    return str(few)
+
+
+def seconds(method: str) -> float:
+    """Processor time of a run."""
+    return PATHWISE if METHODS[method][0] in ("alignprop", "refl") else BLIND
+
+
+def look(model: DiffusionModel, steps: int = STEPS) -> dict[str, float]:
     """Mean scores on the unseen prompts."""
     with torch.autocast(model.device.type, torch.bfloat16, enabled=native_bf16()), torch.no_grad():
-        drawn = images(model, PROMPTS, [0] * len(PROMPTS), batch_size=len(PROMPTS), **SAMPLED)
+        drawn = images(model, PROMPTS, [0] * len(PROMPTS), batch_size=len(PROMPTS), steps=steps, cfg_scale=1.0)
     meta = [{"prompt_id": i} for i in range(len(PROMPTS))]
     found = {name: float(load_reward(name)(to_tensor(drawn), PROMPTS, meta).mean()) for name in TERMS}
-    return {"reward": sum(found.values()), **found, "oracle": prompt_accuracy(drawn, PROMPTS)}
+    reward = sum(weight * found[name] for name, weight in TERMS.items())
+    return {"reward": reward, **found, "oracle": prompt_accuracy(drawn, PROMPTS)}
 
 
 class Counted:
@@ -87,32 +123,32 @@ class Counted:
         return self.reward(pictures, *args)
 
 
-def trainer_of(method: str, seed: int, work: Path, lr: float) -> Trainer:
-    recipe, options, _ = METHODS[method]
+def trainer_of(recipe: str, name: str, seed: int, work: Path, lr: float, options: list[str]) -> Trainer:
+    """A run from its beginning; what an interrupted one left is removed."""
+    shutil.rmtree(work / name, ignore_errors=True)
     precision = "bf16" if native_bf16() else "no"
-    own = [f"out={work}", f"name={method}-{seed}-{lr:.3g}", f"seed={seed}", f"train.lr={lr}"]
-    run = config.load_run(f"reward_tune/{recipe}", [*COMMON, *options, *own, f"train.precision={precision}"])
-    return config.assemble(run)
+    own = [f"out={work}", f"name={name}", f"seed={seed}", f"train.lr={lr}", f"train.precision={precision}"]
+    return config.assemble(config.load_run(f"reward_tune/{recipe}", [*COMMON, *options, *own]))
 
 
-def curve(method: str, seed: int, work: Path, seconds: float, lr: float | None = None) -> list[dict[str, Any]]:
-    """What :func:`look` gives at the start and at ``LOOKS`` equally spaced times of training."""
-    lr = METHODS[method][2] if lr is None else lr
-    file = work / f"{method}-{seed}-{lr:.3g}-{seconds:g}.json"
+def curve(method: str, seed: int, work: Path, until: float, looks: int, lr: float) -> list[dict[str, Any]]:
+    """What :func:`look` gives at the start and at so many equally spaced times of training."""
+    file = work / f"{method.replace(', ', '-').replace(' ', '-')}-{seed}-{lr:.3g}-{until:g}.json"
     if file.exists():
         return json.loads(file.read_text())
-    trainer = trainer_of(method, seed, work, lr)
+    recipe, options, _ = METHODS[method]
+    trainer = trainer_of(recipe, file.stem, seed, work, lr, [*options, f"data={prompts(method, work)}"])
     assert trainer.online is not None
     updates = trainer.online.objective.updates
     counted = trainer.online.reward = Counted(trainer.online.reward)
     rows, spent, step = [], 0.0, 0
     while True:
         # A rollout serves several steps: it is looked at between rollouts only.
-        if spent >= seconds * len(rows) / LOOKS:
+        if spent >= until * len(rows) / looks:
             at = {"method": method, "seed": seed, "lr": lr, "seconds": spent, "queries": counted.queries, "steps": step}
             rows.append({**at, **look(trainer.model)})
             print(json.dumps(rows[-1]), flush=True)
-        if spent >= seconds:
+        if spent >= until:
             break
         for _ in range(updates):
             begun = time.process_time()
@@ -123,70 +159,96 @@ def curve(method: str, seed: int, work: Path, seconds: float, lr: float | None =
 
 
 def pilot(method: str, work: Path) -> None:
-    """Three learning rates for a third of the time."""
-    rate = METHODS[method][2]
-    for lr in (rate / 3, rate, rate * 3):
-        curve(method, PILOT, work, SECONDS / 3, float(f"{lr:.2g}"))
+    """Three learning rates for 40 s, or 100 s where only scores are seen."""
+    until = 40.0 if seconds(method) == PATHWISE else 100.0
+    for lr in (RATE / 3, RATE, RATE * 3):
+        curve(method, PILOT, work, until, 1, float(f"{lr:.1g}"))
 
 
-def alarm(seed: int, work: Path) -> list[dict[str, Any]]:
-    """What guards say after every update on redness alone, until a fifth of the unseen prompts is lost."""
-    file = work / f"alarm-{seed}.json"
+def alarm(raised: str, lr: float, every: int, seed: int, work: Path) -> list[dict[str, Any]]:
+    """What guards say while a reward is raised, until a fifth of the unseen prompts is lost or 40 updates are done."""
+    file = work / f"alarm-{raised}-{lr:.3g}-{seed}.json"
     if file.exists():
         return json.loads(file.read_text())
-    guards = f"guards={{every: 1, reward: pocket-oracle, holdout: 32, seeds: [0, 1], steps: {SAMPLED['steps']}}}"
-    own = [f"out={work}", f"name=alarm-{seed}", f"seed={seed}", "reward=redness", guards, "guards.cfg_scale=1"]
-    precision = "bf16" if native_bf16() else "no"
-    recipe = config.load_run("reward_tune/alignprop", [*COMMON, *own, f"train.precision={precision}", "train.lr=4e-3"])
-    trainer = config.assemble(recipe)
+    guards = f"guards={{every: {every}, reward: pocket-oracle, holdout: 32, seeds: [0, 1], steps: {ALARM_STEPS}}}"
+    options = ["adapter.rank=8", f"objective.steps={ALARM_STEPS}", f"reward={raised}", guards, "guards.cfg_scale=1"]
+    trainer = trainer_of("alignprop", file.stem, seed, work, lr, options)
     guard, model, rows = trainer.guard, trainer.model, []
     assert guard is not None
-    while not rows or (len(rows) < 40 and rows[-1]["oracle"] > 0.8 * rows[0]["oracle"]):
-        if rows:
-            trainer.optimise(len(rows) - 1)
+    for step in range(0, 41, every):
         with torch.autocast(model.device.type, torch.bfloat16, enabled=native_bf16()), torch.no_grad():
             pictures = guard.draw(model)
-        broken = guard.check(len(rows), guard.measure(pictures, trainer.out, trainer.adapters, model.device))
-        if not rows:
+        broken = guard.check(step, guard.measure(pictures, trainer.out, trainer.adapters, model.device))
+        if not step:
             guard.keep(trainer.out, 0, pictures)
         measured = {f"guard/{name}": value for name, value in guard.latest.items()}
-        rows.append({"seed": seed, "step": len(rows), "alarms": [b.measure for b in broken], **measured, **look(model)})
+        at = {"raised": raised, "lr": lr, "seed": seed, "step": step, "alarms": [b.measure for b in broken]}
+        rows.append({**at, **measured, **look(model, ALARM_STEPS)})
         print(json.dumps(rows[-1]), flush=True)
+        if step == 40 or rows[-1]["oracle"] <= 0.8 * rows[0]["oracle"]:
+            break
+        for update in range(step, step + every):
+            trainer.optimise(update)
     write_json(file, rows)
     return rows
 
 
 def alarm_table(runs: list[list[dict[str, Any]]]) -> str:
-    """The first alarm of each run, and what was lost by then."""
-    lines = ["| seed | first alarm after update | its measure | oracle then, of | redness then, of |", "|---" * 5 + "|"]
+    """The first alarm of each run, what was lost by then, and how the run went on without it."""
+    heads = (
+        "raised",
+        "seed",
+        "first alarm after update",
+        "its measure",
+        "oracle then",
+        "oracle at first",
+        "at the end",
+    )
+    lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
     for run in runs:
         first = next((row for row in run if row["alarms"]), None)
-        if first is None:
-            lines.append(f"| {run[0]['seed']} | none in {len(run) - 1} | | | |")
-        else:
-            pair = [f"{first[name]:.3f}, {run[0][name]:.3f}" for name in ("oracle", "redness")]
-            lines.append(f"| {first['seed']} | {first['step']} | {', '.join(first['alarms'])} | {' | '.join(pair)} |")
+        rung = [str(first["step"]), ", ".join(first["alarms"]), f"{first['oracle']:.3f}"] if first else ["none", "", ""]
+        ends = [f"{run[0]['oracle']:.3f}", f"{run[-1]['oracle']:.3f} after {run[-1]['step']}"]
+        what = [run[0]["raised"], f"{run[0]['lr']:g}", str(run[0]["seed"])]
+        lines.append(f"| {' | '.join([*what, *rung, *ends])} |")
     return "\n".join(lines) + "\n"
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """Scores at the end, the largest fall of the reward on the way, and what was spent."""
-    lines = [
-        "| method | runs | queries | updates | " + " | ".join(SCORES) + " | largest fall of the reward |",
-        "|---" * (len(SCORES) + 5) + "|",
-    ]
-    for method in ("base", *METHODS):
-        runs = [[r for r in rows if r["method"] == method and r["seed"] == seed] for seed in SEEDS]
-        runs = [run for run in runs if run]
-        if runs:
-            ends = [run[-1] for run in runs]
-            cells = [f"{np.mean([e[s] for e in ends]):.3f} ± {np.std([e[s] for e in ends]):.3f}" for s in SCORES]
-            spent = [f"{np.mean([e[k] for e in ends]):.0f}" for k in ("queries", "steps")]
-            falls = [
-                max(max(r["reward"] for r in run[: i + 1]) - run[i]["reward"] for i in range(len(run))) for run in runs
-            ]
-            lines.append(f"| {method} | {len(runs)} | {' | '.join(spent)} | {' | '.join(cells)} | {max(falls):.3f} |")
+    """Scores at the end, the largest fall on the way of what a method raises, and what was spent."""
+    heads = ("method", "rate", "runs", "seconds", "queries", "updates", *SCORES, "largest fall of what is raised")
+    lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
+    for method, runs in by_method(rows).items():
+        ends = [run[-1] for run in runs]
+        cells = [f"{np.mean([e[s] for e in ends]):.3f} ± {np.std([e[s] for e in ends]):.3f}" for s in SCORES]
+        spent = [f"{np.mean([e[k] for e in ends]):.0f}" for k in ("seconds", "queries", "steps")]
+        rate = f"{ends[0]['lr']:g}" if "lr" in ends[0] else ""
+        raised = "redness" if "redness" in method else "reward"
+        fall = max(max(r[raised] for r in run[: i + 1]) - at[raised] for run in runs for i, at in enumerate(run))
+        lines.append(f"| {method} | {rate} | {len(runs)} | {' | '.join([*spent, *cells])} | {fall:.3f} |")
     return "\n".join(lines) + "\n"
+
+
+def by_method(rows: list[dict[str, Any]]) -> dict[str, list[list[dict[str, Any]]]]:
+    """The runs of each method, each a list of its looks."""
+    runs = {
+        method: [[r for r in rows if (r["method"], r["seed"]) == (method, seed)] for seed in SEEDS]
+        for method in ("base", *METHODS)
+    }
+    return {method: found for method, of_seeds in runs.items() if (found := [run for run in of_seeds if run])}
+
+
+def chart(rows: list[dict[str, Any]]) -> str:
+    """Reward and oracle against processor time, and reward against queries, of the methods on 400 prompts."""
+    runs = {m: r for m, r in by_method(rows).items() if m != "base" and "redness" not in m}
+    panels = (
+        ("processor time, s", "reward", "seconds", "reward"),
+        ("pictures scored", "reward", "queries", "reward"),
+        ("processor time, s", "unseen prompts right", "seconds", "oracle"),
+    )
+    return curves(
+        [(x, y, {m: [[(e[a], e[b]) for e in run] for run in of] for m, of in runs.items()}) for x, y, a, b in panels]
+    )
 
 
 def main() -> None:
@@ -208,13 +270,14 @@ def main() -> None:
         ]
         for seed in SEEDS:
             for method in args.methods:
-                rows += curve(method, seed, args.work, SECONDS)
+                rows += curve(method, seed, args.work, seconds(method), LOOKS, METHODS[method][2])
             if args.methods == list(METHODS):
                 write_json(args.out / "rewards.json", rows)
                 write_text(args.out / "rewards.md", table(rows))
+                write_text(args.out / "rewards.svg", chart(rows))
         print(table(rows))
     if args.methods == list(METHODS):
-        runs = [alarm(seed, args.work) for seed in SEEDS]
+        runs = [alarm(*raised, seed, args.work) for raised in RAISED for seed in ALARM_SEEDS]
         write_json(args.out / "rewards_alarm.json", [row for run in runs for row in run])
         write_text(args.out / "rewards_alarm.md", alarm_table(runs))
         print(alarm_table(runs))
