@@ -59,4 +59,4 @@ def _curve(axes: Axes, runs: np.ndarray, name: str, colour: tuple[float, ...]) -
 
 
 def _colour(i: int, count: int) -> tuple[float, ...]:
-    return matplotlib.colormaps["tab10" if count <= 10 else "nipy_spectral"](i if count <= 10 else i / count)
+    return matplotlib.colormaps["tab10"](i) if count <= 10 else matplotlib.colormaps["nipy_spectral"](i / count)

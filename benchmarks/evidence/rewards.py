@@ -99,12 +99,15 @@ def seconds(method: str) -> float:
     return PATHWISE if METHODS[method][0] in ("alignprop", "refl") else BLIND
 
 
+judge = cache(load_reward)
+
+
 def look(model: DiffusionModel, steps: int = STEPS) -> dict[str, float]:
     """Mean scores on the unseen prompts."""
     with torch.autocast(model.device.type, torch.bfloat16, enabled=native_bf16()), torch.no_grad():
         drawn = images(model, PROMPTS, [0] * len(PROMPTS), batch_size=len(PROMPTS), steps=steps, cfg_scale=1.0)
     meta = [{"prompt_id": i} for i in range(len(PROMPTS))]
-    found = {name: float(load_reward(name)(to_tensor(drawn), PROMPTS, meta).mean()) for name in TERMS}
+    found = {name: float(judge(name)(to_tensor(drawn), PROMPTS, meta).mean()) for name in TERMS}
     reward = sum(weight * found[name] for name, weight in TERMS.items())
     return {"reward": reward, **found, "oracle": prompt_accuracy(drawn, PROMPTS)}
 
@@ -195,16 +198,7 @@ def alarm(raised: str, lr: float, every: int, seed: int, work: Path) -> list[dic
 
 def alarm_table(runs: list[list[dict[str, Any]]]) -> str:
     """The first alarm of each run, what was lost by then, and how the run went on without it."""
-    heads = (
-        "raised",
-        "rate",
-        "seed",
-        "first alarm after update",
-        "its measure",
-        "oracle then",
-        "oracle at first",
-        "at the end",
-    )
+    heads = ("raised", "rate", "seed", "first alarm", "its measure", "oracle then", "oracle at first", "at the end")
     lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
     for run in runs:
         first = next((row for row in run if row["alarms"]), None)

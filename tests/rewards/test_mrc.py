@@ -91,8 +91,8 @@ def test_scores_belong_to_their_images_and_the_users_distance_counts(mrc) -> Non
 @pytest.mark.parametrize(
     ("top", "left", "height", "width", "box"),
     [
-        (10, 20, 8, 4, (8, 20, 16, 28)),  # centred on the object, two pixels of margin
-        (0, 28, 4, 4, (0, 6, 26, 32)),  # cut at the edges
+        (10, 20, 8, 4, (8, 16, 12, 12)),  # centred on the object, two pixels of margin
+        (0, 28, 4, 4, (0, 26, 6, 6)),  # cut at the edges
     ],
 )
 def test_the_box_is_square_around_the_object(top, left, height, width, box) -> None:
@@ -110,3 +110,5 @@ def test_what_cannot_work_is_refused(mrc) -> None:
         mrc({"kind": "one"})(_views(), [""])
     with pytest.raises(UserError, match="at least 1"):
         mrc(columns=0)
+    with pytest.raises(UserError, match="worst must not be above 0"):
+        mrc(worst=0.5)

@@ -14,8 +14,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+from torchvision.ops import masks_to_boxes
+from torchvision.transforms import InterpolationMode
+from torchvision.transforms.v2.functional import resized_crop
 
 from visiontune import plugin
 from visiontune.errors import UserError
@@ -40,6 +42,8 @@ class Config:
     def __post_init__(self) -> None:
         if min(self.rows, self.columns) < 1 or self.margin < 0:
             raise UserError("rows and columns must be at least 1, margin at least 0")
+        if self.worst > 0:
+            raise UserError(f"worst must not be above 0, which is perfect, but is {self.worst}")
 
 
 def build(config: Config) -> Mrc:
@@ -87,26 +91,24 @@ class Mrc(Reward):
             return views.new_tensor(self.config.worst)
         pairs = []
         for view, render, inside in zip(views, renders, objects, strict=True):
-            top, bottom, left, right = square_box(inside, self.config.margin)
-            pairs.append([_resized(x[:, top:bottom, left:right], views.shape[-2:]) for x in (view, render)])
+            box, size = square_box(inside, self.config.margin), list(views.shape[-2:])
+            pairs.append(
+                [resized_crop(x, *box, size, InterpolationMode.BICUBIC, antialias=True) for x in (view, render)]
+            )
         one, other = (torch.stack(half) for half in zip(*pairs, strict=True))
         return -self.distance(one, other).mean()
 
 
 def square_box(inside: Tensor, margin: int) -> tuple[int, int, int, int]:
-    """Top, bottom, left and right of the square around the true pixels of ``[h, w]`` and a margin, cut at the edges."""
-    spans = [torch.nonzero(inside.any(axis)).flatten() for axis in (1, 0)]
-    first, last = [int(s[0]) for s in spans], [int(s[-1]) + 1 for s in spans]
-    side = max(end - start for start, end in zip(first, last, strict=True))
-    box: list[int] = []
-    for start, end, size in zip(first, last, inside.shape, strict=True):
-        corner = start - (side - (end - start)) // 2
-        box += [max(corner - margin, 0), min(corner + side + margin, size)]
-    return box[0], box[1], box[2], box[3]
-
-
-def _resized(image: Tensor, size: Sequence[int]) -> Tensor:
-    return F.interpolate(image[None], tuple(size), mode="bicubic", antialias=True, align_corners=False)[0]
+    """Top, left, height and width of the square around the true pixels of ``[h, w]`` and a margin, cut at the edges."""
+    left, top, right, bottom = (int(edge) for edge in masks_to_boxes(inside[None])[0])
+    # The last pixel belongs to the object.
+    spans = [(top, bottom + 1), (left, right + 1)]
+    side = max(end - start for start, end in spans)
+    corners = [start - (side - (end - start)) // 2 for start, end in spans]
+    first = [max(corner - margin, 0) for corner in corners]
+    last = [min(corner + side + margin, size) for corner, size in zip(corners, inside.shape, strict=True)]
+    return first[0], first[1], last[0] - first[0], last[1] - first[1]
 
 
 def _squared(one: Tensor, other: Tensor) -> Tensor:

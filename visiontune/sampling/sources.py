@@ -35,8 +35,9 @@ def base_of(config: SampleConfig) -> str:
     """The model that is named, else the one that the first adapter says it was trained on, else the shipped one."""
     if config.model is not None:
         return config.model
-    headers = [adapters.read_header(adapter_file(name)) for name in config.adapter_list()[:1]]
-    return next((header["base_model"] for header in headers if header.get("base_model")), "pocket/sd")
+    first = config.adapter_list()[:1]
+    trained_on = adapters.read_header(adapter_file(first[0])).get("base_model") if first else None
+    return trained_on or "pocket/sd"
 
 
 def substituted(prompts: list[str], config: SampleConfig) -> list[str]:
