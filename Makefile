@@ -11,7 +11,7 @@ demo: .venv/installed
 	$(BIN)/visiontune demo
 
 test: .venv/installed
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q -n auto --dist worksteal
 
 lint: .venv/installed
 	$(BIN)/ruff check .

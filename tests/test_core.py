@@ -21,13 +21,12 @@ def condition(rows=3, **changes) -> Condition:
 
 def batch(rows=3, **changes) -> Batch:
     parts = {
-        "latents": torch.arange(float(rows)).view(-1, 1, 1, 1),
-        "cond": condition(rows),
         "prompts": [f"prompt {i}" for i in range(rows)],
+        "data": {"image": torch.arange(float(rows)).view(-1, 1, 1, 1), "size": torch.arange(rows)},
+        "cond": condition(rows),
         "weight": torch.arange(float(rows)),
         "prior": torch.arange(rows) % 2 == 1,
         "ids": [str(i) for i in range(rows)],
-        "extra": {"size": torch.arange(rows), "file": [f"{i}.png" for i in range(rows)]},
     }
     return Batch(**{**parts, **changes})
 
@@ -45,12 +44,11 @@ def batch(rows=3, **changes) -> Batch:
 def test_rows_are_selected_in_every_field(rows, expected):
     chosen = batch()[rows]
     assert len(chosen) == len(expected)
-    assert chosen.latents.flatten().tolist() == expected
+    assert chosen.data["image"].flatten().tolist() == expected
     assert chosen.weight.tolist() == expected
     assert chosen.ids == [str(i) for i in expected]
     assert chosen.prompts == [f"prompt {i}" for i in expected]
-    assert chosen.extra["size"].tolist() == expected
-    assert chosen.extra["file"] == [f"{i}.png" for i in expected]
+    assert chosen.data["size"].tolist() == expected
     assert chosen.prior.tolist() == [i % 2 == 1 for i in expected]
     cond = chosen.cond
     assert cond.tokens[:, 0, 0].tolist() == expected
@@ -70,8 +68,8 @@ def test_joining_undoes_selecting():
     joined = Batch.cat([whole[0], whole[1:]])
     assert joined.ids == whole.ids
     assert joined.prompts == whole.prompts
-    assert joined.extra["file"] == whole.extra["file"]
-    for name in ("latents", "weight", "prior"):
+    assert torch.equal(joined.data["image"], whole.data["image"])
+    for name in ("weight", "prior"):
         assert torch.equal(getattr(joined, name), getattr(whole, name))
     for name in ("tokens", "mask", "pooled"):
         assert torch.equal(getattr(joined.cond, name), getattr(whole.cond, name))
@@ -87,20 +85,31 @@ def test_absent_fields_stay_absent():
     assert Batch.cat([batch(cond=None), batch(cond=None)]).cond is None
 
 
+def test_shorter_texts_are_padded_and_what_was_added_is_masked():
+    short, long = Condition(tokens=torch.ones(1, 2, 3)), Condition(tokens=torch.full((2, 4, 3), 2.0))
+    joined = Condition.cat([short, long])
+    assert joined.mask.tolist() == [[True, True, False, False], [True] * 4, [True] * 4]
+    assert torch.equal(joined.tokens[0, :2], short.tokens[0]) and not joined.tokens[0, 2:].any()
+    assert torch.equal(joined.tokens[1:], long.tokens)
+    masked = Condition(tokens=torch.ones(1, 2, 3), mask=torch.tensor([[True, False]]))
+    assert Condition.cat([long, masked]).mask.tolist() == [[True] * 4, [True] * 4, [True, False, False, False]]
+    assert Condition.cat([masked, short]).mask.tolist() == [[True, False], [True, True]]
+
+
 def test_parts_with_different_fields_cannot_be_joined():
-    with pytest.raises(ValueError, match="only some have 'mask'"):
-        Condition.cat([condition(), condition(mask=None)])
+    with pytest.raises(ValueError, match="only some have 'pooled'"):
+        Condition.cat([condition(), condition(pooled=None)])
     with pytest.raises(ValueError, match="different keys in 'extra'"):
         Condition.cat([condition(), condition(extra={})])
 
 
 def test_dtype_reaches_floating_point_features_and_never_masks_or_weights():
     moved = batch().to("cpu", torch.bfloat16)
-    assert moved.latents.dtype == moved.cond.tokens.dtype == moved.cond.pooled.dtype == torch.bfloat16
+    assert moved.data["image"].dtype == moved.cond.tokens.dtype == moved.cond.pooled.dtype == torch.bfloat16
     assert moved.cond.extra["time_ids"].dtype == torch.bfloat16
     assert moved.cond.mask.dtype == moved.prior.dtype == torch.bool
     assert moved.weight.dtype == torch.float32
-    assert moved.extra["size"].dtype == torch.int64
+    assert moved.data["size"].dtype == torch.int64
 
 
 def test_an_empty_batch_keeps_its_condition():
@@ -111,6 +120,6 @@ def test_an_empty_batch_keeps_its_condition():
 
 def test_device_reaches_every_tensor():
     moved = batch().to("meta")
-    tensors = [moved.latents, moved.weight, moved.prior, moved.extra["size"], moved.cond.tokens, moved.cond.mask]
+    tensors = [moved.data["image"], moved.weight, moved.prior, moved.data["size"], moved.cond.tokens, moved.cond.mask]
     assert all(tensor.is_meta for tensor in [*tensors, moved.cond.pooled, moved.cond.extra["time_ids"]])
     assert moved.ids == ["0", "1", "2"]

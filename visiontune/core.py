@@ -8,6 +8,7 @@ from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 Index = int | slice | Tensor
 _Record = TypeVar("_Record", "Condition", "Batch")
@@ -42,8 +43,11 @@ class Condition:
 
     @staticmethod
     def cat(parts: Sequence[Condition]) -> Condition:
-        """Join along the batch. Raises ValueError where the parts do not carry the same fields."""
-        return _cat(parts)
+        """Join along the batch. Rows with fewer tokens are padded with zeros, which their `mask` leaves out.
+
+        Raises ValueError where the parts do not carry the same fields.
+        """
+        return _cat(_padded(parts))
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -51,34 +55,34 @@ class Batch:
     """One training batch of `b` rows.
 
     Attributes:
-        latents: [b, c, h, w] clean latents x_0, scaled as the denoiser expects them.
-        cond: the rows' conditions, or None where the objective embeds `prompts` itself.
         prompts: the rows' captions.
+        data: tensors with the batch as their first axis, by the name of the column that they come from. `image` are
+            clean latents x_0 [b, c, (f), h, w], scaled as the denoiser expects them; batches to draw have `row` [b],
+            each row's number among those of all processes, and `prompt` [b], the number of its prompt.
+        cond: the rows' conditions, or None where the objective embeds `prompts` itself.
         weight: [b] float32 weight of each row in the loss.
         prior: [b] bool, True for rows of prior preservation.
         ids: the rows' sample ids.
-        extra: anything else a reader gives; tensors and lists have the batch as their first axis.
     """
 
-    latents: Tensor
-    cond: Condition | None
     prompts: list[str]
+    data: dict[str, Tensor]
+    cond: Condition | None
     weight: Tensor
     prior: Tensor
     ids: list[str]
-    extra: dict[str, Any] = field(default_factory=dict)
 
     def __len__(self) -> int:
-        return self.latents.shape[0]
+        return len(self.prompts)
 
     def __getitem__(self, rows: Index) -> Batch:
         """The given rows; one integer keeps the batch axis (a Batch of length 1)."""
         return _select(self, rows)
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Batch:
-        """A copy on `device`; `dtype` is given to the latents and the condition, never to the weights."""
+        """A copy on `device`; `dtype` is given to floating-point data and the condition, never to the weights."""
         moved = _map(self, lambda value: _move(value, device, None))
-        return replace(moved, latents=moved.latents.to(dtype), cond=_move(moved.cond, None, dtype))
+        return replace(moved, data=_move(moved.data, None, dtype), cond=_move(moved.cond, None, dtype))
 
     @staticmethod
     def cat(parts: Sequence[Batch]) -> Batch:
@@ -108,6 +112,20 @@ class DiffusionModelLike(Protocol):
     def encode(self, pixels: Tensor, *, generator: Any = None, sample: bool = True) -> Tensor: ...
     def decode(self, latents: Tensor) -> Tensor: ...
     def fingerprint(self, part: str) -> str: ...
+
+
+def _padded(parts: Sequence[Condition]) -> list[Condition]:
+    """The parts with as many tokens as the longest has, and with masks where any has one or tokens were added."""
+    longest = max(part.tokens.shape[1] for part in parts)
+    if all(part.mask is None and part.tokens.shape[1] == longest for part in parts):
+        return list(parts)
+    padded = []
+    for part in parts:
+        rows, length = part.tokens.shape[:2]
+        mask = part.tokens.new_ones(rows, length, dtype=torch.bool) if part.mask is None else part.mask
+        missing = longest - length
+        padded.append(replace(part, tokens=pad(part.tokens, (0, 0, 0, missing)), mask=pad(mask, (0, missing))))
+    return padded
 
 
 def _map(record: _Record, change: Any) -> _Record:

@@ -36,7 +36,7 @@ def ids(sampler: BatchSampler, steps) -> list[str]:
 
 def same(a, b) -> bool:
     conditions = torch.equal(a.cond.tokens, b.cond.tokens)
-    return a.ids == b.ids and a.prompts == b.prompts and torch.equal(a.latents, b.latents) and conditions
+    return a.ids == b.ids and a.prompts == b.prompts and torch.equal(a.data["image"], b.data["image"]) and conditions
 
 
 # ---------------------------------------------------------------------------------------------------- resuming
@@ -98,7 +98,7 @@ def test_a_batch_has_one_size_that_of_its_images(mixed):
         plan = sampler.plan(step)
         (size,) = {p.size for p in plan}
         assert all(p.index in mixed.buckets[size] for p in plan)
-    assert sampler.batch(0).latents.shape[2:] == tuple(side // 2 for side in sampler.plan(0)[0].size)
+    assert sampler.batch(0).data["image"].shape[2:] == tuple(side // 2 for side in sampler.plan(0)[0].size)
 
 
 def test_buckets_take_turns_in_proportion_and_each_samples_passes_are_whole(mixed):
@@ -140,7 +140,7 @@ def test_prior_rows_take_the_size_of_their_batch(rows, model):
     r = rows([sample("a", (60, 40)), sample("b", (40, 60)), *(sample(f"p{i}", prior=True) for i in range(4))])
     sampler = BatchSampler(r, 1, seed=0)
     batches = [sampler.batch(step) for step in range(4)]
-    shapes = {tuple(batch.latents.shape) for batch in batches}
+    shapes = {tuple(batch.data["image"].shape) for batch in batches}
     assert len(shapes) == 2 and all(shape[0] == 2 and shape[2] != shape[3] for shape in shapes)
     assert sorted(batch.ids[1] for batch in batches) == ["p0", "p1", "p2", "p3"]
 

@@ -144,11 +144,11 @@ def test_both_latents_of_a_row_come_with_one_flip_and_one_draw(rows, model):
     for row, (index, flip) in enumerate(((2, True), (0, False))):
         eps = torch.randn(1, 3, 16, 16, generator=torch.Generator().manual_seed(5 + row))
         sample = made.samples[index]
-        for picture, found in ((sample, batch.latents), (sample.partner(), batch.extra["rejected"])):
+        for picture, found in ((sample, batch.data["image"]), (sample.partner(), batch.data["rejected"])):
             moments = model.moments(to_pixels(picture.open(), SQUARE, flip=flip)[None])
             torch.testing.assert_close(found[row], model.latents_from_moments(moments, eps)[0])
     assert batch.ids == ["2.png", "0.png"] and batch.prompts == ["number 2", "number 0"]
-    assert torch.equal(batch[1].extra["rejected"], batch.extra["rejected"][1:])
+    assert torch.equal(batch[1].data["rejected"], batch.data["rejected"][1:])
 
 
 @pytest.mark.parametrize("flip", [False, True])
@@ -159,10 +159,10 @@ def test_both_images_are_encoded_once(rows, model, flip):
     sampler = BatchSampler(made, 2)
     for step in range(9):
         batch = sampler.batch(step)
-        assert batch.extra["rejected"].shape == batch.latents.shape
+        assert batch.data["rejected"].shape == batch.data["image"].shape
     assert model.encoded == 6 * (1 + flip)
 
 
 def test_rows_without_pairs_have_no_rejected_latents(model, photo, tmp_path):
     single = Rows(model, [Sample(id="a", image=photo("a.png"), caption="x")], Config(root="x"), tmp_path / "cache")
-    assert single.collate([Pick(index=0, size=SQUARE)]).extra == {}
+    assert single.collate([Pick(index=0, size=SQUARE)]).data.keys() == {"image"}

@@ -42,13 +42,13 @@ def test_no_step_has_a_prompt_twice_unless_it_must():
 
 def test_a_batch_says_which_rows_and_prompts_it_has():
     batch = PromptBatches(WORDS, 6, group=3, rank=1, world=2).batch(2)
-    assert batch.extra["row"].tolist() == [6, 7, 8, 9, 10, 11]
-    assert [WORDS[i] for i in batch.extra["prompt"]] == batch.prompts
-    assert batch.ids == [str(int(i)) for i in batch.extra["prompt"]]
-    assert batch.cond is None and batch.latents.shape == (6, 0)
+    assert batch.data["row"].tolist() == [6, 7, 8, 9, 10, 11]
+    assert [WORDS[i] for i in batch.data["prompt"]] == batch.prompts
+    assert batch.ids == [str(int(i)) for i in batch.data["prompt"]]
+    assert batch.cond is None
     assert batch.weight.tolist() == [1.0] * 6 and not batch.prior.any()
     part = batch[2:5]
-    assert part.prompts == batch.prompts[2:5] and part.extra["row"].tolist() == [8, 9, 10]
+    assert part.prompts == batch.prompts[2:5] and part.data["row"].tolist() == [8, 9, 10]
 
 
 def test_a_group_is_one_prompt_on_one_rank():
@@ -64,8 +64,8 @@ def test_ranks_together_see_what_one_process_sees(group):
         whole = PromptBatches(WORDS, 8, group, seed=1).batch(step)
         ranks = [PromptBatches(WORDS, 4, group, seed=1, rank=rank, world=2).batch(step) for rank in (0, 1)]
         assert [prompt for batch in ranks for prompt in batch.prompts] == whole.prompts
-        for key, value in whole.extra.items():
-            assert torch.equal(torch.cat([batch.extra[key] for batch in ranks]), value)
+        for key, value in whole.data.items():
+            assert torch.equal(torch.cat([batch.data[key] for batch in ranks]), value)
 
 
 def test_half_a_group_is_refused():

@@ -46,7 +46,7 @@ def test_a_batch_holds_what_its_samples_say(rows, samples, model):
     for row, i in enumerate((3, 1)):
         moments = model.moments(to_pixels(samples[i].open(), SQUARE)[None])
         eps = torch.randn(3, 16, 16, generator=torch.Generator().manual_seed(7 + row))
-        torch.testing.assert_close(batch.latents[row], model.latents_from_moments(moments, eps[None])[0])
+        torch.testing.assert_close(batch.data["image"][row], model.latents_from_moments(moments, eps[None])[0])
         expected = model.embed([samples[i].caption])
         assert torch.equal(batch.cond[row].tokens, expected.tokens)
         assert torch.equal(batch.cond[row].mask, expected.mask)
@@ -55,7 +55,7 @@ def test_a_batch_holds_what_its_samples_say(rows, samples, model):
 
 def test_latents_are_drawn_anew_for_every_seed(rows):
     r = rows()
-    one, again, other = (r.collate([Pick(index=0, size=SQUARE, seed=s)]).latents for s in (1, 1, 2))
+    one, again, other = (r.collate([Pick(index=0, size=SQUARE, seed=s)]).data["image"] for s in (1, 1, 2))
     assert torch.equal(one, again)
     assert (one - other).std() > 0.1  # the deviation is 0.25
 
@@ -98,9 +98,9 @@ def test_a_real_model_gives_the_latents_and_conditions_that_its_encoders_give(ro
         with torch.no_grad():
             latents = model.encode(pixels, generator=torch.Generator().manual_seed(5))
             tokens = torch.cat([model.embed(["a red circle"]).tokens, model.unconditional(1).tokens])
-        torch.testing.assert_close(batch.latents[:1], latents)
+        torch.testing.assert_close(batch.data["image"][:1], latents)
         torch.testing.assert_close(batch.cond.tokens, tokens)
-    assert not batch.latents.requires_grad and not batch.cond.tokens.requires_grad
+    assert not batch.data["image"].requires_grad and not batch.cond.tokens.requires_grad
 
 
 # ---------------------------------------------------------------------------------------------------- caches
@@ -113,7 +113,7 @@ def test_a_second_run_encodes_nothing_and_gets_the_same_bits(rows, model):
     a = first.collate(picks(3, flip=True))
     b = rows(flip=True).collate(picks(3, flip=True))
     assert (model.encoded, model.embedded) == (6, 3)
-    assert torch.equal(a.latents, b.latents) and torch.equal(a.cond.tokens, b.cond.tokens)
+    assert torch.equal(a.data["image"], b.data["image"]) and torch.equal(a.cond.tokens, b.cond.tokens)
 
 
 def test_without_the_latent_cache_the_values_are_the_same_and_nothing_is_stored(rows, model, tmp_path):
@@ -121,7 +121,7 @@ def test_without_the_latent_cache_the_values_are_the_same_and_nothing_is_stored(
     plain.fill()
     batch = plain.collate(picks(3))
     assert not list((tmp_path / "cache").glob("latents/*"))
-    assert torch.equal(batch.latents, rows().collate(picks(3)).latents)
+    assert torch.equal(batch.data["image"], rows().collate(picks(3)).data["image"])
 
 
 @pytest.mark.parametrize("part", ["vae", "text"])
@@ -137,7 +137,11 @@ def test_a_changed_image_under_the_same_name_is_encoded_again(rows, model, sampl
     photo("1.png", seed=99)
     after = rows().collate(picks(3))
     assert model.encoded == 4
-    assert [torch.equal(a, b) for a, b in zip(before.latents, after.latents, strict=True)] == [True, False, True]
+    assert [torch.equal(a, b) for a, b in zip(before.data["image"], after.data["image"], strict=True)] == [
+        True,
+        False,
+        True,
+    ]
 
 
 def test_a_changed_caption_is_embedded_again_and_images_are_not(rows, model, samples):
@@ -170,8 +174,8 @@ def test_pictures_without_a_file_are_cached_by_their_pixels(rows, model):
     def sample(level: int) -> Sample:
         return Sample(id="same", image=lambda: Image.new("RGB", (32, 32), (level,) * 3), caption="x")
 
-    assert rows(samples=[sample(0)]).collate(picks(1)).latents.mean() < -0.9
-    assert rows(samples=[sample(255)]).collate(picks(1)).latents.mean() > 0.9
+    assert rows(samples=[sample(0)]).collate(picks(1)).data["image"].mean() < -0.9
+    assert rows(samples=[sample(255)]).collate(picks(1)).data["image"].mean() > 0.9
 
 
 def test_ranks_share_the_filling(rows, model, samples, tmp_path):

@@ -67,7 +67,7 @@ def ours(model, given=None, lent=None, **options):
 def draws(rows, steps, *key):
     """The start and the noise of the steps, row by row."""
     made = []
-    for row in rows.extra["row"]:
+    for row in rows.data["row"]:
         rng = generator(5, "row", 2, int(row), *key)
         made.append([torch.randn(4, 8, 8, generator=rng) for _ in range(steps + 1)])
     return [torch.stack(values) for values in zip(*made, strict=True)]

@@ -32,7 +32,7 @@ def test_the_log_ratio_with_the_base_is_taken_off_the_advantage():
     with tools.reference():
         base = replay(model, whole.trajectory).detach()
     ratio = (now - base).mean(1).double()
-    expected = whole.advantages - 0.2 * tracked_advantages(ratio, batch.extra["prompt"], {}, 32, 16)
+    expected = whole.advantages - 0.2 * tracked_advantages(ratio, batch.data["prompt"], {}, 32, 16)
     advantages = torch.cat([chunk.advantages for chunk in found.pieces[0]])
     torch.testing.assert_close(advantages, expected, rtol=1e-4, atol=1e-5)
     assert (advantages - whole.advantages).abs().max() > 0.05

@@ -17,11 +17,11 @@ def reference_errors(model, batch, seed, prediction, gamma=None):
     """The same draws through diffusers' own scheduler, one row at a time."""
     rng = generator(seed)
     t = torch.randint(0, 1000, (len(batch),), generator=rng)
-    eps = torch.randn(batch.latents.shape, generator=rng)
+    eps = torch.randn(batch.data["image"].shape, generator=rng)
     scheduler = DDPMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
     errors = []
     for i in range(len(batch)):
-        x_0, e, s = batch.latents[i : i + 1], eps[i : i + 1], t[i : i + 1]
+        x_0, e, s = batch.data["image"][i : i + 1], eps[i : i + 1], t[i : i + 1]
         target = {"eps": e, "x0": x_0, "v": scheduler.get_velocity(x_0, e, s)}[prediction]
         pred = model.predict(scheduler.add_noise(x_0, e, s), s, batch.cond[i])
         abar = scheduler.alphas_cumprod[s]
@@ -81,7 +81,7 @@ def test_offset_noise_moves_the_channel_means(offset):
 def test_the_target_holds_the_offset_noise():
     """A network that returns the very noise that was added has no error, offset or not."""
     model = TinyModel()
-    batch = replace(tiny_batch(model, 0, instance=4), latents=torch.zeros(4, 4, 8, 8))
+    batch = replace(tiny_batch(model, 0, instance=4), data={"image": torch.zeros(4, 4, 8, 8)})
     model.predict = lambda x_t, t, cond: x_t / model.schedule.sigma(t)[:, None, None, None]
     errors = build(Config(offset_noise=0.5)).errors(model, batch, generator(0))
     torch.testing.assert_close(errors, torch.zeros(4), atol=1e-9, rtol=0)

@@ -43,26 +43,25 @@ def pair_batch(rows=4, seed=0) -> Batch:
     rng = torch.Generator().manual_seed(seed)
     x_0, worse = torch.randn(2, rows, 2, 4, 4, generator=rng, dtype=torch.float64)
     return Batch(
-        latents=x_0,
-        cond=None,
         prompts=[PROMPTS[i % 3] for i in range(rows)],
+        data={"image": x_0, "rejected": worse},
+        cond=None,
         weight=torch.ones(rows),
         prior=torch.zeros(rows, dtype=torch.bool),
         ids=[str(i) for i in range(rows)],
-        extra={"rejected": worse},
     )
 
 
 def swapped(batch):
-    return replace(batch, latents=batch.extra["rejected"], extra={"rejected": batch.latents})
+    return replace(batch, data={"image": batch.data["rejected"], "rejected": batch.data["image"]})
 
 
 def error_gap(objective, model, batch, seed=1):
     """mean(e_w - e_l), as the loss draws its noise."""
     rng = generator(seed)
     t = objective.timesteps(model.schedule, len(batch), rng)
-    eps = objective.noise(batch.latents, rng)
-    errors = objective.both(model, batch.latents, batch.extra["rejected"], eps, t, model.embed(batch.prompts))
+    eps = objective.noise(batch.data["image"], rng)
+    errors = objective.both(model, batch.data["image"], batch.data["rejected"], eps, t, model.embed(batch.prompts))
     return (errors[0] - errors[1]).mean()
 
 
@@ -93,11 +92,11 @@ def test_the_loss_is_its_definition_against_an_untouched_copy():
     def errors(net, x_0):
         return (net.predict(model.schedule.add_noise(x_0, eps, t), t, cond) - eps).square().mean((1, 2, 3))
 
-    better, worse = (errors(model, x) - errors(untouched, x) for x in (batch.latents, batch.extra["rejected"]))
-    expected = torch.log1p(torch.exp(1.5 * (better - worse))).mean() + 0.2 * errors(model, batch.latents).mean()
+    better, worse = (errors(model, x) - errors(untouched, x) for x in (batch.data["image"], batch.data["rejected"]))
+    expected = torch.log1p(torch.exp(1.5 * (better - worse))).mean() + 0.2 * errors(model, batch.data["image"]).mean()
     torch.testing.assert_close(loss.total, expected)
-    torch.testing.assert_close(loss.terms["chosen"], errors(model, batch.latents).mean().detach())
-    torch.testing.assert_close(loss.terms["rejected_base"], errors(untouched, batch.extra["rejected"]).mean())
+    torch.testing.assert_close(loss.terms["chosen"], errors(model, batch.data["image"]).mean().detach())
+    torch.testing.assert_close(loss.terms["rejected_base"], errors(untouched, batch.data["rejected"]).mean())
     torch.testing.assert_close(loss.terms["accuracy"], (better < worse).double().mean())
 
 
@@ -139,7 +138,7 @@ def test_both_pictures_and_both_models_see_one_noise_and_one_timestep():
     alpha, sigma = (v.view(-1, 1, 1, 1).double() for v in (model.schedule.alphas[t[:4]], model.schedule.sigmas[t[:4]]))
     noises = [
         (x - alpha * x_0) / sigma
-        for x, x_0 in zip(ours.chunk(2), (batch.latents, batch.extra["rejected"]), strict=True)
+        for x, x_0 in zip(ours.chunk(2), (batch.data["image"], batch.data["rejected"]), strict=True)
     ]
     torch.testing.assert_close(*noises)
 
@@ -188,7 +187,7 @@ def test_rows_have_weights_and_what_is_missing_is_refused():
     half = objective.loss(model, replace(batch, weight=torch.full((4,), 0.5)), generator(1)).total
     torch.testing.assert_close(half, one / 2)
     with pytest.raises(ValueError, match="pairs=True"):
-        objective.loss(model, replace(batch, extra={}), generator(1))
+        objective.loss(model, replace(batch, data={"image": batch.data["image"]}), generator(1))
     with pytest.raises(UserError, match="set an adapter"):
         build(Config()).prepare(model, adapters=None, data=None, cache_dir=None, images=None)
     for wrong in ({"beta": 0}, {"sft_weight": -1}):
@@ -321,7 +320,7 @@ def test_memory_does_not_grow_with_the_timesteps():
 def test_a_batch_that_mixes_prompts_in_a_group_is_refused():
     model = Drawing()
     batch = batch_of(GROUP, 2)
-    batch.extra["prompt"][1] += 1
+    batch.data["prompt"][1] += 1
     with pytest.raises(ValueError, match="groups of 4 with one prompt"):
         online().collect(model, batch, tools_of(model=model))
     with pytest.raises(ValueError, match="group"):

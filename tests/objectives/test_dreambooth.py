@@ -194,16 +194,18 @@ class ClassRows(TinyRows):
         own = torch.randn(4, 4, 8, 8, generator=generator("instance"))
         kind = torch.randn(4, 4, 8, 8, generator=generator("class"))
         pick = torch.randint(0, 4, (len(batch),), generator=generator(step))
-        noise = 0.1 * torch.randn(batch.latents.shape, generator=generator(step, "noise"))
+        noise = 0.1 * torch.randn(batch.data["image"].shape, generator=generator(step, "noise"))
         latents = torch.where(batch.prior[:, None, None, None], kind[pick] + noise, own[pick])
-        return replace(batch, latents=latents)
+        return replace(batch, data={"image": latents})
 
 
 def class_drift(model, base) -> float:
     """Mean squared distance of the two models' predictions for the class prompt, on class latents."""
     batch = ClassRows(model, 0, 64).batch(10**6)
     t = torch.randint(0, 1000, (64,), generator=generator("t"))
-    x_t = model.schedule.add_noise(batch.latents, torch.randn(batch.latents.shape, generator=generator("eps")), t)
+    x_t = model.schedule.add_noise(
+        batch.data["image"], torch.randn(batch.data["image"].shape, generator=generator("eps")), t
+    )
     with torch.no_grad():
         return float((model.predict(x_t, t, batch.cond) - base.predict(x_t, t, batch.cond)).square().mean())
 

@@ -70,7 +70,7 @@ def test_the_best_and_the_worst_of_a_larger_group():
     rollouts = built.collect(model, batch, tools)
     every = whole.pieces[0][0].advantages.view(2, 6)
     expected = {*(every.argmax(1) + torch.tensor([0, 6])).tolist(), *(every.argmin(1) + torch.tensor([0, 6])).tolist()}
-    assert {int(r) for chunk in rollouts.pieces[0] for r in chunk.batch.extra["row"]} == expected
+    assert {int(r) for chunk in rollouts.pieces[0] for r in chunk.batch.data["row"]} == expected
     assert rollouts.rows == 4
     # Drawn in fives, then scored again in the batch in which they are replayed.
     assert model.calls[-15:] == [5] * 5 + [2] * 5 + [4] * 5

@@ -234,7 +234,7 @@ def test_updates_share_the_rows_out_and_inner_epochs_go_through_them_again():
     assert built.updates == 4
     rollouts, tools = collected(model, built)
     assert [[len(chunk) for chunk in piece] for piece in rollouts.pieces] == [[3, 1], [3, 1]]
-    rows = [torch.cat([chunk.batch.extra["row"] for chunk in piece]) for piece in rollouts.pieces]
+    rows = [torch.cat([chunk.batch.data["row"] for chunk in piece]) for piece in rollouts.pieces]
     assert torch.cat(rows).sort().values.tolist() == list(range(8)) and rollouts.rows == 4
     assert torch.cat(rows).tolist() != list(range(8))
     spent = []
@@ -253,7 +253,7 @@ def test_advantages_belong_to_their_rows_whatever_the_order_they_are_drawn_in():
     whole, _ = collected(model, objective())
     dealt, _ = collected(model, objective(updates=2, micro_batch=3))
     by_row = [
-        dict(zip(torch.cat([c.batch.extra["row"] for p in r.pieces for c in p]).tolist(),
+        dict(zip(torch.cat([c.batch.data["row"] for p in r.pieces for c in p]).tolist(),
                  torch.cat([c.advantages for p in r.pieces for c in p]).tolist(), strict=True))
         for r in (whole, dealt)
     ]  # fmt: skip
@@ -296,7 +296,7 @@ def test_each_reward_of_a_mix_is_normalised_by_itself():
     rollouts, _ = collected(model, built, tools_of(Two()))
     (chunk,) = rollouts.pieces[0]
     shown = (model.decode(chunk.trajectory.final) / 2 + 0.5).double()
-    prompts = chunk.batch.extra["prompt"]
+    prompts = chunk.batch.data["prompt"]
     expected = group_advantages(shown.mean((1, 2, 3)), prompts) + 2 * group_advantages(shown.amax((1, 2, 3)), prompts)
     torch.testing.assert_close(chunk.advantages, expected, rtol=1e-2, atol=1e-2)
     other = Two()
@@ -326,7 +326,7 @@ def test_a_groupwise_reward_sees_whole_groups(micro_batch, updates):
     # Two of the four groups have the same prompt and are not mixed.
     rollouts, _ = collected(model, built, tools_of(apart), count=4, prompts=("a", "b", "c"))
     assert seen == [4, 4, 4, 4]
-    rows = torch.cat([c.batch.extra["row"] for p in rollouts.pieces for c in p])
+    rows = torch.cat([c.batch.data["row"] for p in rollouts.pieces for c in p])
     latents = torch.cat([c.trajectory.final for p in rollouts.pieces for c in p])[rows.argsort()]
     pictures = (model.decode(latents) / 2 + 0.5).view(4, 4, 3, 2, 2)
     expected = (pictures - pictures.mean(1, keepdim=True)).abs().mean((2, 3, 4)).flatten()

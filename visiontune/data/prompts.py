@@ -91,18 +91,17 @@ class PromptBatches:
         return len(self.prompts)
 
     def batch(self, step: int) -> Batch:
-        """Rows without latents; ``extra`` holds ``row`` [b], each row's number among those of all ranks."""
+        """Rows without pictures: prompts, and the numbers of rows and prompts as ``data``."""
         here = self.batch_size // self.group
         start = (step * self.world + self.rank) * here
         chosen = [self._prompt(place) for place in range(start, start + here) for _ in range(self.group)]
         return Batch(
-            latents=torch.empty(len(chosen), 0),
-            cond=None,
             prompts=[self.prompts[i] for i in chosen],
+            data={"row": torch.arange(len(chosen)) + self.rank * self.batch_size, "prompt": torch.tensor(chosen)},
+            cond=None,
             weight=torch.ones(len(chosen)),
             prior=torch.zeros(len(chosen), dtype=torch.bool),
             ids=[str(i) for i in chosen],
-            extra={"row": torch.arange(len(chosen)) + self.rank * self.batch_size, "prompt": torch.tensor(chosen)},
         )
 
     def _prompt(self, place: int) -> int:

@@ -135,24 +135,23 @@ class Rows:
         """The batch of some picks of one size, in their order, on the CPU.
 
         A row with ``drop`` has the empty caption as its prompt and the model's unconditional condition. Of pairs
-        ``latents`` are the better images and ``extra["rejected"]`` the worse ones.
+        ``image`` are the better images and ``rejected`` the worse ones.
         """
         samples = [self.samples[p.index] for p in picks]
-        latents, extra = self._latents_of(picks), {}
+        data = {"image": self._latents_of(picks)}
         if all(p.index in self.partners for p in picks):
-            extra["rejected"] = self._latents_of([replace(p, index=self.partners[p.index]) for p in picks])
+            data["rejected"] = self._latents_of([replace(p, index=self.partners[p.index]) for p in picks])
         cond = None
         if not self.train_text:
             rows = [self._empty if p.drop else self.condition(s.caption) for p, s in zip(picks, samples, strict=True)]
             cond = Condition.cat(rows)
         return Batch(
-            latents=latents,
-            cond=cond,
             prompts=["" if p.drop else s.caption for p, s in zip(picks, samples, strict=True)],
+            data=data,
+            cond=cond,
             weight=torch.tensor([s.weight for s in samples], dtype=torch.float32),
             prior=torch.tensor([s.prior for s in samples], dtype=torch.bool),
             ids=[s.id for s in samples],
-            extra=extra,
         )
 
     def _latents_of(self, picks: Sequence[Pick]) -> Tensor:

@@ -88,6 +88,6 @@ def score_latents(
 
 def same_prompt(batch: Batch, group: int) -> None:
     """Raises ValueError unless every ``group`` rows in turn have one prompt."""
-    prompts = batch.extra["prompt"]
+    prompts = batch.data["prompt"]
     if len(prompts) % group or bool((prompts.view(-1, group) != prompts.view(-1, group)[:, :1]).any()):
         raise ValueError(f"a batch of {len(prompts)} rows is not made of groups of {group} with one prompt each")

@@ -101,7 +101,7 @@ class Tools:
 
     def generators(self, batch: Batch, *key: int | str) -> list[torch.Generator]:
         """One for each row: its noise depends on the run's seed, the rollout and the row, not on the batch's cut."""
-        return [generator(self.seed, "row", self.index, int(row), *key) for row in batch.extra["row"]]
+        return [generator(self.seed, "row", self.index, int(row), *key) for row in batch.data["row"]]
 
     def shared(self, *key: int | str) -> torch.Generator:
         """A generator that is the same in every process."""
@@ -228,7 +228,7 @@ def parts_of(batch: Batch, size: int | None) -> Iterator[Batch]:
 def score(tools: Tools, images: Tensor, batch: Batch) -> dict[str, Tensor]:
     """Rewards ``[b]`` of pictures of a batch's prompts as ``reward``, and of a mix each term as ``reward/<term>``."""
     assert tools.reward is not None
-    meta = [{"prompt_id": int(i)} for i in batch.extra["prompt"]]
+    meta = [{"prompt_id": int(i)} for i in batch.data["prompt"]]
     rewards = tools.reward(images, batch.prompts, meta)
     terms = getattr(tools.reward, "terms", {})
     return {"reward": rewards, **{f"reward/{name}": value.to(rewards) for name, value in terms.items()}}

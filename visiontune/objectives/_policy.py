@@ -167,7 +167,7 @@ class Policy(Stepped):
         if self.penalty:
             ratios = [self.log_ratio(model, batch[r], d, tools) for r, d in zip(parts, drawn, strict=True)]
             values["kl"] = torch.cat(ratios)[back]
-        advantages, terms = self.advantages(values, batch.extra["prompt"], tools)
+        advantages, terms = self.advantages(values, batch.data["prompt"], tools)
         if self.chosen is None:
             kept = torch.ones(len(batch), dtype=torch.bool)
         else:
@@ -194,7 +194,7 @@ class Policy(Stepped):
             return None
         side = model.resolution // model.downsample
         shape = (model.latent_channels, side, side)
-        groups = (rows.extra["row"] // self.config.group).tolist()
+        groups = (rows.data["row"] // self.config.group).tolist()
         return torch.stack([torch.randn(shape, generator=tools.shared("start", group)) for group in groups])
 
     def log_ratio(self, model: DiffusionModel, rows: Batch, trajectory: Trajectory, tools: Tools) -> Tensor:
@@ -291,7 +291,7 @@ class Policy(Stepped):
         count = max(1, round(self.config.timestep_fraction * len(steps)))
         if count == len(steps):
             return steps.expand(len(chunk), -1)
-        groups = (chunk.batch.extra["row"] // self.config.group).tolist()
+        groups = (chunk.batch.data["row"] // self.config.group).tolist()
         drawn = [torch.randperm(len(steps), generator=tools.shared("steps", epoch, group)) for group in groups]
         return torch.stack([steps[order[:count].sort().values] for order in drawn])
 

@@ -58,7 +58,7 @@ class Objective(ABC):
     """One way to compute a loss. Stateless between steps: everything random comes from ``rng``.
 
     Attributes:
-        pairs: whether it trains on pairs of images, the worse ones being ``batch.extra["rejected"]``.
+        pairs: whether it trains on pairs of images, the worse ones being ``batch.data["rejected"]``.
     """
 
     pairs: ClassVar[bool] = False

@@ -83,8 +83,8 @@ class Denoising(Objective):
 
     def errors(self, model: DiffusionModel, batch: Batch, rng: torch.Generator) -> Tensor:
         """Error of each row ``[b]`` in float32, min-SNR weighted, before the row weights."""
-        x_0 = batch.latents.float()
-        t = self.timesteps(model.schedule, len(x_0), rng, batch.extra.get("quantile")).to(x_0.device)
+        x_0 = batch.data["image"].float()
+        t = self.timesteps(model.schedule, len(x_0), rng, batch.data.get("quantile")).to(x_0.device)
         eps = self.noise(x_0, rng)
         return self.errors_at(model, x_0, eps, t, condition_of(model, batch))
 

@@ -93,10 +93,10 @@ class DiffusionDPO(denoising.Denoising):
         return []
 
     def loss(self, model: DiffusionModel, batch: Batch, rng: torch.Generator) -> Loss:
-        if "rejected" not in batch.extra:
+        if "rejected" not in batch.data:
             raise ValueError("rows without a rejected image: read the data with pairs=True")
-        x_0, rejected = _wide(batch.latents), _wide(batch.extra["rejected"])
-        t = self.timesteps(model.schedule, len(x_0), rng, batch.extra.get("quantile")).to(x_0.device)
+        x_0, rejected = _wide(batch.data["image"]), _wide(batch.data["rejected"])
+        t = self.timesteps(model.schedule, len(x_0), rng, batch.data.get("quantile")).to(x_0.device)
         eps = self.noise(x_0, rng)
         errors = self.both(model, x_0, rejected, eps, t, condition_of(model, batch))
         with torch.no_grad(), self.adapters.disable():

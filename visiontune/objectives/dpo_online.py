@@ -96,7 +96,7 @@ class OnlineDPO(Stepped):
             rejected=x_0[worst],
             cond=cond[best],
             weight=(gap > 0) * (tools.world / pairs),
-            rows=batch.extra["row"][first],
+            rows=batch.data["row"][first],
             terms={
                 **terms,
                 "gap": gaps.mean(),

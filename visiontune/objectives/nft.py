@@ -114,7 +114,7 @@ class NFT(Stepped):
         follow(tools, self.decay(tools.index))
         with old_policy(tools):
             trajectories, own, terms = draw_scored(self, model, batch, tools)
-        rewards, prompts = tools.gather(own), tools.gather(batch.extra["prompt"])
+        rewards, prompts = tools.gather(own), tools.gather(batch.data["prompt"])
         advantages = group_advantages(rewards.cpu().double(), prompts.cpu(), global_std=True).to(rewards)
         good = (advantages / (2 * config.advantage_range) + 0.5).clamp(0, 1)
         same = prompts[:, None] == prompts[None]
@@ -124,7 +124,7 @@ class NFT(Stepped):
             cond=Condition.cat([t.cond for t in trajectories]),
             timesteps=trajectories[0].timesteps,
             optimality=good[tools.rank * len(own) : (tools.rank + 1) * len(own)],
-            rows=batch.extra["row"],
+            rows=batch.data["row"],
             terms={
                 **terms,
                 "flat_groups": flat.to(rewards).mean(),

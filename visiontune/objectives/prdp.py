@@ -119,7 +119,7 @@ class PRDP(Stepped):
             old=torch.cat([_scored(t).to(model.device) for t in trajectories]),
             base=torch.cat([reference(model, t, tools.reference()) for t in trajectories]),
             rewards=rewards,
-            prompts=batch.extra["prompt"],
+            prompts=batch.data["prompt"],
             terms=terms,
         )
 

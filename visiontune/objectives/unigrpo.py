@@ -168,7 +168,7 @@ class UniGRPO(Online):
         tokens = torch.cat([found for found, _ in drawn])
         cond = Condition.cat([told for _, told in drawn])
         values = score_latents(model, tools, tokens, batch, config.group, size)
-        advantages, terms = self.advantages(values, batch.extra["prompt"], tools)
+        advantages, terms = self.advantages(values, batch.data["prompt"], tools)
         chunks = []
         for rows in advantages.nonzero().flatten().split(size or len(batch)):
             if len(rows):
@@ -204,7 +204,7 @@ class UniGRPO(Online):
         """Rows with the masks of all updates and the log-probabilities under the weights of now."""
         shape = tokens.shape[1:]
         flat = tokens.flatten(1)
-        hidden = self.hidden(flat.shape[1], rows.extra["row"], tools).to(flat.device)
+        hidden = self.hidden(flat.shape[1], rows.data["row"], tools).to(flat.device)
         uncond = None if self.config.score_cfg_scale == 1.0 else model.unconditional(len(flat))
         found = [
             of_drawn(self.log_probs(model, flat, mask, cond, uncond, shape), flat) for mask in hidden.flatten(0, 1)

@@ -49,7 +49,7 @@ def plan(
         def loss() -> Tensor:
             batch = rows.batch(index).to(accelerator.device)
             order = torch.randperm(len(batch), generator=generator(seed, "plan rows", index))
-            batch.extra["quantile"] = (order + places[index]) / len(batch)
+            batch.data["quantile"] = (order + places[index]) / len(batch)
             rng = generator(seed, "plan", index, accelerator.process_index)
             with torch.no_grad():
                 batch = objective.rollout(model, batch, rng)

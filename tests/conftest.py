@@ -1,0 +1,9 @@
+"""One thread for each test process: tiny operations on several threads starve one another on a busy machine."""
+
+from __future__ import annotations
+
+import os
+
+# Before torch is imported, which reads them once.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("MKL_NUM_THREADS", "1")
