@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from visiontune.objectives._online import Tools
+from visiontune.objectives.base import Tools
 
 
 @torch.no_grad()
