@@ -158,9 +158,9 @@ def test_missing_weights_are_a_user_error(
 
 @pytest.mark.pocket
 def test_both_formats_of_pocket_clip_agree_and_read_scenes() -> None:
-    from visiontune.data.pocket_scenes import stream
-    from visiontune.data.pocket_world import render
     from visiontune.evaluation.metrics import retrieval_top1
+    from visiontune.pocket.scenes import stream
+    from visiontune.pocket.world import render
 
     pairs = [pair for pair, _ in zip(stream(77), range(100), strict=False)]
     images, prompts = np.stack([render(scene) for scene, _ in pairs]), [text for _, text in pairs]

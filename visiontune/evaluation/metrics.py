@@ -9,9 +9,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from visiontune.data import oracle
-from visiontune.data.pocket_world import SUBJECTS
 from visiontune.errors import UserError
+from visiontune.pocket import oracle
+from visiontune.pocket.world import SUBJECTS
 from visiontune.rewards._clip import ClipEncoder
 from visiontune.schema import nearest
 
