@@ -19,7 +19,7 @@ from transformers import CLIPImageProcessorPil, CLIPModel, CLIPTokenizer
 
 from visiontune import plugin
 from visiontune.errors import UserError
-from visiontune.evaluation.metrics import to_tensor
+from visiontune.ops.pixels import to_tensor
 from visiontune.rewards._clip import load_clip
 
 

@@ -10,7 +10,7 @@ import torch
 
 from visiontune import plugin
 from visiontune.errors import UserError
-from visiontune.evaluation.metrics import to_tensor
+from visiontune.ops.pixels import to_tensor
 from visiontune.pocket import oracle, scenes, world
 
 

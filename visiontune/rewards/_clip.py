@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from visiontune.errors import UserError
-from visiontune.rewards._pixels import Fit, Framing, Preprocess
+from visiontune.ops.pixels import Fit, Framing, Preprocess
 from visiontune.rewards._weights import weights_of
 
 _log = logging.getLogger(__name__)

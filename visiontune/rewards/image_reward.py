@@ -27,8 +27,8 @@ import torch
 from torch import Tensor, nn
 
 from visiontune.errors import UserError
+from visiontune.ops.pixels import Framing, Preprocess
 from visiontune.rewards._clip import MEAN, STD
-from visiontune.rewards._pixels import Framing, Preprocess
 from visiontune.rewards._weights import find_file, linear_head, load_exactly, read_tensors, weights_of
 from visiontune.rewards.base import Meta, Reward
 from visiontune.schema import option

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from visiontune.errors import UserError
+from visiontune.ops.pixels import to_uint8
 from visiontune.pocket import oracle
 from visiontune.pocket.world import SIZE, SUBJECTS
-from visiontune.rewards._pixels import to_uint8
 from visiontune.rewards.base import Meta, Reward
 from visiontune.schema import nearest, option
 

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from visiontune.errors import UserError
 from visiontune.objectives._online import Online
+from visiontune.ops.pixels import to_tensor
 from visiontune.schema import nearest
 from visiontune.training import checkpoint, measures, preview
 from visiontune.training.config import GuardsConfig
@@ -189,7 +190,7 @@ class Guard:
         for first in range(0, len(self.prompts), at_once):
             numbers = [i for i in range(first, min(first + at_once, len(self.prompts))) for _ in range(seeds)]
             part = images[first : first + at_once].reshape(-1, *images.shape[2:])
-            pixels = torch.from_numpy(part).to(device).permute(0, 3, 1, 2).float() / 255
+            pixels = to_tensor(part, device)
             scores.append(
                 self.reward(pixels, [self.prompts[i] for i in numbers], [{"prompt_id": i} for i in numbers]).cpu()
             )
