@@ -19,8 +19,8 @@ from transformers import CLIPImageProcessorPil, CLIPModel, CLIPTokenizer
 
 from visiontune import plugin
 from visiontune.errors import UserError
+from visiontune.models.clip import load_clip
 from visiontune.ops.pixels import to_tensor
-from visiontune.rewards._clip import load_clip
 
 
 def _score(model: str | Path, **options: object):
@@ -147,6 +147,8 @@ def test_missing_weights_are_a_user_error(
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with pytest.raises(UserError, match=r"CLIP '.*' cannot be loaded by transformers"):
         _score(tmp_path)
+    with pytest.raises(UserError, match="there is no pocket model 'pocket/clib'; did you mean 'pocket/clip'"):
+        _score("pocket/clib")
     with pytest.raises(UserError, match="<architecture>/<pretrained tag>"):
         _score("ViT-B-32", backend="open_clip")
     bare = tmp_path / "bare"

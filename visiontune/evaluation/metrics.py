@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from visiontune.errors import UserError
+from visiontune.models.clip import ClipEncoder
 from visiontune.ops.pixels import to_tensor
 from visiontune.pocket import oracle
 from visiontune.pocket.world import SUBJECTS
-from visiontune.rewards._clip import ClipEncoder
 from visiontune.schema import nearest
 
 

@@ -17,9 +17,9 @@ from visiontune.evaluation.metrics import (
     subject_fidelity,
     subject_recognition,
 )
+from visiontune.models.clip import load_clip
 from visiontune.pocket.scenes import article, stream
 from visiontune.pocket.world import SUBJECTS, Subject
-from visiontune.rewards._clip import load_clip
 from visiontune.sampling.pipeline import images
 
 if TYPE_CHECKING:

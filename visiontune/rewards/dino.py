@@ -18,8 +18,8 @@ from PIL import Image
 from torch import Tensor, nn
 
 from visiontune.errors import UserError
+from visiontune.models.sources import weights_of
 from visiontune.ops.pixels import Framing, Preprocess, to_tensor
-from visiontune.rewards._weights import weights_of
 from visiontune.rewards.base import Meta, Reward
 from visiontune.schema import option
 
