@@ -67,12 +67,12 @@ def build(
     objective = objective_module.build(objective_config)
     from visiontune.data.prompts import PromptBatches, read_data_prompts
     from visiontune.objectives._online import Online
-    from visiontune.training import alarms
+    from visiontune.training import guards
 
     online = isinstance(objective, Online)
     prompts = read_data_prompts(run.data) if online else []
     if run.guards is not None:
-        alarms.check(run.guards, objective)
+        guards.check(run.guards, objective)
     prompts, held = guard_prompts(run, prompts)
     samples = [] if online else read(run.data, pairs=objective.pairs)
     if not online:
@@ -191,7 +191,7 @@ def make_guard(run: Run, prompts: list[str], objective: Any) -> Any:
     if run.guards is None:
         return None
     from visiontune.rewards.loading import load, resolve
-    from visiontune.training.alarms import Guard
+    from visiontune.training.guards import Guard
 
     spec, reward = run.guards.reward, None
     if spec is not None:

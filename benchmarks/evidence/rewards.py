@@ -34,11 +34,12 @@ from personalise import RESULTS
 from visiontune import config
 from visiontune.data.base import Config as Data
 from visiontune.data.prompts import read_data_prompts
-from visiontune.evaluation.metrics import prompt_accuracy, to_tensor
+from visiontune.evaluation.metrics import prompt_accuracy
 from visiontune.evaluation.personalise import ordinary_prompts
 from visiontune.files import write_json, write_text
 from visiontune.models import load
 from visiontune.models.base import DiffusionModel
+from visiontune.ops.pixels import to_tensor
 from visiontune.rewards.loading import load as load_reward
 from visiontune.sampling.pipeline import images
 from visiontune.training.devices import native_bf16

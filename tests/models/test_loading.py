@@ -97,6 +97,10 @@ def test_pocket_names_are_folders_of_the_package(saved, tmp_path, monkeypatch):
     shutil.copytree(saved, tmp_path / "pocket-sd")
     (tmp_path / "pocket-clip").mkdir()  # no pipeline, so not a model to fine-tune
     assert pocket.names() == ["pocket/sd"]
+    (tmp_path / "pocket-clip" / "config.json").touch()
+    assert pocket.names("config.json") == ["pocket/clip"]
+    assert pocket.folder("pocket/clip", "config.json") == tmp_path / "pocket-clip"
+    assert pocket.names() == ["pocket/sd"]
     assert models.load("pocket/sd").source == "pocket/sd"
     message = refusal("pocket/ds")
     assert "there is no pocket model 'pocket/ds'" in message

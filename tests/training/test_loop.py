@@ -103,9 +103,9 @@ def test_fp16_on_a_cpu_is_refused(tmp_path):
 
 def test_what_is_saved_is_the_average(tmp_path):
     trainer = tiny_trainer(tmp_path, steps=5, lr=1e-2, ema=0.6)
-    average = trainer.average.model
+    average = trainer.average
     result = load_file(trainer.fit() / "weights.safetensors")
-    for (name, p), shadow in zip(trainer.parameters.items(), average.shadow_params, strict=True):
+    for (name, p), shadow in zip(trainer.parameters.items(), average.shadow, strict=True):
         assert torch.equal(result[name.removeprefix("denoiser.")], shadow)
         assert not torch.equal(p, shadow)
 

@@ -5,6 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from diffusers.training_utils import EMAModel
 from PIL import Image
 from tiny import tiny_model
 from tiny_training import TinyModel, TinyRows, tiny_trainer
@@ -27,7 +28,7 @@ def test_the_average_follows_its_formula():
         average.update()
         decay = min(0.5, (1 + n) / (10 + n)) if n else 0.0
         expected = decay * expected + (1 - decay) * value
-        assert average.model.shadow_params[0].item() == pytest.approx(expected, rel=1e-5)
+        assert average.shadow[0].item() == pytest.approx(expected, rel=1e-5)
 
 
 def test_the_average_is_only_looked_through():
@@ -38,6 +39,24 @@ def test_the_average_is_only_looked_through():
     with average.applied():
         assert torch.allclose(parameter, before - 1)
     assert torch.equal(parameter, before)
+
+
+def test_averages_that_diffusers_kept_are_taken_up():
+    """Checkpoints of earlier versions hold the state of its ``EMAModel``, whose formula is the same."""
+    parameters = [Parameter(torch.randn(3)), Parameter(torch.randn(2, 2))]
+    theirs, before, after = EMAModel(parameters, decay=0.7), Average(parameters, 0.7), Average(parameters, 0.7)
+    for n in range(9):
+        for p in parameters:
+            p.data += 1
+        theirs.step(parameters)
+        before.update()
+        if n == 4:
+            after.load_state_dict(theirs.state_dict())
+        elif n > 4:
+            after.update()
+    for one, two, three in zip(before.shadow, after.shadow, theirs.shadow_params, strict=True):
+        torch.testing.assert_close(one, three)
+        torch.testing.assert_close(two, three)
 
 
 def test_no_average_is_the_weights():
@@ -218,10 +237,10 @@ def test_an_average_that_starts_late_begins_at_the_weights():
     average = Average([parameter], 0.9)
     parameter.data.fill_(5.0)
     average.load_state_dict(None)
-    assert average.model.shadow_params[0].item() == 5.0
+    assert average.shadow[0].item() == 5.0
     other = Average([Parameter(torch.zeros(1))], 0.3)
     other.load_state_dict(average.state_dict())
-    assert other.model.shadow_params[0].item() == 5.0 and other.model.decay == 0.3
+    assert other.shadow[0].item() == 5.0 and other.decay == 0.3
 
 
 def test_no_prompts_no_previews():

@@ -10,8 +10,6 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from visiontune.data.pocket_scenes import article, stream
-from visiontune.data.pocket_world import SUBJECTS, Subject
 from visiontune.evaluation.metrics import (
     clip_image_similarity,
     memorisation,
@@ -19,7 +17,9 @@ from visiontune.evaluation.metrics import (
     subject_fidelity,
     subject_recognition,
 )
-from visiontune.rewards._clip import load_clip
+from visiontune.models.clip import load_clip
+from visiontune.pocket.scenes import article, stream
+from visiontune.pocket.world import SUBJECTS, Subject
 from visiontune.sampling.pipeline import images
 
 if TYPE_CHECKING:

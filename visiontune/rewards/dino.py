@@ -18,8 +18,8 @@ from PIL import Image
 from torch import Tensor, nn
 
 from visiontune.errors import UserError
-from visiontune.rewards._pixels import Framing, Preprocess
-from visiontune.rewards._weights import weights_of
+from visiontune.models.sources import weights_of
+from visiontune.ops.pixels import Framing, Preprocess, to_tensor
 from visiontune.rewards.base import Meta, Reward
 from visiontune.schema import option
 
@@ -101,5 +101,5 @@ def _read(path: Path) -> list[Tensor]:
                 pixels = np.array(picture.convert("RGB"))
         except OSError as error:
             raise UserError(f"{file} is not a readable image: make it again or delete it") from error
-        images.append(torch.from_numpy(pixels).permute(2, 0, 1)[None].float() / 255)
+        images.append(to_tensor(pixels)[None])
     return images

@@ -22,7 +22,7 @@ from visiontune.core import Loss
 from visiontune.errors import Stopped
 from visiontune.objectives._online import Online
 from visiontune.objectives.base import Objective, generator, seed_of
-from visiontune.training import alarms, guards, optim, preview, result, resume
+from visiontune.training import guards, optim, preview, result, resume, trouble
 from visiontune.training.config import PreviewConfig, TrainConfig
 from visiontune.training.devices import attention_for_training, make_accelerator
 from visiontune.training.ema import Average
@@ -69,7 +69,7 @@ class Trainer:
         metadata: Mapping[str, str] | None = None,
         accelerator: Accelerator | None = None,
         reward: Any = None,
-        guard: alarms.Guard | None = None,
+        guard: guards.Guard | None = None,
     ) -> None:
         self.model, self.adapters, self.objective, self.rows = model, adapters, objective, rows
         self.train, self.preview, self.seed, self.out = train, preview or PreviewConfig(), seed, Path(out)
@@ -91,7 +91,7 @@ class Trainer:
                 self.model, adapters, objective, rows, train, reward, seed, self.accelerator, chosen
             )
         if guard is not None:
-            alarms.check(guard.config, objective)
+            guards.check(guard.config, objective)
         optimizer = optim.make_optimizer(chosen, train, optim.text_names(chosen, model))
         self.optimizer = self.accelerator.prepare_optimizer(optimizer)
         self.schedule = optim.make_schedule(optimizer, train)
@@ -112,13 +112,13 @@ class Trainer:
         """
         from tqdm.auto import tqdm
 
-        with guards.readable_disk_errors(self.out):
+        with trouble.readable_disk_errors(self.out):
             start = resume.begin(self)
             # Nothing is kept of a run that begins, not even what was measured before its first step.
             metrics = Metrics(self.accelerator, self.out, self.train.trackers, start or -1)
             if self.accelerator.is_main_process:
                 preview.forget_after(self.out, start)
-                preview.forget_after(self.out, start, alarms.FOLDER)
+                preview.forget_after(self.out, start, guards.FOLDER)
             try:
                 if start == 0:
                     metrics.log(0, self._check(0))
@@ -148,9 +148,9 @@ class Trainer:
         if self.train.max_grad_norm is not None:
             norm = accelerator.clip_grad_norm_(list(self.parameters.values()), self.train.max_grad_norm)
         total = accelerator.reduce(total, "mean")
-        guards.check_loss(float(total), step + 1, self.out)
+        trouble.check_loss(float(total), step + 1, self.out)
         if norm is not None and accelerator.scaler is None:
-            guards.check_loss(float(norm), step + 1, self.out, "gradient")
+            trouble.check_loss(float(norm), step + 1, self.out, "gradient")
         self._update(step)
         self._note({"loss": total, "seconds": torch.tensor(time.perf_counter() - started, device=total.device)})
         if norm is not None:

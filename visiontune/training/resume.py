@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from visiontune.errors import UserError
-from visiontune.training import checkpoint, guards, optim
+from visiontune.training import checkpoint, optim, trouble
 
 if TYPE_CHECKING:
     from visiontune.training.loop import Trainer
@@ -22,7 +22,7 @@ def save(run: Trainer, step: int) -> None:
     Raises:
         UserError: the weights are not finite; nothing is written then.
     """
-    guards.check_weights(run.parameters.values(), step, run.out)
+    trouble.check_weights(run.parameters.values(), step, run.out)
     accelerator, guard = run.accelerator, run.guard
     run.meter.reduce(accelerator)
     if guard is not None:
