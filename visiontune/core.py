@@ -1,4 +1,4 @@
-"""The values that every part of visiontune passes to the next one: what the encoders gave, a batch, a request, a loss."""
+"""The values that every part of visiontune passes to the next one: conditions, requests, batches, losses."""
 
 from __future__ import annotations
 

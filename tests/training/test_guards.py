@@ -19,7 +19,8 @@ from visiontune.core import Loss
 from visiontune.data.prompts import PromptBatches, hold_out
 from visiontune.errors import Stopped, UserError
 from visiontune.objectives import alignprop, denoising
-from visiontune.objectives._online import Online, OnlineConfig
+from visiontune.objectives._online import OnlineConfig
+from visiontune.objectives.base import Online
 from visiontune.rewards.base import as_reward
 from visiontune.training import checkpoint, measures
 from visiontune.training.config import GuardsConfig

@@ -73,7 +73,7 @@ def test_two_processes_train_like_one_with_both_their_batches(tmp_path):
 def sd_trainer(out, **options):
     model = tiny_model("sd")
     torch.manual_seed(0)  # LoRA starts at random
-    found = adapters.attach(model.components(), "lora", targets=["to_q", "q_proj"])
+    found = adapters.attach(model.of("denoiser", "text"), "lora", targets=["to_q", "q_proj"])
     defaults = {"steps": 4, "checkpoint_every": 2, "ema": 0.5, "resume": True, "text_encoder": True, "lr": 1e-3}
     return tiny_trainer(out, model=model, rows=TinyRows(model, embedded=False), adapters=found, **defaults | options)
 

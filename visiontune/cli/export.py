@@ -50,7 +50,7 @@ def run(args: argparse.Namespace) -> None:
     if not base:
         raise UserError(f"{file} does not say what it was trained on: name the base with --model")
     model = models.load(base)
-    attached = adapters.load(model.components(), file)
+    attached = adapters.load(model.networks(), file)
     attached.scale = args.scale
     if args.format == "merged":
         write_merged(model.pipe, attached, args.out, dtype)
@@ -60,7 +60,7 @@ def run(args: argparse.Namespace) -> None:
         write_peft(attached, args.out, dtype)
         print(f"written: {args.out}, PEFT's {attached.method} on {len(attached.layers)} layers")
         return
-    done = export(attached, args.out, args.format, rank=args.rank, dtype=dtype, modules=model.components())
+    done = export(attached, args.out, args.format, rank=args.rank, dtype=dtype, modules=model.networks())
     ranks = f", ranks {min(done.ranks.values())} to {max(done.ranks.values())}" if done.ranks else ""
     loss = f", leaves out {done.worst:.2%} of a layer's change at most" if done.errors else ""
     print(f"written: {args.out}, {len(attached.layers)} layers{ranks}{loss}")

@@ -34,7 +34,7 @@ def run(args: argparse.Namespace) -> None:
     from visiontune.weights.lora_files import read_lora
     from visiontune.weights.peft_folders import read_peft
 
-    components = models.load(args.model).components()
+    components = models.load(args.model).networks()
     if args.source.is_dir():
         if args.component not in components:
             raise UserError(f"'{args.model}' has no component '{args.component}'; it has {', '.join(components)}")

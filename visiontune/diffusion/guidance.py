@@ -43,7 +43,8 @@ class Guidance(ABC):
         Args:
             call: (x, t, condition) -> prediction of the same rows; of a diffusion model `predict`, of masked tokens
                 their logits.
-            x: [b, ...] what the network sees. t: [b] its timesteps. level: [b] t as a share of the schedule, 1 is noise.
+            x: [b, ...] what the network sees. t: [b] its timesteps.
+            level: [b] t as a share of the schedule; 1 is pure noise.
             cond, uncond: of the rows; `uncond` only where it `contrasts`.
         """
 
@@ -119,12 +120,18 @@ class Predicting(Protocol):
 
     schedule: Schedule
 
+    def unconditional(self, count: int) -> Condition: ...
     def predict(self, x_t: Tensor, t: Tensor, cond: Condition) -> Tensor: ...
 
 
 def guided(
     model: Predicting, x_t: Tensor, t: Tensor, cond: Condition, uncond: Condition | None, guidance: Guidance
 ) -> Tensor:
-    """The guided prediction [b, ...] at latents x_t [b, ...] and timesteps t [b]."""
+    """The guided prediction [b, ...] at latents x_t [b, ...] and timesteps t [b].
+
+    `uncond` None takes the family's own, where the guidance needs one.
+    """
+    if guidance.contrasts and uncond is None:
+        uncond = model.unconditional(len(cond))
     level = t.clamp(min=0) / model.schedule.num_train_timesteps
     return guidance(model.predict, x_t, t, level, cond, uncond)

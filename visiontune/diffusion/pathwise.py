@@ -4,8 +4,8 @@
     loss, at_end = end_gradient(trajectory.final, lambda x: -reward(model.decode(x)).mean())
     backpropagate(model, trajectory, at_end)
 
-gives the gradients of `rollout(..., window=Window(steps=10, checkpoint=True))` followed by `loss.backward()`: the same chain rule
-over the same steps, with the decoder's and the reward's graph gone before the first step is computed again.
+gives the gradients of `rollout(..., window=Window(steps=10, checkpoint=True))` followed by `loss.backward()`: the same
+chain rule over the same steps, with the decoder's and the reward's graph gone before the first step is computed again.
 """
 
 from __future__ import annotations

@@ -77,7 +77,7 @@ class Start:
             return x, None
         noise = self.noise
         if noise is None:
-            options = {"generator": self.generator, "device": x.device, "dtype": x.dtype}
+            options: dict[str, Any] = {"generator": self.generator, "device": x.device, "dtype": x.dtype}
             noise = torch.stack([randn_tensor(x.shape, **options) for _ in range(steps)], dim=1)
         expected = (len(x), steps, *x.shape[1:])
         if noise.shape != expected:

@@ -30,7 +30,12 @@ class Unmasked(Protocol):
 def guided_logits(
     model: Unmasked, tokens: Tensor, cond: Condition, uncond: Condition | None, guidance: Guidance
 ) -> Tensor:
-    """Guided logits [b, h, w, v]; how noisy a row is, is the share of its tokens that are masked."""
+    """Guided logits [b, h, w, v]; how noisy a row is, is the share of its tokens that are masked.
+
+    `uncond` None takes the family's own, where the guidance needs one.
+    """
+    if guidance.contrasts and uncond is None:
+        uncond = model.unconditional(len(cond))
     level = (tokens == model.mask_token).flatten(1).float().mean(1)
     return guidance(lambda x, _, told: model.logits(x, told), tokens, level, level, cond, uncond)
 

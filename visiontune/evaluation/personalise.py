@@ -23,7 +23,7 @@ from visiontune.pocket.world import SUBJECTS, Subject
 from visiontune.sampling.pipeline import images
 
 if TYPE_CHECKING:
-    from visiontune.models.base import DiffusionModel
+    from visiontune.models.pipeline import PipelineModel
 
 _GROUNDS = ("", " on a light plain background", " on a dark dotted background", " on a dark plain background")
 _SEEDS = (101, 102, 103, 104)
@@ -76,7 +76,7 @@ def ordinary_prompts(n: int = 100) -> list[str]:
 
 
 def measure(
-    model: DiffusionModel,
+    model: PipelineModel,
     subject: str,
     trigger: str,
     references: np.ndarray,

@@ -152,6 +152,7 @@ class Model(ABC):
 
     def _identify(self, parts: Sequence[str], digest: Any) -> None:
         """Put into the hash of some parts what else decides what they give; a vocabulary, for instance."""
+        return
 
 
 def freeze(networks: Iterable[nn.Module]) -> None:

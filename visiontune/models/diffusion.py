@@ -111,7 +111,7 @@ class DiffusionModel(PipelineModel):
 
     @abstractmethod
     def _predict(self, x_t: Tensor, t: Tensor, cond: Condition) -> Tensor:
-        """`predict` in the denoiser's dtype. A family whose network gives another sign or another time turns it here."""
+        """`predict` in the denoiser's dtype; here a family turns the sign and the time of its network to ours."""
 
     # -- the stock pipeline -------------------------------------------------------------------------------------
 

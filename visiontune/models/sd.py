@@ -70,7 +70,7 @@ class StableDiffusion(DiffusionModel):
     def training(self) -> AbstractContextManager[Any]:
         """On a CPU in bfloat16, attention over few tokens as plain products, which fused kernels only match on GPUs.
 
-        With 256 tokens a training step of pocket-sd takes 0.7 of the time; memory grows with the square of their number.
+        With 256 tokens a step of pocket-sd takes 0.7 of the time; memory grows with the square of their number.
         """
         few = (self.resolution // self.downsample) ** 2 <= _FEW_TOKENS
         slow = self.device.type == "cpu" and self.precision == torch.bfloat16

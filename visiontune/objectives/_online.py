@@ -116,7 +116,7 @@ class Stepped(Rollouts):
 def conditions(
     model: PipelineModel, prompts: Sequence[str], guidance: Guidance, text: bool
 ) -> tuple[Condition, Condition | None]:
-    """What to draw and, where the guidance needs it, what to guide away from; with a graph where ``text`` is trained."""
+    """What to draw and, where guidance needs it, what to guide away from; with a graph where ``text`` is trained."""
     with torch.set_grad_enabled(text and torch.is_grad_enabled()):
         cond = model.embed(prompts)
         return cond, model.unconditional(len(prompts)) if guidance.contrasts else None

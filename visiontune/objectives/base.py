@@ -164,6 +164,10 @@ class Objective(ABC):
         """
         return []
 
+    def setup(self, model: Any, tools: Tools) -> None:
+        """Called once, before training or taking up a checkpoint: puts what has a state into ``tools.state``."""
+        return
+
     @abstractmethod
     def probe(self, model: Any, batch: Batch, tools: Tools) -> None:
         """The forward pass of which a step keeps the most for its backward pass, for an estimate of memory."""

@@ -170,7 +170,7 @@ class NFT(Stepped):
         return Loss(total=total, terms={**collected.terms, "kl": kl, "moved": moved})
 
     def noised(self, collected: Collected, part: int, tools: Tools) -> tuple[Tensor, Tensor]:
-        """Timesteps ``[b, k]`` on the CPU and noise ``[b, k, c, (f), h, w]`` of each row, which belong to its number."""
+        """Timesteps ``[b, k]`` on the CPU and noise ``[b, k, c, (f), h, w]``, which belong to the rows' numbers."""
         steps = len(collected.timesteps)
         chosen, noise = [], []
         for row in collected.rows.tolist():

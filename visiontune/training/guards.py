@@ -19,7 +19,6 @@ import torch
 from torch import Tensor
 
 from visiontune.errors import UserError
-from visiontune.objectives._online import Online
 from visiontune.ops.pixels import to_tensor
 from visiontune.schema import nearest
 from visiontune.training import checkpoint, measures, preview
@@ -27,7 +26,7 @@ from visiontune.training.config import GuardsConfig
 from visiontune.training.trackers import Meter
 
 if TYPE_CHECKING:
-    from visiontune.models.base import DiffusionModel
+    from visiontune.models.pipeline import PipelineModel
 
 FOLDER = "guards"
 _log = logging.getLogger(__name__)
@@ -91,7 +90,7 @@ def check(config: GuardsConfig, objective: Any) -> None:
     Raises:
         UserError: naming the option to change.
     """
-    if not isinstance(objective, Online):
+    if not objective.needs.online:
         raise UserError("guards are for objectives that draw their own pictures and score them: set guards=none")
     if config.every % objective.updates:
         raise UserError(
@@ -144,7 +143,7 @@ class Guard:
         self.seen.update(values)
         self.meter.add({name: value for name, value in values.items() if name in self.config.terms})
 
-    def draw(self, model: DiffusionModel) -> np.ndarray:
+    def draw(self, model: PipelineModel) -> np.ndarray:
         """Pictures ``uint8 [prompts, seeds, h, w, 3]`` of the model as it is."""
         from visiontune.sampling.pipeline import images
 
@@ -289,8 +288,11 @@ class Guard:
     def state_dict(self) -> dict[str, Any]:
         return {name: getattr(self, name) for name in self._PLAIN} | {"meter": self.meter.state_dict()}
 
-    def load_state_dict(self, state: Mapping[str, Any], device: torch.device) -> None:
+    def load_state_dict(self, state: Mapping[str, Any] | None) -> None:
+        """Raises UserError where the checkpoint has none."""
+        if not state:
+            raise UserError("the checkpoint is of a run without guards, which compare with its start: use another name")
         for name in self._PLAIN:
             setattr(self, name, state[name])
-        self.meter.load_state_dict(state["meter"], device)
+        self.meter.load_state_dict(state["meter"])
         self.seen.update(self.meter.sums)
