@@ -10,8 +10,10 @@ from tiny import tiny_sd
 from visiontune.adapters import attach
 from visiontune.errors import UserError
 from visiontune.weights.export import export, factorise
+from visiontune.weights.keys import keys_of
 
 TARGETS = ["to_q", "to_out.0", "conv1", "proj_in"]
+SD = keys_of("sd", {})
 
 
 def turned(method: str, text: bool = False, targets=None, **options):
@@ -39,7 +41,7 @@ def output(pipe) -> torch.Tensor:
 def test_diffusers_loads_an_exported_lora_and_draws_the_same(kind: str, text: bool, tmp_path) -> None:
     pipe, adapters = turned("lora", text, rank=3, alpha=6.0)
     adapters.scale = 0.7
-    done = export(adapters, tmp_path / "lora.safetensors", kind, dtype=torch.float32)
+    done = export(adapters, tmp_path / "lora.safetensors", kind, dtype=torch.float32, keys=SD)
     assert done.worst < 1e-6
     assert set(done.ranks.values()) == {3}
     fresh = tiny_sd()
@@ -68,9 +70,9 @@ def test_a_full_difference_holds_weights_and_biases(tmp_path) -> None:
     pipe, adapters = turned("ssf", targets=["to_out.0", "conv1"])
     before = {name: p.detach().clone() for name, p in pipe.unet.named_parameters()}
     with pytest.raises(UserError, match="has a changed bias, which kohya cannot hold"):
-        export(adapters, tmp_path / "a.safetensors", "kohya", dtype=torch.float32)
+        export(adapters, tmp_path / "a.safetensors", "kohya", dtype=torch.float32, keys=SD)
     assert not list(tmp_path.iterdir())
-    export(adapters, tmp_path / "a.safetensors", "diff", dtype=torch.float32)
+    export(adapters, tmp_path / "a.safetensors", "diff", dtype=torch.float32, keys=SD)
     saved = load_file(tmp_path / "a.safetensors")
     adapters.merge()
     for layer in adapters.layers:

@@ -17,6 +17,7 @@ from torch import nn
 from visiontune.adapters import attach
 from visiontune.errors import UserError
 from visiontune.weights.export import export
+from visiontune.weights.keys import keys_of
 from visiontune.weights.lora_files import read_lora
 from visiontune.weights.peft_folders import read_peft, write_peft
 
@@ -154,8 +155,9 @@ def output(pipe):
 def test_an_exported_file_comes_back(kind, tmp_path):
     pipe, back = tiny_sd(), tiny_sd()
     file = tmp_path / "lora.safetensors"
-    export(turned(attach(parts(pipe), "lora", targets=TARGETS, rank=3, alpha=6.0)), file, kind, dtype=torch.float32)
-    adapters = read_lora(file, parts(back))
+    adapters = turned(attach(parts(pipe), "lora", targets=TARGETS, rank=3, alpha=6.0))
+    export(adapters, file, kind, dtype=torch.float32, keys=keys_of("sd", parts(pipe)))
+    adapters = read_lora(file, parts(back), keys_of("sd", parts(back)))
     torch.testing.assert_close(output(back), output(pipe), rtol=1e-4, atol=1e-5)
     assert len(adapters.layers) == len(load_file(file)) // (3 if kind == "kohya" else 2)
 
@@ -186,7 +188,7 @@ def test_layers_may_have_ranks_and_alphas_of_their_own(tmp_path):
         }
         base.weight.data += alpha / rank * up @ down
     save_file(tensors, tmp_path / "mixed.safetensors")
-    adapters = read_lora(tmp_path / "mixed.safetensors", {"unet": net})
+    adapters = read_lora(tmp_path / "mixed.safetensors", {"unet": net}, keys_of("sd", {"unet": net}))
     torch.testing.assert_close(net(X), expected(X), rtol=1e-4, atol=1e-5)
     assert adapters.config.rank == 5
 

@@ -43,6 +43,7 @@ def run(args: argparse.Namespace) -> None:
     from visiontune import adapters, models
     from visiontune.sampling.sources import adapter_file
     from visiontune.weights.export import export, write_merged
+    from visiontune.weights.keys import keys_of
     from visiontune.weights.peft_folders import write_peft
 
     file, dtype = adapter_file(args.adapter), getattr(torch, DTYPES[args.dtype])
@@ -60,7 +61,8 @@ def run(args: argparse.Namespace) -> None:
         write_peft(attached, args.out, dtype)
         print(f"written: {args.out}, PEFT's {attached.method} on {len(attached.layers)} layers")
         return
-    done = export(attached, args.out, args.format, rank=args.rank, dtype=dtype, modules=model.components())
+    keys = keys_of(model.family, model.components())
+    done = export(attached, args.out, args.format, rank=args.rank, dtype=dtype, keys=keys)
     ranks = f", ranks {min(done.ranks.values())} to {max(done.ranks.values())}" if done.ranks else ""
     loss = f", leaves out {done.worst:.2%} of a layer's change at most" if done.errors else ""
     print(f"written: {args.out}, {len(attached.layers)} layers{ranks}{loss}")

@@ -15,7 +15,6 @@ best approximation of that rank, whose error is returned, or in full as ``diff``
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -28,7 +27,7 @@ from visiontune.adapters._layers import CONVOLUTIONS
 from visiontune.adapters.lora import DoRA
 from visiontune.errors import UserError
 from visiontune.files import atomic_write
-from visiontune.weights.names import kohya_names, public_name
+from visiontune.weights.keys import Keys
 
 if TYPE_CHECKING:
     from visiontune.adapters import AdapterSet
@@ -67,7 +66,7 @@ def export(
     *,
     rank: int | None = None,
     dtype: torch.dtype,
-    modules: Mapping[str, nn.Module] | None = None,
+    keys: Keys | None = None,
 ) -> Exported:
     """Write a set's change of its base for another tool.
 
@@ -77,12 +76,11 @@ def export(
         kind: see the module's table.
         rank: of the approximation where the method is no LoRA; default: as many as the change really has.
         dtype: of the written tensors.
-        modules: all components of the model, from which ``kohya`` and ``diff`` take what kohya's scripts call its
-            layers; without them, the names that layers of a Stable Diffusion 1.x have.
+        keys: the model's, see :func:`visiontune.weights.keys.keys_of`, without which only ``diffusers`` can be written.
 
     Raises:
-        UserError: unknown format, a merged or disabled set, a change of biases that the format cannot hold, or of the
-            joint weight of an ``nn.MultiheadAttention``.
+        UserError: unknown format, one that has no names for the layers, a merged or disabled set, a change of biases
+            that the format cannot hold, or of the joint weight of an ``nn.MultiheadAttention``.
     """
     if kind not in FORMATS:
         raise UserError(f"unknown format '{kind}'; known: {', '.join(FORMATS)}")
@@ -91,10 +89,11 @@ def export(
     if kind == "diff":
         check_biases(adapters)
     done, tensors = Exported(Path(path)), dict[str, Tensor]()
+    keys = keys or Keys()
     if kind == "diffusers":
-        names = {layer: public_name(layer) for layer in adapters.layers}
+        names = {layer: keys.public(layer) for layer in adapters.layers}
     else:
-        names = kohya_names(adapters.layers, modules or {})
+        names = keys.kohya(adapters.layers)
     for layer in adapters.layers:
         weight, bias = adapters.change(layer)
         joint = layer in adapters.fused and layer.endswith("in_proj")
