@@ -24,7 +24,6 @@ from visiontune.errors import UserError
 from visiontune.weights.export import export
 from visiontune.weights.keys import keys_of
 from visiontune.weights.lora_files import read_lora
-from visiontune.weights.peft_folders import write_peft
 
 pytestmark = pytest.mark.filterwarnings("ignore:the Neumann series")
 
@@ -360,7 +359,7 @@ def test_exports(tmp_path) -> None:
         with pytest.raises(UserError, match=r"'unet\.attn\.in_proj' is the joint weight"):
             export(adapters, tmp_path / "x.safetensors", kind, dtype=torch.float32, keys=keys)
     with pytest.raises(UserError, match="PEFT"):
-        write_peft(adapters, tmp_path / "folder")
+        export(adapters, tmp_path / "folder", "peft", dtype=torch.float32)
     done = export(adapters, tmp_path / "diff.safetensors", "diff", dtype=torch.float32, keys=keys)
     from safetensors.torch import load_file
 

@@ -16,7 +16,7 @@ from visiontune.errors import UserError
 from visiontune.weights.export import export
 from visiontune.weights.keys import keys_of
 from visiontune.weights.lora_files import read_lora
-from visiontune.weights.peft_folders import read_peft, write_peft
+from visiontune.weights.peft_folders import read_peft
 
 TARGETS = ["to_q", "to_out.0", "conv1", "proj_in"]
 
@@ -43,7 +43,12 @@ def kernels():
 def test_a_convolution_with_a_kernel_is_pefts_too(tmp_path):
     x = torch.randn(2, 4, 9, 9, generator=torch.Generator().manual_seed(1))
     net = kernels()
-    write_peft(turned(attach({"unet": net}, "lora", targets=["0", "1"], rank=2, dora=True)), tmp_path / "mine")
+    export(
+        turned(attach({"unet": net}, "lora", targets=["0", "1"], rank=2, dora=True)),
+        tmp_path / "mine",
+        "peft",
+        dtype=torch.float32,
+    )
     theirs = PeftModel.from_pretrained(kernels(), str(tmp_path / "mine")).eval()
     torch.testing.assert_close(theirs(x), net(x), rtol=1e-4, atol=1e-5)
     assert not torch.allclose(kernels()(x), net(x), atol=1e-2)

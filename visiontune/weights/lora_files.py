@@ -12,7 +12,7 @@ import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -24,6 +24,7 @@ from visiontune.adapters import AdapterSet
 from visiontune.adapters._attention import named_layers
 from visiontune.adapters.lora import LAYERS, row_lengths
 from visiontune.errors import UserError
+from visiontune.weights._factors import Factors
 from visiontune.weights.keys import Keys
 
 _ENDINGS = {
@@ -33,19 +34,6 @@ _ENDINGS = {
     "lengths": (".lora_magnitude_vector", ".lora_magnitude_vector.weight"),  # PEFT's
     "dora_scale": (".dora_scale",),  # LyCORIS's
 }
-
-
-class Factors(NamedTuple):
-    """What a file gives a layer.
-
-    Attributes:
-        down: [r, in, kernel ...]. up: [out, r], with the strength.
-        lengths: of the adapted weight's rows, [out]; none but for DoRA.
-    """
-
-    down: Tensor
-    up: Tensor
-    lengths: Tensor | None = None
 
 
 def read_lora(
