@@ -49,7 +49,7 @@ def test_a_run_goes_on_only_when_told_and_only_as_the_same_run(cli, recipe, unch
 
 
 def test_a_trained_text_encoder_is_adapted_too(cli, recipe):
-    assert cli("train", recipe, "train.text_encoder=true").code == 0
+    assert cli("train", recipe, "train.parts=[denoiser, text]").code == 0
     layers = adapters.read_header("runs/tiny/adapter.safetensors")["layers"]
     assert {layer.split(".")[0] for layer in layers} == {"unet", "text_encoder"}
 
@@ -70,7 +70,7 @@ def test_dreambooth_prior_images_are_made_once_and_cached(cli, recipe):
     assert len(folders) == 1 and len(list(folders[0].glob("*.png"))) == 2
 
 
-@pytest.mark.parametrize("words", [["adapter=none"], ["train.text_encoder=true"], ["train.ema=0.9"]])
+@pytest.mark.parametrize("words", [["adapter=none"], ["train.parts=[denoiser, text]"], ["train.ema=0.9"]])
 def test_check_reports_the_cost_and_writes_nothing(cli, recipe, unchanged, words):
     with unchanged:
         result = cli("check", recipe, *words)

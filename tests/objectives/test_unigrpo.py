@@ -384,7 +384,7 @@ class TestRefusals:
             objective().check(SimpleNamespace(source="tiny"), SimpleNamespace(differentiable=False))
 
     def test_trained_text(self):
-        with pytest.raises(UserError, match=r"train\.text_encoder=false"):
+        with pytest.raises(UserError, match=r"train\.parts"):
             objective().check_text(True)
 
     @pytest.mark.parametrize(

@@ -267,7 +267,7 @@ def guarded(out):
 
 def state(out, step):
     weights, saved = checkpoint.load(checkpoint.folder(out, step))
-    del saved["meter"]
+    del saved["parts"]["meter"]
     return weights, saved
 
 
@@ -529,7 +529,7 @@ def test_a_hacked_reward_rings_while_it_rises(tmp_path):
     assert last < 30 and kept == last - 5
     weights, _ = checkpoint.load(checkpoint.folder(tmp_path, kept))
     result = load_file(tmp_path / "model" / "unet" / "diffusion_pytorch_model.safetensors")
-    assert_same(result, {name.removeprefix("denoiser."): value for name, value in weights.items()})
+    assert_same(result, {name.removeprefix("unet."): value for name, value in weights.items()})
 
 
 def test_processes_stop_together_with_one_result(tmp_path):

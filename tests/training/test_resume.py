@@ -52,7 +52,7 @@ def test_a_run_killed_twice_ends_in_the_same_bits(tmp_path):
     ours, theirs = (checkpoint.load(checkpoint.latest(out)) for out in (broken, whole))
     assert theirs[1]["step"] == worker.STEPS
     for state in (ours[1], theirs[1]):
-        del state["meter"]
+        del state["parts"]["meter"]
     assert_same(ours, theirs)
     assert metrics(broken) == metrics(whole)
     assert [row["step"] for row in metrics(whole)] == [4, 8, 12, 13]
@@ -74,7 +74,14 @@ def sd_trainer(out, **options):
     model = tiny_model("sd")
     torch.manual_seed(0)  # LoRA starts at random
     found = adapters.attach(model.of("denoiser", "text"), "lora", targets=["to_q", "q_proj"])
-    defaults = {"steps": 4, "checkpoint_every": 2, "ema": 0.5, "resume": True, "text_encoder": True, "lr": 1e-3}
+    defaults = {
+        "steps": 4,
+        "checkpoint_every": 2,
+        "ema": 0.5,
+        "resume": True,
+        "parts": ["denoiser", "text"],
+        "lr": 1e-3,
+    }
     return tiny_trainer(out, model=model, rows=TinyRows(model, embedded=False), adapters=found, **defaults | options)
 
 
@@ -137,7 +144,7 @@ def test_a_run_with_other_settings_is_not_gone_on_with(tmp_path, change, name):
 
 def test_weights_of_another_shape_are_named(tmp_path):
     tiny_trainer(tmp_path).fit()
-    with pytest.raises(UserError, match=r"denoiser\.first"):
+    with pytest.raises(UserError, match=r"unet\.first"):
         tiny_trainer(tmp_path, model=TinyModel(width=8), resume=True, steps=8).fit()
 
 
