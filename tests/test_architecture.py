@@ -34,7 +34,7 @@ MAY_IMPORT = {
     "models": {"errors", "files", "schema", "core", "diffusion"},
     "adapters": {"errors", "files", "schema", "plugin", "core", "ops"},
     "weights": {"errors", "files", "core", "ops", "adapters"},
-    "rewards": {"errors", "files", "schema", "plugin", "catalogue", "core", "ops", "data.oracle", "data.pocket_world"},
+    "rewards": GROUND | {"core", "ops", "data.oracle", "data.pocket_world", "data.pictures"},
     "data": {"errors", "files", "schema", "catalogue", "core", "ops"},
     "objectives": {"errors", "files", "schema", "core", "diffusion", "models.base", "data.base"},
     "sampling": GROUND | LIBRARY - {"objectives", "rewards"},

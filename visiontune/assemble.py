@@ -74,7 +74,7 @@ def build(
     if run.guards is not None:
         alarms.check(run.guards, objective)
     prompts, held = guard_prompts(run, prompts)
-    samples = [] if online else read(run.data, pairs=objective.pairs)
+    samples = [] if online else read(run.data, ("image", "rejected") if objective.pairs else ("image",))
     if not online:
         preflight(samples)
     check_start(run)

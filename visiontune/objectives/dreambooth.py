@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from visiontune.core import Batch, Loss
-from visiontune.data.base import Sample, substitute
+from visiontune.data.base import Sample, Source, substitute
 from visiontune.files import atomic_write, write_json
 from visiontune.objectives import denoising
 from visiontune.objectives.base import combine, mean_where
@@ -86,7 +86,13 @@ class DreamBooth(denoising.Denoising):
         with adapters.disable() if adapters is not None else nullcontext():
             self._generate(model, prompts, files, images)
         return [
-            Sample(id=f"{folder.name}/{f.name}", image=f, caption=prompt, prior=True, weight=self.config.prior_weight)
+            Sample(
+                id=f"{folder.name}/{f.name}",
+                sources={"image": Source(f)},
+                caption=prompt,
+                prior=True,
+                weight=self.config.prior_weight,
+            )
             for f, prompt in files.items()
         ]
 
