@@ -16,13 +16,13 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from visiontune.data import oracle
-from visiontune.data.pocket_scenes import caption, held_out, sample_scene, stream, subject_scene
-from visiontune.data.pocket_world import SUBJECTS, render
 from visiontune.evaluation.metrics import psnr, retrieval_top1
 from visiontune.models import load
 from visiontune.models.base import DiffusionModel
-from visiontune.rewards._clip import load_clip
+from visiontune.models.clip import load_clip
+from visiontune.pocket import oracle
+from visiontune.pocket.scenes import caption, held_out, sample_scene, stream, subject_scene
+from visiontune.pocket.world import SUBJECTS, render
 from visiontune.sampling.generate import images
 
 RESULTS = Path(__file__).parent / "results"

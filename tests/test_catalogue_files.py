@@ -46,7 +46,7 @@ def test_every_dataset_can_be_read(name):
 
 
 def test_there_is_a_dataset_for_every_pocket_subject():
-    from visiontune.data.pocket_world import SUBJECTS
+    from visiontune.pocket.world import SUBJECTS
 
     specs = {name: catalogue.load("datasets", name) for name in catalogue.names("datasets")}
     assert {f"pocket/{subject}" for subject in SUBJECTS} <= specs.keys()

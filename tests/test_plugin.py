@@ -22,7 +22,7 @@ def build(config):
 def test_names_are_the_methods_and_not_their_helpers():
     assert {"denoising", "dreambooth"} <= set(plugin.names("objectives"))
     assert {"base", "__init__"}.isdisjoint(plugin.names("objectives"))
-    assert "_clip" not in plugin.names("rewards")
+    assert {"_vlm", "loading"}.isdisjoint(plugin.names("rewards"))
 
 
 def test_a_method_is_a_file_with_a_config_that_is_no_base(tmp_path, monkeypatch):

@@ -16,9 +16,9 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from visiontune.core import Batch, Condition
 from visiontune.data.prompts import PromptBatches
+from visiontune.diffusion.guidance import classifier_free
 from visiontune.diffusion.schedule import Schedule
-from visiontune.objectives._online import Tools
-from visiontune.objectives.base import generator
+from visiontune.objectives.base import Tools, generator
 from visiontune.rewards.base import as_reward
 from visiontune.training.config import TrainConfig
 from visiontune.training.loop import Trainer
@@ -82,7 +82,7 @@ class Gaussian(nn.Module):
     Latents are [1, 2, 2] and pictures are the latents, squeezed into [0, 1].
     """
 
-    latent_channels, downsample, resolution = 1, 8, 16
+    source = family = "gaussian"
     device = torch.device("cpu")
 
     def __init__(self) -> None:
@@ -90,6 +90,15 @@ class Gaussian(nn.Module):
         self.schedule = Schedule.flow()
         self.mean = nn.Parameter(torch.zeros((), dtype=torch.float64))
         self.calls: list[int] = []
+
+    def latent_shape(self, height: int = 16, width: int = 16):
+        return 1, height // 8, width // 8
+
+    def chain(self, steps, shape):
+        return self.schedule.timesteps(steps)
+
+    def guidance(self, scale):
+        return classifier_free(scale)
 
     def embed(self, prompts) -> Condition:
         return Condition(tokens=torch.zeros(len(prompts), 1, 1))

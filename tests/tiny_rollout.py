@@ -9,7 +9,9 @@ from diffusers import DDIMScheduler
 from torch import Tensor, nn
 
 from visiontune.core import Condition
+from visiontune.diffusion.guidance import classifier_free
 from visiontune.diffusion.schedule import Schedule
+from visiontune.diffusion.trajectory import Keep, Start, Window, rollout
 
 SD: dict[str, Any] = {
     "beta_schedule": "scaled_linear",
@@ -24,7 +26,7 @@ SD: dict[str, Any] = {
 class TinyModel(nn.Module):
     """Two convolutions that see the timestep and the condition; `calls` counts them."""
 
-    latent_channels, downsample, resolution = 2, 8, 32
+    source = family = "tiny"
     device = torch.device("cpu")
 
     def __init__(self, schedule: Schedule | None = None) -> None:
@@ -38,6 +40,15 @@ class TinyModel(nn.Module):
             self.pooled = nn.Linear(4, 6).double()
             self.last = nn.Conv2d(6, 2, 3, padding=1).double()
             self.text = nn.Linear(5, 7, bias=False).double()
+
+    def latent_shape(self, height: int = 32, width: int = 32) -> tuple[int, ...]:
+        return 2, height // 8, width // 8
+
+    def chain(self, steps, shape):
+        return self.schedule.timesteps(steps)
+
+    def guidance(self, scale):
+        return classifier_free(scale)
 
     def predict(self, x_t: Tensor, t: Tensor, cond: Condition) -> Tensor:
         self.calls += 1
@@ -67,3 +78,16 @@ def start(count: int = 3) -> Tensor:
 
 def noises(steps: int, count: int = 3) -> Tensor:
     return torch.randn(count, steps, 2, 4, 4, generator=torch.Generator().manual_seed(9), dtype=torch.float64)
+
+
+_STARTS, _KEEPS = ("latents", "noise", "generator", "size"), ("history", "log_probs", "reduce", "dtype")
+
+
+def rolled(model, cond, *, steps=25, grad_steps=0, checkpoint=False, deferred=False, cfg_scale=1.0, **options):
+    """`rollout` with all that its values hold as one flat list of options, which cases can change one by one."""
+    chain = options.pop("chain", steps)
+    start = Start(**{name: options.pop(name) for name in _STARTS if name in options})
+    keep = Keep(**{name: options.pop(name) for name in _KEEPS if name in options})
+    window = Window(steps=grad_steps, checkpoint=checkpoint, deferred=deferred)
+    guidance = classifier_free(cfg_scale)
+    return rollout(model, cond, guidance=guidance, chain=chain, start=start, keep=keep, window=window, **options)

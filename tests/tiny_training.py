@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
+from types import MappingProxyType
 
 import pytest
 import torch
@@ -15,7 +16,9 @@ from safetensors.torch import save_file
 from torch import nn
 
 from visiontune.core import Batch, Condition
+from visiontune.diffusion.guidance import classifier_free
 from visiontune.diffusion.schedule import Schedule
+from visiontune.models.base import Model, freeze
 from visiontune.objectives import denoising
 from visiontune.objectives.base import generator
 from visiontune.rewards.base import Reward
@@ -49,12 +52,14 @@ class TinyDenoiser(nn.Module):
         return self.last(self.dropout(torch.tanh(self.first(x) + shift[:, :, None, None])))
 
 
-class TinyModel:
-    """Duck-typed `DiffusionModel`: 4x8x8 latents, a table of word vectors as its text encoder."""
+class TinyModel(Model):
+    """A model of 4x8x8 latents without a pipeline, with a table of word vectors as its text encoder."""
 
-    source = "tiny"
-    latent_channels, downsample, resolution = 4, 2, 16
-    device = torch.device("cpu")
+    family, task, source = "tiny", "text-to-image", "tiny"
+    TARGETS = {
+        role: {"attention": ("Linear",), "all": ("Conv2d", "Linear", "Embedding")} for role in ("denoiser", "text")
+    }
+    downsample, resolution = 2, 16
 
     def __init__(self, prediction: str = "eps", seed: int = 0, denoiser: nn.Module | None = None, **options) -> None:
         torch.manual_seed(seed)
@@ -70,24 +75,26 @@ class TinyModel:
                 clip_sample=False,
             )
         )
-        self.pipe = SimpleNamespace(save_pretrained=self._save)
-        for module in (self.denoiser, self.encoder, self.vae):
-            module.requires_grad_(False).eval()
+        freeze(self.networks().values())
 
-    @property
-    def text_encoders(self):
-        return {"text_encoder": self.encoder}
+    def networks(self):
+        return {"unet": self.denoiser, "text_encoder": self.encoder, "vae": self.vae}
 
-    def components(self):
-        return {"unet": self.denoiser, **self.text_encoders}
+    def roles(self):
+        return {"denoiser": ("unet",), "text": ("text_encoder",), "vae": ("vae",)}
 
-    def to(self, device):
-        for module in (self.denoiser, self.encoder, self.vae):
-            module.to(device)
-        return self
+    def save(self, folder) -> None:
+        Path(folder).mkdir()
+        save_file(self.denoiser.state_dict(), Path(folder) / "weights.safetensors")
 
-    def fingerprint(self, part: str) -> str:
-        return f"tiny-{part}"
+    def latent_shape(self, height: int = 16, width: int = 16):
+        return 4, height // 2, width // 2
+
+    def chain(self, steps, shape):
+        return self.schedule.timesteps(steps)
+
+    def guidance(self, scale):
+        return classifier_free(scale)
 
     def embed(self, prompts) -> Condition:
         words = [
@@ -103,12 +110,8 @@ class TinyModel:
         return torch.tanh(F.interpolate(latents[:, :3] + 0.5 * latents[:, 3:], scale_factor=2))
 
     def predict(self, x_t, t, cond):
-        return self.denoiser(x_t, t, cond.tokens).to(x_t.dtype)
-
-    def _save(self, folder, safe_serialization: bool) -> None:
-        assert safe_serialization
-        Path(folder).mkdir()
-        save_file(self.denoiser.state_dict(), Path(folder) / "weights.safetensors")
+        with self.autocast():
+            return self.denoiser(x_t, t, cond.tokens).to(x_t.dtype)
 
 
 def tiny_batch(model, seed: int, instance: int, prior: int = 0, weight: float = 1.0, embedded: bool = True) -> Batch:
@@ -144,10 +147,9 @@ class RowNoise(denoising.Denoising):
     def __init__(self) -> None:
         super().__init__(denoising.Config())
 
-    def errors(self, model, batch, rng):
-        return torch.cat(
-            [super(RowNoise, self).errors(model, batch[i], generator(batch.ids[i])) for i in range(len(batch))]
-        )
+    def errors(self, model, batch, tools):
+        alone = [replace(tools, rng=generator(name)) for name in batch.ids]
+        return torch.cat([super(RowNoise, self).errors(model, batch[i], alone[i]) for i in range(len(batch))])
 
 
 class CutRows(TinyRows):

@@ -1,4 +1,4 @@
-"""Recipes: YAML and dotted overrides become one typed :class:`Run` (or sampling) object, and objects are assembled.
+"""Recipes: YAML and dotted overrides become one typed :class:`Run` (or sampling) object. Reading one never trains.
 
 A recipe is a mapping with ``verb`` (``train`` or ``sample``) and ``description``; the rest are the options of
 :class:`Run` or of :class:`visiontune.sampling.config.SampleConfig`.
@@ -10,7 +10,7 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from visiontune import catalogue, plugin
 from visiontune.data.base import Config as DataConfig
@@ -19,9 +19,6 @@ from visiontune.errors import UserError
 from visiontune.sampling.config import SampleConfig
 from visiontune.schema import from_mapping, option
 from visiontune.training.config import GuardsConfig, PreviewConfig, TrainConfig
-
-if TYPE_CHECKING:
-    from visiontune.training.loop import Trainer
 
 Dtype = Literal["fp32", "bf16", "fp16"]
 
@@ -142,25 +139,6 @@ def load_reward_spec(name: str) -> RewardSpec:
     spec = from_mapping(RewardSpec, catalogue.load("rewards", name))
     plugin.configure("rewards", {**spec.options, "name": spec.name}, "options")
     return spec
-
-
-def assemble(run: Run) -> Trainer:
-    """The trainer of a run; see :func:`visiontune.assemble.assemble`."""
-    from visiontune.assemble import assemble
-
-    return assemble(run)
-
-
-def run(run: Run) -> Path:
-    """Train a run; returns ``adapter.safetensors``, or the folder ``model`` of a full fine-tune."""
-    return assemble(run).fit()
-
-
-def sample(config: SampleConfig) -> Path:
-    """Generate images; see :func:`visiontune.sampling.generate.generate`."""
-    from visiontune.sampling.generate import generate
-
-    return generate(config)
 
 
 def apply(content: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""The values that every part of visiontune passes to the next one: what the encoders gave, a batch, a loss."""
+"""The values that every part of visiontune passes to the next one: conditions, requests, batches, losses."""
 
 from __future__ import annotations
 
@@ -50,6 +50,15 @@ class Condition:
         return _cat(_padded(parts))
 
 
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """One picture to draw: its prompt, the seed of its noise, and the prompt to guide away from."""
+
+    prompt: str
+    seed: int = 0
+    negative: str = ""
+
+
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Batch:
     """One training batch of `b` rows.
@@ -98,20 +107,17 @@ class Loss:
     terms: dict[str, Tensor] = field(default_factory=dict)
 
 
-class DiffusionModelLike(Protocol):
-    """The part of `models.base.DiffusionModel` that readers and caches may rely on."""
+class Encoders(Protocol):
+    """The part of a model of continuous latents (`models.diffusion.DiffusionModel`) that readers and caches rely on."""
 
     downsample: int
-    latent_channels: int
     resolution: int
 
     def embed(self, prompts: Sequence[str]) -> Condition: ...
     def unconditional(self, count: int) -> Condition: ...
     def moments(self, pixels: Tensor) -> Tensor: ...
     def latents_from_moments(self, moments: Tensor, eps: Tensor | None = None) -> Tensor: ...
-    def encode(self, pixels: Tensor, *, generator: Any = None, sample: bool = True) -> Tensor: ...
-    def decode(self, latents: Tensor) -> Tensor: ...
-    def fingerprint(self, part: str) -> str: ...
+    def fingerprint(self, *parts: str) -> str: ...
 
 
 def _padded(parts: Sequence[Condition]) -> list[Condition]:

@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from visiontune import config
+from visiontune.assemble import assemble
 from visiontune.data.readers import read
 from visiontune.evaluation.personalise import Personalisation, measure
 from visiontune.files import atomic_write, write_json
@@ -50,7 +51,7 @@ def run(out: Path, overrides: Sequence[str] = ()) -> Path:
     for method, recipe in recipes.items():
         print(f"training {method}: {recipe.train.steps} steps ...")
         shutil.rmtree(recipe.folder, ignore_errors=True)
-        trainer = config.assemble(recipe)
+        trainer = assemble(recipe)
         trainer.fit()
         print(f"measuring {method} ...")
         results[method] = measure(trainer.model, subject, trigger, references, bf16=bf16)

@@ -11,17 +11,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
-from visiontune.assemble import build, check_folder
+from visiontune.assemble.build import build
+from visiontune.assemble.folder import check_folder
 from visiontune.config import Run
 from visiontune.data.loader import BatchSampler
 from visiontune.data.prompts import PromptBatches
-from visiontune.diffusion.trajectory import guided
-from visiontune.diffusion.unmask import guided_logits
-from visiontune.models.base import MaskedModel
-from visiontune.objectives._online import conditions
 from visiontune.training import optim
 
 if TYPE_CHECKING:
@@ -127,11 +124,11 @@ def measure(run: Run) -> Estimate:
     """
     check_folder(run)
     with tempfile.TemporaryDirectory() as cache:
-        trainer = build(run, cache_dir=Path(cache), images=_stand_ins, fill=False)
+        trainer = build(run, cache_dir=Path(cache), draw=_stand_ins, fill=False)
         kept = Kept([*_tensors(trainer), *trainer.parameters.values()])
         with kept:
             _forward(trainer)
-        count = trainer.online.objective.updates if trainer.online else 1
+        count = trainer.objective.updates
         for step in range(count):
             _step(trainer, step)
         if trainer.accelerator.device.type == "cuda":
@@ -144,24 +141,11 @@ def measure(run: Run) -> Estimate:
 
 def _forward(trainer: Trainer) -> None:
     """What keeps the most for a backward pass: a batch's loss, or a prediction of an online objective's micro-batch."""
-    if trainer.online is None:
+    if not trainer.online:
         trainer.loss(0)
         return
-    # Online objectives take the gradients of a rollout one prediction at a time.
-    model, options = trainer.online.model, vars(trainer.online.objective.config)
-    batch = trainer.rows.batch(0)
-    batch = batch[: options.get("micro_batch") or len(batch)]
-    side = model.resolution // model.downsample
-    if isinstance(trainer.model, MaskedModel):
-        masked = torch.full((len(batch), side, side), model.mask_token, device=model.device)
-        cfg_scale = options["score_cfg_scale"]
-        guided_logits(model, masked, *conditions(model, batch.prompts, cfg_scale, text=False), cfg_scale)
-        return
-    noise = torch.randn(len(batch), model.latent_channels, side, side, device=model.device)
-    t = model.schedule.timesteps(options.get("steps", 25))[0][:1].to(model.device).expand(len(batch))
-    cfg_scale = options.get("cfg_scale", 1.0)
-    cond, uncond = conditions(model, batch.prompts, cfg_scale, trainer.train.text_encoder)
-    guided(model, noise, t, cond, uncond, cfg_scale)
+    batch = trainer.rows.batch(0).to(trainer.accelerator.device)
+    trainer.objective.probe(trainer.precise, batch, trainer.lender.tools(0))
 
 
 def _estimate(run: Run, trainer: Trainer, activations: int, seconds: float) -> Estimate:
@@ -227,9 +211,8 @@ class Kept(saved_tensors_hooks):
 
 
 def _tensors(trainer: Trainer) -> list[Tensor]:
-    """Weights and buffers of all the pipeline's networks."""
-    parts = [part for part in trainer.model.pipe.components.values() if isinstance(part, nn.Module)]
-    return [t for part in parts for t in (*part.parameters(), *part.buffers())]
+    """Weights and buffers of all the model's networks."""
+    return [t for network in trainer.model.networks().values() for t in (*network.parameters(), *network.buffers())]
 
 
 def _bytes(tensors: Iterable[Tensor]) -> int:

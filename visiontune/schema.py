@@ -2,7 +2,7 @@
 
 A configuration is a ``@dataclass(frozen=True, kw_only=True)`` whose fields are made with :func:`option`. A dataclass
 may name in the class variable ``SHORTHAND`` the field that a bare value stands for (``model: pocket/sd``), and in
-``RENAMED`` what is written today for an option's old name.
+``RENAMED`` what options that it once had are called now.
 """
 
 from __future__ import annotations
@@ -61,10 +61,9 @@ def from_mapping(cls: type[T], data: Any, path: str = "") -> T:
     if not isinstance(data, Mapping):
         raise UserError(f"{path or label(cls)} must be a mapping of options, not {_shown(data)}")
     fields = {f.name: f for f in dataclasses.fields(cls) if f.init}  # type: ignore[arg-type]
-    renamed = getattr(cls, "RENAMED", {})
     for key in data:
-        if key in renamed:
-            raise UserError(f"{_join(path, key)} has another name: write {renamed[key]}")
+        if key in getattr(cls, "RENAMED", {}):
+            raise UserError(f"{_join(path, key)} is now {_join(path, cls.RENAMED[key])}")  # type: ignore[attr-defined]
         if key not in fields:
             raise UserError(f"{_join(path, key)} is not an option of {label(cls)}{nearest(str(key), fields)}")
     for name, field in fields.items():

@@ -20,13 +20,14 @@ import numpy as np
 import torch
 
 from visiontune import config
+from visiontune.assemble import assemble
 from visiontune.data.readers import read
 from visiontune.errors import UserError
 from visiontune.evaluation.metrics import hyperspherical_energy
 from visiontune.evaluation.personalise import measure
 from visiontune.files import write_json
 from visiontune.models import load
-from visiontune.models.base import DiffusionModel
+from visiontune.models.diffusion import DiffusionModel
 from visiontune.training.devices import native_bf16
 from visiontune.training.loop import Trainer
 
@@ -65,7 +66,7 @@ def train_and_measure(
         model, trained, change = load("pocket/sd"), 0, 0.0
     else:
         shutil.rmtree(recipe.folder, ignore_errors=True)
-        trainer = config.assemble(recipe)
+        trainer = assemble(recipe)
         trainer.fit()
         model = trainer.model
         trained = sum(p.numel() for p in trainer.parameters.values())
@@ -92,7 +93,7 @@ def energy_change(trainer: Trainer, before: dict[str, float]) -> float | None:
 
 def energies(model: DiffusionModel) -> dict[str, float]:
     """Hyperspherical energy of every linear layer and convolution in which two rows or more are left."""
-    layers = {f"{c}.{n}": m for c, root in model.components().items() for n, m in root.named_modules()}
+    layers = {f"{c}.{n}": m for c, root in model.networks().items() for n, m in root.named_modules()}
     weights = {n: m.weight for n, m in layers.items() if isinstance(m, (torch.nn.Linear, torch.nn.Conv2d))}
     kept = {n: w for n, w in weights.items() if int(w.flatten(1).any(1).sum()) > 1}
     return {name: hyperspherical_energy(weight) for name, weight in kept.items()}

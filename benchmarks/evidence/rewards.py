@@ -32,13 +32,15 @@ from charts import curves
 from personalise import RESULTS
 
 from visiontune import config
+from visiontune.assemble import assemble
 from visiontune.data.base import Config as Data
 from visiontune.data.prompts import read_data_prompts
-from visiontune.evaluation.metrics import prompt_accuracy, to_tensor
+from visiontune.evaluation.metrics import prompt_accuracy
 from visiontune.evaluation.personalise import ordinary_prompts
 from visiontune.files import write_json, write_text
 from visiontune.models import load
-from visiontune.models.base import DiffusionModel
+from visiontune.models.diffusion import DiffusionModel
+from visiontune.ops.pixels import to_tensor
 from visiontune.rewards.loading import load as load_reward
 from visiontune.sampling.pipeline import images
 from visiontune.training.devices import native_bf16
@@ -61,7 +63,7 @@ COMMON = [
 ]
 BATCH = ["train.batch_size=32", "objective.micro_batch=32", "objective.group=8"]
 HALF, ONCE = [*BATCH, "objective.timestep_fraction=0.6"], [*BATCH, "objective.updates=1"]
-TEXT = ["train.denoiser=false", "train.text_encoder=true"]
+TEXT = ["train.parts=[text]"]
 RED = "reward=redness"
 # What is raised under guards, learning rate, updates between two checks, seeds.
 RAISED = (("redness", 4e-3, 1, (3, 4, 5)), ("redness", 2e-3, 1, (3, 4, 5)), ("pocket-clip", 2e-3, 4, (3, 4)))
@@ -74,7 +76,7 @@ METHODS: dict[str, tuple[str, list[str], float]] = {
     "PRDP": ("prdp", ONCE, 2e-3),
     "NFT": ("nft", [*BATCH, "objective.timesteps=3"], 7e-4),
     "TextCraftor": ("alignprop", TEXT, 6e-3),
-    "AlignProp, both": ("alignprop", ["train.text_encoder=true", "train.text_encoder_lr=6e-3"], 2e-3),
+    "AlignProp, both": ("alignprop", ["train.parts=[denoiser, text]", "train.part_lr={text: 6e-3}"], 2e-3),
     "TexForce": ("ddpo", [*HALF, *TEXT], 6e-3),
     "DDPO, redness": ("ddpo", [*HALF, RED], 2e-3),
     "PRDP, redness": ("prdp", [*ONCE, RED], 2e-3),
@@ -131,7 +133,7 @@ def trainer_of(recipe: str, name: str, seed: int, work: Path, lr: float, options
     shutil.rmtree(work / name, ignore_errors=True)
     precision = "bf16" if native_bf16() else "no"
     own = [f"out={work}", f"name={name}", f"seed={seed}", f"train.lr={lr}", f"train.precision={precision}"]
-    return config.assemble(config.load_run(f"reward_tune/{recipe}", [*COMMON, *options, *own]))
+    return assemble(config.load_run(f"reward_tune/{recipe}", [*COMMON, *options, *own]))
 
 
 def curve(method: str, seed: int, work: Path, until: float, looks: int, lr: float) -> list[dict[str, Any]]:

@@ -19,8 +19,8 @@ from torch import nn
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
-from visiontune.data.pocket_scenes import caption, held_out, patterned, sample_scene, stream
-from visiontune.data.pocket_world import SIZE, render
+from visiontune.pocket.scenes import caption, held_out, patterned, sample_scene, stream
+from visiontune.pocket.world import SIZE, render
 from visiontune.training.pretrain import fit, images_to_tensor
 
 WIDTH, LAYERS, HEADS, PATCH = 128, 4, 4, 8

@@ -12,7 +12,7 @@ from pathlib import Path
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import CLIPTokenizer
 
-from visiontune.data.pocket_scenes import vocabulary
+from visiontune.pocket.scenes import vocabulary
 
 MAX_LENGTH = 32
 START, END = "<|startoftext|>", "<|endoftext|>"

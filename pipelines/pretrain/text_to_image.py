@@ -33,9 +33,9 @@ from torch import nn
 from tqdm import tqdm
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from visiontune.data.oracle import matches
-from visiontune.data.pocket_scenes import TRIGGERS, caption, held_out, patterned, sample_scene, stream, vocabulary
-from visiontune.data.pocket_world import COLORS, SHAPES, SIZE, Scene, render
+from visiontune.pocket.oracle import matches
+from visiontune.pocket.scenes import TRIGGERS, caption, held_out, patterned, sample_scene, stream, vocabulary
+from visiontune.pocket.world import COLORS, SHAPES, SIZE, Scene, render
 from visiontune.training.pretrain import fit, images_to_tensor
 
 KINDS = {"one": 0.25, "two": 0.55, "many": 0.12, "three": 0.08}

@@ -16,8 +16,8 @@ from diffusers import AutoencoderKL
 from PIL import Image
 from torch import nn
 
-from visiontune.data.pocket_scenes import codec_scene
-from visiontune.data.pocket_world import render
+from visiontune.pocket.scenes import codec_scene
+from visiontune.pocket.world import render
 from visiontune.training.pretrain import fit, images_to_tensor
 
 

@@ -169,7 +169,7 @@ def test_a_disk_that_cannot_be_written(cli, recipe, monkeypatch, code):
     def full(*_):
         raise OSError(code, "no room", "runs/tiny/recipe.yaml")
 
-    monkeypatch.setattr("visiontune.assemble.write_text", full)
+    monkeypatch.setattr("visiontune.files.write_text", full)
     refused(cli("train", recipe), "runs/tiny/recipe.yaml", "no room")
     assert not (recipe.parent / "runs/tiny/recipe.yaml").exists()
 
@@ -178,7 +178,7 @@ def test_interruption_is_not_an_error_report(cli, recipe, monkeypatch):
     def stop(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("visiontune.config.assemble", stop)
+    monkeypatch.setattr("visiontune.assemble.assemble", stop)
     result = cli("train", recipe)
     assert result.code == 130 and "Traceback" not in result.err
 

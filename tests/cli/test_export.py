@@ -94,7 +94,7 @@ def test_what_was_exported_can_be_imported(cli, tmp_path, tiny_folder, words) ->
     assert result.code == 0
     assert "lora on" in result.out
     other = tiny_model()
-    load(other.components(), tmp_path / "back.safetensors")
+    load(other.networks(), tmp_path / "back.safetensors")
     torch.testing.assert_close(unet_output(other), unet_output(model), rtol=1e-4, atol=1e-5)
     assert not torch.allclose(before, unet_output(model), atol=1e-3)
     assert read_header(tmp_path / "back.safetensors")["trigger"] == "sks"

@@ -12,10 +12,11 @@ from torch import nn
 
 from visiontune.adapters import attach
 from visiontune.core import Condition
-from visiontune.diffusion.trajectory import guided, rollout
+from visiontune.diffusion.guidance import classifier_free, guided
+from visiontune.diffusion.trajectory import Start, Window, rollout
 from visiontune.diffusion.transition import DDIM
 from visiontune.models import families
-from visiontune.models.base import DiffusionModel
+from visiontune.models.diffusion import DiffusionModel
 
 PROMPTS = ["a red circle above a blue square", "green triangle"]
 SIZE = {"height": 16, "width": 24}  # not square, so that swapped sides would show
@@ -67,7 +68,9 @@ def test_predict_is_the_first_call_of_the_stock_pipeline(model, cfg_scale):
 @pytest.mark.parametrize("cfg_scale", [1.0, 4.0])
 def test_rollout_and_decode_give_the_images_of_the_stock_pipeline(model, cfg_scale):
     images, _ = stock(model, "pt", guidance_scale=cfg_scale)
-    final = rollout(model, model.embed(PROMPTS), cfg_scale=cfg_scale, steps=3, latents=noise(model)).final
+    final = rollout(
+        model, model.embed(PROMPTS), guidance=classifier_free(cfg_scale), chain=3, start=Start(latents=noise(model))
+    ).final
     ours = (model.decode(final) / 2 + 0.5).clamp(0, 1)
     assert ours.std() > 0.01
     torch.testing.assert_close(ours, images, rtol=0, atol=1e-5)
@@ -80,11 +83,10 @@ def test_stochastic_rollout_with_negative_prompt_gives_the_latents_of_the_stock_
         model,
         model.embed(PROMPTS),
         uncond=model.embed(options["negative_prompt"]),
-        cfg_scale=3.0,
-        steps=3,
+        guidance=classifier_free(3.0),
+        chain=3,
         dynamics=DDIM(eta=0.7),
-        generator=torch.Generator().manual_seed(5),
-        size=tuple(SIZE.values()),
+        start=Start(generator=torch.Generator().manual_seed(5), size=tuple(SIZE.values())),
     )
     torch.testing.assert_close(trajectory.final, expected, rtol=0, atol=1e-5)
 
@@ -101,9 +103,11 @@ def test_guidance_extrapolates_from_the_unconditional_prediction(model):
     cond, x_t, t = model.embed(PROMPTS), noise(model), torch.tensor([500, 500])
     given = model.predict(x_t, t, cond)
     without = model.predict(x_t, t, model.unconditional(2))
-    assert torch.equal(guided(model, x_t, t, cond, None, 1.0), given)
-    torch.testing.assert_close(guided(model, x_t, t, cond, None, 2.0), 2 * given - without, rtol=0, atol=1e-5)
-    torch.testing.assert_close(guided(model, x_t, t, cond, None, 0.0), without, rtol=0, atol=1e-5)
+    assert torch.equal(guided(model, x_t, t, cond, None, classifier_free(1.0)), given)
+    torch.testing.assert_close(
+        guided(model, x_t, t, cond, None, classifier_free(2.0)), 2 * given - without, rtol=0, atol=1e-5
+    )
+    torch.testing.assert_close(guided(model, x_t, t, cond, None, classifier_free(0.0)), without, rtol=0, atol=1e-5)
 
 
 def test_unconditional_rows_can_take_the_place_of_rows(model):
@@ -134,14 +138,14 @@ def test_latents_are_those_of_the_vae(model):
 
 
 def test_gradients_reach_latents_prompts_and_start(model):
-    assert not any(p.requires_grad for m in model.components().values() for p in m.parameters())
+    assert not any(p.requires_grad for m in model.networks().values() for p in m.parameters())
     assert not model.embed(PROMPTS).tokens.requires_grad
 
     latents = noise(model).requires_grad_()
     model.decode(latents).square().mean().backward()
     assert latents.grad.abs().sum() > 0
 
-    for name, encoder in model.text_encoders.items():
+    for name, encoder in model.of("text").items():
         encoder.requires_grad_(True)
         cond = model.embed(PROMPTS)
         model.predict(noise(model), torch.tensor([5, 500]), cond).square().mean().backward()
@@ -154,19 +158,19 @@ def test_rollout_differentiates_its_last_steps(model):
     cond = model.embed(PROMPTS)
     tokens = cond.tokens.clone().requires_grad_()
     cond = replace(cond, tokens=tokens)
-    assert not rollout(model, cond, steps=3, latents=noise(model)).final.requires_grad
+    assert not rollout(model, cond, chain=3, start=Start(latents=noise(model))).final.requires_grad
     grads = []
     for grad_steps in (1, 3):
-        final = rollout(model, cond, steps=3, latents=noise(model), grad_steps=grad_steps).final
+        final = rollout(model, cond, chain=3, start=Start(latents=noise(model)), window=Window(steps=grad_steps)).final
         grads.append(torch.autograd.grad(final.square().mean(), tokens)[0])
     assert grads[0].abs().sum() > 0
     assert not torch.allclose(grads[0], grads[1])
 
 
 def test_presets_choose_their_kind_of_layer_in_every_component(model):
-    text = list(model.text_encoders)
-    for names in (["unet"], text, list(model.components())):
-        modules = {name: model.components()[name] for name in names}
+    text = list(model.of("text"))
+    for names in (["unet"], text, list(model.networks())):
+        modules = {name: model.networks()[name] for name in names}
         presets = model.presets(names)
         assert set(presets) == {"attention", "attention+ff", "conv", "all"}
         counts = {}
@@ -176,7 +180,7 @@ def test_presets_choose_their_kind_of_layer_in_every_component(model):
             adapters.detach()
         every = sum(isinstance(m, nn.Linear | nn.Conv2d) for root in modules.values() for m in root.modules())
         assert 0 < counts["attention"] < counts["attention+ff"] <= counts["all"] == every
-    attention = attach(model.components(), "lora", targets="attention", presets=model.presets(model.components()))
+    attention = attach(model.of("denoiser", "text"), "lora", targets="attention", presets=model.presets(model.networks()))
     assert {name.split(".")[0] for name in attention.layers} == {"unet", *text}
     attention.detach()
     convolutions = attach({"unet": model.denoiser}, "lora", targets="conv", presets=model.presets())
@@ -190,7 +194,7 @@ def test_fingerprint_tells_weights_apart(model, part):
     before = {name: model.fingerprint(name) for name in ("vae", "text", "denoiser")}
     other = tiny_model(model.family)
     assert other.fingerprint(part) == before[part]
-    modules = {"vae": [model.vae], "denoiser": [model.denoiser], "text": list(model.text_encoders.values())}
+    modules = {"vae": [model.vae], "denoiser": [model.denoiser], "text": list(model.of("text").values())}
     with torch.no_grad():
         next(modules[part][-1].parameters()).mul_(1.1)
     assert {name for name in before if model.fingerprint(name) != before[name]} == {part}

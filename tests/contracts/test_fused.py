@@ -22,8 +22,8 @@ from visiontune.adapters import AdapterSet, attach, attached, load
 from visiontune.adapters._attention import InProj
 from visiontune.errors import UserError
 from visiontune.weights.export import export
+from visiontune.weights.keys import keys_of
 from visiontune.weights.lora_files import read_lora
-from visiontune.weights.peft_folders import write_peft
 
 pytestmark = pytest.mark.filterwarnings("ignore:the Neumann series")
 
@@ -354,12 +354,13 @@ def test_exports(tmp_path) -> None:
     net = Net(dtype=torch.float32)
     adapters = attach({"unet": net}, "lora", targets=["in_proj", "out_proj"], rank=2)
     turn(adapters)
+    keys = keys_of("sd", {"unet": net})
     for kind in ("diffusers", "kohya"):
         with pytest.raises(UserError, match=r"'unet\.attn\.in_proj' is the joint weight"):
-            export(adapters, tmp_path / "x.safetensors", kind, dtype=torch.float32)
+            export(adapters, tmp_path / "x.safetensors", kind, dtype=torch.float32, keys=keys)
     with pytest.raises(UserError, match="PEFT"):
-        write_peft(adapters, tmp_path / "folder")
-    done = export(adapters, tmp_path / "diff.safetensors", "diff", dtype=torch.float32)
+        export(adapters, tmp_path / "folder", "peft", dtype=torch.float32)
+    done = export(adapters, tmp_path / "diff.safetensors", "diff", dtype=torch.float32, keys=keys)
     from safetensors.torch import load_file
 
     written = load_file(done.path)
@@ -368,7 +369,7 @@ def test_exports(tmp_path) -> None:
     torch.testing.assert_close(written["lora_unet_attn_in_proj_weight.diff"], expected)
     dense = attach({"unet": Net(dtype=torch.float32)}, "dense", targets="in_proj")
     turn(dense)
-    export(dense, done.path, "diff", dtype=torch.float32)
+    export(dense, done.path, "diff", dtype=torch.float32, keys=keys)
     assert set(load_file(done.path)) == {"lora_unet_attn_in_proj_weight.diff", "lora_unet_attn_in_proj_bias.diff"}
 
 

@@ -16,7 +16,7 @@ from tiny_rewards import OPTIONS, smooth
 
 from visiontune import catalogue, config, plugin
 from visiontune.errors import UserError
-from visiontune.evaluation.metrics import to_tensor
+from visiontune.ops.pixels import to_tensor
 from visiontune.rewards import loading
 from visiontune.rewards.base import Reward
 

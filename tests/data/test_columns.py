@@ -164,7 +164,7 @@ def test_a_mapping_for_a_column_that_nothing_claims_is_refused(photo, tmp_path):
 
 @pytest.mark.parametrize(("old", "new"), [("image_column", "image"), ("rejected_column", "rejected")])
 def test_options_of_another_name_are_refused_with_the_new_one(old, new):
-    with pytest.raises(UserError, match=rf"data\.{old} has another name: write data\.columns\.{new}"):
+    with pytest.raises(UserError, match=rf"data\.{old} is now data\.columns\.{new}"):
         from_mapping(Config, {"root": "x", old: "y"}, "data")
 
 

@@ -4,14 +4,14 @@ import numpy as np
 import pytest
 
 from visiontune import catalogue
-from visiontune.data import oracle
 from visiontune.data.base import Config
-from visiontune.data.pocket_scenes import held_out
-from visiontune.data.pocket_world import SUBJECTS
 from visiontune.data.preflight import preflight
 from visiontune.data.procedural import Spec, samples
 from visiontune.data.readers import read
 from visiontune.errors import UserError
+from visiontune.pocket import oracle
+from visiontune.pocket.scenes import held_out
+from visiontune.pocket.world import SUBJECTS
 from visiontune.schema import from_mapping
 
 

@@ -11,7 +11,7 @@ from tiny_rollout import SD, TinyModel, prompts, start
 
 from visiontune.diffusion.dynamics import CPS, DDIM, DDPM, DanceSDE, FlowODE, FlowSDE, make_dynamics
 from visiontune.diffusion.schedule import Schedule
-from visiontune.diffusion.trajectory import rollout
+from visiontune.diffusion.trajectory import Start, rollout
 from visiontune.diffusion.transition import transition
 from visiontune.errors import UserError
 
@@ -47,7 +47,7 @@ def test_a_ddpm_rollout_is_the_loop_of_its_scheduler():
     model = TinyModel(Schedule.from_scheduler(scheduler))
     cond = model.embed(prompts())
     ours = rollout(
-        model, cond, steps=8, dynamics=DDPM(), latents=start(), generator=torch.Generator().manual_seed(1)
+        model, cond, chain=8, dynamics=DDPM(), start=Start(latents=start(), generator=torch.Generator().manual_seed(1))
     ).final
     scheduler.set_timesteps(8)
     x, generator = start(), torch.Generator().manual_seed(1)

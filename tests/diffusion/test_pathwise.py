@@ -8,14 +8,13 @@ import pytest
 import torch
 from diffusers import DDIMScheduler
 from tiny import tiny_model
-from tiny_rollout import SD, TinyModel, noises, prompts, start
+from tiny_rollout import SD, TinyModel, noises, prompts, rolled, start
 from torch.autograd.graph import saved_tensors_hooks
 
 from visiontune.adapters import attach
 from visiontune.diffusion.dynamics import CPS, DDIM, FlowODE, FlowSDE
 from visiontune.diffusion.pathwise import backpropagate, end_gradient, into_conditions
 from visiontune.diffusion.schedule import Schedule
-from visiontune.diffusion.trajectory import rollout
 from visiontune.diffusion.transition import transition
 from visiontune.errors import UserError
 
@@ -43,7 +42,7 @@ def gradients(model, way, objective=loss, **kwargs):
     with torch.no_grad():
         cond = model.embed(prompts())
         uncond = model.unconditional(3)
-    made = rollout(
+    made = rolled(
         model,
         cond,
         uncond=uncond,
@@ -81,7 +80,7 @@ def test_gradients_are_those_of_finite_differences(way, schedule, dynamics):
         with torch.no_grad():
             for p, d in zip(model.denoiser(), direction, strict=True):
                 p.add_(step * d)
-            final = rollout(model, model.embed(prompts()), **options(0, dynamics=dynamics)).final
+            final = rolled(model, model.embed(prompts()), **options(0, dynamics=dynamics)).final
             for p, d in zip(model.denoiser(), direction, strict=True):
                 p.sub_(step * d)
             return float(loss(final))
@@ -146,7 +145,7 @@ def test_outside_a_mask_the_prediction_is_a_constant(way):
 def test_the_result_does_not_depend_on_what_is_differentiated():
     model = TinyModel()
     finals = [gradients(model, "plain", grad_steps=k)[1] for k in (1, 3, STEPS)]
-    finals.append(rollout(model, model.embed(prompts()), **options(0)).final.detach())
+    finals.append(rolled(model, model.embed(prompts()), **options(0)).final.detach())
     assert all(torch.equal(final, finals[0]) for final in finals)
 
 
@@ -204,7 +203,7 @@ def test_the_walk_needs_no_gradient_mode_and_adds_to_what_is_there():
     model = TinyModel()
     expected, _ = gradients(model, "deferred")
     with torch.no_grad():
-        made = rollout(model, model.embed(prompts()), deferred=True, **options())
+        made = rolled(model, model.embed(prompts()), deferred=True, **options())
         at_end = end_gradient(made.final, loss)[1]
         found = backpropagate(model, made, at_end)
     for parameter, one in zip(model.denoiser(), expected, strict=True):
@@ -215,20 +214,20 @@ def test_the_walk_needs_no_gradient_mode_and_adds_to_what_is_there():
 def test_gradients_of_the_start():
     model, begin = TinyModel(), start().requires_grad_()
     cond = model.embed(prompts())
-    final = rollout(model, cond, **options(latents=begin)).final
+    final = rolled(model, cond, **options(latents=begin)).final
     (expected,) = torch.autograd.grad(loss(final), begin)
-    made = rollout(model, cond, deferred=True, **options())
+    made = rolled(model, cond, deferred=True, **options())
     assert torch.equal(backpropagate(model, made, end_gradient(made.final, loss)[1]).latents, expected)
 
 
 @pytest.mark.parametrize("grad_steps", [2, STEPS])
 def test_a_text_encoder_gets_its_gradient(grad_steps):
     model = TinyModel()
-    loss(rollout(model, model.embed(prompts()), **options(grad_steps)).final).backward()
+    loss(rolled(model, model.embed(prompts()), **options(grad_steps)).final).backward()
     expected = model.text.weight.grad.clone()
     model.zero_grad()
     cond, uncond = model.embed(prompts()), model.unconditional(3)
-    made = rollout(model, cond, uncond=uncond, deferred=True, **options(grad_steps))
+    made = rolled(model, cond, uncond=uncond, deferred=True, **options(grad_steps))
     found = backpropagate(model, made, end_gradient(made.final, loss)[1], conditions=True)
     assert model.text.weight.grad is None
     into_conditions(cond, found.cond)
@@ -243,7 +242,7 @@ def test_a_window_may_be_chosen_after_sampling():
     model = TinyModel()
     expected, _ = gradients(model, "plain", grad_steps=2)
     model.zero_grad()
-    made = rollout(model, model.embed(prompts()), **options(0, history=True))
+    made = rolled(model, model.embed(prompts()), **options(0, history=True))
     at_end = end_gradient(made.final, loss)[1]
     with pytest.raises(ValueError, match="no step to differentiate"):
         backpropagate(model, made, at_end)
@@ -268,7 +267,7 @@ def test_adapters_and_their_caches_serve_all_ways(method, way):
 
     def run(way):
         adapters.zero_grad()
-        made = rollout(
+        made = rolled(
             model,
             cond,
             cfg_scale=2.0,
@@ -302,12 +301,12 @@ def test_a_window_without_effect_is_refused_before_sampling(deferred, prediction
     cond = model.embed(prompts())
     remedy = "raise grad_steps, or give the model's scheduler timestep_spacing=trailing"
     with pytest.raises(UserError, match=rf"no influence at the steps to differentiate \(t = 0\).*{remedy}"):
-        rollout(model, cond, deferred=deferred, **options(1))
+        rolled(model, cond, deferred=deferred, **options(1))
     assert model.calls == 0
-    rollout(model, cond, deferred=deferred, **options(2))
-    rollout(model, cond, **options(0))
+    rolled(model, cond, deferred=deferred, **options(2))
+    rolled(model, cond, **options(0))
     with torch.no_grad():
-        made = rollout(model, cond, history=True, **options(1))
+        made = rolled(model, cond, history=True, **options(1))
     with pytest.raises(UserError, match="no influence"):
         backpropagate(model, made, torch.ones_like(made.final))
 
@@ -326,11 +325,11 @@ def test_rounding_and_wrong_windows_are_refused():
     model = TinyModel()
     cond = model.embed(prompts())
     with pytest.raises(ValueError, match="give no dtype"):
-        rollout(model, cond, dtype=torch.bfloat16, **options())
+        rolled(model, cond, dtype=torch.bfloat16, **options())
     with pytest.raises(ValueError, match="a gradient mask of shape"):
-        rollout(model, cond, **options(torch.tensor([True])))
+        rolled(model, cond, **options(torch.tensor([True])))
     with pytest.raises(ValueError, match="must not be negative"):
-        rollout(model, cond, **options(-1))
+        rolled(model, cond, **options(-1))
 
 
 def test_a_start_that_requires_a_gradient_gets_none_from_a_truncated_chain():
@@ -338,7 +337,7 @@ def test_a_start_that_requires_a_gradient_gets_none_from_a_truncated_chain():
     cond = model.embed(prompts())
     for grad_steps in (0, 2):
         begin = start().requires_grad_()
-        final = rollout(model, cond, **options(grad_steps, latents=begin)).final
+        final = rolled(model, cond, **options(grad_steps, latents=begin)).final
         assert final.requires_grad == (grad_steps > 0)
         if final.requires_grad:
             loss(final).backward()

@@ -9,13 +9,12 @@ import pytest
 import torch
 from diffusers import DDIMScheduler
 from tiny import tiny_model
-from tiny_rollout import SD, TinyModel, prompts, start
+from tiny_rollout import SD, TinyModel, prompts, rolled, start
 
 from visiontune.adapters import attach
 from visiontune.diffusion.dynamics import CPS, DDIM, DDPM, DanceSDE, FlowSDE
 from visiontune.diffusion.replay import backpropagate_scores, micro_batches, reference, replay, revisit
 from visiontune.diffusion.schedule import Schedule
-from visiontune.diffusion.trajectory import rollout
 from visiontune.diffusion.transition import gaussian_kl, log_prob
 
 STEPS = 5
@@ -25,9 +24,7 @@ def sample(model, dynamics=None, **options):
     options = {"steps": STEPS, "cfg_scale": 3.0, "latents": start(), "log_probs": True, **options}
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
-        return rollout(
-            model, model.embed(prompts()), dynamics=dynamics or DDIM(eta=0.8), generator=generator, **options
-        )
+        return rolled(model, model.embed(prompts()), dynamics=dynamics or DDIM(eta=0.8), generator=generator, **options)
 
 
 def grads(model):
@@ -70,9 +67,7 @@ def test_ratios_of_a_family_with_adapters_are_exactly_one(family, method):
     cond = model.embed(["a red circle", "a blue square"])
     generators = [torch.Generator().manual_seed(i) for i in range(2)]
     with torch.no_grad():
-        made = rollout(
-            model, cond, cfg_scale=4.0, steps=3, dynamics=DDIM(eta=1.0), generator=generators, log_probs=True
-        )
+        made = rolled(model, cond, cfg_scale=4.0, steps=3, dynamics=DDIM(eta=1.0), generator=generators, log_probs=True)
     now = replay(model, made)
     assert torch.equal(now.detach(), made.log_probs[:, made.scored])
     base = reference(model, made, adapters.disable())
@@ -208,5 +203,5 @@ def test_what_cannot_be_scored_is_refused():
     assert replay(model, made).shape == (3, 4)
     with pytest.raises(ValueError, match="leave out the steps that are not `scored`"):
         replay(model, made, steps=[4])
-    with pytest.raises(ValueError, match="sample it with history=True"):
+    with pytest.raises(ValueError, match=r"sample it with Keep\(history=True\)"):
         replay(model, replace(made, latents=None))

@@ -8,8 +8,9 @@ from diffusers import DDIMScheduler
 
 from visiontune.core import Condition
 from visiontune.diffusion.dynamics import CPS, DDIM, FlowODE
+from visiontune.diffusion.guidance import classifier_free, guided
 from visiontune.diffusion.schedule import Schedule
-from visiontune.diffusion.trajectory import guided, rollout
+from visiontune.diffusion.trajectory import Keep, Start, rollout
 from visiontune.diffusion.transition import log_prob, transition
 from visiontune.errors import UserError
 
@@ -17,12 +18,17 @@ from visiontune.errors import UserError
 class Ideal:
     """Predicts the noise exactly, for data that is the one point `cond.pooled`."""
 
-    latent_channels, downsample, resolution = 2, 8, 32
     device = torch.device("cpu")
 
     def __init__(self):
         self.schedule = Schedule.from_scheduler(DDIMScheduler(clip_sample=False, beta_schedule="scaled_linear"))
         self.calls: list[tuple[Condition, torch.Tensor]] = []
+
+    def latent_shape(self, height=32, width=32):
+        return 2, height // 8, width // 8
+
+    def chain(self, steps, shape):
+        return self.schedule.timesteps(steps)
 
     def predict(self, x_t, t, cond):
         self.calls.append((cond, t))
@@ -42,19 +48,19 @@ def condition(*points, **extra) -> Condition:
 def test_the_exact_denoiser_reaches_its_data(eta):
     cond = condition([1.0, -2.0], [0.5, 3.0])
     generator = torch.Generator().manual_seed(0)
-    final = rollout(Ideal(), cond, steps=10, dynamics=DDIM(eta=eta), generator=generator).final
+    final = rollout(Ideal(), cond, chain=10, dynamics=DDIM(eta=eta), start=Start(generator=generator)).final
     expected = cond.pooled[:, :, None, None].expand(2, 2, 4, 4)
     torch.testing.assert_close(final, expected, rtol=0, atol=1e-3)
 
 
 def test_history_runs_from_the_start_to_the_end():
     model, start = Ideal(), torch.randn(1, 2, 4, 4)
-    trajectory = rollout(model, condition([1.0, 2.0]), steps=4, latents=start, history=True)
+    trajectory = rollout(model, condition([1.0, 2.0]), chain=4, start=Start(latents=start), keep=Keep(history=True))
     assert trajectory.latents.shape == (1, 5, 2, 4, 4)
     assert torch.equal(trajectory.latents[:, 0], start)
     assert torch.equal(trajectory.latents[:, -1], trajectory.final)
     assert trajectory.timesteps.tolist() == [750, 500, 250, 0] == [int(t) for _, t in model.calls]
-    assert rollout(model, condition([1.0, 2.0]), steps=4, latents=start).latents is None
+    assert rollout(model, condition([1.0, 2.0]), chain=4, start=Start(latents=start)).latents is None
 
 
 def test_one_generator_per_row_makes_rows_independent_of_their_batch():
@@ -62,7 +68,14 @@ def test_one_generator_per_row_makes_rows_independent_of_their_batch():
 
     def run(rows):
         generators = [torch.Generator().manual_seed(row) for row in rows]
-        return rollout(Ideal(), cond[torch.tensor(rows)], steps=1, dynamics=DDIM(), generator=generators, history=True)
+        return rollout(
+            Ideal(),
+            cond[torch.tensor(rows)],
+            chain=1,
+            dynamics=DDIM(),
+            start=Start(generator=generators),
+            keep=Keep(history=True),
+        )
 
     together = run([0, 1]).latents
     assert torch.equal(together[1:], run([1]).latents)
@@ -70,13 +83,15 @@ def test_one_generator_per_row_makes_rows_independent_of_their_batch():
 
 
 def test_size_sets_the_latents_drawn():
-    final = rollout(Ideal(), condition([0.0, 0.0]), steps=1, size=(16, 48), generator=torch.Generator()).final
+    final = rollout(
+        Ideal(), condition([0.0, 0.0]), chain=1, start=Start(size=(16, 48), generator=torch.Generator())
+    ).final
     assert final.shape == (1, 2, 2, 6)
 
 
 def test_guidance_is_one_call_and_shares_the_extra_conditioning():
     model, cond = Ideal(), condition([1.0, 2.0], time_ids=torch.ones(1, 6))
-    guided(model, torch.zeros(1, 2, 4, 4), torch.tensor([10]), cond, None, 3.0)
+    guided(model, torch.zeros(1, 2, 4, 4), torch.tensor([10]), cond, None, classifier_free(3.0))
     ((both, t),) = model.calls
     assert torch.equal(both.pooled, torch.tensor([[0.0, 0.0], [1.0, 2.0]]))
     assert torch.equal(both.extra["time_ids"], torch.ones(2, 6))
@@ -86,7 +101,7 @@ def test_guidance_is_one_call_and_shares_the_extra_conditioning():
 def test_guided_rollout_overshoots_by_the_scale():
     """For point data the guided score is that of the point u + cfg_scale (c - u)."""
     uncond = condition([1.0, 0.0])
-    final = rollout(Ideal(), condition([2.0, 1.0]), uncond=uncond, cfg_scale=3.0, steps=10).final
+    final = rollout(Ideal(), condition([2.0, 1.0]), uncond=uncond, guidance=classifier_free(3.0), chain=10).final
     torch.testing.assert_close(
         final, torch.tensor([4.0, 3.0])[None, :, None, None].expand(1, 2, 4, 4), atol=1e-3, rtol=0
     )
@@ -94,7 +109,7 @@ def test_guided_rollout_overshoots_by_the_scale():
 
 def test_a_start_for_another_number_of_rows_is_refused():
     with pytest.raises(ValueError, match="2 latents for 1 conditions"):
-        rollout(Ideal(), condition([1.0, 2.0]), latents=torch.zeros(2, 2, 4, 4))
+        rollout(Ideal(), condition([1.0, 2.0]), start=Start(latents=torch.zeros(2, 2, 4, 4)))
 
 
 def test_noise_of_a_row_is_that_of_its_generator_whatever_the_batch():
@@ -103,7 +118,14 @@ def test_noise_of_a_row_is_that_of_its_generator_whatever_the_batch():
     def run(*rows):
         generators = [torch.Generator().manual_seed(row) for row in rows]
         which = torch.tensor(rows)
-        return rollout(Ideal(), cond[which], steps=4, dynamics=DDIM(eta=1.0), generator=generators, log_probs=True)
+        return rollout(
+            Ideal(),
+            cond[which],
+            chain=4,
+            dynamics=DDIM(eta=1.0),
+            start=Start(generator=generators),
+            keep=Keep(log_probs=True),
+        )
 
     together, pair = run(0, 1, 2), run(2, 0)
     for name in ("noise", "latents", "log_probs", "final"):
@@ -113,14 +135,26 @@ def test_noise_of_a_row_is_that_of_its_generator_whatever_the_batch():
 
 def test_given_noise_repeats_a_rollout():
     cond = condition([1.0, 2.0])
-    first = rollout(Ideal(), cond, steps=4, dynamics=DDIM(eta=1.0), generator=torch.Generator(), history=True)
+    first = rollout(
+        Ideal(),
+        cond,
+        chain=4,
+        dynamics=DDIM(eta=1.0),
+        start=Start(generator=torch.Generator()),
+        keep=Keep(history=True),
+    )
     again = rollout(
-        Ideal(), cond, steps=4, dynamics=DDIM(eta=1.0), latents=first.latents[:, 0], noise=first.noise, history=True
+        Ideal(),
+        cond,
+        chain=4,
+        dynamics=DDIM(eta=1.0),
+        start=Start(latents=first.latents[:, 0], noise=first.noise),
+        keep=Keep(history=True),
     )
     assert torch.equal(first.latents, again.latents)
-    assert rollout(Ideal(), cond, steps=4, generator=torch.Generator()).noise is None
+    assert rollout(Ideal(), cond, chain=4, start=Start(generator=torch.Generator())).noise is None
     with pytest.raises(ValueError, match=r"noise of shape \(1, 4, 2, 4, 4\), not \(1, 3, 2, 4, 4\)"):
-        rollout(Ideal(), cond, steps=3, dynamics=DDIM(eta=1.0), noise=first.noise)
+        rollout(Ideal(), cond, chain=3, dynamics=DDIM(eta=1.0), start=Start(noise=first.noise))
 
 
 @pytest.mark.parametrize("reduce", ["mean", "sum"])
@@ -131,12 +165,10 @@ def test_scores_are_of_the_transitions_emitted(reduce, dtype):
     made = rollout(
         model,
         cond,
-        steps=5,
+        chain=5,
         dynamics=DDIM(eta=0.8),
-        generator=torch.Generator(),
-        log_probs=True,
-        reduce=reduce,
-        dtype=dtype,
+        start=Start(generator=torch.Generator()),
+        keep=Keep(log_probs=True, reduce=reduce, dtype=dtype),
     )
     assert made.latents.dtype == (dtype or torch.float32)
     assert made.log_probs.shape == (2, 5)
@@ -156,9 +188,9 @@ def test_scores_are_of_the_transitions_emitted(reduce, dtype):
 def test_scores_without_noise_are_refused_before_sampling(dynamics, remedy):
     model = Ideal()
     with pytest.raises(UserError, match=f"'{dynamics.name}' adds no noise, so no step has a log-probability: {remedy}"):
-        rollout(model, condition([1.0, 2.0]), dynamics=dynamics, log_probs=True)
+        rollout(model, condition([1.0, 2.0]), dynamics=dynamics, keep=Keep(log_probs=True))
     with pytest.raises(UserError, match="sample with more steps"):
-        rollout(model, condition([1.0, 2.0]), steps=1, dynamics=DDIM(eta=1.0), log_probs=True)
+        rollout(model, condition([1.0, 2.0]), chain=1, dynamics=DDIM(eta=1.0), keep=Keep(log_probs=True))
     assert not model.calls
 
 
@@ -166,7 +198,7 @@ def test_flow_ode_names_its_stochastic_forms():
     model = Ideal()
     model.schedule = Schedule.flow()
     with pytest.raises(UserError, match=r"'flow-ode' adds no noise.*use flow-sde, dance-sde or cps"):
-        rollout(model, condition([1.0, 2.0]), dynamics=FlowODE(), log_probs=True)
+        rollout(model, condition([1.0, 2.0]), dynamics=FlowODE(), keep=Keep(log_probs=True))
 
 
 def test_a_chain_may_end_early_in_one_step():
@@ -174,7 +206,7 @@ def test_a_chain_may_end_early_in_one_step():
     model, start = Ideal(), torch.randn(1, 2, 4, 4)
     begin, end = model.schedule.timesteps(10)
     chain = (begin[:3], torch.cat([end[:2], torch.tensor([-1])]))
-    made = rollout(model, condition([1.0, 2.0]), chain=chain, latents=start, history=True)
+    made = rollout(model, condition([1.0, 2.0]), chain=chain, start=Start(latents=start), keep=Keep(history=True))
     assert made.timesteps.tolist() == begin[:3].tolist()
     assert made.latents.shape[1] == 4
     expected = torch.tensor([1.0, 2.0])[None, :, None, None].expand(1, 2, 4, 4)
@@ -184,7 +216,13 @@ def test_a_chain_may_end_early_in_one_step():
 def test_rows_and_devices_of_a_trajectory():
     cond = condition([1.0, 2.0], [3.0, 4.0], [5.0, 6.0])
     made = rollout(
-        Ideal(), cond, cfg_scale=2.0, steps=3, dynamics=DDIM(eta=1.0), generator=torch.Generator(), log_probs=True
+        Ideal(),
+        cond,
+        guidance=classifier_free(2.0),
+        chain=3,
+        dynamics=DDIM(eta=1.0),
+        start=Start(generator=torch.Generator()),
+        keep=Keep(log_probs=True),
     )
     part = made[torch.tensor([2, 0])].to("cpu")
     assert (len(made), len(part), part.steps) == (3, 2, 3)

@@ -10,9 +10,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from visiontune.data import pocket_scenes, pocket_world
 from visiontune.errors import UserError
 from visiontune.evaluation import metrics
+from visiontune.pocket import scenes, world
 
 
 class Lookup:
@@ -32,8 +32,8 @@ def _pictures(numbers: list[int]) -> np.ndarray:
 
 
 def test_prompt_accuracy_is_the_share_that_the_oracle_accepts() -> None:
-    pairs = list(itertools.islice(pocket_scenes.stream(3, "one"), 8))
-    images = np.stack([pocket_world.render(scene) for scene, _ in pairs])
+    pairs = list(itertools.islice(scenes.stream(3, "one"), 8))
+    images = np.stack([world.render(scene) for scene, _ in pairs])
     texts = [text for _, text in pairs]
     full = metrics.prompt_accuracy(images, texts)
     assert full > 0.8
@@ -43,8 +43,8 @@ def test_prompt_accuracy_is_the_share_that_the_oracle_accepts() -> None:
 
 def test_subject_metrics_tell_subjects_apart() -> None:
     rng = np.random.default_rng(0)
-    scenes = [pocket_scenes.subject_scene(pocket_world.SUBJECTS[n], rng) for n in ("ember", "ember", "poppy", "poppy")]
-    images = np.stack([pocket_world.render(scene) for scene in scenes])
+    drawn = [scenes.subject_scene(world.SUBJECTS[n], rng) for n in ("ember", "ember", "poppy", "poppy")]
+    images = np.stack([world.render(scene) for scene in drawn])
     assert metrics.subject_recognition(images, "ember") == 0.5
     assert metrics.subject_fidelity(images[:2], "ember") > 0.8 > metrics.subject_fidelity(images[2:], "ember")
     with pytest.raises(UserError, match="did you mean 'ember'"):

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 import torch
 
-from visiontune.data import oracle
-from visiontune.data.pocket_scenes import held_out, subject_scene
-from visiontune.data.pocket_world import RADII, SUBJECTS, Scene, Thing, render
 from visiontune.evaluation import personalise
+from visiontune.pocket import oracle
+from visiontune.pocket.scenes import held_out, subject_scene
+from visiontune.pocket.world import RADII, SUBJECTS, Scene, Thing, render
 
 
 def test_ordinary_prompts_are_held_out_and_have_one_and_two_objects_by_turns():

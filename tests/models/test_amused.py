@@ -13,6 +13,7 @@ from torch import nn
 from visiontune import models
 from visiontune.adapters import attach
 from visiontune.core import Condition
+from visiontune.diffusion.guidance import classifier_free
 from visiontune.diffusion.trajectory import rollout
 from visiontune.diffusion.unmask import guided_logits, unmask
 from visiontune.errors import UserError
@@ -92,10 +93,10 @@ def test_temperature_and_negative_prompt_are_those_of_the_stock_pipeline(model):
 
 def test_rows_with_generators_of_their_own_do_not_depend_on_the_batch(model):
     cond = model.embed(PROMPTS)
-    together = unmask(model, cond, cfg_scale=2.0, steps=4, generator=[seeded(1), seeded(2)])
+    together = unmask(model, cond, guidance=classifier_free(2.0), steps=4, generator=[seeded(1), seeded(2)])
     assert together.shape == (2, 4, 4)
     for row in range(2):
-        alone = unmask(model, cond[row], cfg_scale=2.0, steps=4, generator=seeded(1 + row))
+        alone = unmask(model, cond[row], guidance=classifier_free(2.0), steps=4, generator=seeded(1 + row))
         assert torch.equal(together[row : row + 1], alone)
     with pytest.raises(ValueError):
         unmask(model, cond, steps=2, generator=[seeded(1)])
@@ -104,8 +105,8 @@ def test_rows_with_generators_of_their_own_do_not_depend_on_the_batch(model):
 def test_guidance_extrapolates_from_the_unconditional_logits(model):
     cond, tokens = model.embed(PROMPTS), tokens_of(model)
     given, without = model.logits(tokens, cond), model.logits(tokens, model.unconditional(2))
-    assert torch.equal(guided_logits(model, tokens, cond, None, 1.0), given)
-    torch.testing.assert_close(guided_logits(model, tokens, cond, None, 3.0), 3 * given - 2 * without)
+    assert torch.equal(guided_logits(model, tokens, cond, None, classifier_free(1.0)), given)
+    torch.testing.assert_close(guided_logits(model, tokens, cond, None, classifier_free(3.0)), 3 * given - 2 * without)
 
 
 def test_micro_conditioning_is_the_size_of_the_grid_or_what_the_condition_says(model):
@@ -153,7 +154,7 @@ def test_a_scheduler_of_another_vocabulary_is_refused():
 
 def test_presets_choose_their_kind_of_layer_in_every_component(model):
     for names in (["transformer"], ["text_encoder"], ["transformer", "text_encoder"]):
-        modules = {name: model.components()[name] for name in names}
+        modules = {name: model.networks()[name] for name in names}
         presets, counts = model.presets(names), {}
         for preset in ("attention", "attention+ff", "all"):
             adapters = attach(modules, "lora", targets=preset, presets=presets)
@@ -229,7 +230,7 @@ class TestRefusals:
 
     def test_rollouts_and_other_objectives_refuse_it(self, model):
         with pytest.raises(UserError, match="fills in masked tokens"):
-            rollout(model, model.embed(PROMPTS), steps=2)
+            rollout(model, model.embed(PROMPTS), chain=2)
         with pytest.raises(UserError, match="fills in masked tokens"):
             grpo.build(grpo.Config()).check(model, object())
 

@@ -7,7 +7,8 @@ import torch
 from tiny import remade, tiny_model, tiny_sd, tiny_sdxl
 
 from visiontune.core import Condition
-from visiontune.diffusion.trajectory import guided
+from visiontune.diffusion.guidance import classifier_free, guided
+from visiontune.errors import UserError
 from visiontune.models.sd import StableDiffusion
 from visiontune.models.sdxl import StableDiffusionXL
 
@@ -89,8 +90,9 @@ def test_the_text_fingerprint_sees_new_tokens():
 
 
 def test_an_unknown_part_has_no_fingerprint():
-    with pytest.raises(ValueError, match="no part 'unet' to hash; known: vae, text, denoiser"):
-        tiny_model("sd").fingerprint("unet")
+    with pytest.raises(UserError, match="has no part 'transformer'"):
+        tiny_model("sd").fingerprint("transformer")
+    assert tiny_model("sd").fingerprint("unet") == tiny_model("sd").fingerprint("denoiser")
 
 
 def test_moving_gives_the_model_back():
@@ -111,10 +113,10 @@ def test_a_wrapped_denoiser_is_called_and_saved_under_the_same_prefix():
     model = tiny_model("sd")
     cond, x_t, t = model.embed(["a"]), torch.ones(1, 4, 8, 8), torch.tensor([7])
     plain = model.predict(x_t, t, cond)
-    model.denoiser = Doubled(model.denoiser)
+    model.pipe.unet = Doubled(model.denoiser)
     torch.testing.assert_close(model.predict(x_t, t, cond), 2 * plain)
-    assert list(model.components()) == ["unet", "text_encoder"]
-    assert model.components()["unet"] is model.denoiser
+    assert list(model.networks()) == ["unet", "vae", "text_encoder"]
+    assert model.networks()["unet"] is model.denoiser
 
 
 class TestSDXL:
@@ -126,7 +128,7 @@ class TestSDXL:
         plain, given = model.predict(x_t, t, cond), model.predict(x_t, t, sized)
         torch.testing.assert_close(plain[0], given[0], rtol=0, atol=1e-5)
         assert (plain[1] - given[1]).abs().max() > 1e-4
-        assert guided(model, x_t, t, sized, None, 2.0).shape == x_t.shape
+        assert guided(model, x_t, t, sized, None, classifier_free(2.0)).shape == x_t.shape
 
     def test_the_empty_condition_is_zero_only_if_the_checkpoint_says_so(self):
         model = tiny_model("sdxl")

@@ -56,7 +56,7 @@ def test_a_folder_gives_the_model_that_was_saved(saved):
     torch.testing.assert_close(model.predict(x_t, t, cond), original.predict(x_t, t, cond), rtol=0, atol=1e-5)
     for part in ("vae", "text", "denoiser"):
         assert model.fingerprint(part) == original.fingerprint(part)
-    for module in (model.vae, model.denoiser, *model.text_encoders.values()):
+    for module in (model.vae, model.denoiser, *model.of("text").values()):
         assert not module.training
         assert not any(p.requires_grad for p in module.parameters())
     assert (model.resolution, model.downsample, model.latent_channels, model.max_tokens) == (16, 2, 4, 32)
@@ -82,7 +82,7 @@ def test_prediction_type_comes_with_the_folder(tmp_path):
 
 def test_dtype_is_that_of_every_part(saved):
     model = models.load(str(saved), dtype=torch.bfloat16)
-    modules = [model.vae, *model.components().values()]
+    modules = [model.vae, *model.networks().values()]
     assert {p.dtype for module in modules for p in module.parameters()} == {torch.bfloat16}
 
 
@@ -96,6 +96,10 @@ def test_pocket_names_are_folders_of_the_package(saved, tmp_path, monkeypatch):
     assert "there is no pocket model 'pocket/sd': this installation lacks its assets" in refusal("pocket/sd")
     shutil.copytree(saved, tmp_path / "pocket-sd")
     (tmp_path / "pocket-clip").mkdir()  # no pipeline, so not a model to fine-tune
+    assert pocket.names() == ["pocket/sd"]
+    (tmp_path / "pocket-clip" / "config.json").touch()
+    assert pocket.names("config.json") == ["pocket/clip"]
+    assert pocket.folder("pocket/clip", "config.json") == tmp_path / "pocket-clip"
     assert pocket.names() == ["pocket/sd"]
     assert models.load("pocket/sd").source == "pocket/sd"
     message = refusal("pocket/ds")

@@ -14,9 +14,9 @@ from visiontune.data.prompts import PromptBatches
 from visiontune.diffusion.schedule import Schedule
 from visiontune.diffusion.transition import transition
 from visiontune.errors import UserError
-from visiontune.objectives._online import Tools, conditions, pixels, score
+from visiontune.objectives._online import conditions, pixels, score
 from visiontune.objectives.alignprop import Config, build
-from visiontune.objectives.base import generator
+from visiontune.objectives.base import Tools, generator
 
 STEPS = 4
 PROMPTS = ["a red cat", "a dog", "two birds in a tree", "a blue fish"]
@@ -161,7 +161,7 @@ def test_a_trained_text_encoder_gets_the_gradient_of_both_conditions():
 def test_text_adapters_learn_through_a_real_encoder_with_copies():
     """The encoder's graph is gone after one backward pass, so what all copies found must go through it at once."""
     model = tiny_model("sd")
-    adapters = attach(model.components(), "lora", targets=["to_q", "q_proj"]).eval()
+    adapters = attach(model.of("denoiser", "text"), "lora", targets=["to_q", "q_proj"]).eval()
     with torch.no_grad():
         for parameter in adapters.parameters():
             parameter.add_(0.05 * torch.ones_like(parameter))

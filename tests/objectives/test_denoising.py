@@ -7,16 +7,18 @@ import torch
 from diffusers import DDPMScheduler
 from tiny_training import PREDICTIONS, TinyModel, tiny_batch
 
+from visiontune.diffusion.timesteps import Timesteps
 from visiontune.errors import UserError
 from visiontune.objectives import denoising
-from visiontune.objectives.base import combine, generator, mean_where
+from visiontune.objectives.base import Tools, combine, generator, mean_where, per_row
 from visiontune.objectives.denoising import Config, build, min_snr_weight
+from visiontune.schema import from_mapping
 
 
 def reference_errors(model, batch, seed, prediction, gamma=None):
     """The same draws through diffusers' own scheduler, one row at a time."""
     rng = generator(seed)
-    t = torch.randint(0, 1000, (len(batch),), generator=rng)
+    t = (torch.rand(len(batch), generator=rng, dtype=torch.float64) * 1000).long()
     eps = torch.randn(batch.data["image"].shape, generator=rng)
     scheduler = DDPMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
     errors = []
@@ -38,7 +40,7 @@ def reference_errors(model, batch, seed, prediction, gamma=None):
 def test_errors_are_those_of_the_diffusers_scheduler(prediction, gamma):
     model = TinyModel(prediction)
     batch = tiny_batch(model, 3, instance=6)
-    errors = build(Config(snr_gamma=gamma)).errors(model, batch, generator(11))
+    errors = build(Config(snr_gamma=gamma)).errors(model, batch, Tools(rng=generator(11)))
     torch.testing.assert_close(errors, reference_errors(model, batch, 11, prediction, gamma), rtol=1e-4, atol=1e-6)
 
 
@@ -83,37 +85,44 @@ def test_the_target_holds_the_offset_noise():
     model = TinyModel()
     batch = replace(tiny_batch(model, 0, instance=4), data={"image": torch.zeros(4, 4, 8, 8)})
     model.predict = lambda x_t, t, cond: x_t / model.schedule.sigma(t)[:, None, None, None]
-    errors = build(Config(offset_noise=0.5)).errors(model, batch, generator(0))
+    errors = build(Config(offset_noise=0.5)).errors(model, batch, Tools(rng=generator(0)))
     torch.testing.assert_close(errors, torch.zeros(4), atol=1e-9, rtol=0)
 
 
-def test_timesteps_stay_in_their_range_and_reach_its_ends():
-    schedule = TinyModel().schedule
-    t = build(Config(min_timestep=10, max_timestep=14)).timesteps(schedule, 400, generator(0))
-    assert t.unique().tolist() == [10, 11, 12, 13]
-    whole = build(Config()).timesteps(schedule, 20000, generator(0))
-    assert whole.min() == 0 and whole.max() == 999
-
-
-def test_quantiles_place_timesteps_evenly():
-    objective, schedule = build(Config(min_timestep=100, max_timestep=500)), TinyModel().schedule
-    quantile = (torch.arange(400) + 0.5) / 400
-    assert objective.timesteps(schedule, 400, generator(0), quantile).tolist() == list(range(100, 500))
-
-
-def test_timesteps_beyond_the_schedule_are_refused():
-    with pytest.raises(UserError, match="1000 timesteps"):
-        build(Config(max_timestep=1001)).timesteps(TinyModel().schedule, 1, generator(0))
-    with pytest.raises(UserError, match="1000 timesteps"):
-        build(Config(min_timestep=1000)).timesteps(TinyModel().schedule, 1, generator(0))
-
-
-@pytest.mark.parametrize(
-    "options", [{"snr_gamma": 0.0}, {"offset_noise": -0.1}, {"min_timestep": 5, "max_timestep": 5}]
-)
+@pytest.mark.parametrize("options", [{"snr_gamma": 0.0}, {"offset_noise": -0.1}])
 def test_impossible_options_are_refused(options):
     with pytest.raises(ValueError, match=next(iter(options)).split("_")[-1]):
         Config(**options)
+
+
+def test_options_of_the_first_version_name_those_of_now():
+    with pytest.raises(UserError, match=r"objective\.min_timestep is now objective\.timesteps\.low"):
+        from_mapping(Config, {"min_timestep": 200}, "objective")
+    assert from_mapping(Config, {"timesteps": {"low": 0.2}}).timesteps == Timesteps(low=0.2)
+    assert from_mapping(Config, {"timesteps": "logit_normal"}).timesteps == Timesteps(density="logit_normal")
+
+
+def test_timesteps_are_drawn_as_the_option_says():
+    model = TinyModel()
+    objective = build(Config(timesteps=Timesteps(low=0.1, high=0.104)))
+    t, _ = objective.noised(model, torch.zeros(400, 4, 8, 8), tiny_batch(model, 0, 400), Tools(rng=generator(0)))
+    assert t.unique().tolist() == [100, 101, 102, 103]
+
+
+def test_a_mask_counts_the_errors_inside_it_alone():
+    model = TinyModel()
+    batch = tiny_batch(model, 0, instance=2)
+    mask = torch.zeros(2, 1, 8, 8)
+    mask[0, :, :2], mask[1, :, 3:] = 1.0, 0.5
+    objective = build(Config())
+    masked = replace(batch, data={**batch.data, "mask": mask})
+    x_0 = batch.data["image"]
+    t, eps = objective.noised(model, x_0, batch, Tools(rng=generator(4)))
+    errors = objective.error_map(model, x_0, eps, t, batch.cond)
+    found = objective.errors(model, masked, Tools(rng=generator(4)))
+    torch.testing.assert_close(found, torch.stack([errors[0, :, :2].mean(), errors[1, :, 3:].mean()]))
+    torch.testing.assert_close(objective.errors(model, batch, Tools(rng=generator(4))), errors.mean((1, 2, 3)))
+    assert per_row(errors, torch.zeros(2, 1, 8, 8)).tolist() == [0, 0]
 
 
 def test_a_generator_is_a_function_of_its_key():
@@ -124,11 +133,11 @@ def test_a_generator_is_a_function_of_its_key():
 def test_a_row_weight_scales_its_own_row():
     model = TinyModel()
     objective, batch = build(Config()), tiny_batch(TinyModel(), 0, instance=4)
-    errors = objective.errors(model, batch, generator(5))
+    errors = objective.errors(model, batch, Tools(rng=generator(5)))
     for row in range(4):
         weight = torch.ones(4)
         weight[row] = 3.0
-        total = objective.loss(model, replace(batch, weight=weight), generator(5)).total
+        total = objective.loss(model, replace(batch, weight=weight), Tools(rng=generator(5))).total
         torch.testing.assert_close(total, errors.mean() + 2 * errors[row] / 4)
 
 
@@ -149,7 +158,7 @@ def test_training_the_text_encoder_reaches_its_weights():
     model = TinyModel()
     model.encoder.requires_grad_(True)
     batch = tiny_batch(model, 0, instance=2, embedded=False)
-    build(Config()).loss(model, batch, generator(0)).total.backward()
+    build(Config()).loss(model, batch, Tools(rng=generator(0))).total.backward()
     assert model.encoder.weight.grad.abs().sum() > 0
 
 
@@ -157,4 +166,6 @@ def test_bf16_predictions_are_compared_in_float32():
     model = TinyModel()
     predict = model.predict
     model.predict = lambda x_t, t, cond: predict(x_t, t, cond).bfloat16()
-    assert denoising.build(Config()).errors(model, tiny_batch(model, 0, 2), generator(0)).dtype == torch.float32
+    assert (
+        denoising.build(Config()).errors(model, tiny_batch(model, 0, 2), Tools(rng=generator(0))).dtype == torch.float32
+    )

@@ -12,12 +12,12 @@ from tiny import tiny_model
 from tiny_online import PROMPTS, SCHEDULES, Drawing, batch_of, brightness, gradient, most_held, tools_of
 
 from visiontune import adapters, config
+from visiontune.assemble import train
 from visiontune.core import Batch
 from visiontune.data.prompts import PromptBatches
-from visiontune.errors import UserError
 from visiontune.objectives import dpo_online
 from visiontune.objectives._draw import draw
-from visiontune.objectives.base import generator
+from visiontune.objectives.base import Tools, generator
 from visiontune.objectives.diffusion_dpo import Config, build, preference
 from visiontune.rewards.base import as_reward
 from visiontune.training.config import TrainConfig
@@ -26,17 +26,12 @@ from visiontune.training.loop import Trainer
 GROUP = 4
 
 
-class Set:
-    """An adapter set, as far as the objective knows one."""
-
-    def __init__(self, model):
-        self.disable = model.disable
-
-
 def prepared(model, **options):
-    objective = build(Config(**options))
-    objective.prepare(model, adapters=Set(model), data=None, cache_dir=None, images=None)
-    return objective
+    return build(Config(**options))
+
+
+def lent(model, seed) -> Tools:
+    return Tools(rng=generator(seed), reference=model.disable)
 
 
 def pair_batch(rows=4, seed=0) -> Batch:
@@ -59,8 +54,7 @@ def swapped(batch):
 def error_gap(objective, model, batch, seed=1):
     """mean(e_w - e_l), as the loss draws its noise."""
     rng = generator(seed)
-    t = objective.timesteps(model.schedule, len(batch), rng)
-    eps = objective.noise(batch.data["image"], rng)
+    t, eps = objective.noised(model, batch.data["image"], batch, Tools(rng=rng))
     errors = objective.both(model, batch.data["image"], batch.data["rejected"], eps, t, model.embed(batch.prompts))
     return (errors[0] - errors[1]).mean()
 
@@ -69,7 +63,7 @@ def error_gap(objective, model, batch, seed=1):
 def test_at_the_base_the_loss_is_log_two_and_the_gradient_that_of_the_errors(prediction):
     model, batch = Drawing(prediction), pair_batch()
     objective = prepared(model, beta=30.0)
-    loss = objective.loss(model, batch, generator(1))
+    loss = objective.loss(model, batch, lent(model, 1))
     assert float(loss.total.detach()) == pytest.approx(math.log(2), rel=1e-12)
     assert float(loss.terms["accuracy"]) == 0
     loss.total.backward()
@@ -83,9 +77,9 @@ def test_the_loss_is_its_definition_against_an_untouched_copy():
     model, untouched, batch = Drawing(), Drawing(), pair_batch()
     model.move(0.3)
     objective = prepared(model, beta=3.0, sft_weight=0.2)
-    loss = objective.loss(model, batch, generator(1))
+    loss = objective.loss(model, batch, lent(model, 1))
     rng = generator(1)
-    t = torch.randint(0, 1000, (4,), generator=rng)
+    t = (torch.rand(4, generator=rng, dtype=torch.float64) * 1000).long()
     eps = torch.randn(4, 2, 4, 4, generator=rng)
     cond = model.embed(batch.prompts)
 
@@ -109,7 +103,7 @@ def test_swapping_the_pictures_flips_the_sign():
     model, batch = Drawing(), pair_batch()
     model.move(0.3)
     objective = prepared(model, beta=3.0)
-    one, two = (objective.loss(model, b, generator(1)).terms["accuracy"] for b in (batch, swapped(batch)))
+    one, two = (objective.loss(model, b, lent(model, 1)).terms["accuracy"] for b in (batch, swapped(batch)))
     assert float(one + two) == 1
 
 
@@ -131,7 +125,7 @@ def test_both_pictures_and_both_models_see_one_noise_and_one_timestep():
         return predict(x_t, t, cond)
 
     model.predict = spy
-    prepared(model).loss(model, batch, generator(3))
+    prepared(model).loss(model, batch, lent(model, 3))
     (ours, t, on), (base, t_base, off) = seen
     assert on and not off
     assert torch.equal(ours, base) and torch.equal(t, t_base) and torch.equal(t[:4], t[4:])
@@ -169,8 +163,8 @@ def test_training_prefers_what_was_chosen():
     objective = prepared(model, beta=500.0)
     optimizer = torch.optim.Adam([model.delta], lr=1e-3)
     log = []
-    for step in range(150):
-        loss = objective.loss(model, batch, generator(step))
+    for step in range(250):
+        loss = objective.loss(model, batch, lent(model, step))
         optimizer.zero_grad()
         loss.total.backward()
         optimizer.step()
@@ -183,13 +177,11 @@ def test_rows_have_weights_and_what_is_missing_is_refused():
     model, batch = Drawing(), pair_batch()
     model.move(0.3)
     objective = prepared(model, beta=3.0)
-    one = objective.loss(model, batch, generator(1)).total
-    half = objective.loss(model, replace(batch, weight=torch.full((4,), 0.5)), generator(1)).total
+    one = objective.loss(model, batch, lent(model, 1)).total
+    half = objective.loss(model, replace(batch, weight=torch.full((4,), 0.5)), lent(model, 1)).total
     torch.testing.assert_close(half, one / 2)
-    with pytest.raises(ValueError, match="pairs=True"):
-        objective.loss(model, replace(batch, data={"image": batch.data["image"]}), generator(1))
-    with pytest.raises(UserError, match="set an adapter"):
-        build(Config()).prepare(model, adapters=None, data=None, cache_dir=None, images=None)
+    with pytest.raises(ValueError, match="column 'rejected'"):
+        objective.loss(model, replace(batch, data={"image": batch.data["image"]}), lent(model, 1))
     for wrong in ({"beta": 0}, {"sft_weight": -1}):
         with pytest.raises(ValueError, match=next(iter(wrong))):
             Config(**wrong)
@@ -205,7 +197,7 @@ def test_a_recipe_trains_on_pairs(tmp_path):
         for name in "ab":
             Image.new("RGB", (64, 64), colour).save(tmp_path / "photos" / folder / f"{name}.png")
             (tmp_path / "photos/chosen" / f"{name}.txt").write_text("a circle")
-    config.run(config.load_run("reward_tune/diffusion_dpo", overrides))
+    train(config.load_run("reward_tune/diffusion_dpo", overrides))
     row = json.loads((tmp_path / "diffusion_dpo/metrics.jsonl").read_text())
     assert row["loss"] == pytest.approx(math.log(2), abs=1e-3)
     assert row["chosen"] == pytest.approx(row["chosen_base"], rel=1e-3)
@@ -213,7 +205,7 @@ def test_a_recipe_trains_on_pairs(tmp_path):
 
 # ---------------------------------------------------------------------------------------------------- online
 
-OPTIONS = {"group": GROUP, "steps": 3, "timesteps": 3, "beta": 20.0}
+OPTIONS = {"group": GROUP, "steps": 3, "timestep_count": 3, "beta": 20.0}
 
 
 def online(**options):
@@ -310,7 +302,7 @@ def test_a_tie_on_one_rank_counts_on_both():
 def test_memory_does_not_grow_with_the_timesteps():
     def held(timesteps):
         model = Drawing()
-        objective, lent = online(timesteps=timesteps), tools_of(model=model)
+        objective, lent = online(timestep_count=timesteps), tools_of(model=model)
         collected = objective.collect(model, batch_of(GROUP, 2), lent)
         return most_held(lambda: objective.update(model, collected, 0, lent))
 

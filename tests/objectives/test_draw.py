@@ -9,8 +9,6 @@ from visiontune.errors import UserError
 from visiontune.objectives import alignprop, ddpo, dpo_online, grpo, nft, prdp
 from visiontune.rewards.base import as_reward
 from visiontune.rewards.mix import Mix, Term
-from visiontune.training.config import TrainConfig
-from visiontune.training.online import check_train
 
 KEEPING = [prdp, nft, dpo_online]
 
@@ -48,8 +46,8 @@ def test_the_terms_of_a_mix_are_logged(kind):
 
 @pytest.mark.parametrize("kind", KEEPING)
 def test_objectives_that_keep_conditions_refuse_to_train_text_encoders(kind):
-    with pytest.raises(UserError, match=r"train\.text_encoder=false"):
-        check_train(kind.build(kind.Config()), TrainConfig(text_encoder=True))
+    with pytest.raises(UserError, match=r"train\.parts"):
+        kind.build(kind.Config()).check_text(True)
 
 
 @pytest.mark.parametrize("kind", [alignprop, ddpo, grpo, *KEEPING])

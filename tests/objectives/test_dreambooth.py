@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -10,8 +10,9 @@ import torch
 from tiny_training import PREDICTIONS, TinyModel, TinyRows, tiny_batch, tiny_trainer
 from torch import nn
 
+from visiontune.diffusion.timesteps import Timesteps
 from visiontune.errors import UserError
-from visiontune.objectives.base import generator
+from visiontune.objectives.base import Tools, generator
 from visiontune.objectives.dreambooth import Config, build
 
 DOG = SimpleNamespace(trigger="sks", class_noun="dog")
@@ -25,15 +26,18 @@ def test_lambda_zero_is_the_loss_of_the_instance_rows_alone():
     model = TinyModel()
     batch = tiny_batch(model, 0, instance=3, prior=3, weight=0.0)
     objective = build(Config())
-    errors = objective.errors(model, batch, generator(1))
-    torch.testing.assert_close(objective.loss(model, batch, generator(1)).total, errors[:3].mean())
+    errors = objective.errors(model, batch, Tools(rng=generator(1)))
+    torch.testing.assert_close(objective.loss(model, batch, Tools(rng=generator(1))).total, errors[:3].mean())
 
 
 def test_swapping_instance_and_prior_swaps_the_terms():
     model, objective = TinyModel(), build(Config(snr_gamma=5.0))
     batch = tiny_batch(model, 0, instance=2, prior=2)
     swapped = replace(batch, prior=~batch.prior)
-    one, other = objective.loss(model, batch, generator(1)), objective.loss(model, swapped, generator(1))
+    one, other = (
+        objective.loss(model, batch, Tools(rng=generator(1))),
+        objective.loss(model, swapped, Tools(rng=generator(1))),
+    )
     assert rows_of(one) == tuple(reversed(rows_of(other)))
     torch.testing.assert_close(one.total, other.total)
 
@@ -45,11 +49,11 @@ def test_min_snr_with_prior_rows_weighs_each_row_by_its_own_timestep(prediction,
     model = TinyModel(prediction)
     batch = tiny_batch(model, 0, instance, prior, weight=0.7)
     plain, weighted = Config(offset_noise=0.1), Config(offset_noise=0.1, snr_gamma=5.0)
-    errors = build(plain).errors(model, batch, generator(1))
-    snr = model.schedule.snr(torch.randint(0, 1000, (instance + prior,), generator=generator(1)))
+    errors = build(plain).errors(model, batch, Tools(rng=generator(1)))
+    snr = model.schedule.snr(Timesteps().draw(model.schedule, instance + prior, generator(1)))
     scale = {"eps": 1 / snr, "v": 1 / (snr + 1), "x0": torch.ones_like(snr)}[prediction]
     row = errors * snr.clamp(max=5) * scale
-    loss = build(weighted).loss(model, batch, generator(1))
+    loss = build(weighted).loss(model, batch, Tools(rng=generator(1)))
     torch.testing.assert_close(loss.total, row[:instance].mean() + 0.7 * row[instance:].mean())
     assert rows_of(loss) == pytest.approx((float(row[:instance].mean()), float(row[instance:].mean())))
 
@@ -57,10 +61,10 @@ def test_min_snr_with_prior_rows_weighs_each_row_by_its_own_timestep(prediction,
 def test_prior_rows_may_stand_anywhere():
     model, objective = TinyModel(), build(Config())
     batch = tiny_batch(model, 0, instance=2, prior=2, weight=0.5)
-    errors = objective.errors(model, batch, generator(1))
+    errors = objective.errors(model, batch, Tools(rng=generator(1)))
     mixed = replace(batch, prior=torch.tensor([True, False, True, False]), weight=torch.tensor([0.5, 1.0, 0.5, 1.0]))
     expected = errors[[1, 3]].mean() + 0.5 * errors[[0, 2]].mean()
-    torch.testing.assert_close(objective.loss(model, mixed, generator(1)).total, expected)
+    torch.testing.assert_close(objective.loss(model, mixed, Tools(rng=generator(1))).total, expected)
 
 
 # ------------------------------------------------------------------------------------------------ prior images
@@ -93,7 +97,8 @@ def painter(adapters=None, fail_at=None):
 
 def prepare(config, tmp_path, images, adapters=None, model=None, data=DOG):
     model = model or TinyModel()
-    return build(config).prepare(model, adapters=adapters, data=data, cache_dir=tmp_path, images=images)
+    reference = adapters.disable if adapters is not None else nullcontext
+    return build(config).prepare(model, data, tmp_path, Tools(reference=reference, draw=images))
 
 
 def test_prior_images_come_from_the_base_without_its_adapters(tmp_path):
@@ -238,4 +243,4 @@ def test_the_subject_is_learnt_and_the_prior_term_holds_the_class(tmp_path):
 def instance_loss(model) -> float:
     with torch.no_grad():
         rows = ClassRows(model, 64, 0)
-        return float(build(Config()).loss(model, rows.batch(10**6), generator("loss")).terms["instance"])
+        return float(build(Config()).loss(model, rows.batch(10**6), Tools(rng=generator("loss"))).terms["instance"])

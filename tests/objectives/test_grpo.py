@@ -10,7 +10,7 @@ from tiny_training import TinyModel
 
 from visiontune import adapters
 from visiontune.diffusion.dynamics import make_dynamics
-from visiontune.diffusion.trajectory import rollout
+from visiontune.diffusion.trajectory import Start, Window, rollout
 from visiontune.diffusion.transition import transition
 from visiontune.objectives import grpo
 
@@ -40,8 +40,7 @@ def test_the_gradient_is_that_of_the_expected_reward(dynamics):
     model.mean.grad = None
     cond, (start, end), steps = model.embed([""] * count), model.schedule.timesteps(5), make_dynamics(dynamics)
     through = rollout(
-        model, cond, chain=(start[:scored], end[:scored]), dynamics=steps, grad_steps=scored,
-        generator=torch.Generator().manual_seed(1),
+        model, cond, chain=(start[:scored], end[:scored]), dynamics=steps, window=Window(steps=scored), start=Start(generator=torch.Generator().manual_seed(1)),
     )  # fmt: skip
     x, frozen = through.final, copy.deepcopy(model).requires_grad_(False)
     for t, t_next in zip(start[scored:, None], end[scored:, None], strict=True):

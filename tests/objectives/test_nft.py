@@ -15,7 +15,7 @@ from visiontune.data.prompts import PromptBatches
 from visiontune.diffusion.schedule import Schedule
 from visiontune.errors import UserError
 from visiontune.objectives._old import follow, old_policy
-from visiontune.objectives._online import Tools
+from visiontune.objectives.base import Tools
 from visiontune.objectives.nft import Config, build, implicit
 from visiontune.rewards.base import as_reward
 from visiontune.training.config import TrainConfig

@@ -352,6 +352,6 @@ def test_a_sampler_of_another_kind_of_model_is_refused():
 
 
 def test_the_base_is_asked_for_only_where_it_is_compared_with():
-    assert not objective().referenced and objective(beta=0.1).referenced
-    assert objective(ddpo, kl_penalty=0.1).referenced and not objective(ddpo).referenced
+    assert not objective().needs.reference and objective(beta=0.1).needs.reference
+    assert objective(ddpo, kl_penalty=0.1).needs.reference and not objective(ddpo).needs.reference
     collected(Gaussian(), objective(), tools_of(reference=no_reference))

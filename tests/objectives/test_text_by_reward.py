@@ -6,20 +6,18 @@ import pytest
 import torch
 from tiny import tiny_model
 from tiny_online import batch_of, policy_trainer, tools_of
+from tiny_rollout import rolled
 from tiny_training import TinyRows, tiny_trainer
 
 from visiontune import adapters, config
-from visiontune.assemble import attach_adapter
+from visiontune.assemble.parts import attach_adapter
 from visiontune.diffusion.dynamics import DDIM
 from visiontune.diffusion.replay import replay
-from visiontune.diffusion.trajectory import rollout
 from visiontune.errors import UserError
 from visiontune.objectives import alignprop, ddpo
 from visiontune.objectives._online import conditions
 from visiontune.objectives._policy import clipped_surrogate
 from visiontune.rewards.base import FunctionReward
-from visiontune.training.config import TrainConfig
-from visiontune.training.online import check_train
 
 PROMPTS = ("a red circle", "a blue square")
 
@@ -27,7 +25,7 @@ PROMPTS = ("a red circle", "a blue square")
 def tuned(moved=True, where="text"):
     model = tiny_model("sd")
     torch.manual_seed(0)
-    parts = model.text_encoders if where == "text" else model.components()
+    parts = model.of("text") if where == "text" else model.of("denoiser", "text")
     found = adapters.attach(
         parts, "lora", targets=["q_proj", "v_proj", "to_q"] if where != "text" else ["q_proj"]
     ).eval()
@@ -107,8 +105,7 @@ def test_a_run_trains_the_encoder_and_nothing_else(tmp_path):
         batch_size=4,
         steps=2,
         lr=1e-2,
-        text_encoder=True,
-        denoiser=False,
+        parts=["text"],
     )
     assert trainer.parameters and all(name.startswith("adapters.text_encoder.") for name in trainer.parameters)
     trainer.fit()
@@ -117,16 +114,17 @@ def test_a_run_trains_the_encoder_and_nothing_else(tmp_path):
 
 
 def test_without_the_denoiser_something_must_be_left(tmp_path):
-    with pytest.raises(UserError, match="denoiser=false leaves nothing to train"):
-        config.parse_run({"name": "a", "adapter": "lora", "data": "x", "train": {"denoiser": False}})
+    for old in ("denoiser", "text_encoder", "text_encoder_lr"):
+        with pytest.raises(UserError, match=rf"train\.{old} is now train\.part"):
+            config.parse_run({"name": "a", "adapter": "lora", "data": "x", "train": {old: False}})
+    with pytest.raises(UserError, match="parts leaves nothing to train"):
+        config.parse_run({"name": "a", "adapter": "lora", "data": "x", "train": {"parts": []}})
     model = tiny_model("sd")
     found = adapters.attach({"unet": model.denoiser}, "lora", targets=["to_q"])
-    with pytest.raises(UserError, match=r"train\.denoiser=false, and the adapter has no layer in a text encoder"):
-        tiny_trainer(tmp_path, model=model, adapters=found, text_encoder=True, denoiser=False)
+    with pytest.raises(UserError, match=r"train\.parts has 'text', but the adapter has no layer in it"):
+        tiny_trainer(tmp_path, model=model, adapters=found, parts=["text"])
     model = tiny_model("sd")
-    trainer = tiny_trainer(
-        tmp_path, model=model, rows=TinyRows(model, embedded=False), text_encoder=True, denoiser=False
-    )
+    trainer = tiny_trainer(tmp_path, model=model, rows=TinyRows(model, embedded=False), parts=["text"])
     assert all(name.startswith("text_encoder.") for name in trainer.parameters)
     assert not any(p.requires_grad for p in model.denoiser.parameters())
 
@@ -192,9 +190,9 @@ def test_the_gradient_with_first_steps_of_the_base_is_that_of_one_graph(eta):
     generators, (start, end) = tools_of().generators(batch_of(1, 2, PROMPTS)), model.schedule.timesteps(4)
     with torch.no_grad(), found.disable():
         cond, uncond = model.embed(PROMPTS), model.unconditional(2)
-        begun = rollout(model, cond, uncond=uncond, chain=(start[:2], end[:2]), generator=generators, **options)
+        begun = rolled(model, cond, uncond=uncond, chain=(start[:2], end[:2]), generator=generators, **options)
     cond, uncond = model.embed(PROMPTS), model.unconditional(2)
-    made = rollout(
+    made = rolled(
         model,
         cond,
         uncond=uncond,
@@ -213,9 +211,9 @@ def test_the_gradient_with_first_steps_of_the_base_is_that_of_one_graph(eta):
 
 
 def test_steps_of_the_base_need_a_trained_encoder():
-    with pytest.raises(UserError, match=r"train\.text_encoder=true"):
-        check_train(craft(base_steps=2), TrainConfig())
-    check_train(craft(base_steps=2), TrainConfig(text_encoder=True))
+    with pytest.raises(UserError, match=r"train text encoders \(train\.parts\)"):
+        craft(base_steps=2).check_text(False)
+    craft(base_steps=2).check_text(True)
     for wrong in ({"base_steps": 4}, {"base_steps": 2, "grad_steps": 3}, {"base_steps": -1}):
         with pytest.raises(ValueError, match="base_steps"):
             craft(**wrong)

@@ -19,8 +19,8 @@ from transformers import CLIPImageProcessorPil, CLIPModel, CLIPTokenizer
 
 from visiontune import plugin
 from visiontune.errors import UserError
-from visiontune.evaluation.metrics import to_tensor
-from visiontune.rewards._clip import load_clip
+from visiontune.models.clip import load_clip
+from visiontune.ops.pixels import to_tensor
 
 
 def _score(model: str | Path, **options: object):
@@ -147,6 +147,8 @@ def test_missing_weights_are_a_user_error(
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with pytest.raises(UserError, match=r"CLIP '.*' cannot be loaded by transformers"):
         _score(tmp_path)
+    with pytest.raises(UserError, match="there is no pocket model 'pocket/clib'; did you mean 'pocket/clip'"):
+        _score("pocket/clib")
     with pytest.raises(UserError, match="<architecture>/<pretrained tag>"):
         _score("ViT-B-32", backend="open_clip")
     bare = tmp_path / "bare"
@@ -158,9 +160,9 @@ def test_missing_weights_are_a_user_error(
 
 @pytest.mark.pocket
 def test_both_formats_of_pocket_clip_agree_and_read_scenes() -> None:
-    from visiontune.data.pocket_scenes import stream
-    from visiontune.data.pocket_world import render
     from visiontune.evaluation.metrics import retrieval_top1
+    from visiontune.pocket.scenes import stream
+    from visiontune.pocket.world import render
 
     pairs = [pair for pair, _ in zip(stream(77), range(100), strict=False)]
     images, prompts = np.stack([render(scene) for scene, _ in pairs]), [text for _, text in pairs]

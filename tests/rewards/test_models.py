@@ -32,8 +32,8 @@ from torchvision import transforms
 from transformers import AutoImageProcessor, AutoProcessor, CLIPModel, CLIPTokenizer, Dinov2Model
 
 from visiontune.errors import UserError
-from visiontune.evaluation.metrics import to_tensor
-from visiontune.rewards._clip import MEAN, STD
+from visiontune.models.clip import MEAN, STD
+from visiontune.ops.pixels import to_tensor
 from visiontune.rewards._vlm import chat
 from visiontune.rewards.loading import load
 

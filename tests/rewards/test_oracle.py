@@ -9,10 +9,9 @@ import pytest
 import torch
 
 from visiontune import plugin
-from visiontune.data import oracle as pocket_oracle
-from visiontune.data import pocket_scenes, pocket_world
 from visiontune.errors import UserError
-from visiontune.evaluation.metrics import to_tensor
+from visiontune.ops.pixels import to_tensor
+from visiontune.pocket import oracle, scenes, world
 
 
 def _reward(**options: object):
@@ -22,12 +21,12 @@ def _reward(**options: object):
 
 def _subject(name: str, seed: int = 0) -> np.ndarray:
     rng = np.random.default_rng(seed)
-    return pocket_world.render(pocket_scenes.subject_scene(pocket_world.SUBJECTS[name], rng))
+    return world.render(scenes.subject_scene(world.SUBJECTS[name], rng))
 
 
 def test_own_prompts_score_one_and_foreign_ones_zero() -> None:
-    pairs = list(itertools.islice(pocket_scenes.stream(5, "one"), 12))
-    images = to_tensor(np.stack([pocket_world.render(scene) for scene, _ in pairs]))
+    pairs = list(itertools.islice(scenes.stream(5, "one"), 12))
+    images = to_tensor(np.stack([world.render(scene) for scene, _ in pairs]))
     assert _reward()(images, [text for _, text in pairs]).mean() > 0.9
     wrong = ["three red stars"] * len(pairs)
     assert _reward()(images, wrong).tolist() == [0.0] * len(pairs)
@@ -36,7 +35,7 @@ def test_own_prompts_score_one_and_foreign_ones_zero() -> None:
 def test_subject_likeness_is_the_oracles_own_number() -> None:
     pictures = np.stack([_subject("bumble"), _subject("domino")])
     scores = _reward(subject="bumble")(to_tensor(pictures), ["ignored", ""])
-    expected = [pocket_oracle.subject_fidelity(p, pocket_world.SUBJECTS["bumble"]) for p in pictures]
+    expected = [oracle.subject_fidelity(p, world.SUBJECTS["bumble"]) for p in pictures]
     torch.testing.assert_close(scores, torch.tensor(expected, dtype=torch.float32))
     assert scores[0] > 0.8 > scores[1]
 

@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 
 from visiontune.errors import UserError
-from visiontune.evaluation.metrics import to_tensor
+from visiontune.ops.pixels import to_tensor
 from visiontune.rewards.loading import load
 
 IMAGES = to_tensor(np.random.default_rng(0).integers(0, 256, (5, 6, 7, 3), dtype=np.uint8))

@@ -38,7 +38,7 @@ def test_share_counts_pixels_of_the_colour_and_halves_where_the_formula_says() -
 
 
 def test_named_colours_are_those_of_the_pocket_world() -> None:
-    from visiontune.data.pocket_world import COLORS
+    from visiontune.pocket.world import COLORS
 
     for name, rgb in COLORS.items():
         assert load({"name": "color", "color": name})(flat(*(v / 255 for v in rgb)), [""]).item() == pytest.approx(1)

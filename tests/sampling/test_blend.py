@@ -11,7 +11,7 @@ PROMPTS = ["a red circle", "a blue square"]
 
 
 def tuned(model, seed):
-    found = adapters.attach(model.text_encoders, "lora", targets=["q_proj", "v_proj"], name=f"set{seed}").eval()
+    found = adapters.attach(model.of("text"), "lora", targets=["q_proj", "v_proj"], name=f"set{seed}").eval()
     rng = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in found.parameters():

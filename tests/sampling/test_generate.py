@@ -180,7 +180,7 @@ def test_a_given_model_gets_its_adapters_taken_off_again(folder: Path, tmp_path:
     model = tiny_model("sd")
     path = _adapter(tmp_path / "adapter.safetensors")
     generate(_config(folder, tmp_path / "out", adapter=str(path)), model)
-    assert not adapters.attached(model.components())
+    assert not adapters.attached(model.networks())
     assert _rows(tmp_path / "out")[0]["settings"]["model"] == "tiny-sd"
 
 

@@ -12,14 +12,15 @@ from tiny_training import TinyReward, tiny_trainer
 
 from visiontune.core import Loss
 from visiontune.data.prompts import PromptBatches
+from visiontune.diffusion.guidance import NoGuidance
 from visiontune.objectives import alignprop
-from visiontune.objectives._online import Online, OnlineConfig, conditions, score
+from visiontune.objectives._online import OnlineConfig, Rollouts, conditions, score
 from visiontune.rewards.mix import Mix, Term
 
 PROMPTS = ["a red cat", "a dog", "two birds in a tree", "a blue fish", "an old house"]
 
 
-class Remembering(Online):
+class Remembering(Rollouts):
     """Pulls the prediction at drawn latents towards a running mean that it keeps as its state."""
 
     group = 2
@@ -32,12 +33,15 @@ class Remembering(Online):
         if tools.index == self.dies_at:
             os.kill(os.getpid(), signal.SIGKILL)
         noise = torch.stack([torch.randn(4, 8, 8, generator=rng) for rng in tools.generators(batch)])
-        cond, _ = conditions(model, batch.prompts, 1.0, tools.text)
+        cond, _ = conditions(model, batch.prompts, NoGuidance(), tools.text)
         rewards = tools.gather(score(tools, model.decode(noise) / 2 + 0.5, batch)["reward"])
         mean = tools.state.get("mean", torch.zeros(()))
         tools.state["mean"] = 0.9 * mean + 0.1 * rewards.mean()
         tools.state["rollouts"] = tools.state.get("rollouts", 0) + 1
         return noise, cond
+
+    def probe(self, model, batch, tools):
+        self.collect(model, batch, tools)
 
     def update(self, model, collected, part, tools):
         noise, cond = collected
@@ -63,7 +67,14 @@ def shared(out: Path, batch_size: int, rank: int = 0, world: int = 1):
     """AlignProp with a trained text encoder and a running scale; the batches may be cut between processes."""
     torch.set_num_threads(1)
     objective = alignprop.build(alignprop.Config(steps=4, cfg_scale=2.0, dynamics={"name": "ddim", "eta": 0.5}))
-    options = {"steps": 4, "optimizer": "sgd", "lr": 0.3, "log_every": 2, "max_grad_norm": None, "text_encoder": True}
+    options = {
+        "steps": 4,
+        "optimizer": "sgd",
+        "lr": 0.3,
+        "log_every": 2,
+        "max_grad_norm": None,
+        "parts": ["denoiser", "text"],
+    }
     rows = PromptBatches(PROMPTS, batch_size, rank=rank, world=world)
     reward = Mix([TinyReward()] * 2, [Term(reward="tiny"), Term(reward="tiny", normalise="running")])
     return tiny_trainer(out, objective=objective, rows=rows, reward=reward, batch_size=batch_size, **options)

@@ -26,23 +26,23 @@ def parameters():
 
 def test_matrices_have_groups_of_their_own():
     chosen = parameters()
-    train = TrainConfig(lr=1.0, text_encoder_lr=0.5, matrix_options={"weight_decay": 0.25}, weight_decay=0.0)
-    made = optim.make_optimizer(chosen, train, {"encoder.matrix", "encoder.bias"})
+    train = TrainConfig(lr=1.0, matrix_options={"weight_decay": 0.25}, weight_decay=0.0)
+    made = optim.make_optimizer(chosen, train, {"encoder": ("text", 0.5)})
     found = [(g["lr"], g["weight_decay"], len(g["params"])) for g in made.param_groups]
     assert found == [(1.0, 0.25, 1), (1.0, 0.0, 2), (0.5, 0.25, 1), (0.5, 0.0, 1)]
     assert made.param_groups[0]["params"][0] is chosen["matrix"]
-    assert len(optim.make_optimizer(chosen, TrainConfig(), set()).param_groups) == 1
+    assert len(optim.make_optimizer(chosen, TrainConfig(), {}).param_groups) == 1
 
 
 def test_an_optimiser_that_would_pass_over_them_is_refused():
     with pytest.raises(UserError, match=r"train\.matrix_options\.rank is no option of adamw: did you mean galore"):
-        optim.make_optimizer(parameters(), TrainConfig(matrix_options={"rank": 4}), set())
+        optim.make_optimizer(parameters(), TrainConfig(matrix_options={"rank": 4}), {})
 
 
 def test_a_missing_package_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "pytorch_optimizer", None)
     with pytest.raises(UserError, match=r"'galore' needs 'pytorch_optimizer', which is not installed: pip install"):
-        optim.make_optimizer(parameters(), TrainConfig(optimizer="galore"), set())
+        optim.make_optimizer(parameters(), TrainConfig(optimizer="galore"), {})
 
 
 def adam(gradients, lr, eps=1e-6):
@@ -59,7 +59,7 @@ def test_matrices_are_projected_and_the_rest_is_adams():
     pytest.importorskip("pytorch_optimizer")
     chosen, lr = parameters(), 0.01
     train = TrainConfig(optimizer="galore", lr=lr, weight_decay=0.0, matrix_options=MATRIX)
-    made = optim.make_optimizer(chosen, train, set())
+    made = optim.make_optimizer(chosen, train, {})
     rng, history = torch.Generator().manual_seed(1), {name: [] for name in chosen}
     for step in range(1, 3):
         before = {name: p.detach().clone() for name, p in chosen.items()}

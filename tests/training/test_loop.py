@@ -11,7 +11,7 @@ from tiny_training import CutRows, RowNoise, TinyModel, TinyRows, tiny_trainer
 from visiontune import adapters
 from visiontune.errors import UserError
 from visiontune.objectives import denoising
-from visiontune.objectives.base import generator
+from visiontune.objectives.base import Tools, generator
 
 
 def final(trainer):
@@ -41,7 +41,7 @@ def test_a_step_is_plain_adamw_on_the_objective(tmp_path):
     optimizer = torch.optim.AdamW(model.denoiser.parameters(), lr=1e-2)
     objective = denoising.build(denoising.Config())
     for step in range(3):
-        loss = objective.loss(model, TinyRows(model).batch(step), generator(4, "noise", step, 0)).total
+        loss = objective.loss(model, TinyRows(model).batch(step), Tools(rng=generator(4, "noise", step, 0))).total
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.denoiser.parameters(), 0.5)
@@ -61,7 +61,7 @@ def test_gradient_checkpointing_changes_nothing_but_memory(tmp_path):
     for on in (False, True):
         model = tiny_model("sd")
         torch.manual_seed(0)
-        found = adapters.attach(model.components(), "lora", targets=["to_q", "q_proj"])
+        found = adapters.attach(model.of("denoiser", "text"), "lora", targets=["to_q", "q_proj"])
         rows = TinyRows(model, embedded=False)
         options = {"text_encoder": True, "lr": 1e-2, "steps": 2, "gradient_checkpointing": on}
         trainer = tiny_trainer(tmp_path / str(on), model=model, rows=rows, adapters=found, **options)
@@ -103,9 +103,9 @@ def test_fp16_on_a_cpu_is_refused(tmp_path):
 
 def test_what_is_saved_is_the_average(tmp_path):
     trainer = tiny_trainer(tmp_path, steps=5, lr=1e-2, ema=0.6)
-    average = trainer.average.model
+    average = trainer.average
     result = load_file(trainer.fit() / "weights.safetensors")
-    for (name, p), shadow in zip(trainer.parameters.items(), average.shadow_params, strict=True):
+    for (name, p), shadow in zip(trainer.parameters.items(), average.shadow, strict=True):
         assert torch.equal(result[name.removeprefix("denoiser.")], shadow)
         assert not torch.equal(p, shadow)
 
@@ -141,14 +141,16 @@ def test_full_fine_tuning_leaves_the_text_encoder_alone_unless_asked(tmp_path):
         model = TinyModel()
         before = model.encoder.weight.clone()
         rows = TinyRows(model, embedded=not asked)
-        tiny_trainer(tmp_path / str(asked), model=model, rows=rows, text_encoder=asked, lr=1e-2).fit()
+        tiny_trainer(
+            tmp_path / str(asked), model=model, rows=rows, parts=["denoiser", "text"] if asked else None, lr=1e-2
+        ).fit()
         assert torch.equal(model.encoder.weight, before) is not asked
         assert not any(p.requires_grad for p in model.vae.parameters())
 
 
 def test_a_cached_condition_cannot_train_the_text_encoder(tmp_path):
     with pytest.raises(ValueError, match="no gradient"):
-        tiny_trainer(tmp_path, text_encoder=True).fit()
+        tiny_trainer(tmp_path, parts=["denoiser", "text"]).fit()
 
 
 def test_rows_of_the_log_are_means_over_their_steps(tmp_path):
@@ -168,6 +170,6 @@ def test_the_model_is_frozen_but_for_the_adapter(tmp_path):
     model = tiny_model("sd")
     found = adapters.attach({"unet": model.denoiser}, "lora", targets=["to_q"])
     trainer = tiny_trainer(tmp_path, model=model, adapters=found, rows=TinyRows(model))
-    for module in (model.vae, model.denoiser, *model.text_encoders.values()):
+    for module in (model.vae, model.denoiser, *model.of("text").values()):
         assert not any(p.requires_grad for p in module.parameters())
     assert sum(p.numel() for p in trainer.parameters.values()) == found.parameter_count

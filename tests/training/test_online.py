@@ -76,7 +76,7 @@ def test_the_reward_rises(tmp_path):
 def test_a_rollout_serves_its_updates(tmp_path):
     trainer = worker.remembering(tmp_path)
     trainer.fit()
-    assert trainer.objective.calls == trainer.online.state["rollouts"] == 12 // 2
+    assert trainer.objective.calls == trainer.lender.state["rollouts"] == 12 // 2
     # Three steps a row of the log: parts 0 1 0, then 1 0 1.
     assert [row["part"] for row in metrics(tmp_path)] == pytest.approx([1 / 3, 2 / 3, 1 / 3, 2 / 3])
 
@@ -132,9 +132,9 @@ def test_a_killed_run_ends_in_the_same_bits(tmp_path):
     worker.remembering(broken).fit()
     ours, theirs = (checkpoint.load(checkpoint.latest(out)) for out in (broken, whole))
     for state in (ours[1], theirs[1]):
-        del state["meter"]
+        del state["parts"]["meter"]
     assert same(ours, theirs)
-    assert theirs[1]["online"]["objective"]["rollouts"] == 6 and theirs[1]["online"]["reward"]["tiny"]["count"] == 24
+    assert theirs[1]["parts"]["objective"]["rollouts"] == 6 and theirs[1]["parts"]["reward"]["tiny"]["count"] == 24
     assert metrics(broken) == metrics(whole)
     name = Path("model", "weights.safetensors")
     assert same(load_file(broken / name), load_file(whole / name))
@@ -160,10 +160,10 @@ def test_two_processes_train_like_one_with_both_their_batches(tmp_path):
     for name, value in one.items():
         # Scores are divided by their spread, which is small here, and rounding with them.
         torch.testing.assert_close(two[name], value, rtol=1e-4, atol=1e-5)
-        assert (value - before[f"denoiser.{name}"]).abs().max() > 1e-4
+        assert (value - before[f"unet.{name}"]).abs().max() > 1e-4
     for ours, theirs in zip(metrics(tmp_path / "two"), metrics(tmp_path / "one"), strict=True):
         assert ours == pytest.approx(theirs, rel=1e-4)
-    ours, theirs = (checkpoint.load(checkpoint.latest(tmp_path / run))[1]["online"]["reward"] for run in ("two", "one"))
+    ours, theirs = (checkpoint.load(checkpoint.latest(tmp_path / run))[1]["parts"]["reward"] for run in ("two", "one"))
     assert ours["tiny#2"] == pytest.approx(theirs["tiny#2"], rel=1e-4) and ours["tiny#2"]["count"] == 16
 
 

@@ -5,6 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from diffusers.training_utils import EMAModel
 from PIL import Image
 from tiny import tiny_model
 from tiny_training import TinyModel, TinyRows, tiny_trainer
@@ -15,7 +16,7 @@ from visiontune.errors import UserError
 from visiontune.schema import from_mapping
 from visiontune.training import optim, preview
 from visiontune.training.config import PreviewConfig, TrainConfig
-from visiontune.training.devices import attention_for_training, make_accelerator
+from visiontune.training.devices import make_accelerator, precision_of
 from visiontune.training.ema import Average
 
 
@@ -27,7 +28,7 @@ def test_the_average_follows_its_formula():
         average.update()
         decay = min(0.5, (1 + n) / (10 + n)) if n else 0.0
         expected = decay * expected + (1 - decay) * value
-        assert average.model.shadow_params[0].item() == pytest.approx(expected, rel=1e-5)
+        assert average.shadow[0].item() == pytest.approx(expected, rel=1e-5)
 
 
 def test_the_average_is_only_looked_through():
@@ -38,6 +39,24 @@ def test_the_average_is_only_looked_through():
     with average.applied():
         assert torch.allclose(parameter, before - 1)
     assert torch.equal(parameter, before)
+
+
+def test_averages_that_diffusers_kept_are_taken_up():
+    """Checkpoints of earlier versions hold the state of its ``EMAModel``, whose formula is the same."""
+    parameters = [Parameter(torch.randn(3)), Parameter(torch.randn(2, 2))]
+    theirs, before, after = EMAModel(parameters, decay=0.7), Average(parameters, 0.7), Average(parameters, 0.7)
+    for n in range(9):
+        for p in parameters:
+            p.data += 1
+        theirs.step(parameters)
+        before.update()
+        if n == 4:
+            after.load_state_dict(theirs.state_dict())
+        elif n > 4:
+            after.update()
+    for one, two, three in zip(before.shadow, after.shadow, theirs.shadow_params, strict=True):
+        torch.testing.assert_close(one, three)
+        torch.testing.assert_close(two, three)
 
 
 def test_no_average_is_the_weights():
@@ -53,7 +72,7 @@ def test_no_average_is_the_weights():
 
 
 def rates(train, steps=10):
-    optimizer = optim.make_optimizer({"x": Parameter(torch.ones(1))}, train, set())
+    optimizer = optim.make_optimizer({"x": Parameter(torch.ones(1))}, train, {})
     schedule, found = optim.make_schedule(optimizer, train), []
     for _ in range(steps):
         found.append(optimizer.param_groups[0]["lr"])
@@ -75,7 +94,7 @@ def test_learning_rate_schedules():
 )
 def test_optimisers_by_name_or_path_lower_a_loss(name, kind):
     parameter = Parameter(torch.full((4, 4), 2.0))
-    optimizer = optim.make_optimizer({"x": parameter}, TrainConfig(optimizer=name, lr=0.05, weight_decay=0.0), set())
+    optimizer = optim.make_optimizer({"x": parameter}, TrainConfig(optimizer=name, lr=0.05, weight_decay=0.0), {})
     assert type(optimizer).__name__ == kind
     for _ in range(30):
         optimizer.zero_grad()
@@ -94,15 +113,15 @@ def test_optimisers_by_name_or_path_lower_a_loss(name, kind):
 )
 def test_bad_optimisers_are_named(options, message):
     with pytest.raises(UserError, match=message):
-        optim.make_optimizer({"x": Parameter(torch.ones(1))}, TrainConfig(**options), set())
+        optim.make_optimizer({"x": Parameter(torch.ones(1))}, TrainConfig(**options), {})
 
 
 @pytest.mark.parametrize("with_adapter", [True, False])
 def test_the_text_encoder_has_its_own_learning_rate(tmp_path, with_adapter):
     model = tiny_model("sd")
-    found = adapters.attach(model.components(), "lora", targets=["to_q", "q_proj"]) if with_adapter else None
+    found = adapters.attach(model.of("denoiser", "text"), "lora", targets=["to_q", "q_proj"]) if with_adapter else None
     rows = TinyRows(model, embedded=False)
-    options = {"text_encoder": True, "text_encoder_lr": 1e-5, "lr": 1e-3}
+    options = {"parts": ["denoiser", "text"], "part_lr": {"text": 1e-5}, "lr": 1e-3}
     trainer = tiny_trainer(tmp_path, model=model, adapters=found, rows=rows, **options)
     groups = trainer.optimizer.param_groups
     assert [group["lr"] for group in groups] == [1e-3, 1e-5]
@@ -114,8 +133,8 @@ def test_the_text_encoder_has_its_own_learning_rate(tmp_path, with_adapter):
 def test_a_text_encoder_without_adapter_layers_is_refused(tmp_path):
     model = tiny_model("sd")
     found = adapters.attach({"unet": model.denoiser}, "lora", targets=["to_q"])
-    with pytest.raises(UserError, match=r"train\.text_encoder"):
-        tiny_trainer(tmp_path, model=model, adapters=found, rows=TinyRows(model), text_encoder=True)
+    with pytest.raises(UserError, match=r"train\.parts has 'text', but the adapter has no layer in it"):
+        tiny_trainer(tmp_path, model=model, adapters=found, rows=TinyRows(model), parts=["denoiser", "text"])
 
 
 def test_half_precision_weights_are_not_trained(tmp_path):
@@ -218,10 +237,10 @@ def test_an_average_that_starts_late_begins_at_the_weights():
     average = Average([parameter], 0.9)
     parameter.data.fill_(5.0)
     average.load_state_dict(None)
-    assert average.model.shadow_params[0].item() == 5.0
+    assert average.shadow[0].item() == 5.0
     other = Average([Parameter(torch.zeros(1))], 0.3)
     other.load_state_dict(average.state_dict())
-    assert other.model.shadow_params[0].item() == 5.0 and other.model.decay == 0.3
+    assert other.shadow[0].item() == 5.0 and other.decay == 0.3
 
 
 def test_no_prompts_no_previews():
@@ -239,10 +258,11 @@ def test_attention_is_written_out_for_few_tokens_in_bf16_and_put_back(tmp_path, 
     model.resolution = resolution
     before = dict(model.denoiser.attn_processors)
     accelerator = make_accelerator(TrainConfig(precision=precision, device="cpu"), tmp_path)
+    precise = model.at(precision_of(accelerator))
     cond, x_t, t = model.embed(["a"]), torch.ones(1, 4, 8, 8), torch.tensor([500])
     with torch.no_grad():
         expected = model.predict(x_t, t, cond)
-        with attention_for_training(model, accelerator):
+        with precise.training():
             kinds = {type(p).__name__ for p in model.denoiser.attn_processors.values()}
             assert kinds == ({"AttnProcessor"} if plain else {"AttnProcessor2_0"})
             torch.testing.assert_close(model.predict(x_t, t, cond), expected, rtol=1e-4, atol=1e-5)

@@ -12,6 +12,7 @@ from tiny_training import interrupt
 
 from visiontune import config
 from visiontune.adapters import AdapterSet
+from visiontune.assemble import assemble
 from visiontune.training.plan import stratified
 
 
@@ -55,7 +56,7 @@ def same(one, other):
 
 
 def test_a_run_goes_on_with_its_plan_and_another_run_makes_its_own(recipe, tmp_path, monkeypatch):
-    whole = config.assemble(config.load_run(recipe))
+    whole = assemble(config.load_run(recipe))
     assert sum(ranks(whole)) == 2 * len(ranks(whole)) and len(set(ranks(whole))) > 1
     planned = load_file("runs/whole/plan.safetensors")
     assert not any(value.any() for key, value in planned.items() if key.endswith("up"))
@@ -66,23 +67,23 @@ def test_a_run_goes_on_with_its_plan_and_another_run_makes_its_own(recipe, tmp_p
 
     plans, prepare = [], AdapterSet.prepare
     monkeypatch.setattr(AdapterSet, "prepare", lambda self, *args: (plans.append(self), prepare(self, *args)))
-    broken = config.assemble(config.load_run(recipe, ["name=broken"]))
+    broken = assemble(config.load_run(recipe, ["name=broken"]))
     assert len(plans) == 1 and same("runs/whole/plan.safetensors", "runs/broken/plan.safetensors")
     interrupt(broken, 2)
 
     # What the task would say now does not matter any more.
     before = (tmp_path / "runs/broken/plan.safetensors").read_bytes()
-    resumed = config.assemble(config.load_run(recipe, ["name=broken", "train.resume=true"]))
+    resumed = assemble(config.load_run(recipe, ["name=broken", "train.resume=true"]))
     assert len(plans) == 1 and ranks(resumed) == ranks(whole)
     resumed.fit()
     assert (tmp_path / "runs/broken/plan.safetensors").read_bytes() == before
     assert same("runs/whole/adapter.safetensors", "runs/broken/adapter.safetensors")
 
-    config.assemble(config.load_run(recipe, ["name=other", "seed=1"]))
+    assemble(config.load_run(recipe, ["name=other", "seed=1"]))
     assert len(plans) == 2 and not same("runs/whole/plan.safetensors", "runs/other/plan.safetensors")
 
 
 @pytest.mark.parametrize("method", ["corda", "lora_sb"])
 def test_other_plans_go_through_a_run_as_well(recipe, method):
-    trainer = config.assemble(config.load_run(recipe, [f"adapter.name={method}", "train.steps=1"]))
+    trainer = assemble(config.load_run(recipe, [f"adapter.name={method}", "train.steps=1"]))
     assert load_file(trainer.fit()).keys() == load_file("runs/whole/plan.safetensors").keys()

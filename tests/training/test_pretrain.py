@@ -7,7 +7,8 @@ import pytest
 import torch
 from torch import nn
 
-from visiontune.training.pretrain import fit, images_to_tensor, warm_average, warm_cosine
+from visiontune.training.ema import warm_average
+from visiontune.training.pretrain import fit, images_to_tensor, warm_cosine
 
 
 def test_the_learning_rate_rises_then_falls_to_two_percent():

@@ -73,7 +73,7 @@ def test_two_processes_train_like_one_with_both_their_batches(tmp_path):
 def sd_trainer(out, **options):
     model = tiny_model("sd")
     torch.manual_seed(0)  # LoRA starts at random
-    found = adapters.attach(model.components(), "lora", targets=["to_q", "q_proj"])
+    found = adapters.attach(model.of("denoiser", "text"), "lora", targets=["to_q", "q_proj"])
     defaults = {"steps": 4, "checkpoint_every": 2, "ema": 0.5, "resume": True, "text_encoder": True, "lr": 1e-3}
     return tiny_trainer(out, model=model, rows=TinyRows(model, embedded=False), adapters=found, **defaults | options)
 
@@ -107,7 +107,7 @@ def test_a_run_goes_on_with_the_options_asked_for_now(tmp_path):
     assert (group["weight_decay"], group["betas"], group["initial_lr"]) == (0.0, (0.8, 0.9), 1e-3)
     # The average starts at the weights of step 4, not at those of step 0.
     saved, _ = checkpoint.load(checkpoint.folder(tmp_path, 4))
-    for (name, p), shadow in zip(trainer.parameters.items(), trainer.average.model.shadow_params, strict=True):
+    for (name, p), shadow in zip(trainer.parameters.items(), trainer.average.shadow, strict=True):
         assert (shadow - saved[name]).abs().max() <= 2 * (p - saved[name]).abs().max()
 
 

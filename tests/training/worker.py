@@ -22,10 +22,10 @@ class Mortal(dreambooth.DreamBooth):
     dies_at = -1
     calls = 0
 
-    def loss(self, model, batch, rng):
+    def loss(self, model, batch, tools):
         if batch.ids[0].startswith(f"{self.dies_at}-"):
             os.kill(os.getpid(), signal.SIGKILL)
-        return super().loss(model, batch, rng)
+        return super().loss(model, batch, tools)
 
 
 def trainer(out: Path, dies_at: int = -1, **train):
@@ -41,7 +41,7 @@ def trainer(out: Path, dies_at: int = -1, **train):
         "ema": 0.9,
         "schedule": "cosine",
         "warmup": 3,
-        "text_encoder": True,
+        "parts": ["denoiser", "text"],
         "checkpoint_every": 3,
         "log_every": 4,
         "resume": True,

@@ -14,8 +14,9 @@ from torch import nn
 from visiontune.adapters import attach
 from visiontune.errors import UserError
 from visiontune.weights.export import export
+from visiontune.weights.keys import keys_of
 from visiontune.weights.lora_files import read_lora
-from visiontune.weights.peft_folders import read_peft, write_peft
+from visiontune.weights.peft_folders import read_peft
 
 TARGETS = ["to_q", "to_out.0", "conv1", "proj_in"]
 
@@ -42,7 +43,12 @@ def kernels():
 def test_a_convolution_with_a_kernel_is_pefts_too(tmp_path):
     x = torch.randn(2, 4, 9, 9, generator=torch.Generator().manual_seed(1))
     net = kernels()
-    write_peft(turned(attach({"unet": net}, "lora", targets=["0", "1"], rank=2, dora=True)), tmp_path / "mine")
+    export(
+        turned(attach({"unet": net}, "lora", targets=["0", "1"], rank=2, dora=True)),
+        tmp_path / "mine",
+        "peft",
+        dtype=torch.float32,
+    )
     theirs = PeftModel.from_pretrained(kernels(), str(tmp_path / "mine")).eval()
     torch.testing.assert_close(theirs(x), net(x), rtol=1e-4, atol=1e-5)
     assert not torch.allclose(kernels()(x), net(x), atol=1e-2)
@@ -83,7 +89,7 @@ def test_kohyas_files_hold_the_lengths_as_lycoris_does(tmp_path):
     """Judged by DoRA's equation 5 over the file's own numbers: W' = m V / |V| with |V| of the outputs' rows."""
     pipe, adapters = adapted(0.6)
     file = tmp_path / "dora.safetensors"
-    export(adapters, file, "kohya", dtype=torch.float32)
+    export(adapters, file, "kohya", dtype=torch.float32, keys=keys_of("sd", {}))
     saved, plain = load_file(file), tiny_sd().unet
     for layer in adapters.layers:
         stem, w = "lora_" + layer.replace(".", "_"), plain.get_submodule(layer.removeprefix("unet.")).weight
@@ -94,13 +100,15 @@ def test_kohyas_files_hold_the_lengths_as_lycoris_does(tmp_path):
         expected = scale.flatten(1) * v / v.norm(dim=1, keepdim=True)
         torch.testing.assert_close(adapters.weight(layer).flatten(1), expected, rtol=1e-4, atol=1e-5)
     back = tiny_sd()
-    read_lora(file, {"unet": back.unet})
+    read_lora(file, {"unet": back.unet}, keys_of("sd", {"unet": back.unet}))
     torch.testing.assert_close(output(back), output(pipe), rtol=1e-4, atol=1e-5)
 
 
 def test_a_rank_asks_for_a_plain_lora(tmp_path):
     _, adapters = adapted()
-    done = export(adapters, tmp_path / "plain.safetensors", "kohya", rank=2, dtype=torch.float32)
+    done = export(
+        adapters, tmp_path / "plain.safetensors", "kohya", rank=2, dtype=torch.float32, keys=keys_of("sd", {})
+    )
     assert not done.dora
     assert 0.01 < done.worst < 1
     assert not any("dora" in key for key in load_file(tmp_path / "plain.safetensors"))
@@ -115,7 +123,7 @@ def test_layers_without_lengths_stay_plain_lora_and_scaled_inputs_are_refused(tm
         tensors[f"lora_unet_{name}.lora_up.weight"] = torch.randn(layer.out_features, 2, generator=rng)
     tensors["lora_unet_0.dora_scale"] = torch.rand(6, 1, generator=rng) + 1
     save_file(tensors, tmp_path / "a.safetensors")
-    adapters = read_lora(tmp_path / "a.safetensors", {"unet": net})
+    adapters = read_lora(tmp_path / "a.safetensors", {"unet": net}, keys_of("sd", {"unet": net}))
     change = tensors["lora_unet_1.lora_up.weight"] @ tensors["lora_unet_1.lora_down.weight"]
     torch.testing.assert_close(adapters.weight("unet.1"), net[1].weight + change)
     torch.testing.assert_close(adapters.weight("unet.0").norm(dim=1, keepdim=True), tensors["lora_unet_0.dora_scale"])
@@ -123,5 +131,5 @@ def test_layers_without_lengths_stay_plain_lora_and_scaled_inputs_are_refused(tm
     tensors["lora_unet_0.dora_scale"] = torch.ones(1, 6)
     save_file(tensors, tmp_path / "b.safetensors")
     with pytest.raises(UserError, match=r"the DoRA of 'unet\.0' scales inputs"):
-        read_lora(tmp_path / "b.safetensors", {"unet": net})
+        read_lora(tmp_path / "b.safetensors", {"unet": net}, keys_of("sd", {"unet": net}))
     assert type(net[0]) is nn.Linear

@@ -15,7 +15,8 @@ from torch import nn
 from visiontune import plugin
 from visiontune.adapters import attach
 from visiontune.errors import UserError
-from visiontune.weights.export import export, write_merged
+from visiontune.weights.export import export
+from visiontune.weights.keys import keys_of
 
 METHODS = list(declared())
 # All of them have biases.
@@ -60,7 +61,7 @@ def output(pipe):
 @pytest.mark.parametrize("method", METHODS)
 def test_as_a_difference(method, tmp_path):
     pipe, adapters = turned(method)
-    export(adapters, tmp_path / "a.safetensors", "diff", dtype=torch.float32)
+    export(adapters, tmp_path / "a.safetensors", "diff", dtype=torch.float32, keys=keys_of("sd", {}))
     saved, fresh = load_file(tmp_path / "a.safetensors"), tiny_sd()
     plain = output(fresh)
     prefixes = {"unet": "lora_unet_", "text_encoder": "lora_te_text_model_"}
@@ -81,7 +82,7 @@ def test_as_a_difference(method, tmp_path):
 def test_merged(method, tmp_path):
     pipe, adapters = turned(method)
     expected = output(pipe)
-    write_merged(pipe, adapters, tmp_path / "model", torch.float32)
+    export(adapters, tmp_path / "model", "merged", dtype=torch.float32, pipe=pipe)
     fresh = StableDiffusionPipeline.from_pretrained(tmp_path / "model", safety_checker=None)
     torch.testing.assert_close(output(fresh), expected, rtol=1e-4, atol=1e-5)
 
@@ -116,15 +117,15 @@ def test_what_no_lora_and_no_other_reader_can_hold_is_refused(tmp_path):
     for kind, component, target in (("norm2", "unet", "norm2"), ("token_embedding", "text_encoder", "token_embedding")):
         adapters = attach({component: getattr(pipe, component)}, "dense", targets=[target])
         with pytest.raises(UserError, match=f"{kind}' is neither linear nor a convolution, as kohya needs"):
-            export(adapters, tmp_path / "a.safetensors", "kohya", dtype=torch.float32)
+            export(adapters, tmp_path / "a.safetensors", "kohya", dtype=torch.float32, keys=keys_of("sd", {}))
         adapters.detach()
     adapters = attach({"unet": pipe.unet}, "bitfit", targets=["to_q"], create=True)
     with torch.no_grad():
         for p in adapters.parameters():
             p.add_(1)
     with pytest.raises(UserError, match="to_q' got a bias that the base's layer does not have"):
-        export(adapters, tmp_path / "a.safetensors", "diff", dtype=torch.float32)
+        export(adapters, tmp_path / "a.safetensors", "diff", dtype=torch.float32, keys=keys_of("sd", {}))
     with pytest.raises(UserError, match="to_q' got a bias that the base's layer does not have"):
-        write_merged(pipe, adapters, tmp_path / "model", torch.float32)
+        export(adapters, tmp_path / "model", "merged", dtype=torch.float32, pipe=pipe)
     assert not list(tmp_path.iterdir())
     assert pipe.unet.state_dict().keys() == unchanged.keys()

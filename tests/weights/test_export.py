@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -9,9 +11,13 @@ from tiny import tiny_sd
 
 from visiontune.adapters import attach
 from visiontune.errors import UserError
-from visiontune.weights.export import export, factorise
+from visiontune.weights import formats
+from visiontune.weights._factors import factorise
+from visiontune.weights.export import export
+from visiontune.weights.keys import keys_of
 
 TARGETS = ["to_q", "to_out.0", "conv1", "proj_in"]
+SD = keys_of("sd", {})
 
 
 def turned(method: str, text: bool = False, targets=None, **options):
@@ -39,7 +45,7 @@ def output(pipe) -> torch.Tensor:
 def test_diffusers_loads_an_exported_lora_and_draws_the_same(kind: str, text: bool, tmp_path) -> None:
     pipe, adapters = turned("lora", text, rank=3, alpha=6.0)
     adapters.scale = 0.7
-    done = export(adapters, tmp_path / "lora.safetensors", kind, dtype=torch.float32)
+    done = export(adapters, tmp_path / "lora.safetensors", kind, dtype=torch.float32, keys=SD)
     assert done.worst < 1e-6
     assert set(done.ranks.values()) == {3}
     fresh = tiny_sd()
@@ -68,9 +74,9 @@ def test_a_full_difference_holds_weights_and_biases(tmp_path) -> None:
     pipe, adapters = turned("ssf", targets=["to_out.0", "conv1"])
     before = {name: p.detach().clone() for name, p in pipe.unet.named_parameters()}
     with pytest.raises(UserError, match="has a changed bias, which kohya cannot hold"):
-        export(adapters, tmp_path / "a.safetensors", "kohya", dtype=torch.float32)
+        export(adapters, tmp_path / "a.safetensors", "kohya", dtype=torch.float32, keys=SD)
     assert not list(tmp_path.iterdir())
-    export(adapters, tmp_path / "a.safetensors", "diff", dtype=torch.float32)
+    export(adapters, tmp_path / "a.safetensors", "diff", dtype=torch.float32, keys=SD)
     saved = load_file(tmp_path / "a.safetensors")
     adapters.merge()
     for layer in adapters.layers:
@@ -84,7 +90,7 @@ def test_a_full_difference_holds_weights_and_biases(tmp_path) -> None:
 
 def test_what_cannot_be_exported_is_said(tmp_path) -> None:
     _, adapters = turned("lora", rank=2)
-    with pytest.raises(UserError, match="unknown format 'webui'; known: diffusers, kohya, diff"):
+    with pytest.raises(UserError, match="unknown format 'webui'; known: diff, diffusers, kohya, merged, peft"):
         export(adapters, tmp_path / "a.safetensors", "webui", dtype=torch.float32)
     adapters.merge()
     with pytest.raises(UserError, match="is merged or disabled"):
@@ -99,3 +105,28 @@ def test_the_factors_are_the_best_of_their_rank() -> None:
     torch.testing.assert_close(left, s[2:].norm())
     down, up = factorise(change)
     torch.testing.assert_close(up @ down.flatten(1), change.flatten(1))
+
+
+TOY = '''"""The names of the layers, a line each."""
+
+from visiontune.weights.export import Exported
+
+FOLDER = False
+
+def write(adapters, path, job):
+    path.write_text("\\n".join(job.keys.public(layer) for layer in adapters.layers))
+    return Exported(path, f"{len(adapters.layers)} lines of rank {job.rank}")
+'''
+
+
+def test_a_file_adds_a_format(tmp_path, monkeypatch) -> None:
+    (tmp_path / "toy.py").write_text(TOY)
+    monkeypatch.setattr(formats, "__path__", [*formats.__path__, str(tmp_path)])
+    monkeypatch.setitem(sys.modules, "visiontune.weights.formats.toy", None)
+    del sys.modules["visiontune.weights.formats.toy"]
+    _, adapters = turned("lora", targets=["conv_in", "conv_out"], rank=2)
+    done = export(adapters, tmp_path / "names.txt", "toy", dtype=torch.float32, rank=7)
+    assert done.text() == f"{tmp_path / 'names.txt'}, 2 lines of rank 7"
+    assert done.path.read_text().split() == ["unet.conv_in", "unet.conv_out"]
+    with pytest.raises(UserError, match="unknown format 'toys'; known: diff, diffusers, kohya, merged, peft, toy"):
+        export(adapters, tmp_path / "a", "toys", dtype=torch.float32)

@@ -17,8 +17,9 @@ from torch import nn
 from visiontune.adapters import attach
 from visiontune.errors import UserError
 from visiontune.weights.export import export
+from visiontune.weights.keys import keys_of
 from visiontune.weights.lora_files import read_lora
-from visiontune.weights.peft_folders import read_peft, write_peft
+from visiontune.weights.peft_folders import read_peft
 
 
 class Net(nn.Module):
@@ -55,7 +56,7 @@ def test_peft_loads_what_is_written_and_gives_the_same(case, scale, tmp_path):
     net = Net()
     adapters = turned(attach({"unet": net}, method, targets=targets, **options), 0.1)
     adapters.scale = scale
-    write_peft(adapters, tmp_path / "folder")
+    export(adapters, tmp_path / "folder", "peft", dtype=torch.float32)
     theirs = PeftModel.from_pretrained(Net(), str(tmp_path / "folder")).eval()
     torch.testing.assert_close(theirs(X), net(X), rtol=1e-4, atol=1e-5)
     assert not torch.allclose(Net()(X), net(X), atol=1e-2)
@@ -91,7 +92,7 @@ def test_several_butterfly_factors_are_multiplied_in_pefts_order(tmp_path):
     """PEFT runs more than one factor with a CUDA extension only, so its product is formed from its own parts."""
     net, b, m = Net(), 4, 3
     adapters = turned(attach({"unet": net}, "boft", targets=["one"], block_size=b, factors=m), 0.3)
-    write_peft(adapters, tmp_path / "folder")
+    export(adapters, tmp_path / "folder", "peft", dtype=torch.float32)
     blocks = load_file(tmp_path / "folder" / "adapter_model.safetensors")["base_model.model.one.boft_R"]
     parts = BOFTLayer(nn.Linear(16, 24))
     product = torch.eye(16)
@@ -108,15 +109,19 @@ def test_several_butterfly_factors_are_multiplied_in_pefts_order(tmp_path):
 
 def test_what_pefts_formats_cannot_hold_is_refused(tmp_path):
     with pytest.raises(UserError, match="no format for 'sara'"):
-        write_peft(attach({"unet": Net()}, "sara", targets=LINEAR), tmp_path / "a")
+        export(attach({"unet": Net()}, "sara", targets=LINEAR), tmp_path / "a", "peft", dtype=torch.float32)
     kernel = nn.Sequential(nn.Conv2d(4, 4, 3))
     with pytest.raises(UserError, match="convolution with a kernel"):
-        write_peft(attach({"unet": kernel}, "oft", targets=["0"], block_size=4), tmp_path / "a")
+        export(
+            attach({"unet": kernel}, "oft", targets=["0"], block_size=4), tmp_path / "a", "peft", dtype=torch.float32
+        )
     with pytest.raises(UserError, match="one block size"):
-        write_peft(attach({"unet": Net()}, "oft", targets=LINEAR, block_size=16), tmp_path / "a")
+        export(
+            attach({"unet": Net()}, "oft", targets=LINEAR, block_size=16), tmp_path / "a", "peft", dtype=torch.float32
+        )
     groups = nn.Sequential(nn.Conv2d(4, 4, 3, groups=2))
     with pytest.raises(UserError, match="no plain LoRA"):
-        write_peft(attach({"unet": groups}, "lora", targets=["0"], dora=True), tmp_path / "a")
+        export(attach({"unet": groups}, "lora", targets=["0"], dora=True), tmp_path / "a", "peft", dtype=torch.float32)
     assert not (tmp_path / "a").exists()
 
 
@@ -154,8 +159,9 @@ def output(pipe):
 def test_an_exported_file_comes_back(kind, tmp_path):
     pipe, back = tiny_sd(), tiny_sd()
     file = tmp_path / "lora.safetensors"
-    export(turned(attach(parts(pipe), "lora", targets=TARGETS, rank=3, alpha=6.0)), file, kind, dtype=torch.float32)
-    adapters = read_lora(file, parts(back))
+    adapters = turned(attach(parts(pipe), "lora", targets=TARGETS, rank=3, alpha=6.0))
+    export(adapters, file, kind, dtype=torch.float32, keys=keys_of("sd", parts(pipe)))
+    adapters = read_lora(file, parts(back), keys_of("sd", parts(back)))
     torch.testing.assert_close(output(back), output(pipe), rtol=1e-4, atol=1e-5)
     assert len(adapters.layers) == len(load_file(file)) // (3 if kind == "kohya" else 2)
 
@@ -186,7 +192,7 @@ def test_layers_may_have_ranks_and_alphas_of_their_own(tmp_path):
         }
         base.weight.data += alpha / rank * up @ down
     save_file(tensors, tmp_path / "mixed.safetensors")
-    adapters = read_lora(tmp_path / "mixed.safetensors", {"unet": net})
+    adapters = read_lora(tmp_path / "mixed.safetensors", {"unet": net}, keys_of("sd", {"unet": net}))
     torch.testing.assert_close(net(X), expected(X), rtol=1e-4, atol=1e-5)
     assert adapters.config.rank == 5
 

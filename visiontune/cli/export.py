@@ -15,16 +15,15 @@ import argparse
 from pathlib import Path
 
 from visiontune.errors import UserError
+from visiontune.weights import formats
 
-FORMATS = ("diffusers", "kohya", "diff", "merged", "peft")
-FOLDERS = ("merged", "peft")
 DTYPES = {"fp16": "float16", "bf16": "bfloat16", "fp32": "float32"}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("adapter", help="an adapter.safetensors, or the folder of a finished run")
     parser.add_argument("out", type=Path, help="the file (.safetensors) to write; for merged and peft a folder")
-    parser.add_argument("--format", choices=FORMATS, default="diffusers", help="default: %(default)s")
+    parser.add_argument("--format", choices=formats.names(), default="diffusers", help="default: %(default)s")
     parser.add_argument("--rank", type=int, help="of the approximation of what is no plain LoRA; default: in full")
     parser.add_argument("--scale", type=float, default=1.0, help="strength that is written (default: %(default)s)")
     parser.add_argument("--dtype", choices=DTYPES, default="fp16", help="of the written tensors (default: %(default)s)")
@@ -34,23 +33,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     if args.out.exists():
         raise UserError(f"{args.out} exists: name another output, or remove it")
-    if args.format not in FOLDERS and args.out.suffix != ".safetensors":
-        raise UserError(f"{args.format} is written to a .safetensors file, not {args.out.name}")
     if args.rank is not None and args.rank < 1:
         raise UserError(f"--rank must be at least 1, not {args.rank}")
+    if not formats.load(args.format).FOLDER and args.out.suffix != ".safetensors":
+        raise UserError(f"{args.format} is written to a .safetensors file, not {args.out.name}")
     import torch
 
     from visiontune import adapters, models
     from visiontune.sampling.sources import adapter_file
-    from visiontune.weights.export import export, write_merged
-    from visiontune.weights.peft_folders import write_peft
+    from visiontune.weights.export import export
+    from visiontune.weights.keys import keys_of
 
     file, dtype = adapter_file(args.adapter), getattr(torch, DTYPES[args.dtype])
     base = args.model or adapters.read_header(file).get("base_model")
     if not base:
         raise UserError(f"{file} does not say what it was trained on: name the base with --model")
     model = models.load(base)
-    attached = adapters.load(model.components(), file)
+<<<<<<< HEAD
+    attached = adapters.load(model.networks(), file)
     attached.scale = args.scale
     if args.format == "merged":
         write_merged(model.pipe, attached, args.out, dtype)
@@ -60,9 +60,19 @@ def run(args: argparse.Namespace) -> None:
         write_peft(attached, args.out, dtype)
         print(f"written: {args.out}, PEFT's {attached.method} on {len(attached.layers)} layers")
         return
-    done = export(attached, args.out, args.format, rank=args.rank, dtype=dtype, modules=model.components())
+    done = export(attached, args.out, args.format, rank=args.rank, dtype=dtype, modules=model.networks())
     ranks = f", ranks {min(done.ranks.values())} to {max(done.ranks.values())}" if done.ranks else ""
     loss = f", leaves out {done.worst:.2%} of a layer's change at most" if done.errors else ""
     print(f"written: {args.out}, {len(attached.layers)} layers{ranks}{loss}")
     if done.dora and args.format == "kohya":
         print("its dora_scale is read by LyCORIS; diffusers and ComfyUI need --rank (a plain LoRA) or --format diff")
+=======
+    components = model.components()
+    attached = adapters.load(components, file)
+    attached.scale = args.scale
+    keys = keys_of(model.family, components)
+    done = export(attached, args.out, args.format, dtype=dtype, rank=args.rank, keys=keys, pipe=model.pipe)
+    print(f"written: {done.text()}")
+    if done.note:
+        print(done.note)
+>>>>>>> rooms

@@ -6,14 +6,15 @@ import argparse
 import errno
 import importlib
 import os
+import pkgutil
 import sys
 from collections.abc import Sequence
+from types import ModuleType
 from typing import NoReturn
 
-from visiontune import __version__
+from visiontune import __version__, cli
 from visiontune.errors import UserError
 
-VERBS = ("demo", "train", "sample", "list", "show", "copy", "check", "score", "export", "import")
 _EXAMPLES = """examples:
   visiontune demo
   visiontune train personalise/oft data.root=my_photos train.steps=200
@@ -30,6 +31,13 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: {message} (see {self.prog} --help)\n")
 
 
+def verbs() -> dict[str, ModuleType]:
+    """The verbs by name, in alphabetical order: the modules of this folder that have ``add_arguments`` and ``run``."""
+    names = sorted(module.name for module in pkgutil.iter_modules(cli.__path__))
+    modules = {name: importlib.import_module(f"{cli.__name__}.{name}") for name in names}
+    return {name: m for name, m in modules.items() if hasattr(m, "add_arguments") and hasattr(m, "run")}
+
+
 def parser() -> Parser:
     """The whole command line; builds without importing anything heavy."""
     top = Parser(
@@ -39,11 +47,10 @@ def parser() -> Parser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     top.add_argument("--version", action="version", version=f"visiontune {__version__}")
-    verbs = top.add_subparsers(title="verbs", metavar="VERB", required=True)
-    for verb in VERBS:
-        module = importlib.import_module(f"visiontune.cli.{verb}")
+    parsers = top.add_subparsers(title="verbs", metavar="VERB", required=True)
+    for verb, module in verbs().items():
         summary = (module.__doc__ or verb).partition("\n")[0]
-        sub = verbs.add_parser(
+        sub = parsers.add_parser(
             verb,
             help=summary[0].lower() + summary[1:].rstrip("."),
             description=module.__doc__,

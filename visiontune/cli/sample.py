@@ -18,8 +18,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    from visiontune import config
+    from visiontune.config import load_sample
+    from visiontune.sampling.generate import generate
 
-    recipe, overrides = split(args.words, DEFAULT)
-    manifest = config.sample(config.load_sample(recipe, overrides))
+    manifest = generate(load_sample(*split(args.words, DEFAULT)))
     print(f"finished: {manifest}")

@@ -16,8 +16,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    from visiontune import config
+    from visiontune.assemble import train
+    from visiontune.config import load_run
 
-    recipe, overrides = split(args.words)
-    out = config.run(config.load_run(recipe, overrides))
+    out = train(load_run(*split(args.words)))
     print(f"finished: {out}")

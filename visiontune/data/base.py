@@ -28,8 +28,8 @@ class Config:
 
     SHORTHAND: ClassVar[str] = "root"
     RENAMED: ClassVar[dict[str, str]] = {
-        "image_column": "data.columns.image",
-        "rejected_column": "data.columns.rejected",
+        "image_column": "columns.image",
+        "rejected_column": "columns.rejected",
     }
 
     root: str = option(

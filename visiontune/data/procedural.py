@@ -12,9 +12,9 @@ import numpy as np
 from PIL import Image
 
 from visiontune.data.base import DEFAULT_TRIGGER, Sample, source, substitute
-from visiontune.data.pocket_scenes import caption, sample_scene, stream, subject_scene
-from visiontune.data.pocket_world import STYLES, SUBJECTS, Scene, render
 from visiontune.errors import UserError
+from visiontune.pocket.scenes import caption, sample_scene, stream, subject_scene
+from visiontune.pocket.world import STYLES, SUBJECTS, Scene, render
 from visiontune.schema import nearest, option
 
 

@@ -6,13 +6,13 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from visiontune.core import Batch, Condition, DiffusionModelLike
+from visiontune.core import Batch, Condition, Encoders
 from visiontune.data import buckets, transforms
 from visiontune.data.base import Config, Sample, Source, listed
 from visiontune.data.buckets import Size
@@ -23,12 +23,6 @@ T = TypeVar("T")
 DEFAULT_CACHE = Path("runs/.cache")
 # Of latents and of conditions each, so that what is small is read from the disk once.
 _MEMORY = 256 * 2**20
-
-
-class Encoders(DiffusionModelLike, Protocol):
-    """The part of a model that turns samples into rows."""
-
-    def unconditional(self, count: int) -> Condition: ...
 
 
 @dataclass(frozen=True, kw_only=True)

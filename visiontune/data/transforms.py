@@ -7,6 +7,8 @@ import torch
 from PIL import Image, ImageOps
 from torch.nn.functional import avg_pool2d
 
+from visiontune.ops.pixels import to_tensor
+
 RECIPE = "fit-lanczos-2"  # goes into cache keys: change it when the same picture would come out different
 
 
@@ -28,8 +30,7 @@ def to_pixels(
     fitted = ImageOps.fit(picture, (width, height), method=Image.Resampling.LANCZOS, centering=centering)
     if flip:
         fitted = ImageOps.mirror(fitted)
-    pixels = torch.from_numpy(np.array(fitted, np.float32))
-    return pixels.permute(2, 0, 1).contiguous() / 127.5 - 1
+    return to_tensor(np.array(fitted)) * 2 - 1
 
 
 def to_mask(

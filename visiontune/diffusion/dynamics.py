@@ -169,14 +169,14 @@ class _FlowSDE(_Scaled):
 class FlowSDE(_FlowSDE):
     """Flow-GRPO, Liu et al. (2025), arXiv 2505.05470: s = eta sqrt(sigma / (1 - sigma)).
 
-    At sigma = 1, where that is infinite, 1 - sigma is taken where the step ends.
+    Within a thousandth of sigma = 1, where that is infinite, 1 - sigma is taken where the step ends.
     """
 
     name: ClassVar[str] = "flow-sde"
     eta: float = option(0.7, help="amount of noise, the paper's a; 0 is flow-ode")
 
     def diffusion(self, at: Levels) -> Tensor:
-        return self.eta * (at.sigma / torch.where(at.alpha > 0, at.alpha, at.alpha_next)).sqrt()
+        return self.eta * (at.sigma / torch.where(at.alpha > 1e-3, at.alpha, at.alpha_next)).sqrt()
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,11 +1,11 @@
 """Reward back-propagation in the memory of one denoiser call: sample without a graph, then walk back step by step.
 
-    trajectory = rollout(model, cond, steps=50, grad_steps=10, deferred=True)
+    trajectory = rollout(model, cond, chain=50, window=Window(steps=10, deferred=True))
     loss, at_end = end_gradient(trajectory.final, lambda x: -reward(model.decode(x)).mean())
     backpropagate(model, trajectory, at_end)
 
-gives the gradients of `rollout(..., grad_steps=10, checkpoint=True)` followed by `loss.backward()`: the same chain rule
-over the same steps, with the decoder's and the reward's graph gone before the first step is computed again.
+gives the gradients of `rollout(..., window=Window(steps=10, checkpoint=True))` followed by `loss.backward()`: the same
+chain rule over the same steps, with the decoder's and the reward's graph gone before the first step is computed again.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class Gradients:
     """What a walk back found beside the parameters' gradients.
 
     Attributes:
-        latents: [b, c, h, w] with respect to the latents where the window began.
+        latents: [b, c, (f), h, w] with respect to the latents where the window began.
         cond, uncond: with respect to tokens and pooled vectors, in a Condition's fields; None where not asked for.
     """
 
@@ -64,9 +64,9 @@ def backpropagate(
 
     Args:
         model: the model of the rollout, with the weights of the rollout.
-        trajectory: with history, as `rollout(..., deferred=True)` keeps it.
-        grad_final: [b, c, h, w].
-        window: as `grad_steps` of `rollout`; default the trajectory's.
+        trajectory: with history, as a deferred `Window` keeps it.
+        grad_final: [b, c, (f), h, w].
+        window: as `steps` of `Window`; default the trajectory's.
         conditions: also find the gradients of the conditions, for `into_conditions`.
 
     Raises:
@@ -74,7 +74,7 @@ def backpropagate(
     """
     inside = trajectory.window if window is None else gradient_window(window, trajectory.steps)
     if not inside.any():
-        raise ValueError("no step to differentiate: sample with grad_steps, or give a window")
+        raise ValueError("no step to differentiate: sample with a window, or give one")
     of_x, of_pred, _ = kernel(model.schedule, trajectory.timesteps, trajectory.ends, trajectory.dynamics)
     require_effect(inside, trajectory.timesteps, of_x, of_pred)
     chain = stepper(model, trajectory)

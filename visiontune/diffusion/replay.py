@@ -32,17 +32,17 @@ def stepper(
         dynamics=trajectory.dynamics,
         cond=trajectory.cond.to(model.device) if cond is None else cond,
         uncond=_moved(trajectory.uncond, model.device) if uncond is None else uncond,
-        cfg_scale=trajectory.cfg_scale,
+        guidance=trajectory.guidance,
     )
 
 
 def latent(trajectory: Trajectory, i: int | Tensor, device: torch.device) -> Tensor:
-    """[b, c, h, w] where the i-th step started (T is the end), in the rollout's precision and without a graph.
+    """[b, c, (f), h, w] where the i-th step started (T is the end), in the rollout's precision and without a graph.
 
     `i` may be [b], each row's own step.
     """
     if trajectory.latents is None:
-        raise ValueError("the trajectory has no history: sample it with history=True")
+        raise ValueError("the trajectory has no history: sample it with Keep(history=True)")
     rows: slice | Tensor = slice(None)
     if isinstance(i, Tensor):
         i = i.to(trajectory.latents.device)
@@ -60,7 +60,7 @@ def revisit(
     uncond: Condition | None = None,
     checkpoint: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """Mean [n, c, h, w] and std [n, 1, 1, 1] of one stored step under the present weights.
+    """Mean [n, c, (f), h, w] and std [n, 1, ...] of one stored step under the present weights.
 
     Args:
         model: the model of the rollout.

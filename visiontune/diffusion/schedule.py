@@ -6,17 +6,17 @@ eps; v = alpha eps - sigma x_0 (Salimans and Ho, 2022, appendix D); x0; or flow 
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import torch
-from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
 from torch import Tensor
 
+from visiontune.diffusion._schedulers import Prediction, ddim_scheduler, flow_sigmas, flow_spacing, prediction_of
 from visiontune.errors import UserError
 
-Prediction = Literal["eps", "v", "x0", "flow"]
-_PREDICTIONS: dict[str, Prediction] = {"epsilon": "eps", "v_prediction": "v", "sample": "x0"}
+__all__ = ["Prediction", "Schedule", "calculate_mu", "ddim_scheduler"]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -31,7 +31,7 @@ class Schedule:
         prediction: what the network predicts.
         alphas, sigmas: float64 tables; the last entry is the end of the chain.
         num_train_timesteps: number of timesteps of training.
-        spacing: the scheduler that places sampling timesteps; None places them evenly.
+        spacing: the scheduler that places sampling timesteps, and shifts its own; None places them evenly.
         shift: moves evenly placed ones towards the noise, sigma -> shift sigma / (1 + (shift - 1) sigma) (Esser et
             al., 2024, arXiv 2403.03206, equation 23).
     """
@@ -52,18 +52,16 @@ class Schedule:
     def from_scheduler(cls, scheduler: Any) -> Schedule:
         """The schedule that a diffusers scheduler was configured with, whichever sampler it is.
 
+        The levels are the scheduler's own `alphas_cumprod`, so that a rescaled or shifted signal-to-noise ratio is in
+        them. Only schedulers that were compared with a `Schedule` are taken (`_schedulers.py` lists them).
+
         Raises:
-            UserError: the scheduler has neither betas nor flow matching, or an unknown prediction type, or its flow
-                runs from data to noise.
+            UserError: another class of scheduler, an unknown prediction type, or a setting that changes levels or
+                sampling sigmas in a way that is not followed.
         """
-        name, config = type(scheduler).__name__, scheduler.config
-        if isinstance(scheduler, FlowMatchEulerDiscreteScheduler):
-            if config.invert_sigmas:
-                raise UserError(f"scheduler {name} with invert_sigmas is not supported: set it to false")
-            return replace(cls.flow(config.num_train_timesteps), spacing=type(scheduler).from_config(config))
-        prediction = _PREDICTIONS.get(config.get("prediction_type", "epsilon"))
-        if not hasattr(scheduler, "betas") or prediction is None:
-            raise UserError(f"scheduler {name} is not supported: give the model a DDIM, PNDM, DDPM or Euler scheduler")
+        prediction = prediction_of(scheduler)
+        if prediction == "flow":
+            return replace(cls.flow(scheduler.config.num_train_timesteps), spacing=flow_spacing(scheduler))
         ddim = ddim_scheduler(scheduler)
         squared = torch.cat([ddim.alphas_cumprod, ddim.final_alpha_cumprod.reshape(1)]).double()
         return cls(
@@ -83,16 +81,29 @@ class Schedule:
             prediction="flow", alphas=1 - sigmas, sigmas=sigmas, num_train_timesteps=num_train_timesteps, shift=shift
         )
 
-    def timesteps(self, steps: int, *, mu: float | None = None) -> tuple[Tensor, Tensor]:
+    def timesteps(
+        self, steps: int, *, mu: float | None = None, sigmas: Sequence[float] | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Where a sampler of `steps` steps stands and steps to: t and t_next, both [steps], on the CPU.
 
-        They are int64; float32 for flow, where they need not be whole. `mu` is the shift by resolution, for
-        schedulers with `use_dynamic_shifting`.
+        They are int64; float32 for flow, where they need not be whole: what the scheduler's own `set_timesteps` makes
+        of the same arguments, times `num_train_timesteps`.
+
+        Args:
+            mu: the shift by resolution (`calculate_mu`), for schedulers with `use_dynamic_shifting`.
+            sigmas: [steps], a flow family's own sampling sigmas, falling from 1, which are still to be shifted; None
+                takes the scheduler's.
+
+        Raises:
+            UserError: steps is out of range, mu is missing, or the sigmas do not fall from 1 to 0.
+            ValueError: sigmas for a model that is not flow, or of another length.
         """
         if not 1 <= steps <= self.num_train_timesteps:
             raise UserError(f"steps={steps} is out of range: give 1 to {self.num_train_timesteps}")
+        if sigmas is not None and (self.prediction != "flow" or len(sigmas) != steps):
+            raise ValueError(f"sigmas are for flow, one a step: {len(sigmas)} of {self.prediction} with steps={steps}")
         if self.prediction == "flow":
-            t = self._flow_timesteps(steps, mu)
+            t = self._flow_timesteps(steps, mu, sigmas)
             return t[:-1], t[1:]
         if self.spacing is None:
             t = torch.linspace(self.num_train_timesteps, 0, steps + 1).round().long()
@@ -198,16 +209,15 @@ class Schedule:
         alpha, sigma = self.levels(t, x.ndim)
         return alpha.to(x.device, dtype), sigma.to(x.device, dtype)
 
-    def _flow_timesteps(self, steps: int, mu: float | None) -> Tensor:
+    def _flow_timesteps(self, steps: int, mu: float | None, sigmas: Sequence[float] | None) -> Tensor:
         """[steps + 1] float32, the last one clean."""
-        if self.spacing is None:
-            sigma = torch.linspace(1, 0, steps + 1, dtype=torch.float64)
-            shifted = self.shift * sigma / (1 + (self.shift - 1) * sigma)
-            return (shifted * self.num_train_timesteps).float()
-        if self.spacing.config.use_dynamic_shifting and mu is None:
-            raise UserError("the scheduler shifts timesteps by resolution: give mu, or set use_dynamic_shifting=false")
-        self.spacing.set_timesteps(steps, mu=mu)
-        return torch.cat([self.spacing.timesteps, torch.zeros(1)]).float()
+        if self.spacing is not None:
+            return flow_sigmas(self.spacing, steps, mu, sigmas) * self.num_train_timesteps
+        sigma = torch.linspace(1, 0, steps + 1, dtype=torch.float64)
+        if sigmas is not None:
+            sigma[:-1] = torch.as_tensor(sigmas, dtype=torch.float64)
+        shifted = self.shift * sigma / (1 + (self.shift - 1) * sigma)
+        return (shifted * self.num_train_timesteps).float()
 
     def _levels(self, t: Tensor) -> tuple[Tensor, Tensor]:
         if self.prediction == "flow" and t.is_floating_point():
@@ -222,13 +232,13 @@ class Schedule:
         return alphas[row], sigmas[row]
 
 
-def ddim_scheduler(scheduler: Any) -> Any:
-    """A DDIM scheduler with the betas, prediction and spacing of `scheduler`.
+def calculate_mu(tokens: int, config: Mapping[str, Any]) -> float:
+    """The shift by resolution: linear in the number of image tokens, from base_shift to max_shift.
 
-    It clips nothing, since latents are not bounded by 1. `DDIMScheduler.from_config` would clip by default, and would
-    put its own defaults where `scheduler` used defaults.
+    Args:
+        tokens: image tokens that the network sees.
+        config: a scheduler's; what it lacks is the default of the stock pipelines (FLUX.1's).
     """
-    kept = ("prediction_type", "timestep_spacing", "steps_offset", "set_alpha_to_one")
-    options = {key: scheduler.config[key] for key in kept if key in scheduler.config}
-    betas = scheduler.betas.tolist()
-    return DDIMScheduler(num_train_timesteps=len(betas), trained_betas=betas, clip_sample=False, **options)
+    low, high = config.get("base_image_seq_len", 256), config.get("max_image_seq_len", 4096)
+    start, end = config.get("base_shift", 0.5), config.get("max_shift", 1.15)
+    return start + (end - start) / (high - low) * (tokens - low)

@@ -7,40 +7,37 @@ cos(pi / 2 * i / T) of the tokens are still masked (MaskGIT, Chang et al., 2022,
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from visiontune.core import Condition
+from visiontune.diffusion.guidance import Guidance
 
 
 class Unmasked(Protocol):
-    """What sampling needs of a model; see `visiontune.models.base.MaskedModel`."""
+    """What sampling needs of a model; see `visiontune.models.masked.MaskedModel`."""
 
     mask_token: int
-    downsample: int
-    resolution: int
 
+    def grid(self, height: int | None = None, width: int | None = None) -> tuple[int, int]: ...
     def unconditional(self, count: int) -> Condition: ...
     def logits(self, tokens: Tensor, cond: Condition) -> Tensor: ...
-    def sampler(self, steps: int, temperature: tuple[float, float]) -> Any: ...
+    def stepper(self, steps: int, temperature: tuple[float, float]) -> Any: ...
 
 
 def guided_logits(
-    model: Unmasked, tokens: Tensor, cond: Condition, uncond: Condition | None, cfg_scale: float
+    model: Unmasked, tokens: Tensor, cond: Condition, uncond: Condition | None, guidance: Guidance
 ) -> Tensor:
-    """Logits [b, h, w, v] under guidance, u + cfg_scale (c - u), in one call of the denoiser; 1 is none.
+    """Guided logits [b, h, w, v]; how noisy a row is, is the share of its tokens that are masked.
 
-    `uncond` None means `model.unconditional`; what it lacks in `extra` it takes from `cond`.
+    `uncond` None takes the family's own, where the guidance needs one.
     """
-    if cfg_scale == 1.0:
-        return model.logits(tokens, cond)
-    uncond = model.unconditional(len(cond)) if uncond is None else uncond
-    both = Condition.cat([replace(uncond, extra={**cond.extra, **uncond.extra}), cond])
-    without, given = model.logits(torch.cat([tokens, tokens]), both).chunk(2)
-    return without + cfg_scale * (given - without)
+    if guidance.contrasts and uncond is None:
+        uncond = model.unconditional(len(cond))
+    level = (tokens == model.mask_token).flatten(1).float().mean(1)
+    return guidance(lambda x, _, told: model.logits(x, told), tokens, level, level, cond, uncond)
 
 
 @torch.no_grad()
@@ -49,7 +46,7 @@ def unmask(
     cond: Condition,
     *,
     uncond: Condition | None = None,
-    cfg_scale: float = 1.0,
+    guidance: Guidance,
     steps: int = 12,
     temperature: tuple[float, float] = (2.0, 0.0),
     generator: torch.Generator | Sequence[torch.Generator] | None = None,
@@ -58,20 +55,20 @@ def unmask(
     """Draw tokens [b, h, w] for the rows of `cond`.
 
     Args:
-        uncond, cfg_scale: see `guided_logits`.
+        uncond: what to guide away from, where the guidance does; None takes the family's own.
         steps: T.
         temperature: of the noise on the model's confidence, at the first and the last step.
         generator: one for all rows, as the stock pipeline takes it, or one for each, whose picture then does not depend
             on what else is in the batch but for rounding.
         size: height and width in pixels; the model's resolution when left out.
     """
-    height, width = (side // model.downsample for side in size or (model.resolution, model.resolution))
+    height, width = model.grid(*(size or ()))
     tokens = torch.full((len(cond), height * width), model.mask_token, device=cond.tokens.device)
-    if cfg_scale != 1.0 and uncond is None:
+    if guidance.contrasts and uncond is None:
         uncond = model.unconditional(len(cond))
-    scheduler = model.sampler(steps, temperature)
+    scheduler = model.stepper(steps, temperature)
     for t in scheduler.timesteps:
-        logits = guided_logits(model, tokens.view(-1, height, width), cond, uncond, cfg_scale).flatten(1, 2)
+        logits = guided_logits(model, tokens.view(-1, height, width), cond, uncond, guidance).flatten(1, 2)
         if isinstance(generator, Sequence):
             rows = zip(logits.split(1), tokens.split(1), generator, strict=True)
             tokens = torch.cat([scheduler.step(x, t, known, generator=g).prev_sample for x, known, g in rows])

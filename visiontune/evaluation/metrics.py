@@ -9,10 +9,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from visiontune.data import oracle
-from visiontune.data.pocket_world import SUBJECTS
 from visiontune.errors import UserError
-from visiontune.rewards._clip import ClipEncoder
+from visiontune.models.clip import ClipEncoder
+from visiontune.ops.pixels import to_tensor
+from visiontune.pocket import oracle
+from visiontune.pocket.world import SUBJECTS
 from visiontune.schema import nearest
 
 
@@ -102,12 +103,7 @@ def retrieval_top1(images: np.ndarray, prompts: Sequence[str], encoder: ClipEnco
 def image_features(images: np.ndarray, encoder: ClipEncoder, batch_size: int = 64) -> Tensor:
     """Unit CLIP features ``[n, d]`` of images, on the encoder's device."""
     parts = [images[i : i + batch_size] for i in range(0, len(images), batch_size)]
-    return torch.cat([encoder.image_features(to_tensor(part).to(encoder.mean.device)) for part in parts])
-
-
-def to_tensor(images: np.ndarray) -> Tensor:
-    """``uint8 [n, h, w, 3]`` -> ``float32 [n, 3, h, w]`` in [0, 1], what rewards take."""
-    return torch.from_numpy(np.ascontiguousarray(images)).permute(0, 3, 1, 2).float().div(255)
+    return torch.cat([encoder.image_features(to_tensor(part, encoder.mean.device)) for part in parts])
 
 
 def _same_number(images: np.ndarray, others: Sequence | np.ndarray) -> None:

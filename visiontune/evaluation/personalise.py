@@ -10,8 +10,6 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from visiontune.data.pocket_scenes import article, stream
-from visiontune.data.pocket_world import SUBJECTS, Subject
 from visiontune.evaluation.metrics import (
     clip_image_similarity,
     memorisation,
@@ -19,11 +17,13 @@ from visiontune.evaluation.metrics import (
     subject_fidelity,
     subject_recognition,
 )
-from visiontune.rewards._clip import load_clip
+from visiontune.models.clip import load_clip
+from visiontune.pocket.scenes import article, stream
+from visiontune.pocket.world import SUBJECTS, Subject
 from visiontune.sampling.pipeline import images
 
 if TYPE_CHECKING:
-    from visiontune.models.base import DiffusionModel
+    from visiontune.models.pipeline import PipelineModel
 
 _GROUNDS = ("", " on a light plain background", " on a dark dotted background", " on a dark plain background")
 _SEEDS = (101, 102, 103, 104)
@@ -76,7 +76,7 @@ def ordinary_prompts(n: int = 100) -> list[str]:
 
 
 def measure(
-    model: DiffusionModel,
+    model: PipelineModel,
     subject: str,
     trigger: str,
     references: np.ndarray,

@@ -20,7 +20,7 @@ from visiontune import files
 from visiontune.data import pictures
 from visiontune.data.folder import captions_of
 from visiontune.errors import UserError
-from visiontune.evaluation.metrics import to_tensor
+from visiontune.ops.pixels import to_tensor
 from visiontune.rewards.base import Reward
 from visiontune.rewards.loading import load
 from visiontune.sampling import manifest
@@ -144,7 +144,7 @@ def score(
 def _score_batch(scores: Scores, rewards: Mapping[str, Reward], indices: list[int], device: str) -> None:
     """Put the scores of some images in, or the reasons why there are none."""
     try:
-        images = to_tensor(np.stack([_pixels(scores.items[i].path) for i in indices])).to(device)
+        images = to_tensor(np.stack([_pixels(scores.items[i].path) for i in indices]), device)
     except UserError as error:
         if len(indices) == 1:
             for name in rewards:

@@ -22,7 +22,7 @@ def load(
     device: str = "cpu",
     quantize: Kind | None = None,
 ) -> Any:
-    """Open a model, a `DiffusionModel` or a `MaskedModel`, frozen and in evaluation mode.
+    """Open a model of any family, frozen and in evaluation mode.
 
     Args:
         source: `pocket/<name>`, a folder in the diffusers layout, or a Hugging Face Hub id.

@@ -26,6 +26,7 @@ from visiontune.errors import UserError
 from visiontune.models import pocket
 from visiontune.models._quantise import Kind, quantise
 from visiontune.models.base import Model
+from visiontune.models.pipeline import PipelineModel
 from visiontune.schema import nearest
 
 INDEX = "model_index.json"
@@ -40,11 +41,12 @@ def families() -> dict[str, type[Model]]:
     """See `visiontune.models.families`."""
     found = {}
     for info in pkgutil.iter_modules(models.__path__):
-        if info.name.startswith("_") or info.name in ("base", "pocket"):
+        if info.name.startswith("_"):
             continue
         module = importlib.import_module(f"{models.__name__}.{info.name}")
         for value in vars(module).values():
-            if isinstance(value, type) and issubclass(value, Model) and value.__module__ == module.__name__:
+            ours = isinstance(value, type) and issubclass(value, Model) and value.__module__ == module.__name__
+            if ours and "family" in vars(value):
                 found[value.family] = value
     return found
 
@@ -54,7 +56,8 @@ def load(source: str, dtype: torch.dtype, revision: str | None, device: str, qua
     _check_device(device)
     folder, fetching = _locate(source, revision)
     name = str(_read_index(source, folder, fetching).get("_class_name"))
-    known = {cls_name: cls for cls in families().values() for cls_name in cls.pipeline_classes}
+    pipelines = (cls for cls in families().values() if issubclass(cls, PipelineModel))
+    known = {cls_name: cls for cls in pipelines for cls_name in cls.pipeline_classes}
     if name not in known:
         raise UserError(f"model '{source}' has the pipeline class {name}; supported: {', '.join(sorted(known))}")
     family = known[name]
@@ -70,7 +73,8 @@ def load(source: str, dtype: torch.dtype, revision: str | None, device: str, qua
             raise UserError(f"model '{source}' has no vocabulary in its {part} folder: download it again")
     model = family(pipe, source=source)
     if quantize:
-        quantise(model.denoiser, quantize)
+        for network in model.of(*model.names()).values():
+            quantise(network, quantize)
     return model.to(device)
 
 

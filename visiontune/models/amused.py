@@ -7,14 +7,14 @@ most sure of.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from visiontune.core import Condition
-from visiontune.models.base import MaskedModel, dtype_of, require
+from visiontune.models.base import dtype_of, require
+from visiontune.models.masked import MaskedModel
 from visiontune.models.sd import StableDiffusion
 
 _AESTHETIC_SCORE = 6.0
@@ -29,13 +29,13 @@ class Amused(MaskedModel):
 
     family = "amused"
     pipeline_classes = ("AmusedPipeline",)
-    DENOISER: ClassVar[str] = "transformer"
+    DENOISERS = ("transformer",)
+    CODEC = "vqvae"
     # The U-ViT names its layers as Stable Diffusion's UNet does, and the text encoder is a CLIP too.
-    TARGETS, TEXT_TARGETS = StableDiffusion.TARGETS, StableDiffusion.TEXT_TARGETS
+    TARGETS = StableDiffusion.TARGETS
 
     def __init__(self, pipe: Any, source: str = "") -> None:
         super().__init__(pipe, source)
-        self.vae, self.denoiser = pipe.vqvae, pipe.transformer
         config = pipe.transformer.config
         self.vocabulary, self.mask_token = int(config.codebook_size), int(pipe.scheduler.config.mask_token_id)
         self.resolution = self.downsample * int(config.sample_size)
@@ -45,45 +45,37 @@ class Amused(MaskedModel):
         # diffusers 0.42 says that it has, and then calls its layers in a way that they do not take.
         pipe.transformer._supports_gradient_checkpointing = False
 
-    @property
-    def text_encoders(self) -> dict[str, nn.Module]:
-        return {"text_encoder": self.pipe.text_encoder}
-
-    def embed(self, prompts: Sequence[str]) -> Condition:
+    def _embed(self, prompts: list[str]) -> Condition:
         encoder = self.pipe.text_encoder
         ids = self.pipe.tokenizer(
-            list(prompts), return_tensors="pt", padding="max_length", truncation=True, max_length=self.max_tokens
+            prompts, return_tensors="pt", padding="max_length", truncation=True, max_length=self.max_tokens
         ).input_ids
         found = encoder(ids.to(encoder.device), return_dict=True, output_hidden_states=True)
-        return Condition(tokens=found.hidden_states[-2], pooled=found.text_embeds).to(self.device)
+        return Condition(tokens=found.hidden_states[-2], pooled=found.text_embeds)
 
-    def unconditional(self, count: int) -> Condition:
-        return self.embed([""] * count)
-
-    def logits(self, tokens: Tensor, cond: Condition) -> Tensor:
+    def _logits(self, tokens: Tensor, cond: Condition) -> Tensor:
         if cond.pooled is None:
             raise ValueError("aMUSEd needs the pooled text vector: make the Condition with embed()")
-        dtype = self.dtype
         micro = cond.extra.get("micro_conds")
         if micro is None:
             height, width = (side * self.downsample for side in tokens.shape[-2:])
             micro = torch.tensor([width, height, 0, 0, _AESTHETIC_SCORE]).expand(len(tokens), -1)
         found = self.denoiser(
             tokens,
-            encoder_hidden_states=cond.tokens.to(dtype),
-            pooled_text_emb=cond.pooled.to(dtype),
-            micro_conds=micro.to(tokens.device, dtype),
+            encoder_hidden_states=cond.tokens,
+            pooled_text_emb=cond.pooled,
+            micro_conds=micro.to(tokens.device, self.dtype),
         )
-        return found.permute(0, 2, 3, 1).to(torch.promote_types(found.dtype, torch.float32))
+        return found.permute(0, 2, 3, 1)
 
     def decode(self, tokens: Tensor) -> Tensor:
         vae = self._codec()
         shape = (*tokens.shape, int(vae.config.latent_channels))
-        shown = vae.decode(tokens.to(self.device), force_not_quantize=True, shape=shape).sample
+        with self.autocast():
+            shown = vae.decode(tokens.to(self.device), force_not_quantize=True, shape=shape).sample
         return shown.to(torch.promote_types(dtype_of(vae), torch.float32)) * 2 - 1
 
-    def sampler(self, steps: int, temperature: tuple[float, float]) -> Any:
-        stock = self.pipe.scheduler
-        made = type(stock).from_config(stock.config)
-        made.set_timesteps(steps, temperature, self.device)
-        return made
+    def stepper(self, steps: int, temperature: tuple[float, float]) -> Any:
+        stock = self.sampler("model")
+        stock.set_timesteps(steps, temperature, self.device)
+        return stock

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from visiontune.core import Condition
 from visiontune.models.base import require
@@ -29,18 +28,14 @@ class StableDiffusionXL(StableDiffusion):
         complete = pipe.text_encoder is not None and pipe.text_encoder_2 is not None
         require(complete, self.source, "it lacks one of its two text encoders; give a complete base checkpoint")
 
-    @property
-    def text_encoders(self) -> dict[str, nn.Module]:
-        return {"text_encoder": self.pipe.text_encoder, "text_encoder_2": self.pipe.text_encoder_2}
-
-    def embed(self, prompts: Sequence[str]) -> Condition:
+    def _embed(self, prompts: list[str]) -> Condition:
         tokens, _, pooled, _ = self.pipe.encode_prompt(
-            list(prompts), device=self.pipe.text_encoder_2.device, do_classifier_free_guidance=False
+            prompts, device=self.pipe.text_encoder_2.device, do_classifier_free_guidance=False
         )
-        return Condition(tokens=tokens, pooled=pooled).to(self.device)
+        return Condition(tokens=tokens, pooled=pooled)
 
     def unconditional(self, count: int) -> Condition:
-        empty = self.embed([""] * count)
+        empty = super().unconditional(count)
         if not self.pipe.config.force_zeros_for_empty_prompt:
             return empty
         assert empty.pooled is not None
@@ -53,4 +48,4 @@ class StableDiffusionXL(StableDiffusion):
         if time_ids is None:
             height, width = (side * self.downsample for side in x_t.shape[-2:])
             time_ids = x_t.new_tensor([height, width, 0, 0, height, width]).expand(x_t.shape[0], -1)
-        return {"text_embeds": cond.pooled, "time_ids": time_ids}
+        return {"text_embeds": cond.pooled, "time_ids": time_ids.to(x_t)}

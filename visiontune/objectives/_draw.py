@@ -10,12 +10,14 @@ from torch import Tensor
 
 from visiontune.core import Batch
 from visiontune.diffusion.replay import micro_batches
-from visiontune.diffusion.trajectory import Trajectory, rollout
+from visiontune.diffusion.trajectory import Keep, Start, Trajectory, rollout
 from visiontune.diffusion.transition import Reduce
-from visiontune.objectives._online import Stepped, Tools, conditions, parts_of, pixels, reward_terms, score
+from visiontune.objectives._online import Stepped, conditions, parts_of, pixels, reward_terms, score
+from visiontune.objectives.base import Tools
 
 if TYPE_CHECKING:
-    from visiontune.models.base import DiffusionModel, MaskedModel
+    from visiontune.models.diffusion import DiffusionModel
+    from visiontune.models.pipeline import PipelineModel
 
 
 @torch.no_grad()
@@ -36,18 +38,17 @@ def draw(
         latents: where the rows start, instead of noise of their own.
     """
     config = objective.config
-    cond, uncond = conditions(model, rows.prompts, config.cfg_scale, text=False)
+    guidance = model.guidance(config.cfg_scale)
+    cond, uncond = conditions(model, rows.prompts, guidance, text=False)
     drawn = rollout(
         model,
         cond,
         uncond=uncond,
-        cfg_scale=config.cfg_scale,
-        steps=config.steps,
+        guidance=guidance,
+        chain=config.steps,
         dynamics=objective.dynamics,
-        latents=latents,
-        generator=tools.generators(rows),
-        reduce=reduce,
-        log_probs=objective.likelihoods,
+        start=Start(latents=latents, generator=tools.generators(rows)),
+        keep=Keep(log_probs=objective.likelihoods, reduce=reduce),
     )
     # Nothing reads the noise again, which is as large as the history.
     drawn = replace(drawn, noise=None)
@@ -67,7 +68,7 @@ def draw_scored(
 
 @torch.no_grad()
 def score_latents(
-    model: DiffusionModel | MaskedModel, tools: Tools, latents: Tensor, batch: Batch, group: int, size: int | None
+    model: PipelineModel, tools: Tools, latents: Tensor, batch: Batch, group: int, size: int | None
 ) -> dict[str, Tensor]:
     """What :func:`score` gives for the pictures of finished latents.
 

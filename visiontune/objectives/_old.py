@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
-from visiontune.objectives._online import Tools
+from visiontune.objectives.base import Tools
 
 
 @torch.no_grad()
@@ -22,19 +23,26 @@ def follow(tools: Tools, decay: float) -> None:
     tools.state["old"] = {name: held[name].to(p.device).lerp(p, 1 - decay) for name, p in tools.parameters.items()}
 
 
-@contextmanager
-def old_policy(tools: Tools) -> Iterator[None]:
+def old_policy(tools: Tools) -> AbstractContextManager[None]:
     """Inside the block, which must build no graph, the model is the old policy."""
-    own = {name: p.data for name, p in tools.parameters.items()}
+    return swapped(tools.parameters, tools.state["old"], tools.refresh)
+
+
+@contextmanager
+def swapped(
+    parameters: Mapping[str, Parameter], values: Mapping[str, Tensor], refresh: Callable[[], None]
+) -> Iterator[None]:
+    """Inside the block, which must build no graph, parameters have other values; ``refresh`` follows every change."""
+    own = {name: p.data for name, p in parameters.items()}
+
+    def put(chosen: Mapping[str, Tensor]) -> None:
+        for name, parameter in parameters.items():
+            parameter.data = chosen[name]
+        refresh()
+
     try:
-        _put(tools, tools.state["old"])
+        put(values)
         with torch.no_grad():
             yield
     finally:
-        _put(tools, own)
-
-
-def _put(tools: Tools, values: Mapping[str, Tensor]) -> None:
-    for name, parameter in tools.parameters.items():
-        parameter.data = values[name]
-    tools.refresh()
+        put(own)

@@ -1,28 +1,24 @@
-"""What an online objective is: prompts in, pictures drawn by the model itself, gradients out."""
+"""What online objectives share: the options of a rollout, conditions, pictures, and their rewards."""
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
-from torch.nn import Parameter
 
-from visiontune.core import Batch, Condition, Loss
+from visiontune.core import Batch, Condition
 from visiontune.diffusion.dynamics import make_dynamics
+from visiontune.diffusion.guidance import Guidance, guided
 from visiontune.diffusion.replay import micro_batches
-from visiontune.errors import UserError
-from visiontune.objectives.base import generator
+from visiontune.objectives.base import Needs, Online, Tools, continuous
 from visiontune.schema import option
 
 if TYPE_CHECKING:
-    from visiontune.models.base import DiffusionModel, MaskedModel, Model
-
-Reward = Callable[..., Tensor]
+    from visiontune.models.diffusion import DiffusionModel
+    from visiontune.models.pipeline import PipelineModel
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,66 +65,10 @@ class GroupConfig(OnlineConfig):
             raise ValueError("updates must be at least 1")
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
-class Tools:
-    """What a run lends an online objective.
-
-    Attributes:
-        reward: images ``[b, 3, h, w]`` in [0, 1], prompts and meta -> float32 ``[b]``; ``None`` only for objectives
-            without ``rewarded``.
-        reference: context in which the model is the base.
-        gather: the rows of a tensor of all processes, in the order of their ranks; the tensor itself with one.
-        scale: what every loss is multiplied by before it is differentiated (fp16).
-        text: whether the text encoders are trained, so that conditions need a graph.
-        seed: of the run. index: number of the rollout.
-        rank, world: this process and the number of processes.
-        parameters: what is trained, by name. refresh: to be called after a change of them through ``.data``.
-        state: the objective's own, kept in checkpoints: tensors and plain values by name.
-    """
-
-    reward: Reward | None
-    reference: Callable[[], AbstractContextManager[Any]]
-    gather: Callable[[Tensor], Tensor] = lambda value: value
-    scale: float = 1.0
-    text: bool = False
-    seed: int = 0
-    index: int = 0
-    rank: int = 0
-    world: int = 1
-    parameters: Mapping[str, Parameter] = field(default_factory=dict)
-    refresh: Callable[[], None] = lambda: None
-    state: dict[str, Any] = field(default_factory=dict)
-
-    def generators(self, batch: Batch, *key: int | str) -> list[torch.Generator]:
-        """One for each row: its noise depends on the run's seed, the rollout and the row, not on the batch's cut."""
-        return [generator(self.seed, "row", self.index, int(row), *key) for row in batch.data["row"]]
-
-    def shared(self, *key: int | str) -> torch.Generator:
-        """A generator that is the same in every process."""
-        return generator(self.seed, "shared", self.index, *key)
-
-
-class Online(ABC):
-    """Trains on what the model draws.
-
-    Each rollout serves ``updates`` optimiser steps. Gradients are left in ``.grad``, of the mean over this process's
-    rows; the run averages them over processes. The adapters are in evaluation mode throughout, so that a step that is
-    computed twice comes out the same.
-
-    Attributes:
-        group: pictures of each prompt that are compared with each other.
-        updates: optimiser steps for each rollout.
-        rewarded: whether pictures are scored. differentiable: whether by a reward that gradients pass through.
-        embeds: whether updates embed the prompts anew, so that text encoders can be trained.
-        referenced: whether it compares with the base, which only a run with an adapter keeps.
-    """
+class Rollouts(Online):
+    """An online objective with options of a rollout."""
 
     config: OnlineConfig
-    group: int = 1
-    updates: int = 1
-    rewarded: ClassVar[bool] = True
-    differentiable: ClassVar[bool] = False
-    embeds: ClassVar[bool] = True
 
     def __init__(self, config: OnlineConfig) -> None:
         self.config = config
@@ -136,50 +76,11 @@ class Online(ABC):
             self.group, self.updates = config.group, config.updates
 
     @property
-    def referenced(self) -> bool:
-        return False
-
-    def check(self, model: Any, reward: Any) -> None:
-        """Refuse what cannot work, before anything is drawn.
-
-        Raises:
-            UserError: the reward does not suit, or the model.
-        """
-        self.check_reward(reward)
-
-    def check_text(self, trained: bool) -> None:
-        """Refuse what does not suit ``train.text_encoder``, before a model is opened.
-
-        Raises:
-            UserError: text encoders are trained, which would get no gradient from a rollout's conditions.
-        """
-        if trained and not self.embeds:
-            raise UserError("objective keeps the conditions of its rollouts: set train.text_encoder=false")
-
-    def check_reward(self, reward: Any) -> None:
-        """The part of :meth:`check` for which no model need be opened.
-
-        Raises:
-            UserError: no reward, or one without gradients where they are needed.
-        """
-        if self.rewarded and reward is None:
-            raise UserError("objective needs a reward: add for instance reward=pocket-clip")
-        if self.differentiable and not reward.differentiable:
-            raise UserError(
-                f"reward '{reward.name}' is not differentiable, and this objective follows its gradient: take a "
-                "differentiable one (visiontune list), or objective=ddpo"
-            )
-
-    @abstractmethod
-    def collect(self, model: Any, batch: Batch, tools: Tools) -> Any:
-        """A rollout of prompts, without gradients."""
-
-    @abstractmethod
-    def update(self, model: Any, collected: Any, part: int, tools: Tools) -> Loss:
-        """Add the gradients of one optimiser step, number ``part`` of the rollout's; the loss is detached."""
+    def needs(self) -> Needs:
+        return Needs(online=True, reward=True)
 
 
-class Stepped(Online):
+class Stepped(Rollouts):
     """Draws continuous latents by the steps of a sampler.
 
     Attributes:
@@ -194,24 +95,34 @@ class Stepped(Online):
         super().__init__(config)
         self.dynamics = make_dynamics(config.dynamics)
 
-    def check(self, model: DiffusionModel, reward: Any) -> None:
-        """Besides, refuse a sampler that does not suit the model, or adds no noise where that is needed."""
+    def check(self, model: Any, reward: Any) -> None:
+        """Besides, refuse a model without continuous latents, and a sampler that does not suit it or adds no noise."""
         super().check(model, reward)
+        continuous(model)
         self.dynamics.check(model.schedule.prediction)
         if self.likelihoods:
             self.dynamics.require_noise()
 
+    def probe(self, model: DiffusionModel, batch: Batch, tools: Tools) -> None:
+        """One guided prediction of a micro-batch: gradients are taken one prediction at a time."""
+        batch = batch[: self.config.micro_batch or len(batch)]
+        guidance = model.guidance(self.config.cfg_scale)
+        cond, uncond = conditions(model, batch.prompts, guidance, tools.text)
+        shape = model.latent_shape()
+        t = model.chain(self.config.steps, shape)[0][:1].to(model.device).expand(len(batch))
+        guided(model, torch.randn(len(batch), *shape, device=model.device), t, cond, uncond, guidance)
+
 
 def conditions(
-    model: Model, prompts: Sequence[str], cfg_scale: float, text: bool
+    model: PipelineModel, prompts: Sequence[str], guidance: Guidance, text: bool
 ) -> tuple[Condition, Condition | None]:
-    """What to draw and, with guidance, what to guide away from; with a graph where ``text`` encoders are trained."""
+    """What to draw and, where guidance needs it, what to guide away from; with a graph where ``text`` is trained."""
     with torch.set_grad_enabled(text and torch.is_grad_enabled()):
         cond = model.embed(prompts)
-        return cond, None if cfg_scale == 1.0 else model.unconditional(len(prompts))
+        return cond, model.unconditional(len(prompts)) if guidance.contrasts else None
 
 
-def pixels(model: DiffusionModel | MaskedModel, latents: Tensor) -> Tensor:
+def pixels(model: PipelineModel, latents: Tensor) -> Tensor:
     """Pictures ``[b, 3, h, w]`` in [0, 1], as rewards take them; differentiable inside that range.
 
     ``latents`` of a masked model are its tokens.

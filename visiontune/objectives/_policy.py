@@ -28,11 +28,12 @@ from visiontune.diffusion.transition import gaussian_kl, log_prob
 from visiontune.errors import UserError
 from visiontune.objectives._advantages import extremes, flat_share
 from visiontune.objectives._draw import draw, score_latents
-from visiontune.objectives._online import GroupConfig, Stepped, SteppedConfig, Tools, conditions
+from visiontune.objectives._online import GroupConfig, Stepped, SteppedConfig, conditions
+from visiontune.objectives.base import Needs, Tools
 from visiontune.schema import option
 
 if TYPE_CHECKING:
-    from visiontune.models.base import DiffusionModel
+    from visiontune.models.diffusion import DiffusionModel
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,7 +100,7 @@ class Chunk:
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Rollouts:
+class Collected:
     """What one ``collect`` gives.
 
     Attributes:
@@ -137,8 +138,8 @@ class Policy(Stepped):
         self.updates = config.updates * config.inner_epochs
 
     @property
-    def referenced(self) -> bool:
-        return self.beta > 0 or self.penalty > 0
+    def needs(self) -> Needs:
+        return replace(super().needs, reference=self.beta > 0 or self.penalty > 0)
 
     def check(self, model: DiffusionModel, reward: Any) -> None:
         """Besides, refuse terms to normalise where there are none."""
@@ -153,7 +154,7 @@ class Policy(Stepped):
     # -- collect ------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def collect(self, model: DiffusionModel, batch: Batch, tools: Tools) -> Rollouts:
+    def collect(self, model: DiffusionModel, batch: Batch, tools: Tools) -> Collected:
         config = self.config
         if len(batch) % config.updates:
             raise UserError(f"train.batch_size={len(batch)} is no multiple of objective.updates={config.updates}")
@@ -180,7 +181,7 @@ class Policy(Stepped):
         ]
         turn = len(chunks) // config.updates
         pieces = [self.pack(model, chunks[i : i + turn]) for i in range(0, len(chunks), turn)]
-        return Rollouts(pieces=pieces, rows=rows, terms=terms)
+        return Collected(pieces=pieces, rows=rows, terms=terms)
 
     def deal(self, rows: int, tools: Tools) -> Tensor:
         """[b] the rows in the order in which optimiser steps take them."""
@@ -192,8 +193,7 @@ class Policy(Stepped):
         """The noise from which the rows start, one for each group; ``None`` for each row its own."""
         if not self.shared_start:
             return None
-        side = model.resolution // model.downsample
-        shape = (model.latent_channels, side, side)
+        shape = model.latent_shape()
         groups = (rows.data["row"] // self.config.group).tolist()
         return torch.stack([torch.randn(shape, generator=tools.shared("start", group)) for group in groups])
 
@@ -212,7 +212,7 @@ class Policy(Stepped):
         if not tools.text:
             return None, None
         with torch.no_grad():
-            return conditions(model, rows.prompts, self.config.cfg_scale, text=False)
+            return conditions(model, rows.prompts, model.guidance(self.config.cfg_scale), text=False)
 
     def advantages(self, own: dict[str, Tensor], prompts: Tensor, tools: Tools) -> tuple[Tensor, dict[str, Tensor]]:
         """Advantages [b] of this process's rows, normalised over all processes, and terms for the logs."""
@@ -263,7 +263,7 @@ class Policy(Stepped):
 
     # -- update -------------------------------------------------------------------------------------------------
 
-    def update(self, model: DiffusionModel, collected: Rollouts, part: int, tools: Tools) -> Loss:
+    def update(self, model: DiffusionModel, collected: Collected, part: int, tools: Tools) -> Loss:
         epoch, turn = divmod(part, self.config.updates)
         order = torch.randperm(self.config.updates, generator=tools.shared("pieces", epoch))
         found: dict[str, list[Tensor]] = {"loss": [], "clip_fraction": [], "kl": []}
@@ -312,7 +312,7 @@ class Policy(Stepped):
         base = self.base_means(model, chunk, steps, tools) if self.beta else None
         live: tuple[Condition | None, Condition | None] = (None, None)
         if tools.text:
-            live = conditions(model, chunk.batch.prompts, self.config.cfg_scale, text=True)
+            live = conditions(model, chunk.batch.prompts, model.guidance(self.config.cfg_scale), text=True)
         # The encoder's graph is walked once, with the gradients of all steps.
         cond, uncond = (None if value is None else leaf_of(value) for value in live)
         found: dict[str, list[Tensor]] = {"loss": [], "clipped": [], "kl": [], "drift": []}
@@ -337,7 +337,7 @@ class Policy(Stepped):
 
     @torch.no_grad()
     def base_means(self, model: DiffusionModel, chunk: Chunk, steps: Tensor, tools: Tools) -> list[Tensor]:
-        """Means of the base's steps, each [n, c, h, w]."""
+        """Means of the base's steps, each [n, c, (f), h, w]."""
         with tools.reference():
             cond, uncond = self.own_conditions(model, chunk.batch, tools)
             return [revisit(model, chunk.trajectory, step, cond=cond, uncond=uncond)[0] for step in steps.unbind(1)]

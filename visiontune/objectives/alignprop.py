@@ -17,7 +17,7 @@ Memory is that of one denoiser call or of decoding, whichever is more (see ``dif
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -27,23 +27,15 @@ from torch import Tensor
 from visiontune.core import Batch, Loss
 from visiontune.diffusion._window import gradient_window, require_effect
 from visiontune.diffusion.pathwise import backpropagate, end_gradient, into_conditions
-from visiontune.diffusion.trajectory import Trajectory, rollout
+from visiontune.diffusion.trajectory import Start, Trajectory, Window, rollout
 from visiontune.diffusion.transition import kernel
 from visiontune.errors import UserError
-from visiontune.objectives._online import (
-    Stepped,
-    SteppedConfig,
-    Tools,
-    conditions,
-    parts_of,
-    pixels,
-    reward_terms,
-    score,
-)
+from visiontune.objectives._online import Stepped, SteppedConfig, conditions, parts_of, pixels, reward_terms, score
+from visiontune.objectives.base import Needs, Tools
 from visiontune.schema import option
 
 if TYPE_CHECKING:
-    from visiontune.models.base import DiffusionModel
+    from visiontune.models.diffusion import DiffusionModel
 
 # Standard deviation of the number of steps for ``normal``, as in AlignProp's code.
 SPREAD = 5.0
@@ -87,12 +79,11 @@ def build(config: Config) -> AlignProp:
 class AlignProp(Stepped):
     """Logs the reward (mean and deviation over all processes' rows) and the number of steps with a gradient."""
 
-    differentiable = True
     config: Config
 
     @property
-    def referenced(self) -> bool:
-        return self.config.base_steps > 0
+    def needs(self) -> Needs:
+        return replace(super().needs, differentiable=True, reference=self.config.base_steps > 0)
 
     def check_reward(self, reward: Any) -> None:
         """Besides, refuse one that micro-batches would falsify."""
@@ -116,7 +107,7 @@ class AlignProp(Stepped):
         """Besides, refuse first steps of an untrained encoder where none is trained."""
         super().check_text(trained)
         if self.config.base_steps and not trained:
-            raise UserError("objective.base_steps is for runs with train.text_encoder=true: set it to 0")
+            raise UserError("objective.base_steps is for runs that train text encoders (train.parts): set it to 0")
 
     def collect(self, model: DiffusionModel, batch: Batch, tools: Tools) -> Batch:
         """The prompts: pictures and gradients come from one and the same chain."""
@@ -164,8 +155,9 @@ class AlignProp(Stepped):
         self, model: DiffusionModel, rows: Batch, length: int, window: int, share: float, tools: Tools
     ) -> tuple[dict[str, Tensor], Tensor]:
         """Add the gradients of some rows, ``share`` of the batch; their scores and their part of the scaled loss."""
+        guidance = model.guidance(self.config.cfg_scale)
         with torch.enable_grad():
-            cond, uncond = conditions(model, rows.prompts, self.config.cfg_scale, tools.text)
+            cond, uncond = conditions(model, rows.prompts, guidance, tools.text)
         with torch.no_grad():
             generators, (start, end) = tools.generators(rows), self.chain(model, length)
             first = self.config.base_steps
@@ -173,13 +165,14 @@ class AlignProp(Stepped):
                 model,
                 cond,
                 uncond=uncond,
-                cfg_scale=self.config.cfg_scale,
+                guidance=guidance,
                 chain=(start[first:], end[first:]),
                 dynamics=self.dynamics,
-                latents=self.begin(model, rows, (start[:first], end[:first]), generators, tools) if first else None,
-                generator=generators,
-                grad_steps=window,
-                deferred=True,
+                start=Start(
+                    latents=self.begin(model, rows, (start[:first], end[:first]), generators, tools) if first else None,
+                    generator=generators,
+                ),
+                window=Window(steps=window, deferred=True),
             )
         scores: list[dict[str, Tensor]] = []
 
@@ -210,22 +203,23 @@ class AlignProp(Stepped):
         tools: Tools,
     ) -> Tensor:
         """Where the first steps lead, with the conditions of the untrained text encoder."""
+        guidance = model.guidance(self.config.cfg_scale)
         with tools.reference():
-            cond, uncond = conditions(model, rows.prompts, self.config.cfg_scale, text=False)
+            cond, uncond = conditions(model, rows.prompts, guidance, text=False)
         begun = rollout(
             model,
             cond,
             uncond=uncond,
-            cfg_scale=self.config.cfg_scale,
+            guidance=guidance,
             chain=chain,
             dynamics=self.dynamics,
-            generator=generators,
+            start=Start(generator=generators),
         )
         return begun.final
 
     def chain(self, model: DiffusionModel, length: int) -> tuple[Tensor, Tensor]:
         """The first ``length`` steps of the schedule, of which the last leads to a clean end."""
-        start, end = model.schedule.timesteps(self.config.steps)
+        start, end = model.chain(self.config.steps, model.latent_shape())
         if length == self.config.steps:
             return start, end
         return start[:length], torch.cat([start[1:length], end.new_full((1,), -1)])
@@ -239,11 +233,9 @@ class AlignProp(Stepped):
             model,
             first.cond,
             uncond=first.uncond,
-            cfg_scale=first.cfg_scale,
+            guidance=first.guidance,
             chain=(first.timesteps[-1:], first.ends[-1:]),
             dynamics=self.dynamics,
-            latents=model.schedule.add_noise(first.final, noise, t),
-            generator=generators,
-            grad_steps=1,
-            deferred=True,
+            start=Start(latents=model.schedule.add_noise(first.final, noise, t), generator=generators),
+            window=Window(steps=1, deferred=True),
         )

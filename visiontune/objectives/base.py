@@ -1,21 +1,32 @@
-"""What a training objective is: a batch of clean latents in, a scalar to minimise out."""
+"""What a training objective is: what it needs, and how it makes gradients of a batch.
+
+One with data has `loss`, a scalar of a batch that the run differentiates. One that is `online` trains on what the model
+draws: `collect` makes a rollout of a batch of prompts, which serves `updates` optimiser steps, and `update` leaves the
+gradients of one of them in `.grad`. Both are lent the same `Tools`.
+"""
 
 from __future__ import annotations
 
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 from visiontune.core import Batch, Condition, Loss
+from visiontune.errors import UserError
 
 if TYPE_CHECKING:
     from visiontune.data.base import Sample
-    from visiontune.models.base import DiffusionModel
+    from visiontune.models.pipeline import PipelineModel
+
+Reward = Callable[..., Tensor]
 
 
 def seed_of(*key: int | str) -> int:
@@ -28,9 +39,199 @@ def generator(*key: int | str) -> torch.Generator:
     return torch.Generator().manual_seed(seed_of(*key))
 
 
-def condition_of(model: DiffusionModel, batch: Batch) -> Condition:
+@dataclass(frozen=True, kw_only=True)
+class Needs:
+    """What a run must have for an objective.
+
+    Attributes:
+        columns: of every sample; none where the model draws its own pictures. optional: used where they are there.
+        online: whether it trains on what the model draws, so that its data are prompts.
+        reward: whether pictures are scored. differentiable: whether by a reward that gradients pass through.
+        reference: whether it compares with the untrained model.
+        text: whether text encoders can be trained by it.
+    """
+
+    columns: tuple[str, ...] = ()
+    optional: tuple[str, ...] = ()
+    online: bool = False
+    reward: bool = False
+    differentiable: bool = False
+    reference: bool = False
+    text: bool = True
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Tools:
+    """What a run lends an objective for a batch.
+
+    Attributes:
+        reference: context in which the model is the untrained one, without gradients.
+        reward: images ``[b, 3, h, w]`` in [0, 1], prompts and meta -> float32 ``[b]``; ``None`` unless it is needed.
+        rng: a CPU generator, the only source of randomness of a loss; a function of seed, batch and process.
+        draw: ``(model, prompts, seeds, *, steps, cfg_scale, batch_size) -> uint8 [n, h, w, 3]``, pictures of the stock
+            pipeline.
+        gather: the rows of a tensor of all processes, in the order of their ranks; the tensor itself with one.
+        scale: what every loss is multiplied by before an ``update`` differentiates it (fp16).
+        text: whether the text encoders are trained, so that conditions need a graph.
+        seed: of the run. index: number of the batch.
+        rank, world: this process and the number of processes.
+        parameters: what is trained, by name. refresh: to be called after a change of them through ``.data``.
+        state: the objective's own, kept in checkpoints by name: tensors, plain values, and whatever has torch's
+            ``state_dict`` and ``load_state_dict``, a second optimiser for instance.
+    """
+
+    reference: Callable[[], AbstractContextManager[Any]] = nullcontext
+    reward: Reward | None = None
+    rng: torch.Generator = field(default_factory=torch.Generator)
+    draw: Callable[..., Any] | None = None
+    gather: Callable[[Tensor], Tensor] = lambda value: value
+    scale: float = 1.0
+    text: bool = False
+    seed: int = 0
+    index: int = 0
+    rank: int = 0
+    world: int = 1
+    parameters: Mapping[str, Parameter] = field(default_factory=dict)
+    refresh: Callable[[], None] = lambda: None
+    state: dict[str, Any] = field(default_factory=dict)
+
+    def generators(self, batch: Batch, *key: int | str) -> list[torch.Generator]:
+        """One for each row: its noise depends on the run's seed, the rollout and the row, not on the batch's cut."""
+        return [generator(self.seed, "row", self.index, int(row), *key) for row in batch.data["row"]]
+
+    def shared(self, *key: int | str) -> torch.Generator:
+        """A generator that is the same in every process."""
+        return generator(self.seed, "shared", self.index, *key)
+
+
+class Objective(ABC):
+    """One way to train.
+
+    Attributes:
+        config: its options.
+        group: pictures of each prompt that are compared with each other.
+        updates: optimiser steps that a batch serves.
+    """
+
+    config: Any
+    group: int = 1
+    updates: int = 1
+
+    @property
+    @abstractmethod
+    def needs(self) -> Needs:
+        """What the run must have."""
+
+    def check(self, model: Any, reward: Any) -> None:
+        """Refuse what cannot work, before anything is drawn or trained.
+
+        Raises:
+            UserError: the reward does not suit, or the model.
+        """
+        self.check_reward(reward)
+
+    def check_reward(self, reward: Any) -> None:
+        """The part of :meth:`check` for which no model need be opened.
+
+        Raises:
+            UserError: no reward where one is needed, or one without gradients where they are.
+        """
+        if self.needs.reward and reward is None:
+            raise UserError("objective needs a reward: add for instance reward=pocket-clip")
+        if self.needs.differentiable and not reward.differentiable:
+            raise UserError(
+                f"reward '{reward.name}' is not differentiable, and this objective follows its gradient: take a "
+                "differentiable one (visiontune list), or objective=ddpo"
+            )
+
+    def check_text(self, trained: bool) -> None:
+        """Refuse what does not suit the parts that are trained.
+
+        Raises:
+            UserError: text encoders are trained, which would get no gradient from a rollout's conditions.
+        """
+        if trained and not self.needs.text:
+            raise UserError("objective keeps the conditions of its rollouts: take text encoders out of train.parts")
+
+    def prepare(self, model: PipelineModel, data: Any, cache_dir: Path, tools: Tools) -> Sequence[Sample]:
+        """Called once before the first step; returns samples to train on besides the user's own.
+
+        Args:
+            model: on the training device, with the run's adapters attached.
+            data: the run's data configuration (trigger, class noun, ...).
+            cache_dir: where generated files may be kept between runs.
+            tools: ``reference`` and ``draw``.
+        """
+        return []
+
+    def setup(self, model: Any, tools: Tools) -> None:
+        """Called once, before training or taking up a checkpoint: puts what has a state into ``tools.state``."""
+        return
+
+    @abstractmethod
+    def probe(self, model: Any, batch: Batch, tools: Tools) -> None:
+        """The forward pass of which a step keeps the most for its backward pass, for an estimate of memory."""
+
+
+class Supervised(Objective):
+    """Trains on data. Stateless between steps, but for ``tools.state``: everything random comes from ``tools.rng``."""
+
+    @property
+    def needs(self) -> Needs:
+        return Needs(columns=("image",))
+
+    @abstractmethod
+    def loss(self, model: Any, batch: Batch, tools: Tools) -> Loss:
+        """The loss of one batch of ``b`` rows, in float32, under whatever is attached to the model."""
+
+    def probe(self, model: Any, batch: Batch, tools: Tools) -> None:
+        self.loss(model, batch, tools)
+
+
+class Online(Objective):
+    """Trains on what the model draws.
+
+    Gradients are left in ``.grad``, of the mean over this process's rows; the run averages them over processes. The
+    adapters are in evaluation mode throughout, so that a step that is computed twice comes out the same.
+    """
+
+    @abstractmethod
+    def collect(self, model: Any, batch: Batch, tools: Tools) -> Any:
+        """A rollout of prompts, without gradients."""
+
+    @abstractmethod
+    def update(self, model: Any, collected: Any, part: int, tools: Tools) -> Loss:
+        """Add the gradients of one optimiser step, number ``part`` of the rollout's; the loss is detached."""
+
+
+def continuous(model: Any) -> None:
+    """Refuse a model that has no noise schedule.
+
+    Raises:
+        UserError: naming what would do.
+    """
+    if not hasattr(model, "schedule"):
+        raise UserError(
+            f"objective is for models of continuous latents, and '{model.source}' ({model.family}) has none: take "
+            "another model, or an objective for it (visiontune list objectives)"
+        )
+
+
+def condition_of(model: PipelineModel, batch: Batch) -> Condition:
     """The batch's cached condition, or one embedded now, with a gradient if the text encoder is trained."""
     return batch.cond if batch.cond is not None else model.embed(batch.prompts)
+
+
+def per_row(errors: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Mean error of each row ``[b]`` of a map ``[b, c, ...]``.
+
+    Args:
+        mask: ``[b, 1, ...]`` in [0, 1], how much each place counts; a row of which nothing counts has error 0.
+    """
+    if mask is None:
+        return errors.flatten(1).mean(1)
+    weight = mask.to(errors).expand_as(errors).flatten(1)
+    return (weight * errors.flatten(1)).sum(1) / weight.sum(1).clamp(min=torch.finfo(errors.dtype).tiny)
 
 
 def combine(errors: Tensor, batch: Batch) -> Tensor:
@@ -52,47 +253,3 @@ def combine(errors: Tensor, batch: Batch) -> Tensor:
 def mean_where(values: Tensor, mask: Tensor) -> Tensor:
     """Mean of ``values`` ``[b]`` over the rows of ``mask`` ``[b]``; 0 when it selects none."""
     return torch.where(mask, values, 0).sum() / mask.sum().clamp(min=1)
-
-
-class Objective(ABC):
-    """One way to compute a loss. Stateless between steps: everything random comes from ``rng``.
-
-    Attributes:
-        pairs: whether it trains on pairs of images, the worse ones being ``batch.data["rejected"]``.
-    """
-
-    pairs: ClassVar[bool] = False
-
-    def prepare(
-        self,
-        model: DiffusionModel,
-        *,
-        adapters: Any,
-        data: Any,
-        cache_dir: Path,
-        images: Callable[..., Any],
-    ) -> Sequence[Sample]:
-        """Called once before the first step; returns samples to train on besides the user's own.
-
-        Args:
-            model: the base, on the training device, with ``adapters`` attached.
-            adapters: the run's ``AdapterSet``, or ``None`` when the base itself is trained.
-            data: the run's data configuration (trigger, class noun, ...).
-            cache_dir: where generated files may be kept between runs.
-            images: ``visiontune.sampling.generate.images``; handed in because objectives do not know sampling.
-        """
-        return []
-
-    def rollout(self, model: DiffusionModel, batch: Batch, rng: torch.Generator) -> Batch:
-        """Turn a batch of data into what :meth:`loss` needs, without a gradient; nothing to do by default."""
-        return batch
-
-    @abstractmethod
-    def loss(self, model: DiffusionModel, batch: Batch, rng: torch.Generator) -> Loss:
-        """The loss of one batch, in float32.
-
-        Args:
-            model: predicts with whatever is attached to it.
-            batch: ``b`` rows.
-            rng: a CPU generator, the only source of randomness.
-        """

@@ -17,8 +17,8 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from visiontune.objectives._advantages import standardised, tracked_advantages
-from visiontune.objectives._online import Tools
 from visiontune.objectives._policy import Policy, PolicyConfig
+from visiontune.objectives.base import Tools
 from visiontune.schema import option
 
 

@@ -8,24 +8,29 @@ Offset Noise").
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from visiontune.core import Batch, Condition, Loss
+from visiontune.diffusion.timesteps import Timesteps
 from visiontune.errors import UserError
-from visiontune.objectives.base import Objective, combine, condition_of
+from visiontune.objectives.base import Needs, Supervised, Tools, combine, condition_of, continuous, per_row
 from visiontune.schema import option
 
 if TYPE_CHECKING:
-    from visiontune.diffusion.schedule import Schedule
-    from visiontune.models.base import DiffusionModel
+    from visiontune.models.diffusion import DiffusionModel
 
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
     """Options of the denoising loss."""
+
+    RENAMED: ClassVar[dict[str, str]] = {
+        "min_timestep": "timesteps.low, a share of the schedule (0.2 for timestep 200 of 1000)",
+        "max_timestep": "timesteps.high, a share of the schedule (0.2 for timestep 200 of 1000)",
+    }
 
     snr_gamma: float | None = option(
         None, help="min-SNR weighting with this gamma (5 is usual); null weighs every t alike"
@@ -33,16 +38,15 @@ class Config:
     offset_noise: float = option(
         0.0, help="standard deviation of a per-channel offset added to the noise (0.1 is usual)"
     )
-    min_timestep: int = option(0, help="first training timestep, 0 is the cleanest")
-    max_timestep: int | None = option(None, help="one past the last training timestep; null is the whole schedule")
+    timesteps: Timesteps = option(
+        Timesteps(), help="the noise that is trained at: density, mean, std, shift, low, high"
+    )
 
     def __post_init__(self) -> None:
         if self.snr_gamma is not None and self.snr_gamma <= 0:
             raise ValueError("snr_gamma must be above 0, or null for no weighting")
         if self.offset_noise < 0:
             raise ValueError("offset_noise must be 0 or more")
-        if self.min_timestep < 0 or (self.max_timestep is not None and self.max_timestep <= self.min_timestep):
-            raise ValueError("timesteps need 0 <= min_timestep < max_timestep")
 
 
 def build(config: Config) -> Denoising:
@@ -72,43 +76,48 @@ def min_snr_weight(snr: Tensor, gamma: float, prediction: str) -> Tensor:
     raise UserError(f"objective.snr_gamma does not apply to a model that predicts '{prediction}'; set it to null")
 
 
-class Denoising(Objective):
-    """``mean over rows of weight * w(t) * mean over c,h,w of (predict(x_t, t, cond) - target)^2``."""
+class Denoising(Supervised):
+    """``mean over rows of weight * w(t) * mean over c, h, w of mask * (predict(x_t, t, cond) - target)^2``."""
+
+    config: Config
 
     def __init__(self, config: Config) -> None:
         self.config = config
 
-    def loss(self, model: DiffusionModel, batch: Batch, rng: torch.Generator) -> Loss:
-        return Loss(total=combine(self.errors(model, batch, rng), batch), terms={})
+    @property
+    def needs(self) -> Needs:
+        return Needs(columns=("image",), optional=("mask",))
 
-    def errors(self, model: DiffusionModel, batch: Batch, rng: torch.Generator) -> Tensor:
-        """Error of each row ``[b]`` in float32, min-SNR weighted, before the row weights."""
+    def check(self, model: Any, reward: Any) -> None:
+        """Besides, refuse a model without continuous latents, and a weighting that its prediction does not have."""
+        super().check(model, reward)
+        continuous(model)
+        if self.config.snr_gamma is not None:
+            min_snr_weight(torch.ones(1), self.config.snr_gamma, model.schedule.prediction)
+
+    def loss(self, model: DiffusionModel, batch: Batch, tools: Tools) -> Loss:
+        return Loss(total=combine(self.errors(model, batch, tools), batch), terms={})
+
+    def errors(self, model: DiffusionModel, batch: Batch, tools: Tools) -> Tensor:
+        """Error of each row ``[b]`` in float32, min-SNR weighted and masked, before the row weights."""
         x_0 = batch.data["image"].float()
-        t = self.timesteps(model.schedule, len(x_0), rng, batch.data.get("quantile")).to(x_0.device)
-        eps = self.noise(x_0, rng)
-        return self.errors_at(model, x_0, eps, t, condition_of(model, batch))
+        t, eps = self.noised(model, x_0, batch, tools)
+        return per_row(self.error_map(model, x_0, eps, t, condition_of(model, batch)), batch.data.get("mask"))
 
-    def errors_at(self, model: DiffusionModel, x_0: Tensor, eps: Tensor, t: Tensor, cond: Condition) -> Tensor:
-        """Error of each row ``[b]``, at least float32, at the given noise and timesteps ``[b]``."""
+    def noised(self, model: DiffusionModel, x_0: Tensor, batch: Batch, tools: Tools) -> tuple[Tensor, Tensor]:
+        """Timesteps ``[b]`` and noise like ``x_0`` for the rows of a batch."""
+        t = self.config.timesteps.draw(model.schedule, len(x_0), tools.rng, batch.data.get("quantile"))
+        return t.to(x_0.device), self.noise(x_0, tools.rng)
+
+    def error_map(self, model: DiffusionModel, x_0: Tensor, eps: Tensor, t: Tensor, cond: Condition) -> Tensor:
+        """Squared error of every value, like ``x_0``, min-SNR weighted, at the given noise and timesteps ``[b]``."""
         pred = model.predict(model.schedule.add_noise(x_0, eps, t), t, cond)
         pred = pred.to(torch.promote_types(pred.dtype, torch.float32))
-        error = (pred - model.schedule.target(x_0, eps, t)).square().flatten(1).mean(1)
+        error = (pred - model.schedule.target(x_0, eps, t)).square()
         if self.config.snr_gamma is None:
             return error
-        return error * min_snr_weight(model.schedule.snr(t), self.config.snr_gamma, model.schedule.prediction)
-
-    def timesteps(self, schedule: Schedule, rows: int, rng: torch.Generator, quantile: Tensor | None = None) -> Tensor:
-        """Uniform timesteps, int64 ``[rows]`` on the CPU, in ``[min_timestep, max_timestep)``.
-
-        Args:
-            quantile: ``[rows]`` in [0, 1), where in that range they are to lie; drawn from ``rng`` unless given.
-        """
-        total, start, end = schedule.num_train_timesteps, self.config.min_timestep, self.config.max_timestep
-        if max(end or 0, start + 1) > total:
-            raise UserError(f"objective.max_timestep and min_timestep must fit the model's {total} timesteps")
-        if quantile is not None:
-            return (start + quantile.cpu().double() * ((end or total) - start)).long()
-        return torch.randint(start, end or total, (rows,), generator=rng)
+        weight = min_snr_weight(model.schedule.snr(t), self.config.snr_gamma, model.schedule.prediction)
+        return error * weight.view(-1, *(1,) * (error.ndim - 1))
 
     def noise(self, x_0: Tensor, rng: torch.Generator) -> Tensor:
         """eps of the shape and device of ``x_0``: standard normal, plus the offset shared by a channel's pixels.

@@ -13,24 +13,20 @@ in that of means: its beta is smaller by the number of the latent's values. Flow
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from visiontune.core import Batch, Condition, Loss
-from visiontune.errors import UserError
 from visiontune.objectives import denoising
-from visiontune.objectives.base import combine, condition_of
+from visiontune.objectives.base import Needs, Tools, combine, condition_of, per_row
 from visiontune.schema import option
 
 if TYPE_CHECKING:
-    from visiontune.data.base import Sample
-    from visiontune.models.base import DiffusionModel
+    from visiontune.models.diffusion import DiffusionModel
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,32 +70,18 @@ class DiffusionDPO(denoising.Denoising):
     """Logs the share of pairs told apart better than by the base, and the errors of both pictures and models."""
 
     config: Config
-    pairs = True
-    adapters: Any = None
 
-    def prepare(
-        self, model: DiffusionModel, *, adapters: Any, data: Any, cache_dir: Path, images: Callable[..., Any]
-    ) -> Sequence[Sample]:
-        """Keep the adapters, which are off for the reference.
+    @property
+    def needs(self) -> Needs:
+        return Needs(columns=("image", "rejected"), reference=True)
 
-        Raises:
-            UserError: the base itself is trained.
-        """
-        if adapters is None:
-            raise UserError(
-                "objective compares with the base model, which training all weights does not keep: set an adapter"
-            )
-        self.adapters = adapters
-        return []
-
-    def loss(self, model: DiffusionModel, batch: Batch, rng: torch.Generator) -> Loss:
+    def loss(self, model: DiffusionModel, batch: Batch, tools: Tools) -> Loss:
         if "rejected" not in batch.data:
-            raise ValueError("rows without a rejected image: read the data with pairs=True")
+            raise ValueError("rows without a rejected image: read the data with the column 'rejected'")
         x_0, rejected = _wide(batch.data["image"]), _wide(batch.data["rejected"])
-        t = self.timesteps(model.schedule, len(x_0), rng, batch.data.get("quantile")).to(x_0.device)
-        eps = self.noise(x_0, rng)
+        t, eps = self.noised(model, x_0, batch, tools)
         errors = self.both(model, x_0, rejected, eps, t, condition_of(model, batch))
-        with torch.no_grad(), self.adapters.disable():
+        with tools.reference(), torch.no_grad():
             base = self.both(model, x_0, rejected, eps, t, condition_of(model, batch))
         rows, inside = preference(errors, base, self.config.beta)
         return Loss(total=combine(rows + self.config.sft_weight * errors[0], batch), terms=said(errors, base, inside))
@@ -109,7 +91,7 @@ class DiffusionDPO(denoising.Denoising):
     ) -> Tensor:
         """Errors ``[2, b]`` of both pictures, at the same noise and timestep."""
         x_0, noise, twice = torch.cat([chosen, rejected]), torch.cat([eps, eps]), torch.cat([t, t])
-        return self.errors_at(model, x_0, noise, twice, Condition.cat([cond, cond])).view(2, -1)
+        return per_row(self.error_map(model, x_0, noise, twice, Condition.cat([cond, cond]))).view(2, -1)
 
 
 def _wide(x: Tensor) -> Tensor:

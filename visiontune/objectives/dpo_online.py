@@ -7,7 +7,7 @@ equal count as no pair. Any sampler will do, since pictures are noised again for
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -17,12 +17,13 @@ from visiontune.core import Batch, Condition, Loss
 from visiontune.diffusion.replay import micro_batches
 from visiontune.objectives import diffusion_dpo
 from visiontune.objectives._draw import draw_scored, same_prompt
-from visiontune.objectives._online import GroupConfig, Stepped, SteppedConfig, Tools
+from visiontune.objectives._online import GroupConfig, Stepped, SteppedConfig
+from visiontune.objectives.base import Needs, Tools
 from visiontune.objectives.diffusion_dpo import preference, said
 from visiontune.schema import option
 
 if TYPE_CHECKING:
-    from visiontune.models.base import DiffusionModel
+    from visiontune.models.diffusion import DiffusionModel
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,13 +33,13 @@ class Config(GroupConfig, SteppedConfig, diffusion_dpo.Config):
     group: int = option(8, help="pictures of each prompt, the best and the worst of which are a pair")
     updates: int = option(4, help="optimiser steps for each rollout, each with noise and timesteps of its own")
     steps: int = option(15, help="sampling steps of a rollout")
-    timesteps: int = option(4, help="how many each pair is trained at in an update, one in each part of the schedule")
+    timestep_count: int = option(4, help="how many each pair is trained at in an update, one in each part of the range")
 
     def __post_init__(self) -> None:
         GroupConfig.__post_init__(self)
         diffusion_dpo.Config.__post_init__(self)
-        if self.timesteps < 1:
-            raise ValueError("timesteps must be at least 1")
+        if self.timestep_count < 1:
+            raise ValueError("timestep_count must be at least 1")
 
 
 def build(config: Config) -> OnlineDPO:
@@ -51,7 +52,7 @@ class Collected:
     """Pairs of a rollout.
 
     Attributes:
-        chosen, rejected: ``[p, c, h, w]`` latents. cond: of their prompts.
+        chosen, rejected: ``[p, c, (f), h, w]`` latents. cond: of their prompts.
         weight: ``[p]``, 0 where the rewards are equal, else one over the number of pairs, the mean over processes being
             taken.
         rows: ``[p]`` the pairs' numbers among those of all processes.
@@ -69,7 +70,6 @@ class Collected:
 class OnlineDPO(Stepped):
     """Logs the reward, its mean difference within pairs, the share of ties, and what Diffusion-DPO logs."""
 
-    embeds = False
     config: Config
 
     def __init__(self, config: Config) -> None:
@@ -77,8 +77,8 @@ class OnlineDPO(Stepped):
         self.pairs = diffusion_dpo.DiffusionDPO(config)
 
     @property
-    def referenced(self) -> bool:
-        return True
+    def needs(self) -> Needs:
+        return replace(super().needs, text=False, reference=True)
 
     def collect(self, model: DiffusionModel, batch: Batch, tools: Tools) -> Collected:
         config = self.config
@@ -129,11 +129,11 @@ class OnlineDPO(Stepped):
         return Loss(total=total, terms=terms)
 
     def noised(self, model: DiffusionModel, collected: Collected, part: int, tools: Tools) -> tuple[Tensor, Tensor]:
-        """Timesteps ``[p, k]`` and noise ``[p, k, c, h, w]`` of each pair, which belong to its number."""
-        count, chosen, noise = self.config.timesteps, [], []
+        """Timesteps ``[p, k]`` and noise ``[p, k, c, (f), h, w]`` of each pair, which belong to its number."""
+        count, chosen, noise = self.config.timestep_count, [], []
         for row in collected.rows.tolist():
             rng = tools.shared("noise", part, row)
             places = (torch.arange(count) + torch.rand(count, generator=rng)) / count
-            chosen.append(self.pairs.timesteps(model.schedule, count, rng, places))
+            chosen.append(self.config.timesteps.draw(model.schedule, count, rng, places))
             noise.append(self.pairs.noise(collected.chosen.new_zeros(count, *collected.chosen.shape[1:]), rng))
         return torch.stack(chosen).to(model.device), torch.stack(noise).to(collected.chosen)

@@ -9,23 +9,21 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-import torch
 
 from visiontune.core import Batch, Loss
 from visiontune.data.base import Sample, Source, substitute
 from visiontune.files import atomic_write, write_json
 from visiontune.objectives import denoising
-from visiontune.objectives.base import combine, mean_where
+from visiontune.objectives.base import Tools, combine, mean_where
 from visiontune.schema import option
 
 if TYPE_CHECKING:
-    from visiontune.models.base import DiffusionModel
+    from visiontune.models.diffusion import DiffusionModel
+    from visiontune.models.pipeline import PipelineModel
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,15 +59,13 @@ class DreamBooth(denoising.Denoising):
 
     config: Config
 
-    def loss(self, model: DiffusionModel, batch: Batch, rng: torch.Generator) -> Loss:
-        errors = self.errors(model, batch, rng)
+    def loss(self, model: DiffusionModel, batch: Batch, tools: Tools) -> Loss:
+        errors = self.errors(model, batch, tools)
         rows = {"instance": ~batch.prior, "prior": batch.prior}
         terms = {name: mean_where(errors.detach(), mask) for name, mask in rows.items()}
         return Loss(total=combine(errors, batch), terms=terms)
 
-    def prepare(
-        self, model: DiffusionModel, *, adapters: Any, data: Any, cache_dir: Path, images: Callable[..., Any]
-    ) -> Sequence[Sample]:
+    def prepare(self, model: PipelineModel, data: Any, cache_dir: Path, tools: Tools) -> Sequence[Sample]:
         """Generate the class images that are not in the cache yet and return them as prior rows.
 
         Raises:
@@ -83,8 +79,8 @@ class DreamBooth(denoising.Denoising):
         ]
         folder = cache_dir / f"prior-{self._key(model, prompts)}"
         files = {folder / f"{i:05d}.png": prompts[i % len(prompts)] for i in range(self.config.prior_images)}
-        with adapters.disable() if adapters is not None else nullcontext():
-            self._generate(model, prompts, files, images)
+        with tools.reference():
+            self._generate(model, prompts, files, tools)
         return [
             Sample(
                 id=f"{folder.name}/{f.name}",
@@ -96,7 +92,7 @@ class DreamBooth(denoising.Denoising):
             for f, prompt in files.items()
         ]
 
-    def _settings(self, model: DiffusionModel, prompts: list[str]) -> dict[str, Any]:
+    def _settings(self, model: PipelineModel, prompts: list[str]) -> dict[str, Any]:
         return {
             "base": {part: model.fingerprint(part) for part in ("denoiser", "text", "vae")},
             "prompts": prompts,
@@ -104,13 +100,11 @@ class DreamBooth(denoising.Denoising):
             "cfg_scale": self.config.prior_cfg_scale,
         }
 
-    def _key(self, model: DiffusionModel, prompts: list[str]) -> str:
+    def _key(self, model: PipelineModel, prompts: list[str]) -> str:
         settings = json.dumps(self._settings(model, prompts), sort_keys=True)
         return hashlib.sha256(settings.encode()).hexdigest()[:16]
 
-    def _generate(
-        self, model: DiffusionModel, prompts: list[str], wanted: dict[Path, str], images: Callable[..., Any]
-    ) -> None:
+    def _generate(self, model: PipelineModel, prompts: list[str], wanted: dict[Path, str], tools: Tools) -> None:
         """Image ``i`` has seed ``i``; batches are sampled whole, so that a killed run's images end up the same."""
         from PIL import Image
         from tqdm.auto import tqdm
@@ -122,7 +116,8 @@ class DreamBooth(denoising.Denoising):
             return
         write_json(files[0].parent / "settings.json", self._settings(model, prompts))
         for chunk in tqdm(chunks, desc="prior images"):
-            made = images(
+            assert tools.draw is not None
+            made = tools.draw(
                 model,
                 [wanted[files[i]] for i in chunk],
                 list(chunk),

@@ -17,8 +17,8 @@ from typing import ClassVar, Literal
 from torch import Tensor
 
 from visiontune.objectives._advantages import group_advantages
-from visiontune.objectives._online import Tools
 from visiontune.objectives._policy import Policy, PolicyConfig
+from visiontune.objectives.base import Tools
 from visiontune.schema import option
 
 

@@ -19,8 +19,8 @@ follows the trained one, old <- d old + (1 - d) trained before every rollout, wi
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor
@@ -31,16 +31,19 @@ from visiontune.diffusion.schedule import Schedule
 from visiontune.objectives._advantages import group_advantages
 from visiontune.objectives._draw import draw_scored
 from visiontune.objectives._old import follow, old_policy
-from visiontune.objectives._online import GroupConfig, Stepped, SteppedConfig, Tools
+from visiontune.objectives._online import GroupConfig, Stepped, SteppedConfig
+from visiontune.objectives.base import Needs, Tools
 from visiontune.schema import option
 
 if TYPE_CHECKING:
-    from visiontune.models.base import DiffusionModel
+    from visiontune.models.diffusion import DiffusionModel
 
 
 @dataclass(frozen=True, kw_only=True)
 class Config(GroupConfig, SteppedConfig):
     """Options of DiffusionNFT."""
+
+    RENAMED: ClassVar[dict[str, str]] = {"timesteps": "timestep_count"}
 
     group: int = option(8, help="pictures of each prompt, whose rewards are compared")
     updates: int = option(1, help="optimiser steps for each rollout, each with noise of its own")
@@ -48,7 +51,7 @@ class Config(GroupConfig, SteppedConfig):
     cfg_scale: float = option(1.0, help="guidance of the rollout; training has none, so other than 1 draws off-policy")
     beta: float = option(1.0, help="share of the trained policy in the implicit ones; smaller moves further")
     advantage_range: float = option(5.0, help="advantage, in deviations, at which a picture is certainly good or bad")
-    timesteps: int | None = option(None, help="of the sampler's, how many each picture is trained at; null for all")
+    timestep_count: int | None = option(None, help="of the sampler's, how many each picture is trained at; null: all")
     normalise: bool = option(True, help="errors in x_0, each over its mean absolute value; false: plain, of the output")
     kl_weight: float = option(1e-4, help="weight of the squared distance to the base's prediction; 0 for none")
     decay_start: int = option(0, help="rollout from which d grows; before it the old policy is the trained one")
@@ -57,8 +60,8 @@ class Config(GroupConfig, SteppedConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.timesteps is not None and not 1 <= self.timesteps <= self.steps:
-            raise ValueError("timesteps must be from 1 to steps, or null for all")
+        if self.timestep_count is not None and not 1 <= self.timestep_count <= self.steps:
+            raise ValueError("timestep_count must be from 1 to steps, or null for all")
         if self.beta <= 0 or self.advantage_range <= 0:
             raise ValueError("beta and advantage_range must be above 0")
         if min(self.kl_weight, self.decay_start, self.decay_rate) < 0 or not 0 <= self.decay_max <= 1:
@@ -75,7 +78,7 @@ class Collected:
     """A rollout of ``b`` rows.
 
     Attributes:
-        x_0: ``[b, c, h, w]`` what was drawn. cond: for whom.
+        x_0: ``[b, c, (f), h, w]`` what was drawn. cond: for whom.
         timesteps: ``[T]`` of the sampler.
         optimality: r ``[b]``.
         rows: ``[b]`` their numbers among those of all processes.
@@ -98,12 +101,11 @@ def implicit(pred: Tensor, old: Tensor, beta: float) -> tuple[Tensor, Tensor]:
 class NFT(Stepped):
     """Logs the reward, the share of prompts without any difference, d, and squared distances to old and base."""
 
-    embeds = False
     config: Config
 
     @property
-    def referenced(self) -> bool:
-        return self.config.kl_weight > 0
+    def needs(self) -> Needs:
+        return replace(super().needs, text=False, reference=self.config.kl_weight > 0)
 
     def decay(self, index: int) -> float:
         """d before rollout number ``index``."""
@@ -168,12 +170,12 @@ class NFT(Stepped):
         return Loss(total=total, terms={**collected.terms, "kl": kl, "moved": moved})
 
     def noised(self, collected: Collected, part: int, tools: Tools) -> tuple[Tensor, Tensor]:
-        """Timesteps ``[b, k]`` on the CPU and noise ``[b, k, c, h, w]`` of each row, which belong to its number."""
+        """Timesteps ``[b, k]`` on the CPU and noise ``[b, k, c, (f), h, w]``, which belong to the rows' numbers."""
         steps = len(collected.timesteps)
         chosen, noise = [], []
         for row in collected.rows.tolist():
             rng = tools.shared("noise", part, row)
-            places = torch.randperm(steps, generator=rng)[: self.config.timesteps or steps]
+            places = torch.randperm(steps, generator=rng)[: self.config.timestep_count or steps]
             chosen.append(collected.timesteps[places])
             noise.append(torch.randn((len(places), *collected.x_0.shape[1:]), generator=rng))
         return torch.stack(chosen), torch.stack(noise).to(collected.x_0)

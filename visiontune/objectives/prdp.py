@@ -19,7 +19,7 @@ there and sent through the network one step of a micro-batch at a time.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -30,11 +30,12 @@ from visiontune.diffusion.replay import backpropagate_scores, reference, replay
 from visiontune.diffusion.trajectory import Trajectory
 from visiontune.errors import UserError
 from visiontune.objectives._draw import draw_scored
-from visiontune.objectives._online import GroupConfig, Stepped, SteppedConfig, Tools
+from visiontune.objectives._online import GroupConfig, Stepped, SteppedConfig
+from visiontune.objectives.base import Needs, Tools
 from visiontune.schema import option
 
 if TYPE_CHECKING:
-    from visiontune.models.base import DiffusionModel
+    from visiontune.models.diffusion import DiffusionModel
 
 _ROUNDING = 1e-5  # of a mean log-probability that is computed twice
 
@@ -105,12 +106,12 @@ def errors(implied: Tensor, rewards: Tensor, beta: float) -> Tensor:
 class PRDP(Stepped):
     """Logs the reward (mean, deviation), the agreement of implied and true rewards, KL, clipped share and ties."""
 
-    likelihoods, embeds = True, False
+    likelihoods = True
     config: Config
 
     @property
-    def referenced(self) -> bool:
-        return True
+    def needs(self) -> Needs:
+        return replace(super().needs, text=False, reference=True)
 
     def collect(self, model: DiffusionModel, batch: Batch, tools: Tools) -> Collected:
         trajectories, rewards, terms = draw_scored(self, model, batch, tools, self.config.over_latents)

@@ -17,7 +17,7 @@ as many forward passes as with a second copy of the weights, and only a number f
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -28,12 +28,13 @@ from visiontune.diffusion.unmask import guided_logits, unmask
 from visiontune.errors import UserError
 from visiontune.objectives._advantages import flat_share, group_advantages
 from visiontune.objectives._draw import score_latents
-from visiontune.objectives._online import GroupConfig, Online, Tools, conditions, parts_of, reward_terms
+from visiontune.objectives._online import GroupConfig, Rollouts, conditions, parts_of, reward_terms
 from visiontune.objectives._policy import clipped_surrogate
+from visiontune.objectives.base import Needs, Tools
 from visiontune.schema import option
 
 if TYPE_CHECKING:
-    from visiontune.models.base import MaskedModel
+    from visiontune.models.masked import MaskedModel
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,18 +134,17 @@ def of_drawn(log_probs: Tensor, tokens: Tensor) -> Tensor:
     return log_probs.gather(-1, tokens[..., None])[..., 0]
 
 
-class UniGRPO(Online):
+class UniGRPO(Rollouts):
     """Logs the reward (mean, deviation, terms), KL, clipped share, flat prompts, and the share that is masked.
 
     Rows without advantage are left out, from the divergence too.
     """
 
-    embeds = False
     config: Config
 
     @property
-    def referenced(self) -> bool:
-        return self.config.beta > 0
+    def needs(self) -> Needs:
+        return replace(super().needs, text=False, reference=self.config.beta > 0)
 
     def check(self, model: Any, reward: Any) -> None:
         """Refuse also a model that does not fill in masked tokens.
@@ -158,6 +158,13 @@ class UniGRPO(Online):
                 f"objective=unigrpo is for models that fill in masked tokens (amused), not for '{model.source}': take "
                 "objective=grpo"
             )
+
+    def probe(self, model: MaskedModel, batch: Batch, tools: Tools) -> None:
+        """One prediction of the tokens of a micro-batch: gradients are taken one mask at a time."""
+        batch = batch[: self.config.micro_batch or len(batch)]
+        guidance = model.guidance(self.config.score_cfg_scale)
+        masked = torch.full((len(batch), *model.grid()), model.mask_token, device=model.device)
+        guided_logits(model, masked, *conditions(model, batch.prompts, guidance, text=False), guidance)
 
     # -- collect ------------------------------------------------------------------------------------------------
 
@@ -179,12 +186,13 @@ class UniGRPO(Online):
     def draw(self, model: MaskedModel, rows: Batch, tools: Tools) -> tuple[Tensor, Condition]:
         """Tokens ``[m, h, w]`` of some rows, and their conditions."""
         config = self.config
-        cond, uncond = conditions(model, rows.prompts, config.cfg_scale, text=False)
+        guidance = model.guidance(config.cfg_scale)
+        cond, uncond = conditions(model, rows.prompts, guidance, text=False)
         tokens = unmask(
             model,
             cond,
             uncond=uncond,
-            cfg_scale=config.cfg_scale,
+            guidance=guidance,
             steps=config.steps,
             temperature=(config.temperature, 0.0),
             generator=tools.generators(rows),
@@ -205,7 +213,7 @@ class UniGRPO(Online):
         shape = tokens.shape[1:]
         flat = tokens.flatten(1)
         hidden = self.hidden(flat.shape[1], rows.data["row"], tools).to(flat.device)
-        uncond = None if self.config.score_cfg_scale == 1.0 else model.unconditional(len(flat))
+        uncond = model.unconditional(len(flat)) if model.guidance(self.config.score_cfg_scale).contrasts else None
         found = [
             of_drawn(self.log_probs(model, flat, mask, cond, uncond, shape), flat) for mask in hidden.flatten(0, 1)
         ]
@@ -241,7 +249,8 @@ class UniGRPO(Online):
     ) -> Tensor:
         """Log-probabilities ``[m, n, v]`` of all tokens given those of ``tokens`` ``[m, n]`` that are not hidden."""
         seen = tokens.masked_fill(hidden, model.mask_token).view(-1, *shape)
-        return guided_logits(model, seen, cond, uncond, self.config.score_cfg_scale).flatten(1, 2).log_softmax(-1)
+        guidance = model.guidance(self.config.score_cfg_scale)
+        return guided_logits(model, seen, cond, uncond, guidance).flatten(1, 2).log_softmax(-1)
 
     # -- update -------------------------------------------------------------------------------------------------
 

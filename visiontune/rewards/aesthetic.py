@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 from visiontune.errors import UserError
-from visiontune.rewards._clip import ClipEncoder, load_clip
-from visiontune.rewards._weights import linear_head, read_tensors
+from visiontune.models.clip import ClipEncoder, load_clip
+from visiontune.models.sources import read_tensors
+from visiontune.rewards._heads import linear_head
 from visiontune.rewards.base import Meta, Reward
 from visiontune.schema import option
 

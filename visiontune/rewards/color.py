@@ -13,8 +13,8 @@ from typing import Literal
 
 from torch import Tensor
 
-from visiontune.data.pocket_world import COLORS
 from visiontune.errors import UserError
+from visiontune.pocket.world import COLORS
 from visiontune.rewards.base import Meta, Reward
 from visiontune.schema import nearest, option
 

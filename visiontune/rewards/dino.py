@@ -18,8 +18,8 @@ from torch import Tensor, nn
 
 from visiontune.data import pictures
 from visiontune.errors import UserError
-from visiontune.rewards._pixels import Framing, Preprocess
-from visiontune.rewards._weights import weights_of
+from visiontune.models.sources import weights_of
+from visiontune.ops.pixels import Framing, Preprocess, to_tensor
 from visiontune.rewards.base import Meta, Reward
 from visiontune.schema import option
 
@@ -93,5 +93,4 @@ def _read(path: Path) -> list[Tensor]:
     files = [path] if path.is_file() else pictures.in_folder(path) if path.is_dir() else []
     if not files:
         raise UserError(f"there are no reference images in {path}")
-    pixels = [torch.from_numpy(np.array(pictures.read(file))) for file in files]
-    return [p.permute(2, 0, 1)[None].float() / 255 for p in pixels]
+    return [to_tensor(np.array(pictures.read(file)))[None] for file in files]

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from visiontune.errors import UserError
-from visiontune.rewards._clip import ClipEncoder, load_clip
+from visiontune.models.clip import ClipEncoder, load_clip
 from visiontune.rewards.base import Meta, Reward
 from visiontune.schema import option
 

@@ -14,8 +14,8 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from visiontune.rewards._clip import ClipEncoder, OpenClip, open_clip_preprocess
-from visiontune.rewards._weights import find_file, load_exactly, read_tensors, weights_of
+from visiontune.models.clip import ClipEncoder, OpenClip, open_clip_preprocess
+from visiontune.models.sources import find_file, load_exactly, read_tensors, weights_of
 from visiontune.rewards.base import Meta, Reward
 from visiontune.schema import option
 

@@ -21,8 +21,8 @@ import torch
 from torch import Tensor, nn
 
 from visiontune.errors import UserError
+from visiontune.models.sources import find_file, load_exactly, read_tensors, weights_of
 from visiontune.rewards._vlm import chat, inputs_of
-from visiontune.rewards._weights import find_file, load_exactly, read_tensors, weights_of
 from visiontune.rewards.base import Meta, Reward
 from visiontune.schema import option
 

@@ -27,9 +27,10 @@ import torch
 from torch import Tensor, nn
 
 from visiontune.errors import UserError
-from visiontune.rewards._clip import MEAN, STD
-from visiontune.rewards._pixels import Framing, Preprocess
-from visiontune.rewards._weights import find_file, linear_head, load_exactly, read_tensors, weights_of
+from visiontune.models.clip import MEAN, STD
+from visiontune.models.sources import find_file, load_exactly, read_tensors, weights_of
+from visiontune.ops.pixels import Framing, Preprocess
+from visiontune.rewards._heads import linear_head
 from visiontune.rewards.base import Meta, Reward
 from visiontune.schema import option
 

@@ -17,7 +17,7 @@ from PIL import Image
 from torch import Tensor
 
 from visiontune.errors import UserError
-from visiontune.rewards._pixels import to_uint8
+from visiontune.ops.pixels import to_uint8
 from visiontune.rewards.base import Meta, Reward
 from visiontune.schema import option
 

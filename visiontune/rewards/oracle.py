@@ -13,10 +13,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from visiontune.data import oracle
-from visiontune.data.pocket_world import SIZE, SUBJECTS
 from visiontune.errors import UserError
-from visiontune.rewards._pixels import to_uint8
+from visiontune.ops.pixels import to_uint8
+from visiontune.pocket import oracle
+from visiontune.pocket.world import SIZE, SUBJECTS
 from visiontune.rewards.base import Meta, Reward
 from visiontune.schema import nearest, option
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from visiontune.rewards._clip import ClipEncoder, load_clip
+from visiontune.models.clip import ClipEncoder, load_clip
 from visiontune.rewards.base import Meta, Reward
 from visiontune.schema import option
 

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from visiontune.errors import UserError
+from visiontune.models.sources import weights_of
 from visiontune.rewards._vlm import chat, inputs_of
-from visiontune.rewards._weights import weights_of
 from visiontune.rewards.base import Meta, Reward
 from visiontune.schema import option
 

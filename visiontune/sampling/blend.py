@@ -20,11 +20,11 @@ from visiontune.adapters.base import AdapterSet
 from visiontune.core import Condition
 
 if TYPE_CHECKING:
-    from visiontune.models.base import DiffusionModel
+    from visiontune.models.pipeline import PipelineModel
 
 
 @torch.no_grad()
-def blended(model: DiffusionModel, prompts: Sequence[str], weights: Mapping[AdapterSet, float]) -> Condition:
+def blended(model: PipelineModel, prompts: Sequence[str], weights: Mapping[AdapterSet, float]) -> Condition:
     """The conditions of ``prompts``, mixed.
 
     An encoder of weight 0 is not run and leaves no trace: with all weights 0 these are the base's conditions bit for

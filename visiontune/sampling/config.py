@@ -8,7 +8,7 @@ from typing import Literal
 from visiontune.errors import UserError
 from visiontune.schema import option
 
-Scheduler = Literal["ddim", "dpm++", "euler", "model"]
+Scheduler = Literal["model", "ddim", "euler", "dpm++", "unipc"]
 Format = Literal["png", "webp"]
 
 
@@ -31,7 +31,7 @@ class SampleConfig:
     steps: int = option(25, help="denoising steps")
     cfg_scale: float = option(4.0, help="classifier-free guidance; 1 is none and halves the cost")
     negative_prompt: str = option("", help="prompt of the unconditional branch")
-    scheduler: Scheduler = option("ddim", help="sampler; model takes the one that the model came with")
+    scheduler: Scheduler = option("model", help="sampler; model is the one that the model came with")
     batch_size: int = option(8, help="images a batch; changes them by rounding only")
     height: int | None = option(None, help="pixels; the model's own resolution when left out")
     width: int | None = option(None, help="pixels; the model's own resolution when left out")

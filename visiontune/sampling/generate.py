@@ -25,7 +25,7 @@ from visiontune.sampling.sources import adapter_file, base_of, loaded, substitut
 from visiontune.sampling.writer import write_image
 
 if TYPE_CHECKING:
-    from visiontune.models.base import DiffusionModel
+    from visiontune.models.pipeline import PipelineModel
 
 __all__ = ["generate", "images"]
 
@@ -33,7 +33,7 @@ T = TypeVar("T")
 _GRID_COLUMNS = 8
 
 
-def generate(config: SampleConfig, model: DiffusionModel | None = None) -> Path:
+def generate(config: SampleConfig, model: PipelineModel | None = None) -> Path:
     """Make every prompt with every seed and return the path of ``manifest.jsonl``.
 
     Images are named by prompt index and seed, written whole or not at all, and listed in the manifest one line each;
@@ -70,7 +70,7 @@ def generate(config: SampleConfig, model: DiffusionModel | None = None) -> Path:
 
 def _run(
     config: SampleConfig,
-    model: DiffusionModel,
+    model: PipelineModel,
     batch: Sequence[Job],
     finished: set[str],
     settings: dict[str, Any],
@@ -150,7 +150,7 @@ def _on_main(state: PartialState, action: Callable[[], T]) -> T:
     return result
 
 
-def _settings(config: SampleConfig, model: DiffusionModel | None) -> dict[str, Any]:
+def _settings(config: SampleConfig, model: PipelineModel | None) -> dict[str, Any]:
     """What decides how the images look (batch size, device and processes do not)."""
     adapters = [(name, hashlib.sha256(adapter_file(name).read_bytes()).hexdigest()) for name in config.adapter_list()]
     source = model.source if model else base_of(config)

@@ -15,7 +15,7 @@ from visiontune.errors import UserError
 from visiontune.sampling.config import SampleConfig
 
 if TYPE_CHECKING:
-    from visiontune.models.base import DiffusionModel
+    from visiontune.models.pipeline import PipelineModel
 
 
 def adapter_file(name: str) -> Path:
@@ -57,7 +57,7 @@ def substituted(prompts: list[str], config: SampleConfig) -> list[str]:
 
 
 @contextmanager
-def loaded(config: SampleConfig, model: DiffusionModel | None, state: PartialState) -> Iterator[DiffusionModel]:
+def loaded(config: SampleConfig, model: PipelineModel | None, state: PartialState) -> Iterator[PipelineModel]:
     """The model with the configured adapters attached, for a while."""
     if model is None:
         dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[config.dtype]
@@ -67,7 +67,7 @@ def loaded(config: SampleConfig, model: DiffusionModel | None, state: PartialSta
     sets = []
     try:
         for i, name in enumerate(config.adapter_list()):
-            sets.append(adapters.load(model.components(), adapter_file(name), name=f"sample{i}"))
+            sets.append(adapters.load(model.networks(), adapter_file(name), name=f"sample{i}"))
             sets[-1].scale = config.adapter_scale
         yield model
     finally:

@@ -15,6 +15,7 @@ def write(
     out: Path,
     *,
     source: str,
+    task: str,
     method: str | None,
     train: TrainConfig,
     preview: PreviewConfig,
@@ -25,7 +26,7 @@ def write(
 
     Args:
         out: the run folder.
-        source: the base model.
+        source: the base model. task: what the Hub calls what it does.
         method: the adapter method; ``None`` after full fine-tuning.
         train: the run's training options.
         preview: its prompts become the card's widget, with the newest preview of each.
@@ -37,8 +38,8 @@ def write(
     data = ModelCardData(
         base_model=source,
         library_name="visiontune",
-        pipeline_tag="text-to-image",
-        tags=["text-to-image", "visiontune", *([method] if method else ["full-fine-tuning"])],
+        pipeline_tag=task,
+        tags=[task, "visiontune", *([method] if method else ["full-fine-tuning"])],
         widget=card_images(out, preview) or None,
         instance_prompt=metadata.get("prompt"),
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from visiontune.schema import option
 
@@ -14,15 +14,20 @@ MEASURES = ("reward", "diversity", "high_frequency", "blank", "distance", "chang
 class TrainConfig:
     """The ``train:`` section of a recipe."""
 
+    RENAMED: ClassVar[dict[str, str]] = {
+        "denoiser": "parts, the list of what is trained: [text] trains the text encoders alone",
+        "text_encoder": "parts, the list of what is trained: [denoiser, text] trains the text encoders too",
+        "text_encoder_lr": "part_lr, rates by part: {text: 5e-5}",
+    }
+
     steps: int = option(1000, help="optimiser steps in the whole run")
     batch_size: int = option(4, help="instance rows per step and process; prior rows come on top")
     accumulate: int = option(1, help="batches whose gradients are averaged into one optimiser step")
     lr: float = option(1e-4, help="peak learning rate")
-    denoiser: bool = option(True, help="train the denoiser; false, with text_encoder, trains the text encoders alone")
-    text_encoder: bool = option(
-        False, help="train the text encoders too: their adapters, or all weights without adapter"
+    part_lr: dict[str, float] = option({}, help="learning rates of parts that have another: {text: 5e-5}")
+    parts: list[str] | None = option(
+        None, help="networks that are trained, by name (unet) or by role (denoiser, text, vae); null: the denoiser"
     )
-    text_encoder_lr: float | None = option(None, help="learning rate of the text encoders; null is lr")
     optimizer: str = option(
         "adamw", help="adamw, sgd, adafactor, galore, or the dotted path of any torch optimiser class"
     )
@@ -53,10 +58,10 @@ class TrainConfig:
         for name in ("steps", "batch_size", "accumulate", "checkpoint_every", "keep", "log_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be 1 or more")
-        if not self.denoiser and not self.text_encoder:
-            raise ValueError("denoiser=false leaves nothing to train: set text_encoder to true")
-        if self.lr <= 0 or (self.text_encoder_lr is not None and self.text_encoder_lr <= 0):
-            raise ValueError("lr and text_encoder_lr must be above 0")
+        if self.parts is not None and not self.parts:
+            raise ValueError("parts leaves nothing to train: name a network or a role, or set it to null")
+        if min([self.lr, *self.part_lr.values()]) <= 0:
+            raise ValueError("lr and part_lr must be above 0")
         if self.ema is not None and not 0 <= self.ema < 1:
             raise ValueError("ema must be in [0, 1), for instance 0.99")
         if self.max_grad_norm is not None and self.max_grad_norm <= 0:

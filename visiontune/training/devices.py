@@ -2,25 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import ProjectConfiguration
-from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
 
 from visiontune.errors import UserError
 from visiontune.training.config import TrainConfig
 from visiontune.training.trackers import check_trackers
-
-if TYPE_CHECKING:
-    from visiontune.models.base import DiffusionModel
-
-_FEW_TOKENS = 1024
 
 
 def native_bf16() -> bool:
@@ -55,20 +46,6 @@ def make_accelerator(train: TrainConfig, out: Path) -> Accelerator:
     return accelerator
 
 
-@contextmanager
-def attention_for_training(model: DiffusionModel, accelerator: Accelerator) -> Iterator[None]:
-    """On a CPU in bfloat16, attention over few tokens as plain products, which fused kernels only match on GPUs.
-
-    With 256 tokens a training step of pocket-sd takes 0.7 of the time; memory grows with the square of their number.
-    """
-    denoiser: Any = model.denoiser
-    before = dict(getattr(denoiser, "attn_processors", {}))
-    slow = accelerator.device.type == "cpu" and accelerator.mixed_precision == "bf16"
-    if not before or not slow or (model.resolution // model.downsample) ** 2 > _FEW_TOKENS:
-        yield
-        return
-    denoiser.set_attn_processor({n: AttnProcessor() if type(p) is AttnProcessor2_0 else p for n, p in before.items()})
-    try:
-        yield
-    finally:
-        denoiser.set_attn_processor(before)
+def precision_of(accelerator: Accelerator) -> torch.dtype | None:
+    """The type that networks compute in during a run; ``None`` for that of their weights."""
+    return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(accelerator.mixed_precision)

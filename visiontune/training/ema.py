@@ -2,47 +2,81 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
-from diffusers.training_utils import EMAModel
+import torch
+from torch import Tensor
 from torch.nn import Parameter
+
+Tensors = list[Tensor] | tuple[Tensor, ...]
+
+
+def warm_average(decay: float) -> Callable[[Tensors, Tensors, Tensor | int], None]:
+    """``average <- d average + (1 - d) weight``, where ``d = min(decay, (1 + n) / (10 + n))`` after ``n`` updates.
+
+    The decay grows to ``decay``, so that the first weights are soon forgotten. The function that is returned changes
+    the averages in place; it is also what ``torch.optim.swa_utils.AveragedModel`` takes as ``multi_avg_fn``.
+    """
+
+    def update(average: Tensors, current: Tensors, seen: Tensor | int) -> None:
+        n = float(seen)
+        torch._foreach_lerp_(average, current, 1 - min(decay, (1 + n) / (10 + n)))
+
+    return update
 
 
 class Average:
-    """``average <- d average + (1 - d) weight`` after each step; ``d = min(decay, (1 + n) / (10 + n))`` early on.
+    """The average of ``parameters`` by :func:`warm_average`; the first update takes them as they are.
 
     With ``decay=None`` it is inert: the average is the weights themselves.
     """
 
     def __init__(self, parameters: Sequence[Parameter], decay: float | None) -> None:
-        self.parameters, self.decay = parameters, decay
-        self.model = None if decay is None else EMAModel(parameters, decay=decay, foreach=True)
+        self.parameters: list[Tensor] = list(parameters)
+        self.decay = decay
+        self._begin()
 
+    def _begin(self) -> None:
+        self.updates = 0
+        self.shadow = [] if self.decay is None else [p.detach().clone() for p in self.parameters]
+
+    @torch.no_grad()
     def update(self) -> None:
         """Take the parameters as they are after one optimiser step into the average."""
-        if self.model:
-            self.model.step(self.parameters)
+        if self.decay is None:
+            return
+        if self.updates:
+            warm_average(self.decay)(self.shadow, self.parameters, self.updates)
+        else:
+            torch._foreach_copy_(self.shadow, self.parameters)
+        self.updates += 1
 
     @contextmanager
     def applied(self) -> Iterator[None]:
         """Inside the block the parameters hold the average; afterwards what they held before, bit for bit."""
-        if not self.model:
+        if self.decay is None:
             yield
             return
-        self.model.store(self.parameters)
-        self.model.copy_to(self.parameters)
+        # Laid aside in the main memory: a device that is full of training has no room for a third copy.
+        aside = [p.detach().to("cpu", copy=True) for p in self.parameters]
+        self._write(self.shadow)
         try:
             yield
         finally:
-            self.model.restore(self.parameters)
+            self._write(aside)
+
+    @torch.no_grad()
+    def _write(self, values: list[Tensor]) -> None:
+        torch._foreach_copy_(self.parameters, values)
 
     def state_dict(self) -> dict | None:
-        return self.model.state_dict() if self.model else None
+        return None if self.decay is None else {"optimization_step": self.updates, "shadow_params": self.shadow}
 
     def load_state_dict(self, state: dict | None) -> None:
         """Take up a saved average, at the decay asked for now; one that starts only now begins at the weights."""
-        if self.decay is not None:
-            self.model = EMAModel(self.parameters, decay=self.decay, foreach=True)
-            self.model.load_state_dict({**state, "decay": self.decay} if state else {})
-            self.model.to(self.parameters[0].device)
+        self._begin()
+        if self.decay is not None and state:
+            self.updates = state["optimization_step"]
+            for own, saved in zip(self.shadow, state["shadow_params"], strict=True):
+                own.copy_(saved)

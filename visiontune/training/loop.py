@@ -19,19 +19,18 @@ from accelerate.utils import broadcast_object_list, set_seed
 from torch import Tensor
 
 from visiontune.core import Loss
-from visiontune.errors import Stopped
-from visiontune.objectives._online import Online
-from visiontune.objectives.base import Objective, generator, seed_of
-from visiontune.training import alarms, guards, optim, preview, result, resume
+from visiontune.errors import Stopped, UserError
+from visiontune.objectives.base import Objective, seed_of
+from visiontune.training import guards, optim, preview, result, resume, trouble
 from visiontune.training.config import PreviewConfig, TrainConfig
-from visiontune.training.devices import attention_for_training, make_accelerator
+from visiontune.training.devices import make_accelerator, precision_of
 from visiontune.training.ema import Average
-from visiontune.training.online import OnlineSteps
+from visiontune.training.lending import Lender, OnlineSteps, check_train
 from visiontune.training.step import Rows, Step
 from visiontune.training.trackers import Meter, Metrics
 
 if TYPE_CHECKING:
-    from visiontune.models.base import DiffusionModel
+    from visiontune.models.base import Model
 
 
 class Trainer:
@@ -39,8 +38,8 @@ class Trainer:
 
     Args:
         model: the base model; moved to the training device and frozen but for what is trained.
-        adapters: an attached ``AdapterSet``, or ``None`` to train the denoiser's own weights.
-        objective: computes the loss.
+        adapters: an attached ``AdapterSet``, or ``None`` to train the networks' own weights.
+        objective: computes the loss, or the gradients.
         rows: gives the batches.
         train: options of the run.
         out: the run folder.
@@ -58,9 +57,9 @@ class Trainer:
     def __init__(
         self,
         *,
-        model: DiffusionModel,
+        model: Model,
         adapters: Any,
-        objective: Objective | Online,
+        objective: Objective,
         rows: Rows,
         train: TrainConfig,
         out: Path,
@@ -69,35 +68,57 @@ class Trainer:
         metadata: Mapping[str, str] | None = None,
         accelerator: Accelerator | None = None,
         reward: Any = None,
-        guard: alarms.Guard | None = None,
+        guard: guards.Guard | None = None,
     ) -> None:
-        self.model, self.adapters, self.objective, self.rows = model, adapters, objective, rows
+        self.model: Any = model
+        self.adapters, self.objective, self.rows = adapters, objective, rows
         self.train, self.preview, self.seed, self.out = train, preview or PreviewConfig(), seed, Path(out)
         self.metadata, self.guard = dict(metadata or {}), guard
         self.accelerator = accelerator or make_accelerator(train, self.out)
+        self.online = objective.needs.online
         model.to(self.accelerator.device)
-        chosen = optim.choose(model, adapters, train)
+        check_train(objective, train)
+        if guard is not None:
+            guards.check(guard.config, objective)
+        self.parameters = optim.choose(model, adapters, train.parts)
+        networks, trained = model.networks(), model.names(train.parts)
+        text = bool({*trained} & {*model.roles().get("text", ())})
+        objective.check_text(text)
+        objective.check(model, reward)
+        self.precise = model.at(precision_of(self.accelerator))
+        # Gradients of what is trained come through the networks that the loss is computed by.
+        parts = {name: networks[name] for name in networks if name in {*trained, *model.names()}}
         # What an online objective draws and what it computes again must agree, so it never trains with dropout.
-        online = isinstance(objective, Online)
-        step = Step(model, adapters, None if online else objective, train.text_encoder).train(not online)  # type: ignore[arg-type]
+        step = Step(self.precise, parts, adapters, objective).train(not self.online)
         if train.gradient_checkpointing:
             optim.checkpoint_gradients(step.parts)
         # The gradients of online objectives come in pieces and are averaged over processes once, without DDP's hooks.
-        self.step_module = step if online else self.accelerator.prepare_model(step)
-        self.parameters = chosen
-        self.online = None
-        if isinstance(objective, Online):
-            self.online = OnlineSteps(
-                self.model, adapters, objective, rows, train, reward, seed, self.accelerator, chosen
-            )
-        if guard is not None:
-            alarms.check(guard.config, objective)
-        optimizer = optim.make_optimizer(chosen, train, optim.text_names(chosen, model))
+        self.step_module = step if self.online else self.accelerator.prepare_model(step)
+        self.lender = Lender(adapters, objective, reward, seed, self.accelerator, self.parameters, text)
+        objective.setup(self.precise, self.lender.tools(0))
+        self.online_steps = OnlineSteps(self.precise, objective, rows, self.lender) if self.online else None
+        if self.preview.prompts and not hasattr(model, "draw"):
+            raise UserError(f"model '{model.source}' ({model.family}) draws no pictures: set preview.prompts=[]")
+        optimizer = optim.make_optimizer(self.parameters, train, optim.rates(model, train))
         self.optimizer = self.accelerator.prepare_optimizer(optimizer)
         self.schedule = optim.make_schedule(optimizer, train)
         self._rates = list(self.schedule.base_lrs)
-        self.average = Average(list(chosen.values()), train.ema)
+        self.average = Average(list(self.parameters.values()), train.ema)
         self.meter = Meter()
+        self.stateful = self._stateful(reward)
+
+    def _stateful(self, reward: Any) -> dict[str, Any]:
+        """What a checkpoint carries besides weights, each part with torch's `state_dict` and `load_state_dict`."""
+        parts = {
+            "optimisation": optim.Optimisation(self.optimizer, self.schedule, self.train),
+            "average": self.average,
+            "meter": self.meter,
+            "objective": self.lender,
+            "guard": self.guard,
+            "scaler": self.accelerator.scaler,
+            "reward": reward if hasattr(reward, "state_dict") else None,
+        }
+        return {name: part for name, part in parts.items() if part is not None}
 
     def fit(self) -> Path:
         """Train to ``train.steps`` and write the results into the run folder.
@@ -112,13 +133,13 @@ class Trainer:
         """
         from tqdm.auto import tqdm
 
-        with guards.readable_disk_errors(self.out):
+        with trouble.readable_disk_errors(self.out):
             start = resume.begin(self)
             # Nothing is kept of a run that begins, not even what was measured before its first step.
             metrics = Metrics(self.accelerator, self.out, self.train.trackers, start or -1)
             if self.accelerator.is_main_process:
                 preview.forget_after(self.out, start)
-                preview.forget_after(self.out, start, alarms.FOLDER)
+                preview.forget_after(self.out, start, guards.FOLDER)
             try:
                 if start == 0:
                     metrics.log(0, self._check(0))
@@ -126,7 +147,7 @@ class Trainer:
                 self._stop_if_alarmed()
                 quiet = not self.accelerator.is_local_main_process
                 bar = tqdm(range(start, self.train.steps), "training", self.train.steps, initial=start, disable=quiet)
-                with attention_for_training(self.model, self.accelerator):
+                with self.precise.training():
                     for step in bar:
                         bar.set_postfix(loss=f"{self.optimise(step):.4f}", refresh=False)
                         self._after(step + 1, metrics)
@@ -148,9 +169,9 @@ class Trainer:
         if self.train.max_grad_norm is not None:
             norm = accelerator.clip_grad_norm_(list(self.parameters.values()), self.train.max_grad_norm)
         total = accelerator.reduce(total, "mean")
-        guards.check_loss(float(total), step + 1, self.out)
+        trouble.check_loss(float(total), step + 1, self.out)
         if norm is not None and accelerator.scaler is None:
-            guards.check_loss(float(norm), step + 1, self.out, "gradient")
+            trouble.check_loss(float(norm), step + 1, self.out, "gradient")
         self._update(step)
         self._note({"loss": total, "seconds": torch.tensor(time.perf_counter() - started, device=total.device)})
         if norm is not None:
@@ -159,9 +180,8 @@ class Trainer:
 
     def _gradients(self, step: int) -> Tensor:
         """Leave a step's gradients in ``.grad``; its loss on this process."""
-        if isinstance(self.objective, Online):
-            assert self.online is not None
-            loss = self.online.step(step)
+        if self.online_steps is not None:
+            loss = self.online_steps.step(step)
             self._note(loss.terms)
             return loss.total
         total = torch.zeros((), device=self.accelerator.device)
@@ -180,14 +200,10 @@ class Trainer:
 
     def loss(self, index: int) -> Loss:
         """Loss of this process's batch number ``index``."""
-        assert isinstance(self.objective, Objective)
         batch = self.rows.batch(index).to(self.accelerator.device)
-        if self.train.text_encoder and batch.cond is not None:
+        if self.lender.text and batch.cond is not None:
             raise ValueError("rows with a finished condition cannot train the text encoder: it would get no gradient")
-        rng = generator(self.seed, "noise", index, self.accelerator.process_index)
-        with torch.no_grad():
-            batch = self.objective.rollout(self.model, batch, rng)
-        return self.step_module(batch, rng)
+        return self.step_module(batch, self.lender.tools(index))
 
     def _update(self, step: int) -> None:
         self.optimizer.step()
@@ -259,7 +275,7 @@ class Trainer:
             # Adapters keep what they computed from their parameters until the mode is switched.
             self.step_module.eval()
             yield
-        self.step_module.train(self.online is None)
+        self.step_module.train(not self.online)
 
     # -- the end ------------------------------------------------------------------------------------------------
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,7 +15,7 @@ from visiontune.schema import nearest
 from visiontune.training.config import TrainConfig
 
 if TYPE_CHECKING:
-    from visiontune.models.base import DiffusionModel
+    from visiontune.models.base import Model
 
 OPTIMIZERS = {
     "adamw": "torch.optim.AdamW",
@@ -30,63 +30,76 @@ _MATRIX_DEFAULTS: dict[str, dict[str, Any]] = {
 _CLOSED = ("torch", "transformers")
 
 
-def modules_of(model: DiffusionModel) -> dict[str, nn.Module]:
-    """Every network of the model by the name of its part."""
-    return {"vae": model.vae, **model.text_encoders, **model.components()}
+def choose(model: Model, adapters: Any, parts: Sequence[str] | None) -> dict[str, Parameter]:
+    """Freeze the model and return what is trained, by name: the parameters of the adapters, or the networks' own.
 
-
-def choose(model: DiffusionModel, adapters: Any, train: TrainConfig) -> dict[str, Parameter]:
-    """Freeze the model and return what is trained, by name.
-
-    With ``adapters`` their parameters; without, the denoiser's (``train.denoiser``) and the text encoders' own
-    (``train.text_encoder``).
+    Args:
+        parts: ``train.parts``; names start with the network that they belong to, after ``adapters.`` for adapters.
 
     Raises:
-        UserError: nothing is left to train; the text encoders are asked for and the adapter has no layer in them; the
-            trained weights are not float32.
+        UserError: an unknown part, or one in which the adapter has no layer; trained weights that are not float32.
     """
+    trained = model.names(parts)
+    for network in model.networks().values():
+        network.requires_grad_(False)
     if adapters is not None:
-        chosen = {f"adapters.{name}": p for name, p in adapters.named_parameters() if p.requires_grad}
+        everything = {f"adapters.{name}": p for name, p in adapters.named_parameters() if p.requires_grad}
+        adapters.requires_grad_(False)
+        chosen = {name: p for name, p in everything.items() if network_of(name) in trained}
     else:
-        parts = {"denoiser": model.denoiser} if train.denoiser else {}
-        parts |= model.text_encoders if train.text_encoder else {}
-        chosen = {f"{part}.{name}": p for part, module in parts.items() for name, p in module.named_parameters()}
-    if not train.denoiser:
-        text = text_names(chosen, model)
-        chosen = {name: p for name, p in chosen.items() if name in text}
-        if adapters is not None:
-            adapters.requires_grad_(False)
-    for module in modules_of(model).values():
-        module.requires_grad_(False)
+        chosen = {f"{part}.{name}": p for part in trained for name, p in model.networks()[part].named_parameters()}
+    used = {network_of(name) for name in chosen}
+    for part in parts if parts is not None else [None]:
+        if not used & set(model.names(None if part is None else [part])):
+            where = f"train.parts has '{part}', but the adapter has no layer in it" if part else "it has no parameters"
+            raise UserError(f"there is nothing to train: {where}; look at adapter.targets")
     for parameter in chosen.values():
         parameter.requires_grad_(True)
-    if not chosen and not train.denoiser:
-        raise UserError(
-            "there is nothing to train: train.denoiser=false, and the adapter has no layer in a text encoder; look at "
-            "adapter.targets"
-        )
-    if not chosen:
-        raise UserError("there is nothing to train: the adapter has no parameters; look at adapter.targets")
-    if train.text_encoder and not text_names(chosen, model):
-        raise UserError(
-            "train.text_encoder is on but the adapter has no layer in a text encoder; look at adapter.targets"
-        )
     if any(p.dtype != torch.float32 for p in chosen.values()):
         raise UserError("trained weights must be float32: set model.dtype=fp32 and train.precision=bf16 instead")
     return chosen
 
 
-def make_optimizer(chosen: dict[str, Parameter], train: TrainConfig, text_names: set[str]) -> torch.optim.Optimizer:
-    """The optimiser over ``chosen``; the parameters named in ``text_names`` use ``train.text_encoder_lr``.
+def network_of(name: str) -> str:
+    """The network that a trained parameter belongs to."""
+    return name.removeprefix("adapters.").partition(".")[0]
+
+
+def rates(model: Model, train: TrainConfig) -> dict[str, tuple[str, float]]:
+    """For each network the group of parameters that it is in, and its learning rate.
+
+    Networks of one role share a group, but for those that ``train.part_lr`` names.
+
+    Raises:
+        UserError: a rate for a part that the model does not have, or that is not trained.
+    """
+    trained = model.names(train.parts)
+    for part in train.part_lr:
+        if not set(model.names([part])) & set(trained):
+            raise UserError(f"train.part_lr has '{part}', which is not trained: add it to train.parts")
+    found = {}
+    for role, names in model.roles().items():
+        for name in names:
+            group = name if name in train.part_lr else role
+            found[name] = (group, train.part_lr.get(name, train.part_lr.get(role, train.lr)))
+    return found
+
+
+def make_optimizer(
+    chosen: dict[str, Parameter], train: TrainConfig, rates: Mapping[str, tuple[str, float]]
+) -> torch.optim.Optimizer:
+    """The optimiser over ``chosen``, in groups by :func:`rates`; a network without a rate has ``train.lr``.
 
     With ``train.matrix_options``, weights of two dimensions and the others are in groups of their own.
 
     Raises:
         UserError: an unknown optimiser, or options it does not take.
     """
-    groups = [{"params": [p for n, p in chosen.items() if n not in text_names], "lr": train.lr}]
-    text = [p for n, p in chosen.items() if n in text_names]
-    groups.append({"params": text, "lr": train.text_encoder_lr or train.lr})
+    of_group: dict[str, dict[str, Any]] = {}
+    for name, parameter in chosen.items():
+        group, rate = rates.get(network_of(name), ("", train.lr))
+        of_group.setdefault(group, {"params": [], "lr": rate})["params"].append(parameter)
+    groups = list(of_group.values())
     options: dict[str, Any] = {"weight_decay": train.weight_decay}
     if train.optimizer == "adamw":
         options["betas"] = train.betas
@@ -159,29 +172,38 @@ def make_schedule(optimizer: torch.optim.Optimizer, train: TrainConfig) -> torch
     return get_scheduler(name, optimizer, num_warmup_steps=train.warmup, num_training_steps=train.steps)
 
 
-def restore(
-    optimizer: Any, schedule: torch.optim.lr_scheduler.LambdaLR, saved: dict[str, Any], taken: int, train: TrainConfig
-) -> None:
-    """Take up a saved optimiser after ``taken`` steps of the schedule, at the options asked for now.
+class Optimisation:
+    """An optimiser with its schedule, as a part of a checkpoint.
 
-    Without this a lower learning rate would be accepted for a run that goes on and then not be used.
+    What is taken up again runs at the options asked for now: without this a lower learning rate would be accepted for a
+    run that goes on and then not be used.
     """
-    names = {"initial_lr", "weight_decay", "betas", *train.optimizer_options, *train.matrix_options}
-    now = [{k: v for k, v in group.items() if k in names} for group in optimizer.param_groups]
-    optimizer.load_state_dict(saved)
-    for parameter, state in optimizer.state.items():
-        for tensor in state_tensors([v for v in state.values() if not isinstance(v, Tensor)]):
-            tensor.data = tensor.data.to(parameter.device)  # torch moves those outside of objects
-    schedule.last_epoch = taken
-    rates = zip(schedule.base_lrs, schedule.lr_lambdas, strict=True)
-    for group, options, (rate, factor) in zip(optimizer.param_groups, now, rates, strict=True):
-        group.update({**options, "lr": rate * factor(taken)})
 
+    def __init__(self, optimizer: Any, schedule: torch.optim.lr_scheduler.LambdaLR, train: TrainConfig) -> None:
+        self.optimizer, self.schedule = optimizer, schedule
+        self._current = {
+            "initial_lr",
+            "weight_decay",
+            "betas",
+            *train.optimizer_options,
+            *train.matrix_options,
+        }
 
-def text_names(chosen: dict[str, Parameter], model: DiffusionModel) -> set[str]:
-    """Names in ``chosen`` that belong to a text encoder."""
-    encoders = tuple(f"{name}." for name in model.text_encoders)
-    return {name for name in chosen if name.removeprefix("adapters.").startswith(encoders)}
+    def state_dict(self) -> dict[str, Any]:
+        return {"optimizer": self.optimizer.state_dict(), "taken": self.schedule.last_epoch}
+
+    def load_state_dict(self, saved: dict[str, Any]) -> None:
+        """Take up a saved optimiser after as many steps of the schedule as it had taken."""
+        groups, taken = self.optimizer.param_groups, saved["taken"]
+        now = [{k: v for k, v in group.items() if k in self._current} for group in groups]
+        self.optimizer.load_state_dict(saved["optimizer"])
+        for parameter, state in self.optimizer.state.items():
+            for tensor in state_tensors([v for v in state.values() if not isinstance(v, Tensor)]):
+                tensor.data = tensor.data.to(parameter.device)  # torch moves those outside of objects
+        self.schedule.last_epoch = taken
+        lrs = zip(self.schedule.base_lrs, self.schedule.lr_lambdas, strict=True)
+        for group, options, (rate, factor) in zip(self.optimizer.param_groups, now, lrs, strict=True):
+            group.update({**options, "lr": rate * factor(taken)})
 
 
 def checkpoint_gradients(modules: nn.ModuleDict) -> None:

@@ -10,22 +10,22 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from visiontune.objectives.base import Objective, generator
+from visiontune.objectives.base import Supervised, Tools, generator
 from visiontune.training.step import Rows
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
     from visiontune.adapters.base import AdapterSet
-    from visiontune.models.base import DiffusionModel
+    from visiontune.models.base import Model
 
 
 def plan(
     file: Path,
     *,
-    model: DiffusionModel,
+    model: Model,
     adapters: AdapterSet,
-    objective: Objective,
+    objective: Supervised,
     rows: Rows,
     seed: int,
     accelerator: Accelerator,
@@ -50,13 +50,18 @@ def plan(
             batch = rows.batch(index).to(accelerator.device)
             order = torch.randperm(len(batch), generator=generator(seed, "plan rows", index))
             batch.data["quantile"] = (order + places[index]) / len(batch)
-            rng = generator(seed, "plan", index, accelerator.process_index)
-            with torch.no_grad():
-                batch = objective.rollout(model, batch, rng)
+            tools = Tools(
+                reference=adapters.disable,
+                rng=generator(seed, "plan", index, accelerator.process_index),
+                seed=seed,
+                index=index,
+                rank=accelerator.process_index,
+                world=accelerator.num_processes,
+            )
             # Without a scale for the loss, half precision would flush small gradients to zero.
             half = accelerator.mixed_precision == "fp16"
             with nullcontext() if half else accelerator.autocast():
-                return objective.loss(model, batch, rng).total
+                return objective.loss(model, batch, tools).total
 
         return loss
 

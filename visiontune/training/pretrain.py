@@ -13,22 +13,14 @@ import torch
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
+from visiontune.training.ema import warm_average
+
 
 def warm_cosine(step: int, total: int, warmup: int) -> float:
     """Learning-rate factor: linear warm-up, then half a cosine down to 2 % at ``total``."""
     if step < warmup:
         return (step + 1) / warmup
     return 0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * min((step - warmup) / max(total - warmup, 1), 1)))
-
-
-def warm_average(decay: float) -> Callable[..., None]:
-    """Exponential average whose decay grows to ``decay``, so that the first random weights are soon forgotten."""
-
-    def update(average: list[torch.Tensor], current: list[torch.Tensor], seen: torch.Tensor) -> None:
-        n = float(seen)
-        torch._foreach_lerp_(average, current, 1 - min(decay, (1 + n) / (10 + n)))
-
-    return update
 
 
 def fit(

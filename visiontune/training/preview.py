@@ -13,7 +13,7 @@ from visiontune.training.config import PreviewConfig
 if TYPE_CHECKING:
     import numpy as np
 
-    from visiontune.models.base import DiffusionModel
+    from visiontune.models.pipeline import PipelineModel
 
 
 def due(step: int, total: int, config: PreviewConfig) -> bool:
@@ -31,7 +31,7 @@ def file_name(prompt: int, seed: int) -> str:
     return f"{prompt:02d}_seed{seed}.png"
 
 
-def draw(model: DiffusionModel, out: Path, step: int, config: PreviewConfig) -> np.ndarray:
+def draw(model: PipelineModel, out: Path, step: int, config: PreviewConfig) -> np.ndarray:
     """Write ``samples/step-N/`` (one file per prompt and seed, and ``grid.png``) as a whole.
 
     Returns:

@@ -27,6 +27,7 @@ def write(run: Trainer, facts: Mapping[str, str]) -> None:
     card.write(
         run.out,
         source=run.model.source,
+        task=run.model.task,
         method=run.adapters.method if run.adapters is not None else None,
         train=run.train,
         preview=run.preview,
@@ -40,5 +41,5 @@ def _weights(run: Trainer) -> None:
         run.adapters.save(place(run), metadata=run.metadata)
         return
     with atomic_write(place(run)) as partial:
-        run.model.pipe.save_pretrained(partial, safe_serialization=True)
+        run.model.save(partial)
         checkpoint.remove_folder(place(run))

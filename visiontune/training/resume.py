@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor
 
 from visiontune.errors import UserError
-from visiontune.training import checkpoint, guards, optim
+from visiontune.training import checkpoint, optim, trouble
 
 if TYPE_CHECKING:
     from visiontune.training.loop import Trainer
@@ -22,24 +23,17 @@ def save(run: Trainer, step: int) -> None:
     Raises:
         UserError: the weights are not finite; nothing is written then.
     """
-    guards.check_weights(run.parameters.values(), step, run.out)
+    trouble.check_weights(run.parameters.values(), step, run.out)
     accelerator, guard = run.accelerator, run.guard
     run.meter.reduce(accelerator)
     if guard is not None:
         guard.meter.reduce(accelerator)
     if accelerator.is_main_process:
-        state = {
-            "settings": _settings(run),
-            "optimizer": run.optimizer.state_dict(),
-            "schedule": run.schedule.last_epoch,
-            "average": run.average.state_dict(),
-            "meter": run.meter.state_dict(),
-            "online": run.online.state_dict() if run.online else None,
-            "guard": guard.state_dict() if guard is not None else None,
-            "scaler": accelerator.scaler.state_dict() if accelerator.scaler else None,
-        }
+        parts = {name: part.state_dict() for name, part in run.stateful.items()}
         good = guard.good if guard is not None else None
-        checkpoint.save(run.out, step, _weights(run), state, run.train.keep, good)
+        checkpoint.save(
+            run.out, step, _weights(run), {"settings": _settings(run), "parts": parts}, run.train.keep, good
+        )
     accelerator.wait_for_everyone()
 
 
@@ -63,26 +57,38 @@ def load(run: Trainer, found: Path) -> int:
     Raises:
         UserError: it cannot be read, or is of another run than this one.
     """
-    weights, state = checkpoint.load(found, optim.state_package(run.optimizer))
+    weights, state = _of_now(run, *checkpoint.load(found, optim.state_package(run.optimizer)))
     if state["step"] > run.train.steps:
         raise UserError(f"{found} is past train.steps={run.train.steps}: ask for more steps, or use another name")
     _check_same(run, found, weights, state)
     with torch.no_grad():
         for name, tensor in _weights(run).items():
             tensor.copy_(weights[name])
-    optim.restore(run.optimizer, run.schedule, state["optimizer"], state["schedule"], run.train)
-    run.average.load_state_dict(state["average"])
-    run.meter.load_state_dict(state["meter"], run.accelerator.device)
+    for name, part in run.stateful.items():
+        saved = state["parts"].get(name)
+        # What the run had not then starts now; guards cannot, which say so.
+        if saved is not None or name == "guard":
+            part.load_state_dict(saved)
     if run.guard is not None:
-        if not state.get("guard"):
-            raise UserError(f"{found} is of a run without guards, which compare with its start: use another name")
-        run.guard.load_state_dict(state["guard"], run.accelerator.device)
         run.set_rates()
-    if run.online:
-        run.online.load_state_dict(state["online"])
-    if run.accelerator.scaler and state["scaler"]:
-        run.accelerator.scaler.load_state_dict(state["scaler"])
     return state["step"]
+
+
+def _of_now(
+    run: Trainer, weights: dict[str, Tensor], state: dict[str, Any]
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """A checkpoint in today's layout; that of visiontune 0.1 named its parts one by one, and the network a denoiser."""
+    if "parts" in state:
+        return weights, state
+    main = run.model.names()[0]
+    weights = {re.sub(r"^denoiser\.", f"{main}.", name): tensor for name, tensor in weights.items()}
+    online = state["online"] or {"objective": {}, "reward": None}
+    parts = {
+        "optimisation": {"optimizer": state["optimizer"], "taken": state["schedule"]},
+        **{name: state[name] for name in ("average", "meter", "guard", "scaler")},
+        **online,
+    }
+    return weights, {"settings": state["settings"], "step": state["step"], "parts": parts}
 
 
 def _weights(run: Trainer) -> dict[str, Tensor]:

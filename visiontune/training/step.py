@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
-import torch
 from torch import nn
 
 from visiontune.core import Batch, Loss
-from visiontune.objectives.base import Objective
+from visiontune.objectives.base import Tools
 
 if TYPE_CHECKING:
-    from visiontune.models.base import DiffusionModel
+    from visiontune.models.base import Model
 
 
 class Rows(Protocol):
@@ -22,24 +21,20 @@ class Rows(Protocol):
 
 
 class Step(nn.Module):
-    """``(batch, rng) -> Loss`` as a module, which accelerate can wrap for autocast and several processes.
+    """``(batch, tools) -> Loss`` as a module, which accelerate can wrap for autocast and several processes.
 
     Args:
-        model: predicts; its text encoders belong to the module if ``text``.
+        model: in the precision of the run. parts: the networks that gradients pass through, which belong to the module.
         adapters: the attached set, or ``None``.
-        objective: computes the loss; ``None`` where the module is never called.
-        text: whether the text encoders are trained.
+        objective: computes the loss; the module of one that is online is never called.
     """
 
-    def __init__(
-        self, model: DiffusionModel, adapters: nn.Module | None, objective: Objective | None, text: bool
-    ) -> None:
+    def __init__(self, model: Model, parts: dict[str, nn.Module], adapters: nn.Module | None, objective: Any) -> None:
         super().__init__()
         self.objective, self._model = objective, [model]
-        self.parts = nn.ModuleDict({"denoiser": model.denoiser, **(model.text_encoders if text else {})})
+        self.parts = nn.ModuleDict(parts)
         if adapters is not None:
             self.adapters = adapters
 
-    def forward(self, batch: Batch, rng: torch.Generator) -> Loss:
-        assert self.objective is not None
-        return self.objective.loss(self._model[0], batch, rng)
+    def forward(self, batch: Batch, tools: Tools) -> Loss:
+        return self.objective.loss(self._model[0], batch, tools)

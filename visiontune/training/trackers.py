@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from visiontune.errors import UserError
@@ -27,12 +26,14 @@ class Meter:
     def add(self, values: Mapping[str, Tensor]) -> None:
         for name, value in values.items():
             value = value.detach().double() if value.device.type == "cpu" else value.detach().float()
-            self.sums[name] = self.sums[name] + value if name in self.sums else value
+            # A checkpoint gives sums back on the CPU.
+            self.sums[name] = self.sums[name].to(value.device) + value if name in self.sums else value
             self.counts[name] = self.counts.get(name, 0) + 1
 
     def reduce(self, accelerator: Any) -> None:
         """Replace each process's sums by their mean over the processes."""
-        self.sums = accelerator.reduce(self.sums, "mean")
+        sums = {name: value.to(accelerator.device) for name, value in self.sums.items()}
+        self.sums = accelerator.reduce(sums, "mean")
 
     def take(self) -> dict[str, float]:
         """The means, after which the meter is empty."""
@@ -43,9 +44,8 @@ class Meter:
     def state_dict(self) -> dict[str, Any]:
         return {"sums": {k: v.cpu() for k, v in self.sums.items()}, "counts": dict(self.counts)}
 
-    def load_state_dict(self, state: dict[str, Any], device: torch.device) -> None:
-        self.sums = {k: v.to(device) for k, v in state["sums"].items()}
-        self.counts = dict(state["counts"])
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.sums, self.counts = dict(state["sums"]), dict(state["counts"])
 
 
 class Metrics:

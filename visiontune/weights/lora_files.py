@@ -12,7 +12,7 @@ import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -24,8 +24,8 @@ from visiontune.adapters import AdapterSet
 from visiontune.adapters._attention import named_layers
 from visiontune.adapters.lora import LAYERS, row_lengths
 from visiontune.errors import UserError
-from visiontune.weights.ldm import ldm_names
-from visiontune.weights.names import kohya_name, public_name
+from visiontune.weights._factors import Factors
+from visiontune.weights.keys import Keys
 
 _ENDINGS = {
     "down": (".lora_A.weight", ".lora_down.weight", ".lora.down.weight"),
@@ -36,32 +36,23 @@ _ENDINGS = {
 }
 
 
-class Factors(NamedTuple):
-    """What a file gives a layer.
-
-    Attributes:
-        down: [r, in, kernel ...]. up: [out, r], with the strength.
-        lengths: of the adapted weight's rows, [out]; none but for DoRA.
-    """
-
-    down: Tensor
-    up: Tensor
-    lengths: Tensor | None = None
-
-
-def read_lora(path: str | Path, modules: Mapping[str, nn.Module], name: str = "default") -> AdapterSet:
+def read_lora(
+    path: str | Path, modules: Mapping[str, nn.Module], keys: Keys | None = None, name: str = "default"
+) -> AdapterSet:
     """Attach the LoRA of a file.
 
     Args:
-        path: a ``.safetensors`` file whose keys name layers as diffusers, PEFT or kohya (also in Stability's names) do.
+        path: a ``.safetensors`` file whose keys name layers as diffusers and PEFT do, or as ``keys`` says.
         modules: component name (``unet``, ``text_encoder``, ...) -> module.
+        keys: the model's, see :func:`visiontune.weights.keys.keys_of`; by default the names of diffusers and PEFT.
         name: see :func:`visiontune.adapters.attach`.
 
     Raises:
         UserError: the file cannot be read, a key belongs to no layer, a layer lacks a factor, or a shape does not fit.
     """
     tensors = read_tensors(path)
-    return attach_lora(_factors(tensors, _layer_names(modules), path), modules, name, path)
+    layers = [f"{c}.{n}" for c, module in modules.items() for n, m in named_layers(module) if isinstance(m, LAYERS)]
+    return attach_lora(_factors(tensors, (keys or Keys()).names(layers), path), modules, name, path)
 
 
 def read_tensors(path: str | Path) -> dict[str, Tensor]:
@@ -119,17 +110,6 @@ def _fill(own: Tensor, given: Tensor, dim: int, layer: str, path: str | Path) ->
 
 def _has(component: str, factors: Mapping[str, Factors]) -> bool:
     return any(layer.startswith(f"{component}.") for layer in factors)
-
-
-def _layer_names(modules: Mapping[str, nn.Module]) -> dict[str, str]:
-    """Every name that a file may use -> the layer's own full name."""
-    layers = [f"{c}.{n}" for c, module in modules.items() for n, m in named_layers(module) if isinstance(m, LAYERS)]
-    names = {layer: layer for layer in layers} | {public_name(layer): layer for layer in layers}
-    ldm = ldm_names(modules.get("unet"))
-    for two in (False, True):
-        for style in ({}, ldm):
-            names |= {kohya_name(layer, two, style): layer for layer in layers}
-    return names
 
 
 def _factors(tensors: Mapping[str, Tensor], names: Mapping[str, str], path: str | Path) -> dict[str, Factors]:

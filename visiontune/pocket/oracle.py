@@ -14,8 +14,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 from scipy import ndimage
 
-from visiontune.data.pocket_scenes import NUMBERS, plural
-from visiontune.data.pocket_world import (
+from visiontune.pocket.scenes import NUMBERS, plural
+from visiontune.pocket.world import (
     COLORS,
     RADII,
     RELATIONS,

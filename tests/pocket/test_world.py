@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from scipy import ndimage
 
-from visiontune.data import oracle
-from visiontune.data.pocket_scenes import (
+from visiontune.pocket import oracle
+from visiontune.pocket.scenes import (
     article,
     caption,
     codec_scene,
@@ -22,7 +22,7 @@ from visiontune.data.pocket_scenes import (
     subject_scene,
     vocabulary,
 )
-from visiontune.data.pocket_world import COLORS, PATTERNS, SIZE, STYLES, SUBJECTS, TEXTURES, TONES, Scene, Thing, render
+from visiontune.pocket.world import COLORS, PATTERNS, SIZE, STYLES, SUBJECTS, TEXTURES, TONES, Scene, Thing, render
 
 KINDS = ("one", "two", "many", "three")
 

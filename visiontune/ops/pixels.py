@@ -1,4 +1,4 @@
-"""Pixels on their way into a scorer: bytes for those that read files, and differentiable resizing for models."""
+"""Pixels on their way between files and models: bytes to floats and back, and differentiable framing."""
 
 from __future__ import annotations
 
@@ -13,9 +13,16 @@ from torch import Tensor, nn
 Fit = Literal["shortest", "squash", "longest"]
 
 
+def to_tensor(images: np.ndarray, device: torch.device | str | None = None) -> Tensor:
+    """Pictures ``uint8 [..., h, w, c]`` as ``float32 [..., c, h, w]`` in [0, 1], contiguous, on ``device``."""
+    # Bytes travel to the device: they are a quarter of the floats.
+    pixels = torch.from_numpy(np.ascontiguousarray(images)).to(device=device).movedim(-1, -3)
+    return pixels.to(torch.float32, memory_format=torch.contiguous_format).div_(255)
+
+
 def to_uint8(images: Tensor) -> np.ndarray:
-    """Images ``[b, 3, h, w]`` in [0, 1] as ``uint8 [b, h, w, 3]``."""
-    return images.detach().clamp(0, 1).mul(255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
+    """Images ``[..., c, h, w]`` in [0, 1] as ``uint8 [..., h, w, c]``; what overshoots is clamped."""
+    return images.detach().clamp(0, 1).mul(255).round().byte().movedim(-3, -1).cpu().numpy()
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from visiontune.data.pocket_world import (
+from visiontune.pocket.world import (
     COLORS,
     PATTERNS,
     RADII,

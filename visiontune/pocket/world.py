@@ -2,7 +2,7 @@
 
 A scene is one to three flat objects on a grey textured ground, 64x64 pixels. Everything a caption can say about it
 (shape, colour, size, relation, count, ground) is known, so a model trained on it can be judged without another network
-(see :mod:`visiontune.data.oracle`). *Subjects* (two-coloured individuals) and *styles* exist only for fine-tuning: the
+(:mod:`visiontune.pocket.oracle`). *Subjects* (two-coloured individuals) and *styles* exist only for fine-tuning: the
 pocket text-to-image model has seen patterns, but none with a subject's two colours, nor those colours on its shape.
 """
 

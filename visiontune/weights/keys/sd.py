@@ -1,13 +1,23 @@
-"""What Stability's own code calls the layers of a Stable Diffusion UNet (1.x, 2.x, XL).
+"""Stable Diffusion 1.x and 2.x, which kohya's scripts train in diffusers' names; Stability's names of a UNet.
 
-There every ResNet with its attention and every sampler is one entry of ``input_blocks``, ``middle_block`` or
-``output_blocks``, numbered through the whole UNet, so the names follow from how many of each a model has.
+In Stability's code every ResNet with its attention and every sampler is one entry of ``input_blocks``,
+``middle_block`` or ``output_blocks``, numbered through the whole UNet, so the names follow from how many of each a
+model has. Files may use them for any of these models, XL included.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Iterable, Mapping
+from typing import Any, ClassVar
 
+from visiontune.errors import UserError
+from visiontune.weights import keys
+
+# What files put in front of a component's layers: encoders are numbered where there are two, and by some tools always.
+_READ: tuple[dict[str, str], ...] = (
+    {"unet": "lora_unet", "text_encoder": "lora_te"},
+    {"text_encoder": "lora_te1", "text_encoder_2": "lora_te2"},
+)
 _OUTSIDE = {
     "conv_in": "input_blocks.0.0",
     "conv_norm_out": "out.0",
@@ -25,6 +35,42 @@ _RESNET = {
     "conv2": "out_layers.3",
     "conv_shortcut": "skip_connection",
 }
+
+
+class Keys(keys.Keys):
+    """The names of diffusers, with a prefix and without dots."""
+
+    PREFIXES: ClassVar[dict[str, str]] = {"unet": "lora_unet", "text_encoder": "lora_te"}
+
+    def unet_names(self) -> Mapping[str, str]:
+        """What kohya's scripts call layers of the UNet, where it is not diffusers' name."""
+        return {}
+
+    def kohya(self, layers: Iterable[str]) -> dict[str, str]:
+        layers = list(layers)
+        for layer in layers:
+            if layer.partition(".")[0] not in self.PREFIXES:
+                known = ", ".join(self.PREFIXES)
+                raise UserError(f"'{layer}' belongs to no component that kohya's format knows: {known}")
+        return self._flat(layers, self.PREFIXES, self.unet_names())
+
+    def names(self, layers: Iterable[str]) -> dict[str, str]:
+        layers = list(layers)
+        found, ldm = super().names(layers), ldm_names(self.modules.get("unet"))
+        for prefixes in _READ:
+            for unet in ({}, ldm):
+                found |= {name: layer for layer, name in self._flat(layers, prefixes, unet).items()}
+        return found
+
+    def _flat(self, layers: list[str], prefixes: Mapping[str, str], unet: Mapping[str, str]) -> dict[str, str]:
+        """The layers whose component has a prefix, under it."""
+        names = {}
+        for layer in layers:
+            component, _, rest = self.public(layer).partition(".")
+            if component in prefixes:
+                rest = unet.get(rest, rest) if component == "unet" else rest
+                names[layer] = f"{prefixes[component]}_{rest.replace('.', '_')}"
+        return names
 
 
 def ldm_names(unet: Any) -> dict[str, str]:

@@ -10,7 +10,6 @@ import json
 import logging
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from importlib import resources
 from pathlib import Path
 from typing import Any, get_args
 
@@ -18,14 +17,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from visiontune.errors import UserError
-from visiontune.rewards._pixels import Fit, Framing, Preprocess
-from visiontune.rewards._weights import weights_of
+from visiontune.models import pocket
+from visiontune.models.sources import weights_of
+from visiontune.ops.pixels import Fit, Framing, Preprocess
 
 _log = logging.getLogger(__name__)
 MEAN = (0.48145466, 0.4578275, 0.40821073)
 STD = (0.26862954, 0.26130258, 0.27577711)
-_POCKET = {"pocket/clip": "pocket-clip"}
+CONFIG = "config.json"
 
 
 class ClipEncoder(nn.Module, ABC):
@@ -100,20 +99,13 @@ def load_clip(
     Raises:
         UserError: the weights cannot be found or are not a CLIP.
     """
-    folder = _pocket(source) if source in _POCKET else Path(source).expanduser()
+    folder = pocket.folder(source, CONFIG) if source.startswith(pocket.PREFIX) else Path(source).expanduser()
     if backend == "auto":
-        only_open = (folder / "open_clip_config.json").is_file() and not (folder / "config.json").is_file()
+        only_open = (folder / "open_clip_config.json").is_file() and not (folder / CONFIG).is_file()
         backend = "open_clip" if only_open or source.startswith("hf-hub:") else "transformers"
     name = str(folder) if folder.is_dir() else source
     with weights_of(f"CLIP '{source}'", backend, source, revision=revision):
         return _load_open_clip(name) if backend == "open_clip" else _load_transformers(name, revision, tokenizer)
-
-
-def _pocket(source: str) -> Path:
-    folder = Path(str(resources.files("visiontune") / "assets" / _POCKET[source]))
-    if not folder.is_dir():
-        raise UserError(f"{source} is not in this installation: install visiontune from its wheel or a full checkout")
-    return folder
 
 
 def _load_transformers(name: str, revision: str | None, tokenizer: str | None) -> ClipEncoder:

@@ -1,6 +1,11 @@
-"""Names of Stability's own code, judged by diffusers' converter of whole checkpoints and by names known from files."""
+"""What other tools call a family's layers.
+
+The names of Stability's own code are judged by diffusers' converter of whole checkpoints and by names known from files.
+"""
 
 from __future__ import annotations
+
+import sys
 
 import pytest
 import torch
@@ -12,10 +17,11 @@ from torch import nn
 
 from visiontune.adapters import attach
 from visiontune.errors import UserError
+from visiontune.weights import keys as package
 from visiontune.weights.export import export
-from visiontune.weights.ldm import ldm_names
+from visiontune.weights.keys import keys_of
+from visiontune.weights.keys.sd import ldm_names
 from visiontune.weights.lora_files import read_lora
-from visiontune.weights.names import kohya_name
 
 SIZES = {"sample_size": 8, "norm_num_groups": 4, "attention_head_dim": 2, "layers_per_block": 2}
 ATTENDS = ("CrossAttnDownBlock2D", "CrossAttnUpBlock2D")
@@ -130,7 +136,7 @@ def test_a_file_of_kohyas_in_these_names_acts_as_merged(kind, tmp_path):
         change = 3 / 2 * (up.flatten(1) @ down.flatten(1)).view_as(layer.weight)
         expected[f"{component}.{name}"] = layer.weight.detach() + change
     save_file(tensors, tmp_path / "lora.safetensors")
-    adapters = read_lora(tmp_path / "lora.safetensors", modules)
+    adapters = read_lora(tmp_path / "lora.safetensors", modules, keys_of(kind, modules))
     assert set(adapters.layers) == set(expected)
     for layer, weight in expected.items():
         torch.testing.assert_close(adapters.weight(layer), weight, rtol=1e-4, atol=1e-5)
@@ -139,7 +145,7 @@ def test_a_file_of_kohyas_in_these_names_acts_as_merged(kind, tmp_path):
     tensors["lora_unet_input_blocks_3_1_proj_in.lora_down.weight"] = torch.ones(2, 4)
     save_file(tensors, tmp_path / "bad.safetensors")
     with pytest.raises(UserError, match="such as 'lora_unet_input_blocks_3_1_proj_in"):
-        read_lora(tmp_path / "bad.safetensors", modules)
+        read_lora(tmp_path / "bad.safetensors", modules, keys_of(kind, modules))
 
 
 def comfy_keys(kind):
@@ -162,16 +168,13 @@ def comfy_keys(kind):
 @pytest.mark.parametrize("kind", ["sd", "sdxl"])
 def test_every_exported_name_is_in_comfyuis_key_map(kind, tmp_path):
     model = unet(kind)
-    modules = {"unet": model, "text_encoder": nn.Identity()} | (
-        {"text_encoder_2": nn.Identity()} if kind == "sdxl" else {}
-    )
     adapters = attach({"unet": model}, "lora", targets="all", rank=1)
-    export(adapters, tmp_path / "a.safetensors", "kohya", dtype=torch.float32, modules=modules)
+    export(adapters, tmp_path / "a.safetensors", "kohya", dtype=torch.float32, keys=keys_of(kind, {"unet": model}))
     found = {key.partition(".")[0] for key in load_file(tmp_path / "a.safetensors")}
     ldm, diffusers = comfy_keys(kind)
     assert len(found) == len(adapters.layers)
     assert found <= (ldm if kind == "sdxl" else diffusers)
-    assert {kohya_name(layer, False) for layer in adapters.layers} <= diffusers
+    assert set(keys_of("sd", {}).kohya(adapters.layers).values()) <= diffusers
 
 
 def test_diffusers_loads_an_exported_file_of_the_xl(tmp_path):
@@ -188,7 +191,7 @@ def test_diffusers_loads_an_exported_file_of_the_xl(tmp_path):
     with torch.no_grad():
         for p in adapters.parameters():
             p.add_(0.2 * torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel())))
-    export(adapters, tmp_path / "a.safetensors", "kohya", dtype=torch.float32, modules=parts(pipe))
+    export(adapters, tmp_path / "a.safetensors", "kohya", dtype=torch.float32, keys=keys_of("sdxl", parts(pipe)))
     keys = load_file(tmp_path / "a.safetensors")
     assert any(key.startswith("lora_te1_text_model_encoder") for key in keys)
     assert any(key.startswith("lora_te2_text_model_encoder") for key in keys)
@@ -200,3 +203,55 @@ def test_diffusers_loads_an_exported_file_of_the_xl(tmp_path):
         own = parts(pipe)[component].state_dict()
         for key, value in module.state_dict().items():
             torch.testing.assert_close(value, own[key], rtol=1e-4, atol=1e-5, msg=lambda m, key=key: f"{key}: {m}")
+
+
+TOY = '''"""A family that another tool numbers."""
+
+from visiontune.weights import keys
+
+class Keys(keys.Keys):
+    def kohya(self, layers):
+        return {layer: f"toy_{list(self.modules).index(layer.partition('.')[0])}_{layer[-1]}" for layer in layers}
+
+    def names(self, layers):
+        return super().names(layers) | {name: layer for layer, name in self.kohya(layers).items()}
+'''
+
+
+def test_a_file_adds_a_familys_names(tmp_path, monkeypatch):
+    (tmp_path / "toy.py").write_text(TOY)
+    monkeypatch.setattr(package, "__path__", [*package.__path__, str(tmp_path)])
+    monkeypatch.setitem(sys.modules, "visiontune.weights.keys.toy", None)
+    del sys.modules["visiontune.weights.keys.toy"]
+    net, back = nn.Sequential(nn.Linear(4, 6)), nn.Sequential(nn.Linear(4, 6))
+    keys = keys_of("toy", {"vae": nn.Identity(), "transformer": net})
+    adapters = attach({"transformer": net}, "lora", targets="all", rank=2)
+    with torch.no_grad():
+        adapters.tensors()["transformer.0.up"].add_(1)
+    file = tmp_path / "a.safetensors"
+    export(adapters, file, "kohya", dtype=torch.float32, keys=keys)
+    assert {key.partition(".")[0] for key in load_file(file)} == {"toy_1_0"}
+    change = read_lora(file, {"transformer": back}, keys).change("transformer.0")[0]
+    torch.testing.assert_close(change, adapters.change("transformer.0")[0])
+    assert change.abs().sum() > 0.1
+
+
+def test_a_family_without_a_file_has_the_names_of_diffusers_alone(tmp_path):
+    net, file = nn.Sequential(nn.Linear(4, 6)), tmp_path / "a.safetensors"
+    adapters = attach({"transformer": net}, "lora", targets="all", rank=2)
+    keys = keys_of("amused", {"transformer": net})
+    for kind in ("kohya", "diff"):
+        with pytest.raises(UserError, match="no names for the layers of the family 'amused': export as diffusers"):
+            export(adapters, file, kind, dtype=torch.float32, keys=keys)
+    export(adapters, file, "diffusers", dtype=torch.float32, keys=keys)
+    assert set(load_file(file)) == {f"transformer.0.lora_{half}.weight" for half in "AB"}
+    assert keys.names(["transformer.0", "text_encoder.encoder.layers.0.fc1"]) == {
+        "transformer.0": "transformer.0",
+        "text_encoder.encoder.layers.0.fc1": "text_encoder.encoder.layers.0.fc1",
+        "text_encoder.text_model.encoder.layers.0.fc1": "text_encoder.encoder.layers.0.fc1",
+    }
+
+
+def test_a_component_that_kohya_does_not_know_is_refused():
+    with pytest.raises(UserError, match=r"'vae\.conv_in' belongs to no component .* knows: unet, text_encoder$"):
+        keys_of("sd", {}).kohya(["unet.conv_in", "vae.conv_in"])

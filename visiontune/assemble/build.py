@@ -1,0 +1,168 @@
+"""From a recipe to a trainer: the parts are opened in the order in which mistakes are cheapest to find."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from visiontune.assemble import folder, parts
+from visiontune.config import Run
+from visiontune.data.preflight import preflight
+from visiontune.data.readers import read
+from visiontune.errors import UserError
+
+if TYPE_CHECKING:
+    from visiontune.data.base import Sample
+    from visiontune.data.loader import BatchSampler
+    from visiontune.models.base import Model
+    from visiontune.objectives.base import Objective
+    from visiontune.training.loop import Trainer
+
+
+def build(
+    run: Run, *, cache_dir: Path, draw: Callable[..., Any] | None = None, fill: bool = True, plan: bool = False
+) -> Trainer:
+    """The trainer of a run; nothing is written outside ``cache_dir`` unless ``plan``.
+
+    Args:
+        run: from :func:`visiontune.config.load_run`.
+        cache_dir: where latents, text features and prior images are kept.
+        draw: what draws prior images; ``visiontune.sampling.pipeline.images`` unless given.
+        fill: encode all data now rather than when it is first drawn.
+        plan: let the adapter look at the task; what it decides is kept in the run folder.
+    """
+    # Words and data come before the model, which may take minutes to open.
+    preview = dataclasses.replace(run.preview, prompts=[parts.in_words(run, p) for p in run.preview.prompts])
+    objective = parts.open_objective(run)
+    found = _data(run, objective)
+    parts.check_start(run)
+    reward = parts.load_reward(run, objective)
+    _check(run, objective, reward)
+    guard = parts.make_guard(run, found.held, objective)
+
+    from accelerate.utils import set_seed
+
+    from visiontune.adapters._method import start_follows
+    from visiontune.training.devices import make_accelerator
+    from visiontune.training.loop import Trainer
+
+    model: Any = parts.open_model(run)
+    objective.check(model, reward)
+    # Some adapters start from random values; everything later draws from generators of its own.
+    set_seed(run.seed)
+    with start_follows() if plan else nullcontext():
+        adapters = parts.attach_adapter(run, model)
+    if adapters is not None and adapters.plans and objective.needs.online:
+        raise UserError(
+            f"adapter '{adapters.method}' looks at a loss on data before training, which objective "
+            f"'{run.objective['name']}' does not have: take lora, or start from a trained one (adapter.start)"
+        )
+    accelerator = make_accelerator(run.train, run.folder)
+    model.to(accelerator.device)
+    rows = _rows(run, model, adapters, objective, found, accelerator, cache_dir, draw, fill)
+    if plan and adapters is not None and adapters.plans:
+        _plan(run, model, adapters, objective, rows, accelerator)
+    return Trainer(
+        model=model,
+        adapters=adapters,
+        objective=objective,
+        rows=rows,
+        train=run.train,
+        preview=preview,
+        out=run.folder,
+        seed=run.seed,
+        metadata=parts.metadata(run),
+        accelerator=accelerator,
+        reward=reward,
+        guard=guard,
+    )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Data:
+    """What a run learns from: samples, or prompts and those that guards draw."""
+
+    samples: Sequence[Sample] = ()
+    prompts: Sequence[str] = ()
+    held: Sequence[str] = ()
+
+
+def _data(run: Run, objective: Objective) -> Data:
+    from visiontune.data.prompts import read_data_prompts
+    from visiontune.training import guards
+
+    if run.guards is not None:
+        guards.check(run.guards, objective)
+    if objective.needs.online:
+        prompts, held = parts.guard_prompts(run, read_data_prompts(run.data))
+        return Data(prompts=prompts, held=held)
+    samples = read(run.data, objective.needs.columns, objective.needs.optional)
+    preflight(samples)
+    return Data(samples=samples)
+
+
+def _check(run: Run, objective: Objective, reward: Any) -> None:
+    """What can be refused before a model is opened."""
+    from visiontune.training.lending import check_train
+
+    check_train(objective, run.train)
+    objective.check_reward(reward)
+
+
+def _rows(
+    run: Run,
+    model: Any,
+    adapters: Any,
+    objective: Objective,
+    found: Data,
+    accelerator: Any,
+    cache_dir: Path,
+    draw: Callable[..., Any] | None,
+    fill: bool,
+) -> Any:
+    """Batches of prompts, or of encoded samples and what the objective adds to them."""
+    from visiontune.data.prompts import PromptBatches
+    from visiontune.objectives.base import Tools
+    from visiontune.sampling.pipeline import images
+
+    rank, world = accelerator.process_index, accelerator.num_processes
+    if objective.needs.online:
+        return PromptBatches(found.prompts, run.train.batch_size, objective.group, run.seed, rank, world)
+    lent = Tools(reference=adapters.disable if adapters is not None else nullcontext, draw=draw or images)
+    with accelerator.main_process_first():
+        prior = objective.prepare(model, run.data, cache_dir, lent)
+    return encoded(run, model, [*found.samples, *prior], accelerator, cache_dir, fill)
+
+
+def encoded(
+    run: Run, model: Any, samples: Sequence[Sample], accelerator: Any, cache_dir: Path, fill: bool
+) -> BatchSampler:
+    """Batches of encoded samples; with ``fill`` all are encoded now."""
+    from visiontune.data.loader import BatchSampler
+    from visiontune.data.rows import Rows
+
+    trained = set(model.names(run.train.parts)) & set(model.roles().get("text", ()))
+    rows = Rows(model, samples, run.data, cache_dir, bool(trained))
+    rank, world = accelerator.process_index, accelerator.num_processes
+    if fill:
+        rows.fill(rank, world)
+        accelerator.wait_for_everyone()
+    return BatchSampler(rows, run.train.batch_size, run.seed, rank, world)
+
+
+def _plan(run: Run, model: Model, adapters: Any, objective: Any, rows: Any, accelerator: Any) -> None:
+    from visiontune.training import plan
+
+    plan.plan(
+        run.folder / folder.PLAN,
+        model=model,
+        adapters=adapters,
+        objective=objective,
+        rows=rows,
+        seed=run.seed,
+        accelerator=accelerator,
+        again=(run.folder / folder.RECIPE).exists(),
+    )

@@ -1,0 +1,137 @@
+"""Guidance as a value: how what a network says under several conditions becomes one prediction.
+
+The same value guides a rollout, its replay, a reward's gradient and the stock pipeline. `scale` is w in
+
+    u + w (c - u)
+
+with c the prediction for the prompt and u the one to guide away from (Ho and Salimans, 2022, arXiv 2207.12598). What a
+family's own pipeline calls its guidance scale, `models.pipeline.PipelineModel.guidance` turns into a value.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import ClassVar, Protocol
+
+import torch
+from torch import Tensor
+
+from visiontune.core import Condition
+from visiontune.diffusion.schedule import Schedule
+
+Call = Callable[[Tensor, Tensor, Condition], Tensor]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Guidance(ABC):
+    """One way to guide.
+
+    Attributes:
+        contrasts: whether it guides away from something, so that it needs `uncond`.
+    """
+
+    contrasts: ClassVar[bool] = False
+
+    @abstractmethod
+    def __call__(
+        self, call: Call, x: Tensor, t: Tensor, level: Tensor, cond: Condition, uncond: Condition | None
+    ) -> Tensor:
+        """The guided prediction.
+
+        Args:
+            call: (x, t, condition) -> prediction of the same rows; of a diffusion model `predict`, of masked tokens
+                their logits.
+            x: [b, ...] what the network sees. t: [b] its timesteps.
+            level: [b] t as a share of the schedule; 1 is pure noise.
+            cond, uncond: of the rows; `uncond` only where it `contrasts`.
+        """
+
+
+@dataclass(frozen=True, kw_only=True)
+class NoGuidance(Guidance):
+    """The plain conditional prediction."""
+
+    def __call__(
+        self, call: Call, x: Tensor, t: Tensor, level: Tensor, cond: Condition, uncond: Condition | None
+    ) -> Tensor:
+        return call(x, t, cond)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CFG(Guidance):
+    """Classifier-free guidance, u + scale (c - u), in one call of the network.
+
+    Attributes:
+        scale: w; 1 is the conditional prediction.
+        interval: the levels, both included, at which it guides; elsewhere it is the conditional prediction
+            (Kynkaanniemi et al., 2024, arXiv 2404.07724).
+    """
+
+    contrasts: ClassVar[bool] = True
+    scale: float
+    interval: tuple[float, float] = (0.0, 1.0)
+
+    def __post_init__(self) -> None:
+        low, high = self.interval
+        if not 0 <= low < high <= 1:
+            raise ValueError(f"a guidance interval needs 0 <= low < high <= 1, not {low:g} and {high:g}")
+
+    def __call__(
+        self, call: Call, x: Tensor, t: Tensor, level: Tensor, cond: Condition, uncond: Condition | None
+    ) -> Tensor:
+        if uncond is None:
+            raise ValueError("classifier-free guidance needs the condition that it guides away from")
+        whole = self.interval == (0.0, 1.0)
+        inside = (level >= self.interval[0]) & (level <= self.interval[1])
+        if not whole and not inside.any():
+            return call(x, t, cond)
+        # What the unconditional rows lack (sizes, for instance) is the same for both, as in the stock pipelines.
+        uncond = replace(uncond, extra={**cond.extra, **uncond.extra})
+        both = Condition.cat([uncond, cond])
+        without, given = call(torch.cat([x, x]), torch.cat([t, t]), both).chunk(2)
+        if whole:
+            return without + self.scale * (given - without)
+        scale = torch.where(inside, self.scale, 1.0).to(given).view(-1, *(1,) * (given.ndim - 1))
+        return without + scale * (given - without)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Embedded(Guidance):
+    """Guidance that was distilled into the network, which is told the scale as `extra["guidance"]` [b]."""
+
+    scale: float
+
+    def __call__(
+        self, call: Call, x: Tensor, t: Tensor, level: Tensor, cond: Condition, uncond: Condition | None
+    ) -> Tensor:
+        told = cond.tokens.new_full((len(cond),), self.scale, dtype=torch.float32)
+        return call(x, t, replace(cond, extra={**cond.extra, "guidance": told}))
+
+
+def classifier_free(scale: float) -> Guidance:
+    """`CFG` of a scale, or none where the scale is 1, at half the cost."""
+    return NoGuidance() if scale == 1.0 else CFG(scale=scale)
+
+
+class Predicting(Protocol):
+    """What guidance needs of a model of continuous latents."""
+
+    schedule: Schedule
+
+    def unconditional(self, count: int) -> Condition: ...
+    def predict(self, x_t: Tensor, t: Tensor, cond: Condition) -> Tensor: ...
+
+
+def guided(
+    model: Predicting, x_t: Tensor, t: Tensor, cond: Condition, uncond: Condition | None, guidance: Guidance
+) -> Tensor:
+    """The guided prediction [b, ...] at latents x_t [b, ...] and timesteps t [b].
+
+    `uncond` None takes the family's own, where the guidance needs one.
+    """
+    if guidance.contrasts and uncond is None:
+        uncond = model.unconditional(len(cond))
+    level = t.clamp(min=0) / model.schedule.num_train_timesteps
+    return guidance(model.predict, x_t, t, level, cond, uncond)

@@ -1,0 +1,159 @@
+"""`DiffusionModel`: a pipeline whose denoiser works on continuous latents, of pictures or of clips."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers.utils.torch_utils import randn_tensor
+from torch import Tensor
+
+from visiontune.core import Condition, Request
+from visiontune.diffusion.samplers import make_sampler, sampler_names
+from visiontune.diffusion.schedule import Schedule
+from visiontune.models.base import dtype_of
+from visiontune.models.pipeline import PipelineModel, initial_noise
+
+Generators = torch.Generator | list[torch.Generator] | None
+
+
+class DiffusionModel(PipelineModel):
+    """A family that denoises latents [b, c, (f), h, w].
+
+    Attributes:
+        schedule: the noise schedule and the meaning of the prediction.
+        latent_channels: channels of a latent.
+    """
+
+    def __init__(self, pipe: Any, source: str = "") -> None:
+        super().__init__(pipe, source)
+        self.schedule = Schedule.from_scheduler(pipe.scheduler)
+        self.latent_channels = int(self.vae.config.latent_channels)
+        self._shift, self._scale = _latent_affine(self.vae.config)
+
+    # -- shape, scale and grid ----------------------------------------------------------------------------------
+
+    def latent_shape(self, height: int | None = None, width: int | None = None) -> tuple[int, ...]:
+        """[c, h, w] of the latents of a picture of that many pixels; the model's own size where it is left open."""
+        sides = (side // self.downsample for side in (height or self.resolution, width or self.resolution))
+        return (self.latent_channels, *sides)
+
+    def chain(self, steps: int, shape: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """Where each step of the family's own sampler stands and where it leads: t and t_next, [steps], on the CPU.
+
+        Args:
+            shape: [c, (f), h, w] of the latents, by which some families shift their steps.
+        """
+        return self.schedule.timesteps(steps)
+
+    def to_latents(self, z: Tensor) -> Tensor:
+        """What the denoiser works on, of what the VAE gives: (z - shift) scale, a number or one for each channel."""
+        return (z - _along_channels(self._shift, z)) * _along_channels(self._scale, z)
+
+    def from_latents(self, latents: Tensor) -> Tensor:
+        """What the VAE decodes: `to_latents` undone."""
+        return latents / _along_channels(self._scale, latents) + _along_channels(self._shift, latents)
+
+    # -- pixels -------------------------------------------------------------------------------------------------
+
+    def moments(self, pixels: Tensor) -> Tensor:
+        """Mean and standard deviation of the VAE posterior, unscaled.
+
+        Args:
+            pixels: [b, 3, (F), H, W] in [-1, 1], H and W multiples of `downsample`.
+
+        Returns:
+            [b, 2c, (f), h, w]: the mean's channels, then the deviation's, in `pixels`' dtype.
+        """
+        vae = self._codec()
+        posterior = vae.encode(pixels.to(device_of(vae), dtype_of(vae))).latent_dist
+        return torch.cat([posterior.mean, posterior.std], dim=1).to(self.device, pixels.dtype)
+
+    def latents_from_moments(self, moments: Tensor, eps: Tensor | None = None) -> Tensor:
+        """Scaled latents [b, c, (f), h, w] from `moments`: mean + std * eps, or the mean where `eps` is None."""
+        mean, std = moments.chunk(2, dim=1)
+        return self.to_latents(mean if eps is None else mean + std * eps)
+
+    def encode(self, pixels: Tensor, *, generator: Generators = None, sample: bool = True) -> Tensor:
+        """Scaled latents [b, c, (f), h, w] of `pixels` in [-1, 1]: a posterior sample, or its mean if not `sample`."""
+        moments = self.moments(pixels)
+        if not sample:
+            return self.latents_from_moments(moments)
+        shape = torch.Size((moments.shape[0], moments.shape[1] // 2, *moments.shape[2:]))
+        eps = randn_tensor(shape, generator=generator, device=moments.device, dtype=moments.dtype)
+        return self.latents_from_moments(moments, eps)
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Pixels [b, 3, (F), H, W], about [-1, 1] and not clamped, of scaled latents; differentiable."""
+        vae = self._codec()
+        z = self.from_latents(latents.to(device_of(vae)))
+        with self.autocast():
+            return vae.decode(z.to(dtype_of(vae)), return_dict=False)[0].to(self.device, latents.dtype)
+
+    # -- the denoiser -------------------------------------------------------------------------------------------
+
+    def predict(self, x_t: Tensor, t: Tensor, cond: Condition) -> Tensor:
+        """The network's own prediction (`schedule.prediction` says of what).
+
+        Args:
+            x_t: [b, c, (f), h, w] noisy latents.
+            t: [b] or scalar timestep of each row.
+            cond: the rows' conditions.
+
+        Returns:
+            As `x_t`, in its dtype, whatever the denoiser computes in.
+        """
+        with self.autocast():
+            return self._predict(x_t.to(self.dtype), t, cond.to(dtype=self.dtype)).to(x_t.dtype)
+
+    @abstractmethod
+    def _predict(self, x_t: Tensor, t: Tensor, cond: Condition) -> Tensor:
+        """`predict` in the denoiser's dtype; here a family turns the sign and the time of its network to ours."""
+
+    # -- the stock pipeline -------------------------------------------------------------------------------------
+
+    def samplers(self) -> tuple[str, ...]:
+        return sampler_names(self.pipe.scheduler)
+
+    def sampler(self, name: str) -> Any:
+        return make_sampler(name, self.pipe.scheduler)
+
+    def _draw(
+        self, requests: Sequence[Request], size: tuple[int, int], steps: int, options: dict[str, Any]
+    ) -> np.ndarray:
+        shape = self.latent_shape(*size)
+        noise = torch.stack([initial_noise(request, shape) for request in requests])
+        return self.pipe(
+            prompt=[request.prompt for request in requests],
+            num_inference_steps=steps,
+            latents=self._stock_latents(noise.to(self.device, self.dtype)),
+            height=size[0],
+            width=size[1],
+            output_type="np",
+            **options,
+        ).images
+
+    def _stock_latents(self, noise: Tensor) -> Tensor:
+        """Noise [b, c, (f), h, w] in the shape that the pipeline takes as `latents`."""
+        return noise
+
+
+def device_of(module: Any) -> torch.device:
+    """Where a module lies."""
+    return next(module.parameters()).device
+
+
+def _latent_affine(config: Any) -> tuple[Tensor, Tensor]:
+    """Shift and scale of `latents = (z - shift) * scale` from a VAE's config, as [1] or [c]."""
+    scale = torch.tensor([float(config.get("scaling_factor") or 1.0)])
+    mean, std = config.get("latents_mean"), config.get("latents_std")
+    if mean is not None and std is not None:
+        return torch.tensor(mean), scale / torch.tensor(std)
+    return torch.tensor([float(config.get("shift_factor") or 0.0)]), scale
+
+
+def _along_channels(values: Tensor, like: Tensor) -> Tensor:
+    return values.to(like).view(1, -1, *(1,) * (like.ndim - 2))

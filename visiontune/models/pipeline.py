@@ -1,0 +1,217 @@
+"""`PipelineModel`: a stock diffusers pipeline seen as named networks, text, and a way to draw."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+from abc import abstractmethod
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, ClassVar, Self
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from visiontune.core import Condition, Request
+from visiontune.diffusion.guidance import CFG, Embedded, Guidance, classifier_free
+from visiontune.errors import UserError
+from visiontune.models.base import Model, dtype_of, freeze
+
+# Stock pipelines refuse sizes that are no multiple of 8, even where the codec would take them.
+_LEAST_UNIT = 8
+
+
+class PipelineModel(Model):
+    """A family of one diffusers pipeline, whose components are its networks.
+
+    Attributes:
+        pipeline_classes: the pipeline classes that the family understands.
+        load_options: keyword arguments for the pipeline's `from_pretrained`.
+        DENOISERS: the components that compute the prediction. CODEC: the one between pixels and what they work on.
+        GUIDANCE_OFFSET: what the pipeline's guidance scale lacks to the weight w of u + w (c - u); 1 for pipelines that
+            compute c + scale (c - u).
+        pipe: the pipeline.
+        downsample: pixels per latent along one side. unit: the sides of a picture are multiples of this.
+        resolution: pixels per side the model was made for.
+        max_tokens: tokens per prompt, longer prompts are cut.
+    """
+
+    task = "text-to-image"
+    pipeline_classes: ClassVar[tuple[str, ...]]
+    load_options: ClassVar[dict[str, Any]] = {}
+    DENOISERS: ClassVar[tuple[str, ...]] = ("unet",)
+    CODEC: ClassVar[str] = "vae"
+    GUIDANCE_OFFSET: ClassVar[float] = 0.0
+
+    resolution: int
+
+    def __init__(self, pipe: Any, source: str = "") -> None:
+        self.pipe = pipe
+        self.source = source or str(pipe.config.get("_name_or_path") or type(pipe).__name__)
+        freeze(self.networks().values())
+        self.downsample = int(pipe.vae_scale_factor)
+        self.unit = max(self.downsample, _LEAST_UNIT)
+        self.max_tokens = int(pipe.tokenizer.model_max_length)
+        self._float32_codec: Any = None
+
+    # -- networks -----------------------------------------------------------------------------------------------
+
+    def networks(self) -> dict[str, nn.Module]:
+        parts = {name: part for name, part in self.pipe.components.items() if isinstance(part, nn.Module)}
+        # The denoisers come first: a file of adapters lists them so.
+        return {name: parts[name] for name in sorted(parts, key=lambda name: name not in self.DENOISERS)}
+
+    def roles(self) -> dict[str, tuple[str, ...]]:
+        text = tuple(name for name in self.networks() if name.startswith("text_encoder"))
+        return {"denoiser": self.DENOISERS, "text": text, "vae": (self.CODEC,)}
+
+    @property
+    def denoiser(self) -> Any:
+        """The first denoiser."""
+        return getattr(self.pipe, self.DENOISERS[0])
+
+    @property
+    def vae(self) -> Any:
+        """The network between pixels and what the denoiser works on."""
+        return getattr(self.pipe, self.CODEC)
+
+    def to(self, device: torch.device | str, *parts: str) -> Self:
+        self._float32_codec = None
+        return super().to(device, *parts)
+
+    def save(self, folder: Path) -> None:
+        self.pipe.save_pretrained(folder, safe_serialization=True)
+
+    def _identify(self, parts: Sequence[str], digest: Any) -> None:
+        """Text features depend on the vocabulary too."""
+        if set(self.names(parts)) & set(self.names(["text"])):
+            for name, tokenizer in sorted(self.pipe.components.items()):
+                if name.startswith("tokenizer") and tokenizer:
+                    digest.update(json.dumps(tokenizer.get_vocab(), sort_keys=True).encode())
+
+    # -- text ---------------------------------------------------------------------------------------------------
+
+    def embed(self, prompts: Sequence[str]) -> Condition:
+        """Encode prompts as the stock pipeline does; differentiable where a text encoder requires gradients."""
+        with self.autocast():
+            return self._embed(list(prompts)).to(self.device)
+
+    @abstractmethod
+    def _embed(self, prompts: list[str]) -> Condition:
+        """`embed`, on whatever device the text encoders are."""
+
+    def unconditional(self, count: int) -> Condition:
+        """What the stock pipeline guides away from when no negative prompt is given, `count` times."""
+        return self.embed([""] * count)
+
+    # -- pictures -----------------------------------------------------------------------------------------------
+
+    @abstractmethod
+    def decode(self, latents: Tensor) -> Tensor:
+        """Pixels [b, 3, (F), H, W], about [-1, 1] and not clamped, of what the denoiser works on."""
+
+    def guidance(self, scale: float) -> Guidance:
+        """What the stock pipeline does at `guidance_scale=scale`."""
+        return classifier_free(scale + self.GUIDANCE_OFFSET)
+
+    @abstractmethod
+    def samplers(self) -> tuple[str, ...]:
+        """Names of the samplers that suit the family; `model` is the pipeline's own."""
+
+    @abstractmethod
+    def sampler(self, name: str) -> Any:
+        """A sampler made anew. Raises UserError for one that does not suit, listing those that do."""
+
+    def size(self, height: int | None = None, width: int | None = None) -> tuple[int, int]:
+        """Height and width of a picture in pixels, the model's own where they are left open.
+
+        Raises:
+            UserError: sides that the pipeline does not take.
+        """
+        height, width = height or self.resolution, width or self.resolution
+        if height % self.unit or width % self.unit:
+            raise UserError(f"height and width must be multiples of {self.unit}, not {height} and {width}")
+        return height, width
+
+    @torch.no_grad()
+    def draw(
+        self,
+        requests: Sequence[Request],
+        *,
+        steps: int,
+        guidance: Guidance,
+        sampler: str = "model",
+        size: tuple[int, int] | None = None,
+    ) -> np.ndarray:
+        """Pictures of the stock pipeline as it stands, whatever is attached to its networks.
+
+        Args:
+            requests: n prompts with their seeds. A picture does not depend on what else is drawn, but for rounding.
+            steps: of the sampler. guidance: as from `guidance`. sampler: one of `samplers`.
+            size: height and width in pixels.
+
+        Returns:
+            float32 [n, height, width, 3] in [0, 1]; clips have their frames as a second axis.
+        """
+        made, before, bar = self.sampler(sampler), self.pipe.scheduler, getattr(self.pipe, "_progress_bar_config", {})
+        self.pipe.scheduler = made
+        self.pipe.set_progress_bar_config(disable=True)
+        try:
+            with self._present():
+                return self._draw(requests, self.size(*(size or ())), steps, self._stock(guidance, requests))
+        finally:
+            self.pipe.scheduler = before
+            self.pipe.set_progress_bar_config(**bar)
+
+    @abstractmethod
+    def _draw(
+        self, requests: Sequence[Request], size: tuple[int, int], steps: int, options: dict[str, Any]
+    ) -> np.ndarray:
+        """`draw` with the pipeline made ready; `options` are those of guidance."""
+
+    def _stock(self, guidance: Guidance, requests: Sequence[Request]) -> dict[str, Any]:
+        """Guidance as arguments of the pipeline."""
+        if isinstance(guidance, CFG):
+            if guidance.interval != (0.0, 1.0):
+                raise UserError("the stock pipeline guides at every step: leave the interval out to draw with it")
+            scale = guidance.scale - self.GUIDANCE_OFFSET
+            return {"guidance_scale": scale, "negative_prompt": [request.negative for request in requests]}
+        if isinstance(guidance, Embedded):
+            return {"guidance_scale": guidance.scale}
+        return {"guidance_scale": 1.0 - self.GUIDANCE_OFFSET}
+
+    @contextmanager
+    def _present(self) -> Iterator[None]:
+        """All networks on one device for a while; those that were released go back after it."""
+        device = self.device
+        away = [name for name, network in self.networks().items() if next(network.parameters()).device != device]
+        if away:
+            self.to(device, *away)
+        try:
+            yield
+        finally:
+            if away:
+                self.release(*away)
+
+    def _codec(self) -> Any:
+        """The VAE, or a float32 copy of one that is known to overflow in float16."""
+        if dtype_of(self.vae) != torch.float16 or not self.vae.config.get("force_upcast"):
+            return self.vae
+        if self._float32_codec is None:
+            self._float32_codec = copy.deepcopy(self.vae).float()
+        return self._float32_codec
+
+
+def own_generator(request: Request) -> torch.Generator:
+    """The generator of a request, on the CPU: its picture does not depend on its batch, its process or its place in a
+    list, and one seed gives unrelated noise to different prompts."""
+    digest = hashlib.sha256(f"{request.seed}\0{request.prompt}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+
+
+def initial_noise(request: Request, shape: Sequence[int]) -> Tensor:
+    """Standard normal noise float32 [*shape] of a request."""
+    return torch.randn(tuple(shape), generator=own_generator(request))

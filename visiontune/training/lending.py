@@ -1,0 +1,153 @@
+"""What a run lends its objective for a batch, and the steps of objectives that are online."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from accelerate import Accelerator
+from torch.nn import Parameter
+
+from visiontune.core import Loss
+from visiontune.errors import UserError
+from visiontune.objectives._old import swapped
+from visiontune.objectives.base import Objective, Tools, generator
+from visiontune.training.config import TrainConfig
+from visiontune.training.step import Rows
+
+if TYPE_CHECKING:
+    from visiontune.models.base import Model
+
+
+def check_train(objective: Objective, train: TrainConfig) -> None:
+    """Refuse options of training that do not suit an objective that is online.
+
+    Raises:
+        UserError: accumulation, or checkpoints that would fall between the steps of one rollout.
+    """
+    if not objective.needs.online:
+        return
+    if train.accumulate > 1:
+        raise UserError("train.accumulate is for objectives with data: set objective.micro_batch instead")
+    for name in ("checkpoint_every", "steps"):
+        if getattr(train, name) % objective.updates:
+            raise UserError(
+                f"train.{name}={getattr(train, name)} falls between the steps of one rollout: take a multiple of "
+                f"objective.updates={objective.updates}"
+            )
+
+
+class Lender:
+    """Makes the `Tools` of each batch.
+
+    Args:
+        adapters: whose absence makes the model its own reference; without them a copy of what is trained is kept, where
+            the objective needs one.
+        objective, reward, seed, accelerator: those of the run.
+        parameters: what is trained, by name. text: whether text encoders are.
+
+    Attributes:
+        state: the objective's own.
+    """
+
+    def __init__(
+        self,
+        adapters: Any,
+        objective: Objective,
+        reward: Any,
+        seed: int,
+        accelerator: Accelerator,
+        parameters: Mapping[str, Parameter],
+        text: bool,
+    ) -> None:
+        self.adapters, self.reward, self.seed, self.accelerator = adapters, reward, seed, accelerator
+        self.parameters, self.text = parameters, text
+        self.reference = reference(adapters, parameters if objective.needs.reference else {})
+        self.state: dict[str, Any] = {}
+        if hasattr(reward, "gather"):
+            reward.gather = accelerator.gather
+
+    def tools(self, index: int) -> Tools:
+        """What the objective may use for batch number ``index``."""
+        accelerator = self.accelerator
+        return Tools(
+            reference=self.reference,
+            reward=self.reward,
+            rng=generator(self.seed, "noise", index, accelerator.process_index),
+            gather=accelerator.gather,
+            scale=self._scale(),
+            text=self.text,
+            seed=self.seed,
+            index=index,
+            rank=accelerator.process_index,
+            world=accelerator.num_processes,
+            parameters=self.parameters,
+            refresh=self.adapters.refresh if self.adapters is not None else _nothing,
+            state=self.state,
+        )
+
+    def _scale(self) -> float:
+        scaler = self.accelerator.scaler
+        # A gradient scaler comes into being when it first scales something, and unscales nothing before.
+        return 1.0 if scaler is None else float(scaler.scale(torch.ones((), device=self.accelerator.device)))
+
+    def state_dict(self) -> dict[str, Any]:
+        """The objective's state: what has a state of its own gives that, and the rest is given as it is."""
+        return {name: value.state_dict() if _stateful(value) else value for name, value in self.state.items()}
+
+    def load_state_dict(self, saved: Mapping[str, Any]) -> None:
+        """Take it up again; the objective must have put what is stateful in its place before."""
+        for name, value in saved.items():
+            if _stateful(self.state.get(name)):
+                self.state[name].load_state_dict(value)
+            else:
+                self.state[name] = value
+
+
+def reference(adapters: Any, parameters: Mapping[str, Parameter]) -> Callable[[], AbstractContextManager[Any]]:
+    """What makes the model the untrained one for a while: adapters off, or the values that ``parameters`` have now."""
+    if adapters is not None:
+        return adapters.disable
+    frozen = {name: parameter.detach().clone() for name, parameter in parameters.items()}
+    return lambda: swapped(parameters, frozen, _nothing)
+
+
+class OnlineSteps:
+    """Gradients of an ``Online`` objective: rollouts, their reuse, and gradients averaged over processes."""
+
+    def __init__(self, model: Model, objective: Any, rows: Rows, lender: Lender) -> None:
+        self.model, self.objective, self.rows, self.lender = model, objective, rows, lender
+        self._held: tuple[int, Any] = (-1, None)
+
+    def step(self, step: int) -> Loss:
+        """Leave the gradients of a step in ``.grad``, averaged over processes."""
+        index, part = divmod(step, self.objective.updates)
+        tools = self.lender.tools(index)
+        if self._held[0] != index:
+            self._held = (-1, None)  # let go of the last rollout before the next is drawn
+            batch = self.rows.batch(index).to(self.lender.accelerator.device)
+            with torch.no_grad():
+                self._held = (index, self.objective.collect(self.model, batch, tools))
+        loss = self.objective.update(self.model, self._held[1], part, tools)
+        self._average()
+        return loss
+
+    def _average(self) -> None:
+        accelerator = self.lender.accelerator
+        for parameter in self.lender.parameters.values():
+            # Every process takes part for every parameter, whether its rows moved it or not, and one process does as
+            # several do: a rollout that teaches nothing leaves zeros.
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+            if accelerator.num_processes > 1:
+                parameter.grad = accelerator.reduce(parameter.grad, "mean")
+
+
+def _stateful(value: Any) -> bool:
+    return hasattr(value, "state_dict") and hasattr(value, "load_state_dict")
+
+
+def _nothing() -> None:
+    """The base's own weights leave nothing behind that was computed from them."""

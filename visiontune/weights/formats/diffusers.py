@@ -1,0 +1,31 @@
+"""LoRA and DoRA as diffusers' ``load_lora_weights`` reads them: PEFT's keys after the component's name."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from visiontune.weights._factors import Factors, write_factors
+from visiontune.weights.export import Exported, Job
+
+if TYPE_CHECKING:
+    from visiontune.adapters import AdapterSet
+
+FOLDER = False
+
+
+def write(adapters: AdapterSet, path: Path, job: Job) -> Exported:
+    names = {layer: job.keys.public(layer) for layer in adapters.layers}
+    return write_factors(adapters, path, job, "diffusers", names, tensors_of)
+
+
+def tensors_of(name: str, factors: Factors) -> dict[str, Tensor]:
+    """``lora_A``, ``lora_B``; PEFT holds the lengths of a convolution's rows as channels of its output."""
+    found = {f"{name}.lora_A.weight": factors.down, f"{name}.lora_B.weight": factors.shaped_up()}
+    if factors.lengths is not None:
+        kernel = factors.down.dim() - 2
+        lengths = factors.lengths.view(1, -1, *[1] * kernel) if kernel else factors.lengths
+        found[f"{name}.lora_magnitude_vector"] = lengths
+    return found

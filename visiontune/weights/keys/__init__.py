@@ -1,0 +1,61 @@
+"""What other tools call the layers of a model: one file a family, which is called as the family.
+
+A file ``<family>.py`` defines a class ``Keys``, made of the model's modules, that builds on the one here or on another
+family's. A family without a file has the names of diffusers and PEFT.
+"""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING
+
+from visiontune.errors import UserError
+
+if TYPE_CHECKING:
+    from torch import nn
+
+
+class Keys:
+    """The names of diffusers and PEFT, which are the model's own but for a level of CLIP's text encoders.
+
+    Args:
+        family: of the model, for messages.
+        modules: component name (``unet``, ``text_encoder``, ...) -> module, all of the model's.
+
+    Layers are named with their component in front: ``unet.conv_in``.
+    """
+
+    def __init__(self, family: str = "unknown", modules: Mapping[str, nn.Module] | None = None) -> None:
+        self.family, self.modules = family, dict(modules or {})
+
+    def public(self, layer: str) -> str:
+        """The layer's name in published files, in which text encoders keep a level that transformers 5 has dropped."""
+        component, _, rest = layer.partition(".")
+        if component.startswith("text_encoder") and not rest.startswith(("text_model.", "text_projection")):
+            rest = f"text_model.{rest}"
+        return f"{component}.{rest}"
+
+    def kohya(self, layers: Iterable[str]) -> dict[str, str]:
+        """What kohya's scripts themselves would call each of the layers.
+
+        Raises:
+            UserError: they have no names for the family, or for the component of a layer.
+        """
+        raise UserError(
+            f"kohya's scripts have no names for the layers of the family '{self.family}': export as diffusers, peft or "
+            "merged"
+        )
+
+    def names(self, layers: Iterable[str]) -> dict[str, str]:
+        """Every name that a file may use for one of the layers -> the layer."""
+        layers = list(layers)
+        return {layer: layer for layer in layers} | {self.public(layer): layer for layer in layers}
+
+
+def keys_of(family: str, modules: Mapping[str, nn.Module]) -> Keys:
+    """The names of a model's layers: those of its family's file, otherwise the plain ones."""
+    if family in {module.name for module in pkgutil.iter_modules(__path__)}:
+        return importlib.import_module(f"{__name__}.{family}").Keys(family, modules)
+    return Keys(family, modules)
