@@ -208,6 +208,35 @@ def test_a_file_that_changes_while_it_is_encoded_never_enters_the_cache(rows, mo
 # ---------------------------------------------------------------------------------------------------- text
 
 
+def test_a_caption_is_hashed_and_read_from_the_disk_once(rows, tmp_path, monkeypatch):
+    from visiontune.data import cache
+    from visiontune.data import rows as module
+
+    rows().fill()
+    hashed, read = [], []
+    keyed, opened = module.key, cache.safe_open
+    monkeypatch.setattr(module, "key", lambda **parts: hashed.append(parts) or keyed(**parts))
+    monkeypatch.setattr(cache, "safe_open", lambda *a: read.append(a) or opened(*a))
+    r = rows()
+    for _ in range(3):
+        r.collate(picks(3))
+    assert sum("caption" in parts for parts in hashed) == 3
+    assert sum("text" in path.parts for path, _ in read) == 3 and len(read) == 6
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_conditions_keep_the_number_format_of_the_encoder(rows, model, tmp_path, dtype):
+    embed = model.embed
+    model.embed = lambda prompts: embed(prompts).to(dtype=dtype)
+    made = rows().condition("a caption")
+    stored = rows().condition("a caption")
+    assert made.tokens.dtype == stored.tokens.dtype == dtype and torch.equal(made.tokens, stored.tokens)
+    (file,) = (tmp_path / "cache" / "text").rglob("*.safetensors")
+    bits = stored.tokens.element_size() * stored.tokens.numel() + stored.extra["length"].element_size() + 48
+    assert bits <= file.stat().st_size < bits + 600
+    assert model.embedded == 1
+
+
 def test_dropped_captions_are_unconditional_and_leave_the_cache_alone(rows, model):
     r = rows(caption_dropout=0.5)
     r.fill()

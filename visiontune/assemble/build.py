@@ -150,7 +150,7 @@ def encoded(
     if fill:
         rows.fill(rank, world)
         accelerator.wait_for_everyone()
-    return BatchSampler(rows, run.train.batch_size, run.seed, rank, world)
+    return BatchSampler(rows, run.train.batch_size, run.seed, rank, world, ahead=True)
 
 
 def _plan(run: Run, model: Model, adapters: Any, objective: Any, rows: Any, accelerator: Any) -> None:
