@@ -234,7 +234,9 @@ def test_rows_that_belong_to_no_sample_are_refused():
 
 def test_training_and_the_stock_pipeline_are_gated_alike(tmp_path):
     model = tiny_model("sd")
-    adapters = attach(model.of("denoiser", "text"), "petalface", targets="all", presets=model.presets(model.networks()), rank=2)
+    adapters = attach(
+        model.of("denoiser", "text"), "petalface", targets="all", presets=model.presets(model.networks()), rank=2
+    )
     with torch.no_grad():
         for p in adapters.parameters():
             p.add_(0.2 * torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel())))

@@ -180,7 +180,9 @@ def test_presets_choose_their_kind_of_layer_in_every_component(model):
             adapters.detach()
         every = sum(isinstance(m, nn.Linear | nn.Conv2d) for root in modules.values() for m in root.modules())
         assert 0 < counts["attention"] < counts["attention+ff"] <= counts["all"] == every
-    attention = attach(model.of("denoiser", "text"), "lora", targets="attention", presets=model.presets(model.networks()))
+    attention = attach(
+        model.of("denoiser", "text"), "lora", targets="attention", presets=model.presets(model.networks())
+    )
     assert {name.split(".")[0] for name in attention.layers} == {"unet", *text}
     attention.detach()
     convolutions = attach({"unet": model.denoiser}, "lora", targets="conv", presets=model.presets())

@@ -12,14 +12,15 @@ from torch import nn
 
 from visiontune import models
 from visiontune.adapters import attach
-from visiontune.core import Condition
+from visiontune.core import Condition, Request
 from visiontune.diffusion.guidance import classifier_free
-from visiontune.diffusion.trajectory import rollout
 from visiontune.diffusion.unmask import guided_logits, unmask
 from visiontune.errors import UserError
 from visiontune.models.amused import Amused
-from visiontune.objectives import grpo
-from visiontune.sampling.pipeline import images, own_generator
+from visiontune.models.pipeline import own_generator
+from visiontune.objectives import denoising, diffusion_dpo, grpo
+from visiontune.rewards.base import as_reward
+from visiontune.sampling.pipeline import images
 from visiontune.training import optim
 
 PROMPTS = ["a red circle above a blue square", "green triangle"]
@@ -205,7 +206,7 @@ class TestPictures:
                 prompt,
                 num_inference_steps=4,
                 guidance_scale=3.0,
-                generator=own_generator(prompt, seed),
+                generator=own_generator(Request(prompt=prompt, seed=seed)),
                 output_type="np",
             ).images
             assert (found[row] == (expected[0] * 255).round().astype("uint8")).all()
@@ -213,26 +214,23 @@ class TestPictures:
         assert (images(model, PROMPTS[1:], [5], **options)[0] != found[1]).any()
 
     def test_samplers_of_noise_are_refused(self, model):
-        with pytest.raises(UserError, match="scheduler 'euler' adds and takes off noise"):
+        with pytest.raises(UserError, match="sampler 'euler' adds and takes off noise"):
             images(model, PROMPTS, scheduler="euler")
 
 
 class TestRefusals:
-    def test_what_continuous_models_have_is_refused_in_one_line(self, model):
-        for name in ("schedule", "latent_channels", "moments", "encode", "predict"):
-            with pytest.raises(UserError, match=f"fills in masked tokens and has no {name}") as caught:
-                getattr(model, name)
-            assert "\n" not in str(caught.value) and "objective=unigrpo" in str(caught.value)
-        with pytest.raises(AttributeError, match="'Amused' has no attribute 'nothing'"):
-            _ = model.nothing
+    def test_it_has_nothing_of_continuous_models(self, model):
+        for name in ("schedule", "latent_channels", "moments", "encode", "predict", "nothing"):
+            assert not hasattr(model, name)
         assert copy.copy(model).source == "tiny-amused"
         assert pickle.loads(pickle.dumps(model)).vocabulary == 16
 
-    def test_rollouts_and_other_objectives_refuse_it(self, model):
-        with pytest.raises(UserError, match="fills in masked tokens"):
-            rollout(model, model.embed(PROMPTS), chain=2)
-        with pytest.raises(UserError, match="fills in masked tokens"):
-            grpo.build(grpo.Config()).check(model, object())
+    @pytest.mark.parametrize("objective", [grpo, denoising, diffusion_dpo])
+    def test_objectives_of_continuous_latents_refuse_it_in_one_line(self, model, objective):
+        reward = as_reward(lambda images, prompts, meta: images.mean((1, 2, 3)), "toy")
+        with pytest.raises(UserError, match=r"'tiny-amused' \(amused\) has none") as caught:
+            objective.build(objective.Config()).check(model, reward)
+        assert "\n" not in str(caught.value)
 
     def test_gradient_checkpointing_is_refused(self, model):
         with pytest.raises(UserError, match="the denoiser of this model has no gradient checkpointing"):

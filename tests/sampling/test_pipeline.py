@@ -8,11 +8,18 @@ import torch
 from tiny import tiny_model
 
 from visiontune import adapters
+from visiontune.core import Request
+from visiontune.diffusion.guidance import CFG
 from visiontune.errors import UserError
+from visiontune.models.pipeline import own_generator
 from visiontune.sampling.generate import images
-from visiontune.sampling.pipeline import initial_noise, make_scheduler, pair
+from visiontune.sampling.pipeline import pair
 
 PROMPTS = ["a red circle", "a blue square", "a green triangle"]
+
+
+def noise_of(prompt: str, seed: int, shape: tuple[int, ...]) -> torch.Tensor:
+    return torch.randn(shape, generator=own_generator(Request(prompt=prompt, seed=seed)))
 
 
 @pytest.fixture(scope="module")
@@ -21,7 +28,7 @@ def model():
 
 
 def test_equals_a_plain_call_of_the_diffusers_pipeline(model) -> None:
-    noise = torch.stack([initial_noise(p, s, (4, 8, 8)) for p, s in zip(PROMPTS, (1, 2, 3), strict=True)])
+    noise = torch.stack([noise_of(p, s, (4, 8, 8)) for p, s in zip(PROMPTS, (1, 2, 3), strict=True)])
     expected = model.pipe(PROMPTS, latents=noise, num_inference_steps=3, guidance_scale=5.0, output_type="pil").images
     got = images(model, PROMPTS, [1, 2, 3], steps=3, cfg_scale=5.0)
     np.testing.assert_array_equal(got, np.stack([np.asarray(image) for image in expected]))
@@ -43,7 +50,7 @@ def test_same_bits_again_and_only_rounding_between_batch_sizes(model) -> None:
 
 def test_noise_belongs_to_prompt_and_seed() -> None:
     def noise(prompt: str, seed: int) -> torch.Tensor:
-        return initial_noise(prompt, seed, (4, 64, 64))
+        return noise_of(prompt, seed, (4, 64, 64))
 
     torch.testing.assert_close(noise("a", 1), noise("a", 1), atol=0, rtol=0)
     for other in (noise("b", 1), noise("a", 2), noise("a", -1)):
@@ -112,31 +119,31 @@ def test_sdxl_and_other_sizes() -> None:
         images(model, PROMPTS, 0, height=20)
 
 
-def test_schedulers(model) -> None:
-    base = make_scheduler("ddim", model.pipe.scheduler)
-    assert base.config.clip_sample is False
-    assert base.config.steps_offset == 1
-    made = {n: images(model, "a red circle", 0, steps=4, scheduler=n) for n in ("ddim", "dpm++", "euler", "model")}
+def test_every_sampler_of_the_family_draws_and_others_are_refused(model) -> None:
+    made = {n: images(model, "a red circle", 0, steps=4, scheduler=n) for n in model.samplers()}
+    assert set(made) == {"ddim", "euler", "dpm++", "unipc", "model"}
     # The tiny pipeline's own scheduler is DDIM.
     np.testing.assert_array_equal(made["model"], made["ddim"])
     assert (made["dpm++"] != made["ddim"]).any()
     assert (made["euler"] != made["dpm++"]).any()
-    with pytest.raises(UserError, match="no scheduler 'dim'"):
+    with pytest.raises(UserError, match=r"'dim'.*ddim, euler"):
         images(model, "a", 0, scheduler="dim")
 
 
-def test_ddim_does_not_clip_latents_where_the_folder_does_not_say(model) -> None:
-    from diffusers import PNDMScheduler
+def test_a_stochastic_sampler_repeats_itself_row_by_row() -> None:
+    from diffusers import DDPMScheduler
 
-    assert make_scheduler("ddim", PNDMScheduler(skip_prk_steps=True)).config.clip_sample is False
+    model = tiny_model("sd")
+    model.pipe.scheduler = DDPMScheduler.from_config(model.pipe.scheduler.config)
+    together = images(model, PROMPTS, [1, 2, 3], steps=3)
+    torch.manual_seed(1)
+    alone = images(model, PROMPTS[1], 2, steps=3)
+    assert np.abs(alone[0].astype(int) - together[1]).max() <= 1
 
 
-def test_ddim_keeps_what_the_folder_leaves_to_its_own_scheduler(model) -> None:
-    """PNDM ends on the first alpha where its file does not say otherwise, DDIM on one."""
-    from diffusers import PNDMScheduler
-
-    base = PNDMScheduler(skip_prk_steps=True)
-    assert make_scheduler("ddim", base).final_alpha_cumprod == base.final_alpha_cumprod == base.alphas_cumprod[0]
+def test_guidance_off_some_levels_is_not_drawn_by_the_stock_pipeline(model) -> None:
+    with pytest.raises(UserError, match="leave the interval out"):
+        model.draw([Request(prompt="a")], steps=2, guidance=CFG(scale=3.0, interval=(0.2, 0.8)))
 
 
 def test_pairs() -> None:

@@ -49,25 +49,7 @@ def run(args: argparse.Namespace) -> None:
     if not base:
         raise UserError(f"{file} does not say what it was trained on: name the base with --model")
     model = models.load(base)
-<<<<<<< HEAD
-    attached = adapters.load(model.networks(), file)
-    attached.scale = args.scale
-    if args.format == "merged":
-        write_merged(model.pipe, attached, args.out, dtype)
-        print(f"written: {args.out}, a diffusers model of {base} with the adapter in it")
-        return
-    if args.format == "peft":
-        write_peft(attached, args.out, dtype)
-        print(f"written: {args.out}, PEFT's {attached.method} on {len(attached.layers)} layers")
-        return
-    done = export(attached, args.out, args.format, rank=args.rank, dtype=dtype, modules=model.networks())
-    ranks = f", ranks {min(done.ranks.values())} to {max(done.ranks.values())}" if done.ranks else ""
-    loss = f", leaves out {done.worst:.2%} of a layer's change at most" if done.errors else ""
-    print(f"written: {args.out}, {len(attached.layers)} layers{ranks}{loss}")
-    if done.dora and args.format == "kohya":
-        print("its dora_scale is read by LyCORIS; diffusers and ComfyUI need --rank (a plain LoRA) or --format diff")
-=======
-    components = model.components()
+    components = model.networks()
     attached = adapters.load(components, file)
     attached.scale = args.scale
     keys = keys_of(model.family, components)
@@ -75,4 +57,3 @@ def run(args: argparse.Namespace) -> None:
     print(f"written: {done.text()}")
     if done.note:
         print(done.note)
->>>>>>> rooms

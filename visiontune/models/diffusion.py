@@ -15,7 +15,7 @@ from visiontune.core import Condition, Request
 from visiontune.diffusion.samplers import make_sampler, sampler_names
 from visiontune.diffusion.schedule import Schedule
 from visiontune.models.base import dtype_of
-from visiontune.models.pipeline import PipelineModel, initial_noise
+from visiontune.models.pipeline import PipelineModel, own_generator
 
 Generators = torch.Generator | list[torch.Generator] | None
 
@@ -124,12 +124,13 @@ class DiffusionModel(PipelineModel):
     def _draw(
         self, requests: Sequence[Request], size: tuple[int, int], steps: int, options: dict[str, Any]
     ) -> np.ndarray:
-        shape = self.latent_shape(*size)
-        noise = torch.stack([initial_noise(request, shape) for request in requests])
+        shape, generators = self.latent_shape(*size), [own_generator(request) for request in requests]
+        noise = torch.stack([torch.randn(shape, generator=generator) for generator in generators])
         return self.pipe(
             prompt=[request.prompt for request in requests],
             num_inference_steps=steps,
             latents=self._stock_latents(noise.to(self.device, self.dtype)),
+            generator=generators,
             height=size[0],
             width=size[1],
             output_type="np",

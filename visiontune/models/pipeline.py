@@ -210,8 +210,3 @@ def own_generator(request: Request) -> torch.Generator:
     list, and one seed gives unrelated noise to different prompts."""
     digest = hashlib.sha256(f"{request.seed}\0{request.prompt}".encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
-
-
-def initial_noise(request: Request, shape: Sequence[int]) -> Tensor:
-    """Standard normal noise float32 [*shape] of a request."""
-    return torch.randn(tuple(shape), generator=own_generator(request))

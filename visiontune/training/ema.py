@@ -68,7 +68,8 @@ class Average:
 
     @torch.no_grad()
     def _write(self, values: list[Tensor]) -> None:
-        torch._foreach_copy_(self.parameters, values)
+        for own, value in zip(self.parameters, values, strict=True):
+            own.copy_(value)
 
     def state_dict(self) -> dict | None:
         return None if self.decay is None else {"optimization_step": self.updates, "shadow_params": self.shadow}
