@@ -35,7 +35,7 @@ MAY_IMPORT = {
     "adapters": {"errors", "files", "schema", "plugin", "core", "ops"},
     "weights": {"errors", "files", "core", "ops", "adapters"},
     "pocket": {"errors", "files", "schema", "core"},
-    "rewards": GROUND | {"core", "ops", "models.clip", "models.sources", "pocket"},
+    "rewards": GROUND | {"core", "ops", "models.clip", "models.sources", "pocket", "data.pictures"},
     "data": {"errors", "files", "schema", "catalogue", "core", "ops", "pocket"},
     "objectives": {"errors", "files", "schema", "core", "diffusion", "models.base", "data.base"},
     "sampling": GROUND | LIBRARY - {"objectives", "rewards"} | {"pocket"},

@@ -154,6 +154,7 @@ class Trainer:
                         self._stop_if_alarmed()
             finally:
                 metrics.close()
+                self.rows.close()
             return self._finish()
 
     # -- one step -----------------------------------------------------------------------------------------------
