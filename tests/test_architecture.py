@@ -44,10 +44,10 @@ MAY_IMPORT = {
     "config": GROUND | LIBRARY | {"sampling", "training", "assemble"},
     "assemble": GROUND | LIBRARY | {"sampling", "training", "config"},
     "estimate": GROUND | LIBRARY | {"sampling", "training", "config", "assemble"},
-    "demo": GROUND | LIBRARY | {"pocket", "sampling", "training", "evaluation", "config"},
+    "demo": GROUND | LIBRARY | {"pocket", "sampling", "training", "evaluation", "config", "assemble"},
     "cli": GROUND
     | LIBRARY
-    | {"weights", "sampling", "training", "evaluation", "config", "estimate", "demo", "__version__"},
+    | {"weights", "sampling", "training", "evaluation", "config", "assemble", "estimate", "demo", "__version__"},
     "__main__": {"cli"},
     "__init__": {"errors"},
 }

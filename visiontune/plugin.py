@@ -2,7 +2,8 @@
 
 A plug-in of a kind (``adapters``, ``objectives``, ``rewards``) is a module ``visiontune/<kind>/<name>.py`` that defines
 ``Config`` (see :mod:`visiontune.schema`) and ``build(config, ...)``. A dotted path or a ``.py`` file admits one from
-outside the package.
+outside the package, which runs its code: such a name comes from the person who runs visiontune, never from a file that
+was read (:func:`permitted`).
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import importlib
 import importlib.util
 import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -51,6 +52,30 @@ def load(kind: str, name: str) -> ModuleType:
     if str(Path.cwd()) not in sys.path:
         sys.path.append(str(Path.cwd()))
     return _import(name)
+
+
+def permitted(kind: str, name: Any, trust: Sequence[str], where: str) -> str:
+    """The method that a file names, as :func:`load` may import it.
+
+    Args:
+        kind: folder of the package.
+        name: what the file says.
+        trust: methods from outside the package that its reader allows; a ``.py`` file is known by its name wherever it
+            lay, and the reader's is the one that is taken.
+        where: the file, for messages.
+
+    Raises:
+        UserError: it names none of the package, and none of ``trust``.
+    """
+    if isinstance(name, str) and name in names(kind):
+        return name
+    for given in trust:
+        if given == name or (given.endswith(".py") and Path(given).name == Path(str(name)).name):
+            return given
+    raise UserError(
+        f"{where} names the method {name!r}, which is none of visiontune's own and would run code from outside: if you "
+        "know that code, allow it by trust"
+    )
 
 
 def _import(dotted: str) -> ModuleType:

@@ -215,7 +215,50 @@ def test_a_method_from_a_file(net, tmp_path, as_config) -> None:
     method = plugin.load("adapters", str(file)).Config(rank=2) if as_config else str(file)
     adapters = attach(net, method, targets="to_q", **({} if as_config else {"rank": 2}))
     path = adapters.save(tmp_path / "a.safetensors")
-    assert load(copy.deepcopy(net), path, name="again").parameter_count == adapters.parameter_count == 2 * 2 * 16
+    again = load(copy.deepcopy(net), path, name="again", trust=[str(file)])
+    assert again.parameter_count == adapters.parameter_count == 2 * 2 * 16
+
+
+# A header's word for code: a file's path, a module on the import path, one beside the working folder, one of Python's.
+FOREIGN = ("{folder}/evil.py", "evil.py", "evil", "evil_package.evil", "os", "visiontune.adapters.lora", "../lora", "")
+
+
+@pytest.mark.parametrize("place", ["method", "config"])
+@pytest.mark.parametrize("name", FOREIGN)
+def test_a_file_has_no_code_run(net, tmp_path, monkeypatch, name, place) -> None:
+    body = "from visiontune.adapters.lora import *\nopen('ran', 'w')\n"
+    (tmp_path / "evil_package").mkdir()
+    for file in (tmp_path / "evil.py", tmp_path / "evil_package" / "evil.py"):
+        file.write_text(body)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    path = attach(net, "lora", targets="to_q", rank=2).save(tmp_path / "a.safetensors")
+    header, word = read_header(path), name.format(folder=tmp_path)
+    changes = {"method": word} if place == "method" else {"config": {**header["config"], "name": word}}
+    metadata = {k: v if isinstance(v, str) else json.dumps(v) for k, v in (header | changes).items()}
+    save_file(load_file(path), path, metadata)
+    if place == "config":  # an option of that name must not take the place of the method
+        assert load(copy.deepcopy(net), path, name="again").method == "lora"
+    else:
+        with pytest.raises(UserError, match="would run code from outside"):
+            load(copy.deepcopy(net), path, name="again")
+    assert not (tmp_path / "ran").exists()
+
+
+def test_a_trusted_file_is_the_readers_own_wherever_the_writers_lay(net, tmp_path) -> None:
+    body = (
+        "from visiontune.adapters import lora\nfrom visiontune.adapters.lora import *\nclass Config(lora.Config): ...\n"
+    )
+    for place in ("theirs", "mine"):
+        (tmp_path / place).mkdir()
+        (tmp_path / place / "method.py").write_text(body)
+    theirs, mine = tmp_path / "theirs" / "method.py", tmp_path / "mine" / "method.py"
+    path = attach(net, str(theirs), targets="to_q", rank=2).save(tmp_path / "a.safetensors")
+    theirs.write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+    assert load(copy.deepcopy(net), path, name="again", trust=[str(mine)]).method == str(mine)
+    with pytest.raises(UserError, match="allow it by trust"):
+        load(copy.deepcopy(net), path, name="other", trust=["other.py", "lora"])
+    assert not (tmp_path / "ran").exists()
 
 
 def test_reading_a_header_does_not_import_torch(net, tmp_path) -> None:

@@ -40,6 +40,13 @@ def net() -> nn.Module:
     return nn.Sequential(nn.Linear(12, 8), nn.Tanh(), nn.Linear(8, 12))
 
 
+@pytest.mark.parametrize("option", ["megatron_core", "megatron_config"])
+def test_peft_imports_no_module_that_a_file_names(option: str) -> None:
+    options = {"r": 2, "megatron_config": {"a": 1}, "megatron_core": "this"}
+    with pytest.raises(UserError, match=f"options.{option} is not an option"):
+        attach(net(), "peft", targets=["0"], method="Lora", options={option: options[option]})
+
+
 X = torch.randn(3, 12, generator=torch.Generator().manual_seed(1))
 
 

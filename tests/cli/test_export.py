@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
+from safetensors.torch import load_file, save_file
 from tiny import tiny_model
 
 from visiontune.adapters import attach, load, read_header
@@ -49,6 +52,22 @@ def test_a_lora_file_says_what_it_leaves_out(cli, adapter, tmp_path, kind, tiny_
     thin = cli("export", path, "thin.safetensors", "--format", kind, "--rank", 1)
     assert "ranks 1 to 1" in thin.out
     assert "leaves out 0.00%" not in thin.out
+
+
+def test_a_downloaded_adapter_has_no_code_run_unless_it_is_trusted(cli, adapter, tmp_path) -> None:
+    path, _ = adapter
+    (tmp_path / "mine.py").write_text("from visiontune.adapters.oft import *\nopen('ran', 'w')\n")
+    header = {k: v if isinstance(v, str) else json.dumps(v) for k, v in read_header(path).items()}
+    save_file(load_file(path), path, header | {"method": "mine.py"})
+    words = ("prompts=[a]", "seeds=1", "steps=1", f"adapter={path}")
+    for command in (("export", path, "out", "--format", "merged"), ("sample", *words, "out=drawn")):
+        result = cli(*command)
+        assert (result.code, result.out) == (2, "")
+        assert "'mine.py', which is none of visiontune's own" in result.err
+        assert not (tmp_path / "ran").exists()
+    assert cli("export", path, "out", "--format", "merged", "--trust", "mine.py").code == 0
+    assert (tmp_path / "ran").exists()
+    assert cli("sample", *words, "out=drawn", "trust=[mine.py]").code == 0
 
 
 def test_what_export_refuses(cli, adapter, tmp_path) -> None:

@@ -48,6 +48,17 @@ def test_a_run_goes_on_only_when_told_and_only_as_the_same_run(cli, recipe, unch
     assert steps[-1] == 3 and sorted(set(steps)) == steps
 
 
+@pytest.mark.parametrize("section", ["adapter", "objective"])
+def test_a_folder_that_a_run_goes_on_in_has_no_code_run(cli, recipe, section):
+    assert cli("train", recipe).code == 0
+    held = Path("runs/tiny/recipe.yaml")
+    held.write_text(yaml.safe_dump(yaml.safe_load(held.read_text()) | {section: {"name": "evil.py"}}))
+    Path("evil.py").write_text("open('ran', 'w')")
+    result = cli("train", recipe, "train.resume=true", "train.steps=3")
+    assert result.code == 2 and f"holds a run with {section}.name=evil.py" in result.err
+    assert not Path("ran").exists()
+
+
 def in_names_of_0_1(file):
     """Rewrite a resolved recipe as visiontune 0.1 would have written it."""
     old = yaml.safe_load(file.read_text())

@@ -93,7 +93,7 @@ def attached(modules: nn.Module | Mapping[str, nn.Module]) -> dict[str, AdapterS
 
 def _resolve(method: str | Any, options: Mapping[str, Any]) -> tuple[str, ModuleType, Any]:
     if isinstance(method, str):
-        return method, *plugin.configure("adapters", {"name": method, **options}, "adapter")
+        return method, *plugin.configure("adapters", {**options, "name": method}, "adapter")
     if options:
         raise UserError(f"options {sorted(options)} beside a Config: set them in the Config")
     module = sys.modules[type(method).__module__]
@@ -110,6 +110,7 @@ def load(
     strict: bool = True,
     name: str = "default",
     allow_other_base: bool = False,
+    trust: Sequence[str] = (),
 ) -> AdapterSet:
     """Attach the adapters of a file that :meth:`AdapterSet.save` wrote; the set comes back in evaluation mode.
 
@@ -118,13 +119,17 @@ def load(
         strict: refuse layers of the file that the modules do not have; otherwise warn and leave them out.
         allow_other_base: accept base weights that differ from those of the training. Another precision of the same
             weights is no other base.
+        trust: methods from outside the package that the file may name (``mypackage.mymethod``, ``mine.py``). Without
+            it a file cannot have any code run.
 
     Raises:
-        UserError: not such a file, unknown method, another base, a key without a layer or the other way round.
+        UserError: not such a file, a method that is neither visiontune's nor trusted, another base, a key without a layer
+            or the other way round.
     """
     roots = dict(modules) if isinstance(modules, Mapping) else {"": modules}
     header, tensors = _storage.read(path)
-    key, module, config = _resolve(header["method"], header["config"])
+    method = plugin.permitted("adapters", header["method"], trust, str(path))
+    key, module, config = _resolve(method, header["config"])
     layers, missing = _find(roots, header["layers"], module.LAYERS)
     if missing:
         message = f"{path}: no layer for '{missing[0]}' and {len(missing) - 1} more of {len(header['layers'])}"

@@ -26,6 +26,8 @@ from visiontune.schema import nearest, option
 
 LAYERS: tuple[type[nn.Module], ...] = (nn.Linear,)
 _NAME = "default"
+# With these PEFT imports a module, or fetches adapters, that an adapter file could name.
+_OUTSIDE = ("megatron_config", "megatron_core", "adapters")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,7 +61,7 @@ def peft_config(config: Config, targets: list[str]) -> Any:
         raise UserError(f"PEFT has no method '{config.method}'{nearest(word, known)}")
     kind = getattr(peft, known[word])
     for name in config.options:
-        if name == "target_modules" or name not in inspect.signature(kind).parameters:
+        if name in ("target_modules", *_OUTSIDE) or name not in inspect.signature(kind).parameters:
             raise UserError(f"adapter.options.{name} is not an option of PEFT's {kind.__name__}")
     try:
         return kind(**{**config.options, "target_modules": targets})

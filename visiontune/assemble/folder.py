@@ -42,15 +42,26 @@ def check_folder(run: Run) -> None:
         raise UserError(
             f"{run.folder} already holds a run: choose another name=, or go on with it by train.resume=true"
         )
-    held = parse_run(_of_now(catalogue.read_yaml(file)))
+    held = _held(run, catalogue.read_yaml(file))
     before = {key: value for key, value in _flat(held.resolved()) if not _free(key)}
     now = {key: value for key, value in _flat(run.resolved()) if not _free(key)}
     for key in sorted(before.keys() | now.keys()):
         if before.get(key) != now.get(key):
-            was, wanted = before.get(key), now.get(key)
-            raise UserError(
-                f"{run.folder} holds a run with {key}={was}, not {wanted}: set it back, or choose another name="
-            )
+            raise _another(run, key, before.get(key), now.get(key))
+
+
+def _another(run: Run, key: str, was: Any, wanted: Any) -> UserError:
+    return UserError(f"{run.folder} holds a run with {key}={was}, not {wanted}: set it back, or choose another name=")
+
+
+def _held(run: Run, recipe: Mapping[str, Any]) -> Run:
+    """The run of a recipe that lies in the folder, which may be somebody else's: only methods of ``run`` are imported."""
+    for section, method in (("adapter", run.adapter), ("objective", run.objective)):
+        held, wanted = recipe.get(section), "none" if method is None else method["name"]
+        name = held.get("name") if isinstance(held, Mapping) else held
+        if name != wanted:
+            raise _another(run, f"{section}.name", name, wanted)
+    return parse_run(_of_now(recipe))
 
 
 def _of_now(recipe: Mapping[str, Any]) -> dict[str, Any]:

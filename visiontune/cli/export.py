@@ -27,6 +27,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--rank", type=int, help="of the approximation of what is no plain LoRA; default: in full")
     parser.add_argument("--scale", type=float, default=1.0, help="strength that is written (default: %(default)s)")
     parser.add_argument("--dtype", choices=DTYPES, default="fp16", help="of the written tensors (default: %(default)s)")
+    parser.add_argument(
+        "--trust", action="append", default=[], metavar="METHOD", help="method from outside that the file may name"
+    )
     parser.add_argument("--model", help="the base, where it has moved; default: what the adapter was trained on")
 
 
@@ -50,7 +53,7 @@ def run(args: argparse.Namespace) -> None:
         raise UserError(f"{file} does not say what it was trained on: name the base with --model")
     model = models.load(base)
     components = model.networks()
-    attached = adapters.load(components, file)
+    attached = adapters.load(components, file, trust=args.trust)
     attached.scale = args.scale
     keys = keys_of(model.family, components)
     done = export(attached, args.out, args.format, dtype=dtype, rank=args.rank, keys=keys, pipe=model.pipe)

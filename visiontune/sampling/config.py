@@ -25,6 +25,10 @@ class SampleConfig:
     device: str = option("auto", help="auto, cpu, cuda, cuda:1, mps")
     adapter: str | list[str] | None = option(None, help="adapter file or run folder, or a list of them")
     adapter_scale: float = option(1.0, help="strength of the adapters; 0 is the base model")
+    trust: list[str] = option(
+        [],
+        help="methods from outside the package whose code an adapter file may have run: [mypackage.mymethod, mine.py]",
+    )
     prompts: str | list[str] = option(help=".txt (one prompt a line), .jsonl (prompt or text), one prompt, or a list")
     seeds: int | list[int] = option(1, help="a list of seeds, or a count n for seeds 0 to n-1")
     out: str = option("runs/samples", help="folder that receives images, manifest.jsonl and grid.png")

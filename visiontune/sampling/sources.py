@@ -67,7 +67,7 @@ def loaded(config: SampleConfig, model: PipelineModel | None, state: PartialStat
     sets = []
     try:
         for i, name in enumerate(config.adapter_list()):
-            sets.append(adapters.load(model.networks(), adapter_file(name), name=f"sample{i}"))
+            sets.append(adapters.load(model.networks(), adapter_file(name), name=f"sample{i}", trust=config.trust))
             sets[-1].scale = config.adapter_scale
         yield model
     finally:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import importlib
 import re
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -98,7 +98,8 @@ def _classes(file: Path, package: str | None) -> list[Any]:
         return []
     named = torch.serialization.get_unsafe_globals_in_checkpoint(str(file))
     modules = [name.rpartition(".") for name in named if name.startswith(f"{package}.")]
-    found = [getattr(importlib.import_module(module), name) for module, _, name in modules]
+    # The optimiser is there already, and with it whatever its state consists of: a file has nothing imported.
+    found = [getattr(sys.modules.get(module), name, None) for module, _, name in modules]
     return [kind for kind in found if isinstance(kind, type)]
 
 
