@@ -8,6 +8,7 @@ was read (:func:`permitted`).
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import importlib.util
 import re
@@ -130,6 +131,8 @@ def configure(kind: str, spec: str | Mapping[str, Any], path: str) -> tuple[Modu
         module = load(kind, name)
     except UserError as error:
         raise UserError(f"{path}.name: {error}") from error
-    if not hasattr(module, "Config"):
-        raise UserError(f"{path}.name: '{name}' defines no Config, so it is not one of the {kind}")
+    if not dataclasses.is_dataclass(getattr(module, "Config", None)) or not callable(getattr(module, "build", None)):
+        raise UserError(
+            f"{path}.name: '{name}' defines no dataclass Config and no build, so it is not one of the {kind}"
+        )
     return module, schema.from_mapping(module.Config, {k: v for k, v in options.items() if k != "name"}, path)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 
+import huggingface_hub
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
@@ -68,6 +69,25 @@ def test_a_downloaded_adapter_has_no_code_run_unless_it_is_trusted(cli, adapter,
     assert cli("export", path, "out", "--format", "merged", "--trust", "mine.py").code == 0
     assert (tmp_path / "ran").exists()
     assert cli("sample", *words, "out=drawn", "trust=[mine.py]").code == 0
+
+
+def test_the_base_of_a_downloaded_adapter_is_not_fetched_unasked(cli, adapter, monkeypatch) -> None:
+    path, _ = adapter
+    header = {k: v if isinstance(v, str) else json.dumps(v) for k, v in read_header(path).items()}
+    save_file(load_file(path), path, header | {"base_model": "owner/name"})
+    asked = []
+
+    def model_info(self, repo_id, **kwargs):
+        asked.append(repo_id)
+        raise ConnectionError("no network")
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", model_info)
+    drawing = ("sample", f"adapter={path}", "prompts=[a]", "seeds=1", "steps=1", "out=drawn")
+    for command, option in ((("export", path, "a.safetensors"), "--model=owner/name"), (drawing, "model=owner/name")):
+        refused = cli(*command)
+        assert refused.code == 2 and "'owner/name' is not on this machine" in refused.err and asked == []
+        assert "cannot be fetched" in cli(*command, option).err and asked == ["owner/name"]
+        asked.clear()
 
 
 def test_what_export_refuses(cli, adapter, tmp_path) -> None:

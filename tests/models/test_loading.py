@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import socket
 
 import huggingface_hub
 import pytest
@@ -145,6 +146,34 @@ def test_another_pipeline_class_is_refused_with_those_that_work(folder, index, n
     message = refusal(folder)
     assert f"has the pipeline class {name}; supported: " in message
     assert "StableDiffusionPipeline, StableDiffusionXLPipeline" in message
+
+
+@pytest.mark.parametrize(("library", "name"), [("evil", "Model"), ("subprocess", "Popen"), ("os.path", "join")])
+def test_a_component_of_another_library_is_refused_before_it_is_imported(folder, monkeypatch, library, name):
+    (folder.parent / "evil.py").write_text("open('ran', 'w')")
+    monkeypatch.syspath_prepend(str(folder.parent))
+    monkeypatch.chdir(folder.parent)
+    index = json.loads((folder / "model_index.json").read_text())
+    (folder / "model_index.json").write_text(json.dumps(index | {"unet": [library, name]}))
+    assert f"wants its unet from '{library}'" in refusal(folder)
+    assert not (folder.parent / "ran").exists()
+
+
+def test_what_a_file_names_is_opened_from_the_cache_and_not_fetched(saved, tmp_path, monkeypatch, hub):
+    def no_network(*args, **kwargs):
+        raise AssertionError("asked the Hub")
+
+    monkeypatch.setattr(socket.socket, "connect", no_network)
+    hub["error"] = AssertionError("asked the Hub")
+    repository = tmp_path / "models--owner--name"
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    assert "is not on this machine: to fetch it from the Hub, name it yourself" in refusal("owner/name", fetch=False)
+    shutil.copytree(saved, repository / "snapshots" / "abc")
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text("abc")
+    assert models.load("owner/name", fetch=False).fingerprint("denoiser") == tiny_model("sd").fingerprint("denoiser")
+    with pytest.raises(AssertionError, match="asked the Hub"):
+        models.load("owner/name")
 
 
 def test_truncated_weights_are_refused(folder):

@@ -108,6 +108,10 @@ def test_optimisers_by_name_or_path_lower_a_loss(name, kind):
     [
         ({"optimizer": "adamv"}, "adamw"),
         ({"optimizer": "torch.optim.Nothing"}, "cannot be loaded"),
+        ({"optimizer": "os.system"}, "is no optimiser"),
+        ({"optimizer": "subprocess.Popen"}, "is no optimiser"),
+        ({"optimizer": "torch.optim.lr_scheduler.LambdaLR"}, "is no optimiser"),
+        ({"optimizer": "torch.optim.Adam.step"}, "not installed"),
         ({"optimizer_options": {"speed": 3}}, "speed"),
     ],
 )

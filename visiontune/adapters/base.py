@@ -123,8 +123,8 @@ def load(
             it a file cannot have any code run.
 
     Raises:
-        UserError: not such a file, a method that is neither visiontune's nor trusted, another base, a key without a layer
-            or the other way round.
+        UserError: not such a file, a method that is neither visiontune's nor trusted, another base, a key without a
+            layer or the other way round.
     """
     roots = dict(modules) if isinstance(modules, Mapping) else {"": modules}
     header, tensors = _storage.read(path)

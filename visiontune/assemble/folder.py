@@ -55,7 +55,7 @@ def _another(run: Run, key: str, was: Any, wanted: Any) -> UserError:
 
 
 def _held(run: Run, recipe: Mapping[str, Any]) -> Run:
-    """The run of a recipe that lies in the folder, which may be somebody else's: only methods of ``run`` are imported."""
+    """The run of a recipe in the folder, which may be somebody else's: only methods of ``run`` are imported."""
     for section, method in (("adapter", run.adapter), ("objective", run.objective)):
         held, wanted = recipe.get(section), "none" if method is None else method["name"]
         name = held.get("name") if isinstance(held, Mapping) else held

@@ -51,7 +51,7 @@ def run(args: argparse.Namespace) -> None:
     base = args.model or adapters.read_header(file).get("base_model")
     if not base:
         raise UserError(f"{file} does not say what it was trained on: name the base with --model")
-    model = models.load(base)
+    model = models.load(base, fetch=args.model is not None)
     components = model.networks()
     attached = adapters.load(components, file, trust=args.trust)
     attached.scale = args.scale

@@ -21,6 +21,7 @@ def load(
     revision: str | None = None,
     device: str = "cpu",
     quantize: Kind | None = None,
+    fetch: bool = True,
 ) -> Any:
     """Open a model of any family, frozen and in evaluation mode.
 
@@ -29,6 +30,7 @@ def load(
         dtype: floating-point type of all modules; default float32.
         revision: branch, tag or commit of a Hub id.
         device: where to put it.
+        fetch: whether the Hub may be asked for what is not on this machine; false where a file named the model.
         quantize: store the denoiser's linear layers in 8 bits (``int8``, by torchao) or 4 (``nf4``, by bitsandbytes).
 
     Raises:
@@ -36,7 +38,7 @@ def load(
     """
     from visiontune.models import _loading
 
-    return _loading.load(source, dtype or _loading.DEFAULT_DTYPE, revision, device, quantize)
+    return _loading.load(source, dtype or _loading.DEFAULT_DTYPE, revision, device, quantize, fetch)
 
 
 def families() -> dict[str, type[Model]]:

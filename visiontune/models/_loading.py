@@ -51,15 +51,24 @@ def families() -> dict[str, type[Model]]:
     return found
 
 
-def load(source: str, dtype: torch.dtype, revision: str | None, device: str, quantize: Kind | None = None) -> Model:
+def load(
+    source: str,
+    dtype: torch.dtype,
+    revision: str | None,
+    device: str,
+    quantize: Kind | None = None,
+    fetch: bool = True,
+) -> Model:
     """See `visiontune.models.load`."""
     _check_device(device)
-    folder, fetching = _locate(source, revision)
-    name = str(_read_index(source, folder, fetching).get("_class_name"))
+    folder, fetching = _locate(source, revision, fetch)
+    index = _read_index(source, folder, fetching)
+    name = str(index.get("_class_name"))
     pipelines = (cls for cls in families().values() if issubclass(cls, PipelineModel))
     known = {cls_name: cls for cls in pipelines for cls_name in cls.pipeline_classes}
     if name not in known:
         raise UserError(f"model '{source}' has the pipeline class {name}; supported: {', '.join(sorted(known))}")
+    _check_libraries(source, index)
     family = known[name]
     options = {"dtype": dtype, "use_safetensors": True, **fetching, **family.load_options}
     try:
@@ -93,7 +102,18 @@ def _check_device(device: str) -> None:
         raise UserError(f"device '{device}' is not available: PyTorch sees cuda:0 to cuda:{count - 1}")
 
 
-def _locate(source: str, revision: str | None) -> tuple[Path | None, dict[str, Any]]:
+def _check_libraries(source: str, index: dict[str, Any]) -> None:
+    """Refuse an index that has diffusers import anything but itself and transformers."""
+    own = {"diffusers", "transformers", *(module.name for module in pkgutil.iter_modules(diffusers.pipelines.__path__))}
+    for part, value in index.items():
+        if isinstance(value, list) and len(value) == 2 and value[0] is not None and value[0] not in own:
+            raise UserError(
+                f"model '{source}' wants its {part} from '{value[0]}', which is neither diffusers nor transformers: "
+                "correct its model_index.json, or take another model"
+            )
+
+
+def _locate(source: str, revision: str | None, fetch: bool) -> tuple[Path | None, dict[str, Any]]:
     """The local folder of `source`, or None for a Hub id; and how to fetch what lies there."""
     if source.startswith(pocket.PREFIX):
         return pocket.folder(source), {"local_files_only": True}
@@ -106,7 +126,15 @@ def _locate(source: str, revision: str | None) -> tuple[Path | None, dict[str, A
     if not _HUB_ID.fullmatch(source):
         near = nearest(source, pocket.names())
         raise UserError(f"model '{source}' is neither a folder nor a Hub id (owner/name){near}")
-    return None, {"local_files_only": not _reachable(source, revision), "revision": revision}
+    if not fetch and not _cached(source, revision):
+        raise UserError(
+            f"model '{source}' is not on this machine: to fetch it from the Hub, name it yourself as the model"
+        )
+    return None, {"local_files_only": not fetch or not _reachable(source, revision), "revision": revision}
+
+
+def _cached(source: str, revision: str | None) -> bool:
+    return isinstance(try_to_load_from_cache(source, INDEX, revision=revision), str)
 
 
 def _reachable(source: str, revision: str | None) -> bool:
@@ -116,7 +144,7 @@ def _reachable(source: str, revision: str | None) -> bool:
         HfApi().model_info(source, revision=revision, timeout=10)
         return True
     except _HUB_ERRORS as error:
-        if isinstance(try_to_load_from_cache(source, INDEX, revision=revision), str):
+        if _cached(source, revision):
             return False
         raise _refused(source, revision, error) from error
 

@@ -63,7 +63,9 @@ def loaded(config: SampleConfig, model: PipelineModel | None, state: PartialStat
         dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[config.dtype]
         # Each process has a device of its own, which a bare "cuda" must not override.
         device = str(state.device) if config.device in ("auto", state.device.type) else config.device
-        model = models.load(base_of(config), dtype=dtype, revision=config.revision, device=device)
+        # What a file names is not fetched unasked.
+        named = config.model is not None
+        model = models.load(base_of(config), dtype=dtype, revision=config.revision, device=device, fetch=named)
     sets = []
     try:
         for i, name in enumerate(config.adapter_list()):

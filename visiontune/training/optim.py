@@ -156,12 +156,16 @@ def _factory(name: str) -> Any:
     if not module:
         raise UserError(f"train.optimizer '{name}' is unknown{nearest(name, OPTIMIZERS)}")
     try:
-        return getattr(importlib.import_module(module), attribute)
+        found = getattr(importlib.import_module(module), attribute)
     except ModuleNotFoundError as error:
         extra = ": pip install 'visiontune[galore]'" if error.name == "pytorch_optimizer" else ""
         raise UserError(f"train.optimizer '{name}' needs '{error.name}', which is not installed{extra}") from error
     except (ImportError, AttributeError) as error:
         raise UserError(f"train.optimizer '{name}' cannot be loaded: {error}") from error
+    # It is called with the weights: nothing else that a dotted path leads to may be.
+    if not (isinstance(found, type) and issubclass(found, torch.optim.Optimizer)):
+        raise UserError(f"train.optimizer '{name}' is no optimiser: name a subclass of torch.optim.Optimizer")
+    return found
 
 
 def make_schedule(optimizer: torch.optim.Optimizer, train: TrainConfig) -> torch.optim.lr_scheduler.LambdaLR:
