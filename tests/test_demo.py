@@ -11,6 +11,7 @@ import pytest
 from PIL import Image
 
 from visiontune import demo
+from visiontune.errors import UserError
 
 pytestmark = pytest.mark.pocket
 FEW = ["train.steps=2", "objective.prior_images=2", "objective.prior_steps=2", "preview.prompts=[]"]
@@ -27,6 +28,16 @@ def test_the_demo_leaves_adapters_recipes_report_and_grid_and_can_be_run_again(t
         assert Path(path).exists() and (Path(path).parent / "recipe.yaml").exists()
     with Image.open(tmp_path / "demo" / "grid.png") as grid:
         assert grid.width > 500
+
+
+def test_a_demo_replaces_no_run_but_a_demos(tmp_path):
+    own = tmp_path / "oft"
+    own.mkdir()
+    (own / "adapter.safetensors").write_text("weeks of work")
+    (tmp_path / "report.json").write_text("{}")
+    with pytest.raises(UserError, match="oft is not of a demo, which would replace it: choose another --out"):
+        demo.run(tmp_path, FEW)
+    assert (own / "adapter.safetensors").read_text() == "weeks of work" and not (tmp_path / "lora").exists()
 
 
 def test_the_example_in_the_readme_runs(tmp_path, monkeypatch, capsys):

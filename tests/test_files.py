@@ -1,10 +1,16 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+import subprocess
+import sys
 
 import pytest
 
-from visiontune.files import append_jsonl, atomic_write, write_json
+from visiontune import files
+from visiontune.errors import UserError
+from visiontune.files import Lock, append_jsonl, atomic_write, write_json
 
 
 def test_the_file_appears_only_when_the_block_ends(tmp_path):
@@ -47,3 +53,68 @@ def test_json_and_lines_keep_their_content(tmp_path):
     append_jsonl(tmp_path / "new" / "a.jsonl", {"a": 1})
     append_jsonl(tmp_path / "new" / "a.jsonl", {"a": 2})
     assert [json.loads(line)["a"] for line in (tmp_path / "new" / "a.jsonl").read_text().splitlines()] == [1, 2]
+
+
+def holder(folder):
+    """Another process that has the folder."""
+    code = (
+        f"from visiontune.files import Lock; lock = Lock({str(folder)!r}); lock.hold(); print(1, flush=True); input()"
+    )
+    process = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "1\n"
+    return process
+
+
+@pytest.mark.parametrize("end", [signal.SIGKILL, None])
+def test_a_folder_has_one_writer_until_that_ends_however_it_ends(tmp_path, end):
+    other, mine = holder(tmp_path), Lock(tmp_path)
+    with pytest.raises(UserError, match=f"being written to by process {other.pid} on"):
+        mine.hold()
+    if end is None:
+        other.communicate("\n", timeout=60)
+    else:
+        other.send_signal(end)
+        other.wait(60)
+        assert (tmp_path / ".lock").exists()  # what is left of it is no obstacle
+    mine.hold()
+    mine.hold()
+    with pytest.raises(UserError, match=f"process {os.getpid()} on"):
+        Lock(tmp_path).hold()
+    mine.release()
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_lock_leaves_no_folder_in_which_nothing_was_written(tmp_path):
+    lock = Lock(tmp_path / "a" / "b")
+    lock.hold()
+    lock.release()
+    assert not list(tmp_path.iterdir())
+    lock.hold()
+    (tmp_path / "a" / "b" / "kept").touch()
+    lock.release()
+    assert [path.name for path in (tmp_path / "a" / "b").iterdir()] == ["kept"]
+
+
+def test_a_lock_file_that_its_holder_took_away_is_not_what_the_next_one_has(tmp_path, monkeypatch):
+    """Between opening the file and locking it, the holder ends: the file that is locked then is no longer there."""
+    first, second, flock = Lock(tmp_path), Lock(tmp_path), files.fcntl.flock
+    first.hold()
+
+    def late(file, how):
+        first.release()
+        return flock(file, how)
+
+    monkeypatch.setattr(files.fcntl, "flock", late)
+    second.hold()
+    monkeypatch.undo()
+    with pytest.raises(UserError):
+        Lock(tmp_path).hold()
+
+
+def test_a_file_system_without_locks_is_written_to_with_a_warning(tmp_path, monkeypatch):
+    def none(file, how):
+        raise OSError(files.errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(files.fcntl, "flock", none)
+    with pytest.warns(UserWarning, match="cannot be locked here"):
+        Lock(tmp_path).hold()

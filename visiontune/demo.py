@@ -17,13 +17,16 @@ import numpy as np
 from visiontune import config
 from visiontune.assemble import assemble
 from visiontune.data.readers import read
+from visiontune.errors import UserError
 from visiontune.evaluation.personalise import Personalisation, measure
-from visiontune.files import atomic_write, write_json
+from visiontune.files import Lock, atomic_write, write_json
 from visiontune.models import load
 from visiontune.sampling.grid import grid
 from visiontune.training.devices import native_bf16
 
 METHODS = ("oft", "lora")
+# In a run's folder it says that a demo made the run, and may remove it.
+MARK = ".demo"
 _COLUMNS = 8
 
 
@@ -31,16 +34,21 @@ def run(out: Path, overrides: Sequence[str] = ()) -> Path:
     """Train, measure, and write the report.
 
     Args:
-        out: folder for everything; a finished demo in it is replaced.
+        out: folder for everything; a demo in it is replaced.
         overrides: dotted overrides for the training recipes.
 
     Returns:
         The path of ``report.json``.
+
+    Raises:
+        UserError: a run is there that no demo made.
     """
     start = time.monotonic()
     bf16 = native_bf16()
     own = [f"out={out}", "preview.prompts=[]", f"train.precision={'bf16' if bf16 else 'no'}"]
     recipes = {m: config.load_run(f"personalise/{m}", [*own, f"name={m}", *overrides]) for m in METHODS}
+    for recipe in recipes.values():
+        _check(recipe.folder)
     data = recipes[METHODS[0]].data
     subject, trigger = data.root.removeprefix("pocket/"), data.trigger
     references = np.stack([np.asarray(sample.sources["image"].open()) for sample in read(data)])
@@ -50,7 +58,7 @@ def run(out: Path, overrides: Sequence[str] = ()) -> Path:
     results = {"base": measure(load("pocket/sd"), subject, trigger, references, bf16=bf16)}
     for method, recipe in recipes.items():
         print(f"training {method}: {recipe.train.steps} steps ...")
-        shutil.rmtree(recipe.folder, ignore_errors=True)
+        _make_way(recipe.folder)
         trainer = assemble(recipe)
         trainer.fit()
         print(f"measuring {method} ...")
@@ -65,6 +73,23 @@ def run(out: Path, overrides: Sequence[str] = ()) -> Path:
     print(table({name: result.scores() for name, result in results.items()}))
     print(f"{out / 'grid.png'} shows it; done in {seconds / 60:.1f} minutes")
     return out / "report.json"
+
+
+def _check(folder: Path) -> None:
+    if folder.exists() and not (folder / MARK).is_file():
+        raise UserError(f"{folder} is not of a demo, which would replace it: choose another --out")
+
+
+def _make_way(folder: Path) -> None:
+    """An empty folder with the mark of a demo, in the place of an earlier demo's."""
+    _check(folder)
+    if folder.exists():
+        lock = Lock(folder)
+        lock.hold()
+        shutil.rmtree(folder)
+        lock.release()
+    folder.mkdir(parents=True)
+    (folder / MARK).touch()
 
 
 def table(results: dict[str, dict[str, float]]) -> str:

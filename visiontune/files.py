@@ -1,14 +1,26 @@
-"""Files that are either whole or absent, whatever happens while they are being written."""
+"""Files that are either whole or absent, whatever happens while they are being written, and folders with one writer."""
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
+import socket
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
+
+from visiontune.errors import UserError
+
+try:
+    import fcntl
+except ImportError:  # Windows has no such locks
+    fcntl = None  # type: ignore[assignment]
+
+_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 
 
 @contextmanager
@@ -50,3 +62,78 @@ def append_jsonl(path: str | Path, obj: Any) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a", encoding="utf-8") as file:
         file.write(json.dumps(obj, ensure_ascii=False) + "\n")
+
+
+class Lock:
+    """That nobody else writes to a folder.
+
+    It is a lock of the kernel on the file ``.lock`` in the folder, which goes with the process that held it, however
+    that ended. NFS passes such locks on to its server; a file system without them gives a warning and no lock.
+
+    Args:
+        folder: made where it is missing, and removed again where nothing was written to it.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        self.path = Path(folder) / ".lock"
+        self._file: IO[str] | None = None
+        self._made: list[Path] = []
+
+    def hold(self) -> None:
+        """Take the lock, unless this object has it.
+
+        Raises:
+            UserError: another has it; the message names the process.
+        """
+        if self._file is not None or fcntl is None:
+            return
+        folder = self.path.parent
+        self._made = [path for path in (folder, *folder.parents) if not path.exists()]
+        folder.mkdir(parents=True, exist_ok=True)
+        file = self._locked()
+        # One that ends takes its file with it: what was locked must still be what others would lock.
+        while file is not None and not _is_at(file, self.path):
+            file.close()
+            file = self._locked()
+        if file is not None:
+            file.truncate(0)
+            file.write(f"process {os.getpid()} on {socket.gethostname()}")
+            file.flush()
+        self._file = file
+
+    def _locked(self) -> IO[str] | None:
+        file = self.path.open("a+", encoding="utf-8")
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            file.seek(0)
+            holder = file.read() or "another process"
+            file.close()
+            if error.errno in _NO_LOCKS:
+                warnings.warn(f"{self.path.parent} cannot be locked here: start no second run in it", stacklevel=3)
+                return None
+            if not isinstance(error, BlockingIOError):
+                raise
+            raise UserError(
+                f"{self.path.parent} is being written to by {holder}: wait for its end, or choose another folder"
+            ) from error
+        return file
+
+    def release(self) -> None:
+        """Give the lock up, if this object has it."""
+        if self._file is None:
+            return
+        self.path.unlink(missing_ok=True)
+        self._file.close()
+        self._file = None
+        for folder in self._made:
+            if not folder.is_dir() or any(folder.iterdir()):
+                break
+            folder.rmdir()
+
+
+def _is_at(file: IO[str], path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), path.stat())
+    except FileNotFoundError:
+        return False

@@ -59,6 +59,36 @@ def test_a_folder_that_a_run_goes_on_in_has_no_code_run(cli, recipe, section):
     assert not Path("ran").exists()
 
 
+def test_a_run_that_failed_before_its_first_checkpoint_leaves_its_name_free(cli, recipe):
+    for mistake in ("train.optimizer=os.system", "train.optimizer_options={speed: 3}", "model=nowhere", "data.root=x"):
+        assert cli("train", recipe, mistake).code == 2
+        assert not Path("runs/tiny").exists()
+    late = [
+        "train.optimizer=sgd",
+        "train.lr=1e30",
+        "train.max_grad_norm=null",
+        "train.checkpoint_every=9",
+        "train.steps=9",
+    ]
+    failed = cli("train", recipe, *late, "adapter.rank=3")
+    assert failed.code == 2 and "start again (there is no checkpoint yet)" in failed.err
+    assert yaml.safe_load(Path("runs/tiny/recipe.yaml").read_text())["adapter"]["rank"] == 3
+    again = cli("train", recipe)
+    assert again.code == 0, again.err
+    assert yaml.safe_load(Path("runs/tiny/recipe.yaml").read_text())["adapter"]["rank"] == 2
+    Path("runs/tiny/checkpoints").rename("elsewhere")
+    assert "already holds a run" in cli("train", recipe).err  # its result is kept
+
+
+def test_check_refuses_the_places_that_train_refuses(cli, recipe):
+    Path("taken").write_text("a file")
+    for words in (["out=taken"], ["out=taken/deeper"], ["out=.", "name=taken"]):
+        for verb in ("check", "train"):
+            refused = cli(verb, recipe, *words)
+            assert refused.code == 2 and "taken is a file: choose another" in refused.err
+    assert Path("taken").read_text() == "a file"
+
+
 def in_names_of_0_1(file):
     """Rewrite a resolved recipe as visiontune 0.1 would have written it."""
     old = yaml.safe_load(file.read_text())

@@ -229,13 +229,6 @@ def test_previews_show_the_averaged_weights(tmp_path):
     assert np.abs(shown.astype(int) - again).max() <= 1
 
 
-def test_previews_of_lost_steps_are_forgotten(tmp_path):
-    for name in ("step-000000", "step-000002", "step-000004", ".step-000006.1.tmp"):
-        (tmp_path / "samples" / name).mkdir(parents=True)
-    preview.forget_after(tmp_path, 2)
-    assert sorted(p.name for p in (tmp_path / "samples").iterdir()) == ["step-000000", "step-000002"]
-
-
 def test_an_average_that_starts_late_begins_at_the_weights():
     parameter = Parameter(torch.ones(1))
     average = Average([parameter], 0.9)

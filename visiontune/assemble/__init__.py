@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,19 +13,25 @@ if TYPE_CHECKING:
 
 
 def assemble(run: Run) -> Trainer:
-    """The trainer of a run, whose ``fit()`` trains it; the resolved recipe is written into the run folder.
+    """The trainer of a run, whose ``fit()`` first writes the resolved recipe into the run folder, and then trains.
+
+    The folder is this process's until that ends, or until the trainer is dropped.
 
     Raises:
-        UserError: the folder holds another run, or model, adapter or data are not usable; no recipe is written then.
+        UserError: the folder holds another run or is held by one, or model, adapter or data are not usable; nothing is
+            left in it then.
     """
     from visiontune.assemble import folder
     from visiontune.assemble.build import build
-    from visiontune.files import write_text
+    from visiontune.training.home import Home
 
     folder.check_folder(run)
-    trainer = build(run, cache_dir=Path(run.out).expanduser() / ".cache", plan=True)
-    if trainer.accelerator.is_main_process:
-        write_text(run.folder / folder.RECIPE, folder.dump(run))
+    home = Home(run.folder, folder.dump(run))
+    with ExitStack() as stack:
+        stack.enter_context(home)
+        folder.check_folder(run)  # another may have ended meanwhile
+        trainer = build(run, cache_dir=Path(run.out).expanduser() / ".cache", plan=True, home=home)
+        stack.pop_all()
     return trainer
 
 

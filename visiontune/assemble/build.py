@@ -19,11 +19,18 @@ if TYPE_CHECKING:
     from visiontune.data.loader import BatchSampler
     from visiontune.models.base import Model
     from visiontune.objectives.base import Objective
+    from visiontune.training.home import Home
     from visiontune.training.loop import Trainer
 
 
 def build(
-    run: Run, *, cache_dir: Path, draw: Callable[..., Any] | None = None, fill: bool = True, plan: bool = False
+    run: Run,
+    *,
+    cache_dir: Path,
+    draw: Callable[..., Any] | None = None,
+    fill: bool = True,
+    plan: bool = False,
+    home: Home | None = None,
 ) -> Trainer:
     """The trainer of a run; nothing is written outside ``cache_dir`` unless ``plan``.
 
@@ -33,6 +40,7 @@ def build(
         draw: what draws prior images; ``visiontune.sampling.pipeline.images`` unless given.
         fill: encode all data now rather than when it is first drawn.
         plan: let the adapter look at the task; what it decides is kept in the run folder.
+        home: the run folder, held.
     """
     # Words and data come before the model, which may take minutes to open.
     preview = dataclasses.replace(run.preview, prompts=[parts.in_words(run, p) for p in run.preview.prompts])
@@ -78,6 +86,7 @@ def build(
         accelerator=accelerator,
         reward=reward,
         guard=guard,
+        home=home,
     )
 
 
@@ -164,5 +173,5 @@ def _plan(run: Run, model: Model, adapters: Any, objective: Any, rows: Any, acce
         rows=rows,
         seed=run.seed,
         accelerator=accelerator,
-        again=(run.folder / folder.RECIPE).exists(),
+        again=folder.begun(run),
     )

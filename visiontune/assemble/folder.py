@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -27,6 +28,14 @@ def dump(run: Run) -> str:
     return yaml.safe_dump(run.resolved(), sort_keys=False, allow_unicode=True, width=120)
 
 
+def begun(run: Run) -> bool:
+    """Whether the folder of ``run`` has a checkpoint or a result: what a run without either did can be done anew."""
+    from visiontune.training import checkpoint
+
+    results = (run.folder / name for name in ("adapter.safetensors", "model"))
+    return checkpoint.latest(run.folder) is not None or any(path.exists() for path in results)
+
+
 def check_folder(run: Run) -> None:
     """Refuse a folder that holds a run already, unless this run is to go on with it and is the same run.
 
@@ -34,9 +43,12 @@ def check_folder(run: Run) -> None:
         UserError: names the mend: another name, ``train.resume=true``, or the option that differs.
     """
     file = run.folder / RECIPE
-    if run.folder.exists() and not run.folder.is_dir():
-        raise UserError(f"{run.folder} is a file: choose another name=")
-    if not file.exists():
+    place = next(path for path in (run.folder, *run.folder.absolute().parents) if path.exists())
+    if not place.is_dir():
+        raise UserError(f"{place} is a file: choose another {'name' if place == run.folder else 'out'}=")
+    if not os.access(place, os.W_OK | os.X_OK):
+        raise UserError(f"{place} cannot be written to: choose another out=, or change its permissions")
+    if not file.exists() or not begun(run):
         return
     if not run.train.resume:
         raise UserError(

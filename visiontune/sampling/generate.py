@@ -53,7 +53,25 @@ def generate(config: SampleConfig, model: PipelineModel | None = None) -> Path:
     jobs = manifest.plan(prompts, config.seed_list(), config.format)
     settings = _settings(config, model)
     out = Path(config.out).expanduser()
-    finished = _on_main(state, lambda: _open(out, jobs, settings))
+    lock = files.Lock(out)
+    try:
+        finished = _on_main(state, lambda: _open(out, jobs, settings, lock))
+        _draw(config, model, state, jobs, finished, settings, out)
+    finally:
+        lock.release()
+    return out / manifest.NAME
+
+
+def _draw(
+    config: SampleConfig,
+    model: PipelineModel | None,
+    state: PartialState,
+    jobs: Sequence[Job],
+    finished: set[str],
+    settings: dict[str, Any],
+    out: Path,
+) -> None:
+    """Draw what is missing, this process its share, and finish the folder."""
     batches = [jobs[i : i + config.batch_size] for i in range(0, len(jobs), config.batch_size)]
     pending = [batch for batch in batches if any(job.file not in finished for job in batch)]
     mine = pending[state.process_index :: state.num_processes]
@@ -65,7 +83,6 @@ def generate(config: SampleConfig, model: PipelineModel | None = None) -> Path:
                 bar.update(_run(config, ready, batch, finished, settings, manifest.part(out, state.process_index)))
     state.wait_for_everyone()
     _on_main(state, lambda: _close(config, out, jobs))
-    return out / manifest.NAME
 
 
 def _run(
@@ -102,11 +119,11 @@ def _run(
     return len(missing)
 
 
-def _open(out: Path, jobs: Sequence[Job], settings: dict[str, Any]) -> set[str]:
+def _open(out: Path, jobs: Sequence[Job], settings: dict[str, Any], lock: files.Lock) -> set[str]:
     """Names of the finished images, once the folder has been put in order and found to be of this run."""
     if out.exists() and not out.is_dir():
         raise UserError(f"{out} is a file: choose another out")
-    out.mkdir(parents=True, exist_ok=True)
+    lock.hold()
     rows = manifest.collect(out)
     manifest.check(rows, jobs, settings, out)
     return {row["file"] for row in rows}

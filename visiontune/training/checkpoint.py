@@ -105,8 +105,9 @@ def _classes(file: Path, package: str | None) -> list[Any]:
 
 def clear_partial(out: Path) -> None:
     """Remove what a killed process left half-written or half-removed."""
-    for path in (out / "checkpoints").glob(".*"):
-        shutil.rmtree(path, ignore_errors=True)
+    for path in (out / "checkpoints").glob(".step-*"):
+        if re.fullmatch(r"\.step-\d+\.(\d+\.tmp|old)", path.name):
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def remove_folder(path: Path) -> None:

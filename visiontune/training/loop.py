@@ -25,6 +25,7 @@ from visiontune.training import guards, optim, preview, result, resume, trouble
 from visiontune.training.config import PreviewConfig, TrainConfig
 from visiontune.training.devices import make_accelerator, precision_of
 from visiontune.training.ema import Average
+from visiontune.training.home import Home
 from visiontune.training.lending import Lender, OnlineSteps, check_train
 from visiontune.training.step import Rows, Step
 from visiontune.training.trackers import Meter, Metrics
@@ -49,6 +50,7 @@ class Trainer:
         accelerator: made from ``train`` unless given.
         reward: what an online objective scores pictures by.
         guard: looks at what an online objective does to the pictures.
+        home: ``out``, where it is held already; otherwise it is while the run trains.
 
     Raises:
         UserError: nothing to train, an impossible precision, an unknown optimiser or tracker, a guard that cannot look.
@@ -69,13 +71,13 @@ class Trainer:
         accelerator: Accelerator | None = None,
         reward: Any = None,
         guard: guards.Guard | None = None,
+        home: Home | None = None,
     ) -> None:
         self.model: Any = model
-        self.adapters, self.objective, self.rows = adapters, objective, rows
+        self.adapters, self.objective, self.rows, self.online = adapters, objective, rows, objective.needs.online
         self.train, self.preview, self.seed, self.out = train, preview or PreviewConfig(), seed, Path(out)
-        self.metadata, self.guard = dict(metadata or {}), guard
+        self.metadata, self.guard, self.home = dict(metadata or {}), guard, home or Home(out)
         self.accelerator = accelerator or make_accelerator(train, self.out)
-        self.online = objective.needs.online
         model.to(self.accelerator.device)
         check_train(objective, train)
         if guard is not None:
@@ -136,13 +138,10 @@ class Trainer:
         """
         from tqdm.auto import tqdm
 
-        with trouble.readable_disk_errors(self.out):
+        with trouble.readable_disk_errors(self.out), self.home:
             start = resume.begin(self)
             # Nothing is kept of a run that begins, not even what was measured before its first step.
             metrics = Metrics(self.accelerator, self.out, self.train.trackers, start or -1)
-            if self.accelerator.is_main_process:
-                preview.forget_after(self.out, start)
-                preview.forget_after(self.out, start, guards.FOLDER)
             try:
                 if start == 0:
                     metrics.log(0, self._check(0))

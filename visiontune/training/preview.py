@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from visiontune.files import atomic_write
+from visiontune.training import home
 from visiontune.training.config import PreviewConfig
 
 if TYPE_CHECKING:
@@ -80,7 +80,7 @@ def write(target: Path, pixels: np.ndarray, prompts: Sequence[str], seeds: Seque
     from visiontune.sampling.grid import grid
 
     names = [file_name(i, seed) for i in range(len(prompts)) for seed in seeds]
-    shutil.rmtree(target, ignore_errors=True)
+    home.clear(target.parents[1], target)
     with atomic_write(target) as partial:
         partial.mkdir()
         for name, image in zip(names, pixels, strict=True):
@@ -89,16 +89,9 @@ def write(target: Path, pixels: np.ndarray, prompts: Sequence[str], seeds: Seque
         grid(list(pixels), len(seeds), row_captions=prompts, column_captions=columns).save(partial / "grid.png")
 
 
-def forget_after(out: Path, step: int, kind: str = "samples") -> None:
-    """Remove the previews of steps after ``step``, and what a killed run left half-written."""
-    for path in (out / kind).glob("*step-*"):
-        if path.name.startswith(".") or path.name > folder(out, step).name:
-            shutil.rmtree(path)
-
-
 def card_images(out: Path, config: PreviewConfig) -> list[dict[str, Any]]:
     """One entry per prompt for the model card's widget: text and the newest preview's file, relative to ``out``."""
-    drawn = sorted((out / "samples").glob("step-*"))
+    drawn = sorted(path for path in (out / "samples").glob("step-*") if home.wrote(out, path))
     if not drawn or not config.seeds:
         return [{"text": prompt} for prompt in config.prompts]
     place = f"samples/{drawn[-1].name}"

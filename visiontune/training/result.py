@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from visiontune.files import atomic_write
-from visiontune.training import card, checkpoint, preview
+from visiontune.training import card, checkpoint, home, preview
 
 if TYPE_CHECKING:
     from visiontune.training.loop import Trainer
@@ -37,6 +37,7 @@ def write(run: Trainer, facts: Mapping[str, str]) -> None:
 
 
 def _weights(run: Trainer) -> None:
+    home.note(run.out, place(run))
     if run.adapters is not None:
         run.adapters.save(place(run), metadata=run.metadata)
         return

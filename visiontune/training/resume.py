@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from visiontune.errors import UserError
-from visiontune.training import checkpoint, optim, trouble
+from visiontune.training import checkpoint, guards, home, optim, result, trouble
 
 if TYPE_CHECKING:
     from visiontune.training.loop import Trainer
@@ -41,14 +41,21 @@ def begin(run: Trainer) -> int:
     """Take up the newest checkpoint of the run folder if there is one; the number of steps done.
 
     Raises:
-        UserError: there is one, and ``train.resume`` is off; or see :func:`load`.
+        UserError: there is one, and ``train.resume`` is off; something lies where the run writes; or see :func:`load`.
     """
     found = checkpoint.latest(run.out)
     if found is not None and not run.train.resume:
         raise UserError(f"{run.out} already holds a run ({found.name}); set train.resume=true, or another name")
+    step = 0 if found is None else load(run, found)
     if run.accelerator.is_main_process:
         checkpoint.clear_partial(run.out)
-    return 0 if found is None else load(run, found)
+        if found is not None:
+            home.adopt(run.out, [result.place(run)])
+        home.refuse_others(run.out, result.place(run))
+        for kind in ("samples", guards.FOLDER):
+            home.forget_steps(run.out / kind, step)
+        run.home.begin()
+    return step
 
 
 def load(run: Trainer, found: Path) -> int:

@@ -1,0 +1,120 @@
+"""The folder that a run writes to: one process writes there at a time, and removes only what the run wrote.
+
+``.written`` lists what a run may remove again (previews, pictures of guards, results), one path a line. Whatever else
+lies there is somebody's own: a run that would write in its place is refused.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+from visiontune import files
+from visiontune.errors import UserError
+
+RECORD, RECIPE = ".written", "recipe.yaml"
+_STEP = re.compile(r"step-(\d{6,})")
+_PARTIAL = re.compile(r"\.step-\d{6,}\.(\d+\.tmp|old)")
+# What previews consist of; runs of versions without a record are known by it.
+_PREVIEW = re.compile(r"grid\.png|\d\d+_seed-?\d+\.png")
+
+
+class Home:
+    """A run's folder as the process has it that trains there.
+
+    Args:
+        out: the folder.
+        recipe: content of its ``recipe.yaml``, written when the run begins.
+    """
+
+    def __init__(self, out: str | Path, recipe: str | None = None) -> None:
+        self.out, self.recipe, self._lock = Path(out), recipe, files.Lock(out)
+
+    def __enter__(self) -> Home:
+        """Take the folder, on the first of a run's processes.
+
+        Raises:
+            UserError: another process has it.
+        """
+        from accelerate.utils import get_int_from_env
+
+        if get_int_from_env(["RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK"], 0) == 0:
+            self._lock.hold()
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self._lock.release()
+
+    def begin(self) -> None:
+        """Write the recipe: from now on the folder holds a run."""
+        if self.recipe is not None:
+            files.write_text(self.out / RECIPE, self.recipe)
+
+
+def wrote(out: Path, path: Path) -> bool:
+    """Whether a run lists ``path`` among what it wrote in ``out``."""
+    return _name(out, path) in _listed(out)
+
+
+def note(out: Path, path: Path) -> None:
+    """List ``path``, before it is written."""
+    if not wrote(out, path):
+        files.write_text(out / RECORD, "".join(f"{name}\n" for name in [*_listed(out), _name(out, path)]))
+
+
+def clear(out: Path, path: Path) -> None:
+    """Remove what a run wrote at ``path``, and list it: something else takes its place.
+
+    Raises:
+        UserError: something is there that no run wrote.
+    """
+    refuse_others(out, path)
+    if path.is_dir():
+        shutil.rmtree(path)
+    note(out, path)
+
+
+def refuse_others(out: Path, path: Path) -> None:
+    """Refuse what lies at ``path`` unless a run wrote it.
+
+    Raises:
+        UserError: nothing lists it.
+    """
+    if path.exists() and not wrote(out, path):
+        raise UserError(f"{path} lies where the run writes, and no run wrote it: move it away, or choose another name=")
+
+
+def forget_steps(folder: Path, step: int) -> None:
+    """Remove the pictures of steps after ``step`` from ``folder``, and what a killed run left half-written.
+
+    Raises:
+        UserError: there are pictures of such steps that no run wrote.
+    """
+    for path in folder.iterdir() if folder.is_dir() else ():
+        found = _STEP.fullmatch(path.name)
+        if _PARTIAL.fullmatch(path.name):
+            shutil.rmtree(path)
+        elif found and int(found[1]) > step:
+            refuse_others(folder.parent, path)
+            shutil.rmtree(path)
+
+
+def adopt(out: Path, results: list[Path]) -> None:
+    """List what a run of a version without a record wrote: pictures of steps with nothing else among them, results."""
+    if (out / RECORD).exists():
+        return
+    pictures = [path for path in out.glob("*/step-*") if _STEP.fullmatch(path.name) and path.is_dir()]
+    for path in (*pictures, *results):
+        if path in results or all(_PREVIEW.fullmatch(file.name) for file in path.iterdir()):
+            note(out, path)
+
+
+def _listed(out: Path) -> list[str]:
+    file = out / RECORD
+    return file.read_text(encoding="utf-8").splitlines() if file.is_file() else []
+
+
+def _name(out: Path, path: Path) -> str:
+    return path.relative_to(out).as_posix()
