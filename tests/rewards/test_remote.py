@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import io
 import json
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -70,15 +72,18 @@ def _reward(server: Server, **options: object):
 
 
 @pytest.mark.parametrize("format", ["png", "webp"])
-def test_pixels_prompts_and_meta_arrive_as_they_are_and_scores_come_back_in_order(server: Server, format: str) -> None:
+def test_pixels_prompts_and_meta_arrive_as_they_are_and_scores_come_back_in_order(
+    server: Server, format: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SCORE_KEY", "secret\n")
     meta = [{"seed": i, "path": None} for i in range(5)]
-    reward = _reward(server, format=format, batch_size=2, headers={"X-Key": "secret"})
+    reward = _reward(server, format=format, batch_size=2, headers={"X-Key": "Bearer ${SCORE_KEY}"})
     scores = reward(IMAGES, PROMPTS, meta)
     torch.testing.assert_close(scores, IMAGES.mean((1, 2, 3)) * 255)
     assert [len(request["images"]) for request in server.requests] == [2, 2, 1]
     assert [prompt for request in server.requests for prompt in request["prompts"]] == PROMPTS
     assert [mapping for request in server.requests for mapping in request["meta"]] == meta
-    assert server.headers[0]["X-Key"] == "secret"
+    assert server.headers[0]["X-Key"] == "Bearer secret"
     sent = np.stack([picture for request in server.requests for picture in server.pictures(request)])
     assert torch.equal(to_tensor(sent), IMAGES)
     assert not reward(IMAGES.clone().requires_grad_(), PROMPTS).requires_grad
@@ -148,3 +153,97 @@ def test_options_are_checked() -> None:
         load({"name": "remote", "url": "localhost:80"})
     with pytest.raises(UserError, match="batch_size and timeout"):
         load({"name": "remote", "url": "http://h", "batch_size": 0})
+
+
+class Raw:
+    """Sends bytes as they are to whoever connects, and what it was sent is kept."""
+
+    def __init__(self, send: Callable[[socket.socket], None]) -> None:
+        self.listener, self.received = socket.create_server(("127.0.0.1", 0)), b""
+        self.url = f"http://127.0.0.1:{self.listener.getsockname()[1]}/score"
+
+        def serve() -> None:
+            while True:
+                peer, _ = self.listener.accept()
+                with peer, contextlib.suppress(OSError):
+                    self.received += peer.recv(1 << 16)
+                    send(peer)
+
+        threading.Thread(target=serve, daemon=True).start()
+
+
+def _drip(text: bytes) -> Callable[[socket.socket], None]:
+    def send(peer: socket.socket) -> None:
+        peer.sendall(text)
+        while True:
+            time.sleep(0.05)
+            peer.sendall(b"a")
+
+    return send
+
+
+@pytest.mark.parametrize("begun", [b"HTTP/1.0 200 OK\r\n\r\n", b"HTTP/1.0 200 OK\r\nX: ", b"HTTP/1.0 2"])
+def test_a_server_that_drips_is_given_up_in_time(begun: bytes) -> None:
+    started = time.monotonic()
+    with pytest.raises(UserError, match=r"failed 1 times \(timed out\)"):
+        _reward(Raw(_drip(begun)), timeout=0.5, retries=0)(IMAGES, PROMPTS)
+    assert time.monotonic() - started < 3
+
+
+def test_an_endless_answer_is_given_up_early() -> None:
+    sent = []
+
+    def endless(peer: socket.socket) -> None:
+        peer.sendall(b"HTTP/1.0 200 OK\r\n\r\n")
+        while True:
+            sent.append(peer.send(b" " * (1 << 16)))
+
+    with pytest.raises(UserError, match="answers more than 1 MiB"):
+        _reward(Raw(endless), timeout=60, retries=3)(IMAGES, PROMPTS)
+    assert sum(sent) < 1 << 25  # what the system's buffers took besides
+
+
+@pytest.mark.parametrize("code", [301, 302, 303, 307, 308])
+def test_a_redirection_takes_no_header_and_no_picture_elsewhere(
+    server: Server, code: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SCORE_KEY", "secret")
+    there = f"HTTP/1.0 {code} Moved\r\nLocation: {server.url}\r\n\r\n".encode()
+    with pytest.raises(UserError, match=rf"sends the request elsewhere \(HTTP {code}\): set url to there"):
+        _reward(Raw(lambda peer: peer.sendall(there)), headers={"Authorization": "Bearer ${SCORE_KEY}"})(
+            IMAGES, PROMPTS
+        )
+    assert server.requests == []
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"headers": {"Authorization": "Bearer hunter2"}}, "headers.Authorization would be readable"),
+        ({"headers": {"X-Anything": "hunter2"}}, "headers.X-Anything would be readable"),
+        ({"headers": {"X-Key": "hunter2${HOME}"}}, "headers.X-Key would be readable"),
+        ({"url": "http://me:hunter2@host/score"}, "url holds a password"),
+        ({"url": "ftp://me:hunter2@host/score"}, "url must start with http"),
+        ({"url": "http://host/score?api_key=hunter2"}, "write its api_key as"),
+        ({"headers": {"X-Key": "${NOT_THERE}"}}, "needs the environment variable NOT_THERE"),
+        ({"headers": {"X-Key": "${TWO_LINES}"}}, "holds a line break"),
+    ],
+)
+def test_secrets_are_neither_taken_literally_nor_printed(
+    options: dict, words: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TWO_LINES", "hunter2\r\nX-Other: hunter2")
+    with pytest.raises(UserError, match=words) as caught:
+        load({"name": "remote", "url": "http://host", **options})
+    assert "hunter2" not in str(caught.value)
+
+
+def test_a_failing_server_is_named_without_the_secrets_of_its_url(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("SCORE_KEY", "hunter2")
+    raw = Raw(lambda peer: peer.sendall(b"HTTP/1.0 500 hunter2\r\n\r\n"))
+    with pytest.raises(UserError) as caught:
+        _reward(raw, url=f"{raw.url}?key=${{SCORE_KEY}}", retries=1)(IMAGES, PROMPTS)
+    assert b"/score?key=hunter2 " in raw.received
+    assert "hunter2" not in str(caught.value) + caplog.text and raw.url in str(caught.value)
