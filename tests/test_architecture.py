@@ -156,7 +156,7 @@ def test_the_public_names_are_the_real_ones():
     for name in visiontune.__all__:
         assert getattr(visiontune, name).__module__.startswith("visiontune"), name
         assert name in dir(visiontune)
-    assert visiontune.__version__ == "0.1.0"
+    assert visiontune.__version__ == "0.2.0"
     with pytest.raises(AttributeError, match="atach"):
         _ = visiontune.atach
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from dataclasses import replace
 from pathlib import Path
+from types import MappingProxyType
 
 import pytest
 import torch
@@ -55,7 +56,7 @@ class TinyModel(Model):
     """A model of 4x8x8 latents without a pipeline, with a table of word vectors as its text encoder."""
 
     family, task, source = "tiny", "text-to-image", "tiny"
-    TARGETS = MappingProxyType(dict.fromkeys(("denoiser", "text"), {"all": ("Conv2d", "Linear", "Embedding")}))
+    TARGETS = MappingProxyType({role: {"all": ("Conv2d", "Linear", "Embedding")} for role in ("denoiser", "text")})
     downsample, resolution = 2, 16
 
     def __init__(self, prediction: str = "eps", seed: int = 0, denoiser: nn.Module | None = None, **options) -> None:

@@ -74,7 +74,7 @@ def test_unmasking_gives_the_tokens_and_pictures_of_the_stock_pipeline(model, cf
     given = {"num_inference_steps": steps}
     expected, _ = stock(model, "latent", cfg_scale, **given)
     shown, _ = stock(model, "pt", cfg_scale, **given)
-    options = {"cfg_scale": cfg_scale, "steps": steps, "size": tuple(SIZE.values())}
+    options = {"guidance": classifier_free(cfg_scale), "steps": steps, "size": tuple(SIZE.values())}
     found = unmask(model, model.embed(PROMPTS), generator=seeded(), **options)
     assert torch.equal(found, expected)
     assert len(found.unique()) > 5 and model.mask_token not in found
@@ -86,7 +86,12 @@ def test_unmasking_gives_the_tokens_and_pictures_of_the_stock_pipeline(model, cf
 def test_temperature_and_negative_prompt_are_those_of_the_stock_pipeline(model):
     negative = ["small", "a photo"]
     expected, _ = stock(model, "latent", 3.0, temperature=(20, 1), negative_prompt=negative)
-    options = {"cfg_scale": 3.0, "steps": 4, "size": tuple(SIZE.values()), "uncond": model.embed(negative)}
+    options = {
+        "guidance": classifier_free(3.0),
+        "steps": 4,
+        "size": tuple(SIZE.values()),
+        "uncond": model.embed(negative),
+    }
     found = unmask(model, model.embed(PROMPTS), temperature=(20, 1), generator=seeded(), **options)
     assert torch.equal(found, expected)
     assert not torch.equal(unmask(model, model.embed(PROMPTS), generator=seeded(), **options), expected)

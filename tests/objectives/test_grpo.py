@@ -40,8 +40,13 @@ def test_the_gradient_is_that_of_the_expected_reward(dynamics):
     model.mean.grad = None
     cond, (start, end), steps = model.embed([""] * count), model.schedule.timesteps(5), make_dynamics(dynamics)
     through = rollout(
-        model, cond, chain=(start[:scored], end[:scored]), dynamics=steps, window=Window(steps=scored), start=Start(generator=torch.Generator().manual_seed(1)),
-    )  # fmt: skip
+        model,
+        cond,
+        chain=(start[:scored], end[:scored]),
+        dynamics=steps,
+        window=Window(steps=scored),
+        start=Start(generator=torch.Generator().manual_seed(1)),
+    )
     x, frozen = through.final, copy.deepcopy(model).requires_grad_(False)
     for t, t_next in zip(start[scored:, None], end[scored:, None], strict=True):
         x, _ = transition(model.schedule, frozen.predict(x, t, cond), x, t, t_next, steps)

@@ -19,8 +19,8 @@ from visiontune.core import Loss
 from visiontune.data.prompts import PromptBatches, hold_out
 from visiontune.errors import Stopped, UserError
 from visiontune.objectives import alignprop, denoising
-from visiontune.objectives._online import OnlineConfig
-from visiontune.objectives.base import Online
+from visiontune.objectives._online import OnlineConfig, Rollouts
+from visiontune.objectives.base import Needs
 from visiontune.rewards.base import as_reward
 from visiontune.training import checkpoint, measures
 from visiontune.training.config import GuardsConfig
@@ -215,10 +215,15 @@ def test_held_out_prompts_are_chosen_by_the_seed_and_not_trained_on():
 # ---------------------------------------------------------------------------------------------------- in a run
 
 
-class Drift(Online):
+class Drift(Rollouts):
     """Moves every parameter by the learning rate each step, and logs what it is told to."""
 
-    rewarded = False
+    @property
+    def needs(self):
+        return Needs(online=True)
+
+    def probe(self, model, batch, tools):
+        model.embed(batch.prompts)
 
     def __init__(self, updates=1, logs=None) -> None:
         super().__init__(OnlineConfig(steps=2, cfg_scale=1.0))
@@ -267,7 +272,7 @@ def guarded(out):
 
 def state(out, step):
     weights, saved = checkpoint.load(checkpoint.folder(out, step))
-    del saved["meter"]
+    del saved["parts"]["meter"]
     return weights, saved
 
 
@@ -466,6 +471,7 @@ def test_a_run_killed_before_its_first_checkpoint_measures_its_start_anew(tmp_pa
 def test_a_run_that_began_without_guards_is_not_gone_on_with(tmp_path):
     trainer = drifting(tmp_path, steps=4)
     trainer.guard = None
+    del trainer.stateful["guard"]
     trainer.fit()
     with pytest.raises(UserError, match="without guards"):
         drifting(tmp_path).fit()
@@ -529,7 +535,7 @@ def test_a_hacked_reward_rings_while_it_rises(tmp_path):
     assert last < 30 and kept == last - 5
     weights, _ = checkpoint.load(checkpoint.folder(tmp_path, kept))
     result = load_file(tmp_path / "model" / "unet" / "diffusion_pytorch_model.safetensors")
-    assert_same(result, {name.removeprefix("denoiser."): value for name, value in weights.items()})
+    assert_same(result, {name.removeprefix("unet."): value for name, value in weights.items()})
 
 
 def test_processes_stop_together_with_one_result(tmp_path):

@@ -30,7 +30,7 @@ def test_two_accumulated_batches_of_two_are_one_batch_of_four(tmp_path):
     start = dict(TinyModel().denoiser.named_parameters())
     for name, value in results[0].items():
         torch.testing.assert_close(results[1][name], value, rtol=1e-5, atol=1e-6)
-        assert not torch.equal(value, start[name.removeprefix("denoiser.")])
+        assert not torch.equal(value, start[name.removeprefix("unet.")])
 
 
 def test_a_step_is_plain_adamw_on_the_objective(tmp_path):
@@ -47,7 +47,7 @@ def test_a_step_is_plain_adamw_on_the_objective(tmp_path):
         torch.nn.utils.clip_grad_norm_(model.denoiser.parameters(), 0.5)
         optimizer.step()
     for name, value in model.denoiser.named_parameters():
-        assert torch.equal(trained[f"denoiser.{name}"], value)
+        assert torch.equal(trained[f"unet.{name}"], value)
 
 
 def test_the_seed_decides_the_run(tmp_path):
@@ -63,7 +63,7 @@ def test_gradient_checkpointing_changes_nothing_but_memory(tmp_path):
         torch.manual_seed(0)
         found = adapters.attach(model.of("denoiser", "text"), "lora", targets=["to_q", "q_proj"])
         rows = TinyRows(model, embedded=False)
-        options = {"text_encoder": True, "lr": 1e-2, "steps": 2, "gradient_checkpointing": on}
+        options = {"parts": ["denoiser", "text"], "lr": 1e-2, "steps": 2, "gradient_checkpointing": on}
         trainer = tiny_trainer(tmp_path / str(on), model=model, rows=rows, adapters=found, **options)
         assert model.denoiser.is_gradient_checkpointing is on
         saved = 0
@@ -106,7 +106,7 @@ def test_what_is_saved_is_the_average(tmp_path):
     average = trainer.average
     result = load_file(trainer.fit() / "weights.safetensors")
     for (name, p), shadow in zip(trainer.parameters.items(), average.shadow, strict=True):
-        assert torch.equal(result[name.removeprefix("denoiser.")], shadow)
+        assert torch.equal(result[name.removeprefix("unet.")], shadow)
         assert not torch.equal(p, shadow)
 
 

@@ -31,7 +31,7 @@ def start(adapters: AdapterSet, path: str | Path) -> None:
     if other:
         raise UserError(
             f"start: '{other[0]}' and {len(other) - 1} more layers are adapted either in {path} or here: "
-            f"set targets to {header['targets']}, and train.text_encoder as it was"
+            f"set targets to {header['targets']}, and train.parts as it was"
         )
     _storage.check_base(path, header, adapters.base_layers(), "start from an adapter of this base")
     module = sys.modules[type(adapters.config).__module__]

@@ -110,9 +110,12 @@ class Embedded(Guidance):
         return call(x, t, replace(cond, extra={**cond.extra, "guidance": told}))
 
 
+NO_GUIDANCE = NoGuidance()
+
+
 def classifier_free(scale: float) -> Guidance:
     """`CFG` of a scale, or none where the scale is 1, at half the cost."""
-    return NoGuidance() if scale == 1.0 else CFG(scale=scale)
+    return NO_GUIDANCE if scale == 1.0 else CFG(scale=scale)
 
 
 class Predicting(Protocol):

@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint as torch_checkpoint
 from visiontune.core import Condition
 from visiontune.diffusion._window import gradient_window, require_effect
 from visiontune.diffusion.dynamics import DDIM, Dynamics
-from visiontune.diffusion.guidance import Guidance, NoGuidance, guided
+from visiontune.diffusion.guidance import NO_GUIDANCE, Guidance, guided
 from visiontune.diffusion.schedule import Schedule
 from visiontune.diffusion.transition import Reduce, _log_prob, kernel, transition
 from visiontune.errors import UserError
@@ -124,7 +124,7 @@ class Window:
 
 
 # What a rollout does unless it is told otherwise.
-NO_GUIDANCE, DETERMINISTIC, OWN_NOISE, THE_END, NO_STEPS = NoGuidance(), DDIM(), Start(), Keep(), Window()
+DETERMINISTIC, OWN_NOISE, THE_END, NO_STEPS = DDIM(), Start(), Keep(), Window()
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from visiontune.core import Condition
-from visiontune.diffusion.guidance import Guidance
+from visiontune.diffusion.guidance import NO_GUIDANCE, Guidance
 
 
 class Unmasked(Protocol):
@@ -46,7 +46,7 @@ def unmask(
     cond: Condition,
     *,
     uncond: Condition | None = None,
-    guidance: Guidance,
+    guidance: Guidance = NO_GUIDANCE,
     steps: int = 12,
     temperature: tuple[float, float] = (2.0, 0.0),
     generator: torch.Generator | Sequence[torch.Generator] | None = None,
