@@ -25,7 +25,7 @@ def test_two_processes_train_like_one_with_both_their_batches(tmp_path, name):
     start = worker.trainer(tmp_path / "start", name, 16).parameters
     for key, value in one.items():
         torch.testing.assert_close(two[key], value, rtol=1e-5, atol=1e-6)
-    assert any(not torch.equal(value, start[f"denoiser.{key}"]) for key, value in one.items())
+    assert any(not torch.equal(value, start[f"unet.{key}"]) for key, value in one.items())
     terms = {"reward", "reward_std", "advantage", "flat_prompts", "loss", "grad_norm"} & rows(tmp_path / "one")[
         0
     ].keys()

@@ -45,6 +45,11 @@ def choose(model: Model, adapters: Any, parts: Sequence[str] | None) -> dict[str
     if adapters is not None:
         everything = {f"adapters.{name}": p for name, p in adapters.named_parameters() if p.requires_grad}
         adapters.requires_grad_(False)
+        if strange := {network_of(name) for name in everything} - model.networks().keys():
+            raise UserError(
+                f"the adapter is attached to '{min(strange)}', which is no network of '{model.source}': attach it to "
+                "model.of(...), under the networks' own names"
+            )
         chosen = {name: p for name, p in everything.items() if network_of(name) in trained}
     else:
         chosen = {f"{part}.{name}": p for part in trained for name, p in model.networks()[part].named_parameters()}
