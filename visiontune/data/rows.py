@@ -76,7 +76,8 @@ class Rows:
         self._text = Cache(Path(cache_dir) / "text")
         self._vae, self._encoder = model.fingerprint("vae"), model.fingerprint("text")
         self._digests: dict[int, str] = {}
-        sizes = buckets.sizes(config.resolution or model.resolution, model.downsample, square=not config.buckets)
+        resolution = config.resolution or model.resolution
+        sizes = buckets.sizes(resolution, model.downsample, model.unit, square=not config.buckets)
         self.buckets: dict[Size, list[int]] = {}
         for i, sample in enumerate(self.samples):
             if not sample.prior:
