@@ -5,15 +5,17 @@ from __future__ import annotations
 import pytest
 import torch
 from diffusers import DDIMScheduler, UniPCMultistepScheduler
-from tiny import remade, tiny_model, tiny_pipe
+from tiny import remade, save_tiny, tiny_model, tiny_pipe
 
 from visiontune import models
-from visiontune.adapters import attach
+from visiontune.adapters import attach, load
 from visiontune.core import Condition
 from visiontune.diffusion.dynamics import FlowODE
 from visiontune.diffusion.trajectory import Start, rollout
 from visiontune.errors import UserError
 from visiontune.models.sd3 import StableDiffusion3
+from visiontune.weights.export import export
+from visiontune.weights.keys import keys_of
 
 
 def test_a_prompt_is_clip_beside_clip_then_t5_and_two_pooled_vectors():
@@ -107,3 +109,35 @@ def test_presets_name_the_layers_of_clip_and_of_t5():
     layers = attach(model.of("denoiser"), "lora", targets="attention", presets=model.presets()).layers
     # two attentions in the first block; the last block's text goes nowhere after it
     assert len(layers) == (8 + 4) + 7
+
+
+class TestExport:
+    @pytest.fixture
+    def file(self, tmp_path):
+        """A LoRA of T5 alone."""
+        model = tiny_model("sd3")
+        found = attach(model.of("text_encoder_3"), "lora", targets="attention", presets=model.presets(["text"]), rank=2)
+        with torch.no_grad():
+            for parameter in found.parameters():
+                parameter.add_(0.1)
+        return found.save(tmp_path / "adapter.safetensors", {"base_model": str(save_tiny(tmp_path / "model", "sd3"))})
+
+    def test_t5_keeps_its_own_names_of_layers(self, file, tmp_path):
+        model = models.load(str(tmp_path / "model"))
+        layers = load(model.networks(), file).layers
+        keys = keys_of("sd3", model.networks())
+        assert [keys.public(layer) for layer in layers] == list(layers)
+        assert keys.public("text_encoder.encoder.layers.0.mlp.fc1") == (
+            "text_encoder.text_model.encoder.layers.0.mlp.fc1"
+        )
+
+    def test_what_the_stock_pipeline_would_leave_out_is_refused(self, file, tmp_path):
+        model = models.load(str(tmp_path / "model"))
+        adapters = load(model.networks(), file)
+        options = {"dtype": torch.float32, "pipe": model.pipe}
+        with pytest.raises(UserError, match="StableDiffusion3Pipeline loads no LoRA of its text_encoder_3"):
+            export(adapters, tmp_path / "a.safetensors", **options)
+        assert not (tmp_path / "a.safetensors").exists()
+        expected = model.embed(["a red circle"]).tokens
+        export(adapters, tmp_path / "m", "merged", **options)
+        torch.testing.assert_close(models.load(str(tmp_path / "m")).embed(["a red circle"]).tokens, expected)
