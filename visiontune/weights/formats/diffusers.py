@@ -29,10 +29,11 @@ def _refuse_unread(adapters: AdapterSet, pipe: Any) -> None:
     Raises:
         UserError: naming the first such part.
     """
-    read = getattr(pipe, "_lora_loadable_modules", None)
-    for layer in adapters.layers if read is not None else ():
+    if not hasattr(pipe, "_lora_loadable_modules"):
+        return
+    for layer in adapters.layers:
         part = layer.partition(".")[0]
-        if part not in read:
+        if part not in pipe._lora_loadable_modules:
             raise UserError(f"{type(pipe).__name__} loads no LoRA of its {part}, which this adapter has: export merged")
 
 
