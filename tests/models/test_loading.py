@@ -9,7 +9,7 @@ import huggingface_hub
 import pytest
 import torch
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
-from tiny import remade, save_tiny_sd, tiny_model, tiny_sd, tiny_sdxl
+from tiny import remade, save_tiny, tiny_model, tiny_pipe
 
 from visiontune import models
 from visiontune.errors import UserError
@@ -18,7 +18,7 @@ from visiontune.models import pocket
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
-    return save_tiny_sd(tmp_path_factory.mktemp("models") / "tiny")
+    return save_tiny(tmp_path_factory.mktemp("models") / "tiny")
 
 
 @pytest.fixture
@@ -69,7 +69,7 @@ def test_the_folder_of_a_run_stands_for_the_model_in_it(folder):
 
 
 def test_the_pipeline_class_chooses_the_family(tmp_path):
-    tiny_sdxl().save_pretrained(tmp_path)
+    tiny_pipe("sdxl").save_pretrained(tmp_path)
     model, original = models.load(str(tmp_path)), tiny_model("sdxl")
     assert model.family == "sdxl"
     torch.testing.assert_close(model.embed(["a red circle"]).pooled, original.embed(["a red circle"]).pooled)
@@ -77,7 +77,7 @@ def test_the_pipeline_class_chooses_the_family(tmp_path):
 
 
 def test_prediction_type_comes_with_the_folder(tmp_path):
-    assert models.load(str(save_tiny_sd(tmp_path / "v", "v_prediction"))).schedule.prediction == "v"
+    assert models.load(str(save_tiny(tmp_path / "v", prediction_type="v_prediction"))).schedule.prediction == "v"
 
 
 def test_dtype_is_that_of_every_part(saved):
@@ -174,14 +174,14 @@ def test_pickled_weights_are_refused(folder):
 
 
 def test_an_inpainting_unet_is_refused(tmp_path):
-    pipe = tiny_sd()
+    pipe = tiny_pipe()
     pipe.unet = remade(pipe.unet, in_channels=9)
     pipe.save_pretrained(tmp_path / "inpaint")
     assert "its UNet takes 9 channels; give a text-to-image checkpoint" in refusal(tmp_path / "inpaint")
 
 
 def test_a_guidance_distilled_unet_is_refused(tmp_path):
-    pipe = tiny_sd()
+    pipe = tiny_pipe()
     pipe.unet = remade(pipe.unet, time_cond_proj_dim=8)
     pipe.save_pretrained(tmp_path / "lcm")
     assert "its guidance is distilled into the UNet" in refusal(tmp_path / "lcm")

@@ -55,13 +55,16 @@ def load(source: str, dtype: torch.dtype, revision: str | None, device: str, qua
     """See `visiontune.models.load`."""
     _check_device(device)
     folder, fetching = _locate(source, revision)
-    name = str(_read_index(source, folder, fetching).get("_class_name"))
+    index = _read_index(source, folder, fetching)
+    name = str(index.get("_class_name"))
     pipelines = (cls for cls in families().values() if issubclass(cls, PipelineModel))
     known = {cls_name: cls for cls in pipelines for cls_name in cls.pipeline_classes}
     if name not in known:
         raise UserError(f"model '{source}' has the pipeline class {name}; supported: {', '.join(sorted(known))}")
     family = known[name]
-    options = {"dtype": dtype, "use_safetensors": True, **fetching, **family.load_options}
+    # A part that the model was saved without has to be named again, unless its pipeline calls it optional.
+    absent = dict.fromkeys(part for part, kind in index.items() if kind == [None, None])
+    options = {"dtype": dtype, "use_safetensors": True, **absent, **fetching, **family.load_options}
     try:
         pipe = getattr(diffusers, name).from_pretrained(str(folder or source), **options)
     except _BROKEN as error:

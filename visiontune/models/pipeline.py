@@ -177,8 +177,12 @@ class PipelineModel(Model):
         if isinstance(guidance, CFG):
             if guidance.interval != (0.0, 1.0):
                 raise UserError("the stock pipeline guides at every step: leave the interval out to draw with it")
-            scale = guidance.scale - self.GUIDANCE_OFFSET
-            return {"guidance_scale": scale, "negative_prompt": [request.negative for request in requests]}
+            # Without any, pipelines guide away from `unconditional`, which need not be the empty prompt.
+            negatives = [request.negative for request in requests]
+            return {
+                "guidance_scale": guidance.scale - self.GUIDANCE_OFFSET,
+                "negative_prompt": negatives if any(negatives) else None,
+            }
         if isinstance(guidance, Embedded):
             return {"guidance_scale": guidance.scale}
         return {"guidance_scale": 1.0 - self.GUIDANCE_OFFSET}

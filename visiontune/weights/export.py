@@ -29,7 +29,8 @@ class Job:
         dtype: of the written tensors.
         rank: of the approximation of what is no LoRA; none for as many as the change really has.
         keys: what other tools call the model's layers.
-        pipe: the pipeline that the set is attached to, which whole models are written from.
+        pipe: the pipeline that the set is attached to: whole models are written from it, and a file of adapters is
+            held against what it loads.
     """
 
     dtype: torch.dtype
@@ -86,7 +87,7 @@ def export(
         adapters: an attached set, not merged; written at its present ``scale``.
         path: a ``.safetensors`` file or a folder, as the format has it; it is whole or absent.
         kind: the format.
-        dtype, rank, pipe: see :class:`Job`; ``pipe`` is for ``merged`` alone, which leaves it cast and merged.
+        dtype, rank, pipe: see :class:`Job`; ``merged`` needs ``pipe``, and leaves it cast and merged.
         keys: the model's, see :func:`visiontune.weights.keys.keys_of`; by default the names of diffusers and PEFT,
             without which ``kohya`` and ``diff`` cannot be written.
 
