@@ -24,7 +24,17 @@ from diffusers import (
     UVit2DModel,
     VQModel,
 )
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+from transformers import (
+    CLIPImageProcessor,
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+    CLIPVisionConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    LlavaProcessor,
+)
 
 WORDS = "a an of the in on photo picture circle square triangle red green blue small large left right above below"
 CHARACTERS = "abcdefghijklmnopqrstuvwxyz0123456789.,:;!?'-_()[]<>"
@@ -58,6 +68,35 @@ def tiny_model(family: str = "sd", **options: Any) -> Any:
 def save_tiny_sd(folder: str | Path, prediction_type: str = "epsilon") -> Path:
     """Write `tiny_sd` in the diffusers layout, for whatever opens a model by its folder."""
     _sd(prediction_type).save_pretrained(folder)
+    return Path(folder)
+
+
+def save_tiny_llava(folder: str | Path, **changes: Any) -> Path:
+    """Write a LLaVA with a Llama of two layers, whose pictures are four tokens, in transformers' layout."""
+    words = tokenizer()
+    words.add_special_tokens({"additional_special_tokens": ["<image>"], "pad_token": "<|endoftext|>"})
+    mark = words.convert_tokens_to_ids("<image>")
+    tower = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    ends = {f"{name}_token_id": getattr(words, f"{name}_token_id") for name in ("bos", "eos", "pad")}
+    text = {**tower, **ends, "model_type": "llama", "num_key_value_heads": 2, "max_position_embeddings": 64}
+    config = LlavaConfig(
+        vision_config=CLIPVisionConfig(**tower, image_size=SIZE, patch_size=8, projection_dim=16),
+        text_config={**text, "vocab_size": len(words)},
+        image_token_index=mark,
+        image_seq_length=4,
+        **changes,
+    )
+    processor = LlavaProcessor(
+        image_processor=CLIPImageProcessor(size={"shortest_edge": SIZE}, crop_size=SIZE),
+        tokenizer=words,
+        patch_size=8,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(3)
+        LlavaForConditionalGeneration(config).save_pretrained(folder)
+    processor.save_pretrained(folder)
     return Path(folder)
 
 

@@ -57,6 +57,20 @@ class PipelineModel(Model):
         self.max_tokens = int(pipe.tokenizer.model_max_length)
         self._float32_codec: Any = None
 
+    @classmethod
+    def open(cls, name: str, place: str, source: str, dtype: torch.dtype, **fetching: Any) -> Self:
+        """The pipeline of the class `name` at `place`, a folder or a Hub id; `fetching` as diffusers has it."""
+        import diffusers
+
+        options = {"dtype": dtype, "use_safetensors": True, **fetching, **cls.load_options}
+        pipe = getattr(diffusers, name).from_pretrained(place, **options)
+        # transformers makes an empty tokenizer where the files of one are missing, and every prompt then reads the
+        # same.
+        for part, value in pipe.components.items():
+            if part.startswith("tokenizer") and value is not None and len(value) <= len(value.all_special_ids) + 1:
+                raise UserError(f"model '{source}' has no vocabulary in its {part} folder: download it again")
+        return cls(pipe, source=source)
+
     # -- networks -----------------------------------------------------------------------------------------------
 
     def networks(self) -> dict[str, nn.Module]:
