@@ -35,19 +35,19 @@ MAY_IMPORT = {
     "adapters": {"errors", "files", "schema", "plugin", "core", "ops"},
     "weights": {"errors", "files", "core", "ops", "adapters"},
     "pocket": {"errors", "files", "schema", "core"},
-    "rewards": GROUND | {"core", "ops", "models.clip", "models.sources", "pocket"},
+    "rewards": GROUND | {"core", "ops", "models.clip", "models.sources", "pocket", "data.pictures"},
     "data": {"errors", "files", "schema", "catalogue", "core", "ops", "pocket"},
     "objectives": {"errors", "files", "schema", "core", "diffusion", "models.base", "data.base"},
     "sampling": GROUND | LIBRARY - {"objectives", "rewards"} | {"pocket"},
     "training": GROUND | LIBRARY - {"rewards"} | {"sampling"},
     "evaluation": GROUND | LIBRARY - {"objectives"} | {"pocket", "sampling"},
-    "config": GROUND | LIBRARY | {"sampling", "training", "assemble"},
+    "config": GROUND | LIBRARY | {"sampling", "training"},
     "assemble": GROUND | LIBRARY | {"sampling", "training", "config"},
     "estimate": GROUND | LIBRARY | {"sampling", "training", "config", "assemble"},
-    "demo": GROUND | LIBRARY | {"pocket", "sampling", "training", "evaluation", "config"},
+    "demo": GROUND | LIBRARY | {"pocket", "sampling", "training", "evaluation", "config", "assemble"},
     "cli": GROUND
     | LIBRARY
-    | {"weights", "sampling", "training", "evaluation", "config", "estimate", "demo", "__version__"},
+    | {"weights", "sampling", "training", "evaluation", "config", "assemble", "estimate", "demo", "__version__"},
     "__main__": {"cli"},
     "__init__": {"errors"},
 }
@@ -156,7 +156,7 @@ def test_the_public_names_are_the_real_ones():
     for name in visiontune.__all__:
         assert getattr(visiontune, name).__module__.startswith("visiontune"), name
         assert name in dir(visiontune)
-    assert visiontune.__version__ == "0.1.0"
+    assert visiontune.__version__ == "0.2.0"
     with pytest.raises(AttributeError, match="atach"):
         _ = visiontune.atach
 

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from visiontune import __version__
+
 ROOT = Path(__file__).parents[1]
 
 
@@ -34,8 +36,8 @@ def test_the_wheel_holds_the_package_and_the_catalogue(built):
     assert {f"visiontune/{name}" for name in files(ROOT / "visiontune")} <= names
     for folder in ("pipelines", "rewards", "datasets"):
         assert {f"visiontune/_catalogue/{folder}/{name}" for name in files(ROOT / folder)} <= names
-    assert {name.split("/")[0] for name in names} == {"visiontune", "visiontune-0.1.0.dist-info"}
-    assert "visiontune-0.1.0.dist-info/licenses/LICENSE" in names
+    assert {name.split("/")[0] for name in names} == {"visiontune", f"visiontune-{__version__}.dist-info"}
+    assert f"visiontune-{__version__}.dist-info/licenses/LICENSE" in names
 
 
 def test_the_source_distribution_holds_what_the_wheel_is_made_of(built):

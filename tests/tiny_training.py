@@ -138,6 +138,9 @@ class TinyRows:
     def batch(self, step: int) -> Batch:
         return tiny_batch(self.model, step, self.batch_size, self.prior, embedded=self.embedded)
 
+    def close(self) -> None:
+        pass
+
 
 class RowNoise(denoising.Denoising):
     """Noise and timestep of a row depend on the row alone, so that batches may be cut in different ways."""

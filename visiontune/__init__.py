@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from visiontune.sampling.generate import generate
     from visiontune.training.loop import Trainer
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 __all__ = ["AdapterSet", "Trainer", "UserError", "attach", "generate", "load_model"]
 
 # Each of these modules imports torch, which costs seconds that a command line must not spend on --help.

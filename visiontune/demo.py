@@ -43,7 +43,7 @@ def run(out: Path, overrides: Sequence[str] = ()) -> Path:
     recipes = {m: config.load_run(f"personalise/{m}", [*own, f"name={m}", *overrides]) for m in METHODS}
     data = recipes[METHODS[0]].data
     subject, trigger = data.root.removeprefix("pocket/"), data.trigger
-    references = np.stack([np.asarray(sample.open()) for sample in read(data)])
+    references = np.stack([np.asarray(sample.sources["image"].open()) for sample in read(data)])
     print(f"pocket-sd meets {subject}: {len(references)} pictures it has never seen, called '{trigger}'")
 
     print("measuring the base model ...")

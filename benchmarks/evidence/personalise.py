@@ -61,7 +61,7 @@ def train_and_measure(
     ]
     recipe = config.load_run(f"personalise/{method or 'lora'}", [*own, *overrides])
     before = energies(load("pocket/sd"))
-    references = np.stack([np.asarray(sample.open()) for sample in read(recipe.data)])
+    references = np.stack([np.asarray(sample.sources["image"].open()) for sample in read(recipe.data)])
     if method is None:
         model, trained, change = load("pocket/sd"), 0, 0.0
     else:

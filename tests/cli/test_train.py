@@ -48,6 +48,31 @@ def test_a_run_goes_on_only_when_told_and_only_as_the_same_run(cli, recipe, unch
     assert steps[-1] == 3 and sorted(set(steps)) == steps
 
 
+def in_names_of_0_1(file):
+    """Rewrite a resolved recipe as visiontune 0.1 would have written it."""
+    old = yaml.safe_load(file.read_text())
+    old["train"] = {"denoiser": True, "text_encoder": False, "steps": 2}
+    timesteps = old["objective"].pop("timesteps")
+    old["objective"] |= {"min_timestep": round(timesteps["low"] * 1000), "max_timestep": None}
+    old["data"] |= {"image_column": "image", "rejected_column": "rejected"}
+    for name in ("columns", "ignore"):
+        del old["data"][name]
+    file.write_text(yaml.safe_dump(old))
+
+
+def test_a_run_folder_of_the_first_version_goes_on_and_its_recipe_names_what_is_new(cli, recipe):
+    low = ["objective=denoising", "objective.timesteps.low=0.2"]
+    assert cli("train", recipe, *low).code == 0
+    file = Path("runs/tiny/recipe.yaml")
+    in_names_of_0_1(file)
+    other = cli("train", recipe, "train.resume=true", "train.steps=3")
+    assert other.code == 2 and "objective.timesteps.low=0.2, not 0.0" in other.err
+    asked = cli("train", file, "name=again")
+    assert asked.code == 2 and "is now" in asked.err and asked.err.count("\n") == 1
+    more = cli("train", recipe, "train.resume=true", "train.steps=3", *low)
+    assert more.code == 0, more.err
+
+
 def test_a_trained_text_encoder_is_adapted_too(cli, recipe):
     assert cli("train", recipe, "train.parts=[denoiser, text]").code == 0
     layers = adapters.read_header("runs/tiny/adapter.safetensors")["layers"]

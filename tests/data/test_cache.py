@@ -45,6 +45,25 @@ def test_a_damaged_file_is_made_again(cache, damage):
     assert path.read_bytes() == sound
 
 
+def test_what_was_used_last_is_kept_in_memory_up_to_its_size(tmp_path):
+    """Three entries of 400 bytes where 1000 are kept: of a, b, a, c the one used longest ago goes."""
+    cache = Cache(tmp_path, memory=1000)
+    values = {name: {"x": torch.full((100,), float(i))} for i, name in enumerate("abc")}
+    for name in "abac":
+        cache.get(name, lambda name=name: values[name])
+    for name in "abc":
+        cache.path(name).unlink()
+    again = Maker()
+    found = {name: cache.get(name, again) for name in "ac"}
+    assert again.calls == 0 and all(torch.equal(found[name]["x"], values[name]["x"]) for name in "ac")
+    cache.get("b", again)
+    assert again.calls == 1
+    big = Cache(tmp_path / "big", memory=100)
+    big.get("a", lambda: values["a"])
+    big.path("a").unlink()
+    assert torch.equal(big.get("a", again)["a"], TENSORS["a"]) and again.calls == 2
+
+
 def test_nothing_is_left_behind_when_encoding_or_writing_fails(cache, monkeypatch):
     def fail(*args, **kwargs):
         raise OSError(28, "No space left on device")

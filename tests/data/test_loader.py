@@ -7,14 +7,15 @@ import pytest
 import torch
 from PIL import Image
 
-from visiontune.data.base import Config, Sample
+from visiontune.data.base import Config, Sample, Source
 from visiontune.data.loader import BatchSampler, Rows
 
 
 def sample(name: str, size: tuple[int, int] = (32, 32), prior: bool = False) -> Sample:
     color = (sum(name.encode()) % 256,) * 3
     weight = 0.5 if prior else 1.0
-    return Sample(id=name, image=lambda: Image.new("RGB", size, color), caption=f"c {name}", prior=prior, weight=weight)
+    sources = {"image": Source(lambda: Image.new("RGB", size, color))}
+    return Sample(id=name, sources=sources, caption=f"c {name}", prior=prior, weight=weight)
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from visiontune.data.base import Config, Sample
+from visiontune.data.base import Config, Sample, Source
 from visiontune.data.loader import BatchSampler
 from visiontune.data.preflight import preflight
 from visiontune.data.readers import read
@@ -22,7 +22,11 @@ SQUARE = (32, 32)
 
 
 def pairs(root, **options) -> list[Sample]:
-    return read(Config(root=str(root), **options), pairs=True)
+    return read(Config(root=str(root), **options), ("image", "rejected"))
+
+
+def files(samples: list[Sample], column: str) -> list:
+    return [s.sources[column].file for s in samples]
 
 
 def lines(folder, *rows) -> None:
@@ -35,10 +39,21 @@ def test_two_subfolders_with_equal_names(photo, tmp_path):
         photo(f"rejected/{name}")
     samples = pairs(tmp_path)
     assert [(s.id, s.caption) for s in samples] == [("a.png", "a sks a"), ("b.jpg", "a sks b")]
-    assert [s.rejected for s in samples] == [tmp_path / "rejected/a.png", tmp_path / "rejected/b.jpg"]
-    assert [s.image for s in samples] == [tmp_path / "chosen/a.png", tmp_path / "chosen/b.jpg"]
+    assert files(samples, "rejected") == [tmp_path / "rejected/a.png", tmp_path / "rejected/b.jpg"]
+    assert files(samples, "image") == [tmp_path / "chosen/a.png", tmp_path / "chosen/b.jpg"]
     preflight(samples)
-    assert samples[0].partner().open() != samples[0].open()
+    assert samples[0].sources["rejected"].open() != samples[0].sources["image"].open()
+    with pytest.raises(
+        UserError, match=r"rejected/ \(2 files\); an objective that needs rejected .*ignore=\[rejected\]"
+    ):
+        read(Config(root=str(tmp_path)))
+    assert files(read(Config(root=str(tmp_path), ignore=["rejected"])), "image") == files(samples, "image")
+
+
+def test_worse_pictures_in_a_subfolder_beside_the_better_ones(photo, tmp_path):
+    photo("a.png", caption="x")
+    photo("rejected/a.webp")
+    assert files(pairs(tmp_path), "rejected") == [tmp_path / "rejected/a.webp"]
 
 
 def test_lines_of_metadata_with_two_files(photo, tmp_path):
@@ -49,18 +64,26 @@ def test_lines_of_metadata_with_two_files(photo, tmp_path):
         {"file_name": "b.png", "text": "two", "bad": "c.png"},
         {"file_name": "a.png", "text": "one", "bad": "worse/a.png"},
     )
-    samples = pairs(tmp_path, rejected_column="bad")
-    assert [(s.caption, s.rejected) for s in samples] == [
-        ("one", tmp_path / "worse/a.png"),
-        ("two", tmp_path / "c.png"),
-    ]
+    samples = pairs(tmp_path, columns={"rejected": "bad"})
+    assert [s.caption for s in samples] == ["one", "two"]
+    assert files(samples, "rejected") == [tmp_path / "worse/a.png", tmp_path / "c.png"]
     preflight(samples)
-    single = read(Config(root=str(tmp_path)))
-    assert [s.id for s in single] == ["a.png", "b.png", "c.png"] and all(s.partner() is None for s in single)
     with pytest.raises(UserError, match=r"line 1 names no file as 'rejected'"):
         pairs(tmp_path)
     with pytest.raises(UserError, match=r"names no file as 'bat'; did you mean 'bad'\?"):
-        pairs(tmp_path, rejected_column="bat")
+        pairs(tmp_path, columns={"rejected": "bat"})
+    with pytest.raises(UserError, match=r"reads here: worse/ \(1 file\), 'bad' in metadata.jsonl"):
+        read(Config(root=str(tmp_path)))
+    single = read(Config(root=str(tmp_path), ignore=["bad", "worse"]))
+    assert [s.id for s in single] == ["a.png", "b.png"] and all(s.sources.keys() == {"image"} for s in single)
+
+
+def test_a_picture_that_the_lines_leave_out_lacks_its_partner(photo, tmp_path):
+    for name in ("a.png", "b.png", "c.png"):
+        photo(name)
+    lines(tmp_path, {"file_name": "a.png", "text": "one", "rejected": "b.png"})
+    with pytest.raises(UserError, match=r"1 samples that lack a column .*: c\.png \(rejected\)$"):
+        preflight(pairs(tmp_path))
 
 
 def png(seed: int) -> dict:
@@ -79,24 +102,29 @@ def test_a_table_with_two_columns_of_images(tmp_path, monkeypatch):
     (tmp_path / "data").mkdir()
     file = tmp_path / "data/t.parquet"
     table.to_parquet(str(file))
-    samples = pairs(file, rejected_column="loser")
+    samples = pairs(file, columns={"rejected": "loser"})
     preflight(samples)
-    found = [np.asarray(s.partner().open()) for s in samples]
+    found = [np.asarray(s.sources["rejected"].open()) for s in samples]
     wanted = [np.asarray(Image.open(io.BytesIO(png(seed)["bytes"]))) for seed in (2, 3)]
     assert all(np.array_equal(*both) for both in zip(found, wanted, strict=True))
-    assert np.array_equal(np.asarray(samples[1].open()), np.asarray(Image.open(io.BytesIO(png(1)["bytes"]))))
-    assert all(s.partner() is None for s in read(Config(root=str(file))))
-    with pytest.raises(UserError, match=r"no column 'rejected' .*set data\.rejected_column"):
+    assert np.array_equal(
+        np.asarray(samples[1].sources["image"].open()), np.asarray(Image.open(io.BytesIO(png(1)["bytes"])))
+    )
+    with pytest.raises(UserError, match=r"pictures that nothing reads here, in loser: .*data\.ignore=\[loser\]"):
+        read(Config(root=str(file)))
+    single = read(Config(root=str(file), ignore=["loser"]))
+    assert len(single) == 2 and all(s.sources.keys() == {"image"} for s in single)
+    with pytest.raises(UserError, match=r"no column 'rejected' .*set data\.columns\.rejected"):
         pairs(file.parent)
-    with pytest.raises(UserError, match=r"column 'number' .* holds no images .*set data\.rejected_column"):
-        pairs(file, rejected_column="number")
+    with pytest.raises(UserError, match=r"column 'number' .* holds no images .*set data\.columns\.rejected"):
+        pairs(file, columns={"rejected": "number"})
 
 
 def test_pairs_of_the_pocket_world_show_one_scene_twice():
     sample = pairs("pocket/pairs")[7]
-    better, worse = (np.asarray(s.open()).astype(int) for s in (sample, sample.partner()))
+    better, worse = (np.asarray(s.open()).astype(int) for s in (sample.sources["image"], sample.sources["rejected"]))
     assert 0 < (better != worse).any(-1).mean() < 0.7
-    with pytest.raises(UserError, match=r"pocket/bumble has no pairs.*pocket/pairs"):
+    with pytest.raises(UserError, match=r"pocket/bumble has no 'rejected' pictures; pocket/pairs has"):
         pairs("pocket/bumble")
 
 
@@ -111,12 +139,16 @@ def test_an_image_without_its_partner_is_refused_by_name(photo, tmp_path):
         preflight(pairs(tmp_path))
     broken, half = str(caught.value).split("; ")
     assert broken.startswith("1 unreadable") and "broken.png" in broken
-    assert half.startswith("2 pairs without a partner") and half.endswith(": a.png, rejected/c.png")
+    assert half.startswith("2 samples that lack a column") and half.endswith(
+        ": a.png (rejected), rejected/c.png (image)"
+    )
 
 
 def test_data_without_pairs_is_refused(photo, tmp_path):
     photo("a.png", caption="x")
-    with pytest.raises(UserError, match=r"has no pairs: write metadata\.jsonl with 'rejected'.*subfolders chosen"):
+    with pytest.raises(
+        UserError, match=r"no 'rejected' pictures: put .*subfolder chosen, with the captions.*'rejected' in meta"
+    ):
         pairs(tmp_path)
 
 
@@ -126,7 +158,11 @@ def test_data_without_pairs_is_refused(photo, tmp_path):
 @pytest.fixture
 def rows(model, photo, tmp_path):
     samples = [
-        Sample(id=f"{i}.png", image=photo(f"{i}.png"), caption=f"number {i}", rejected=photo(f"worse/{i}.png"))
+        Sample(
+            id=f"{i}.png",
+            sources={"image": Source(photo(f"{i}.png")), "rejected": Source(photo(f"worse/{i}.png"))},
+            caption=f"number {i}",
+        )
         for i in range(3)
     ]
 
@@ -144,9 +180,9 @@ def test_both_latents_of_a_row_come_with_one_flip_and_one_draw(rows, model):
     for row, (index, flip) in enumerate(((2, True), (0, False))):
         eps = torch.randn(1, 3, 16, 16, generator=torch.Generator().manual_seed(5 + row))
         sample = made.samples[index]
-        for picture, found in ((sample, batch.data["image"]), (sample.partner(), batch.data["rejected"])):
-            moments = model.moments(to_pixels(picture.open(), SQUARE, flip=flip)[None])
-            torch.testing.assert_close(found[row], model.latents_from_moments(moments, eps)[0])
+        for name, source in sample.sources.items():
+            moments = model.moments(to_pixels(source.open(), SQUARE, flip=flip)[None])
+            torch.testing.assert_close(batch.data[name][row], model.latents_from_moments(moments, eps)[0])
     assert batch.ids == ["2.png", "0.png"] and batch.prompts == ["number 2", "number 0"]
     assert torch.equal(batch[1].data["rejected"], batch.data["rejected"][1:])
 
@@ -163,6 +199,14 @@ def test_both_images_are_encoded_once(rows, model, flip):
     assert model.encoded == 6 * (1 + flip)
 
 
-def test_rows_without_pairs_have_no_rejected_latents(model, photo, tmp_path):
-    single = Rows(model, [Sample(id="a", image=photo("a.png"), caption="x")], Config(root="x"), tmp_path / "cache")
-    assert single.collate([Pick(index=0, size=SQUARE)]).data.keys() == {"image"}
+def test_a_sample_without_what_others_have_is_refused(model, photo, tmp_path):
+    image = Source(photo("a.png"))
+    whole = Sample(id="whole", sources={"image": image, "rejected": image}, caption="x")
+    for options in ({}, {"prior": True}):
+        half = Sample(id="half", sources={"image": image}, caption="x", **options)
+        with pytest.raises(UserError, match="1 samples have no rejected, as others have: half"):
+            Rows(model, [whole, half], Config(root="x"), tmp_path / "cache")
+    single = Rows(
+        model, [half, Sample(id="a", sources={"image": image}, caption="x")], Config(root="x"), tmp_path / "cache"
+    )
+    assert single.collate([Pick(index=1, size=SQUARE)]).data.keys() == {"image"}

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 from PIL import Image
 
-from visiontune.data.base import Config, Sample
+from visiontune.data.base import Config, Sample, Source
 from visiontune.data.preflight import preflight
 from visiontune.data.readers import read
 from visiontune.errors import UserError
@@ -12,7 +12,12 @@ from visiontune.errors import UserError
 def test_good_samples_pass(photo, tmp_path):
     photo("a.png", caption="a dog")
     photo("b.jpg", caption="a cat")
-    preflight([*read(Config(root=str(tmp_path))), Sample(id="c", image=lambda: Image.new("L", (4, 4)), caption="x")])
+    preflight(
+        [
+            *read(Config(root=str(tmp_path))),
+            Sample(id="c", sources={"image": Source(lambda: Image.new("L", (4, 4)))}, caption="x"),
+        ]
+    )
 
 
 def test_every_fault_is_listed_in_one_line(photo, tmp_path):
@@ -45,7 +50,10 @@ def test_a_row_of_metadata_without_its_image_is_refused(photo, tmp_path):
 
 
 def test_long_lists_give_ten_names_and_a_count():
-    samples = [Sample(id=f"s{i:02d}", image=lambda: Image.new("RGB", (4, 4)), caption="") for i in range(25)]
+    samples = [
+        Sample(id=f"s{i:02d}", sources={"image": Source(lambda: Image.new("RGB", (4, 4)))}, caption="")
+        for i in range(25)
+    ]
     with pytest.raises(UserError, match=r"25 empty.*s09 and 15 more") as caught:
         preflight(samples)
     assert "s10" not in str(caught.value)
@@ -61,4 +69,4 @@ def test_a_picture_that_fails_to_load_is_unreadable():
         raise RuntimeError("decoder went wrong")
 
     with pytest.raises(UserError, match="1 unreadable"):
-        preflight([Sample(id="a", image=fail, caption="x")])
+        preflight([Sample(id="a", sources={"image": Source(fail)}, caption="x")])

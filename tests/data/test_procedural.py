@@ -19,27 +19,31 @@ def draw(**options) -> list:
     return samples(from_mapping(Spec, {"source": "procedural", **options}), "set", trigger="sks", class_noun="circle")
 
 
+def digest(sample) -> str:
+    return sample.sources["image"].digest()
+
+
 def test_a_subject_set_shows_its_subject_alone_in_other_places():
     made = draw(world="subject", subject="domino", count=6, seed=3, caption="a photo of a [trigger] square")
-    pictures = [np.asarray(s.open()) for s in made]
+    pictures = [np.asarray(s.sources["image"].open()) for s in made]
     assert [oracle.recognise(p) for p in pictures] == ["domino"] * 6
-    assert len({s.digest() for s in made}) == len({s.id for s in made}) == 6
+    assert len({digest(s) for s in made}) == len({s.id for s in made}) == 6
     assert {s.caption for s in made} == {"a photo of a sks square"}
 
 
 def test_the_same_spec_draws_the_same_pixels_and_another_seed_does_not():
     options = {"world": "subject", "subject": "bumble", "caption": "x", "count": 3}
     one, again, other = (draw(**options, seed=s) for s in (1, 1, 2))
-    assert [s.digest() for s in one] == [s.digest() for s in again]
-    assert not {s.digest() for s in one} & {s.digest() for s in other}
-    assert [s.digest() for s in draw(**{**options, "count": 5}, seed=1)][:3] == [s.digest() for s in one]
+    assert [digest(s) for s in one] == [digest(s) for s in again]
+    assert not {digest(s) for s in one} & {digest(s) for s in other}
+    assert [digest(s) for s in draw(**{**options, "count": 5}, seed=1)][:3] == [digest(s) for s in one]
 
 
 @pytest.mark.parametrize("holdout", [True, False])
 def test_scenes_have_their_own_captions_and_keep_to_their_side_of_the_split(holdout):
     made = draw(world="scenes", count=20, seed=5, holdout=holdout)
     assert all(held_out(s.caption) == holdout for s in made)
-    assert all(oracle.matches(np.asarray(s.open()), s.caption) for s in made)
+    assert all(oracle.matches(np.asarray(s.sources["image"].open()), s.caption) for s in made)
 
 
 def test_a_style_set_draws_its_style_and_puts_the_scene_into_the_caption():
@@ -47,7 +51,7 @@ def test_a_style_set_draws_its_style_and_puts_the_scene_into_the_caption():
     hatched, flat = draw(**options, style="hatched"), draw(**options)
     assert [s.caption for s in hatched] == [s.caption for s in flat]
     assert all(s.caption.endswith(" in sks style") and oracle.read_caption(s.caption) for s in hatched)
-    assert all(a.digest() != b.digest() for a, b in zip(hatched, flat, strict=True))
+    assert all(digest(a) != digest(b) for a, b in zip(hatched, flat, strict=True))
 
 
 @pytest.mark.parametrize(
@@ -71,4 +75,4 @@ def test_every_drawn_catalogue_dataset_reads_and_passes_preflight(name):
     preflight(made)
     subject = catalogue.load("datasets", name).get("subject")
     if subject in SUBJECTS:
-        assert {oracle.recognise(np.asarray(s.open())) for s in made} == {subject}
+        assert {oracle.recognise(np.asarray(s.sources["image"].open())) for s in made} == {subject}

@@ -32,7 +32,7 @@ def test_a_flat_folder_pairs_images_with_text_files(photo, tmp_path):
     samples = read(Config(root=str(tmp_path), trigger="zwx", class_noun="dog"))
     assert captions(samples) == {"a.png": "a cat", "b.JPG": "a zwx dog on the moon"}
     assert [s.id for s in samples] == ["a.png", "b.JPG"]
-    assert samples[0].image == tmp_path / "a.png"
+    assert samples[0].sources["image"].file == tmp_path / "a.png"
     assert not samples[0].prior and samples[0].weight == 1.0
 
 
@@ -53,7 +53,7 @@ def test_metadata_captions_files_in_subfolders_and_its_column_can_be_named(photo
     config = Config(root=str(tmp_path), caption_column="words", prompt="a thing")
     samples = read(config)
     assert captions(samples) == {"b.png": "a thing", "images/a.png": "a cat"}
-    assert samples[1].image == tmp_path / "images/a.png"
+    assert samples[1].sources["image"].file == tmp_path / "images/a.png"
 
 
 def test_an_image_that_metadata_leaves_out_has_the_empty_caption(photo, tmp_path):
@@ -138,28 +138,30 @@ def parquet(tmp_path, monkeypatch):
 
 
 def test_a_parquet_file_gives_pictures_and_captions(parquet):
-    samples = read(Config(root=str(parquet), image_column="picture", prompt="a pet"))
+    samples = read(Config(root=str(parquet), columns={"image": "picture"}, prompt="a pet"))
     assert [s.caption for s in samples] == ["a cat", "a sks dog", "a pet"]
     for i, sample in enumerate(samples):
-        np.testing.assert_array_equal(np.asarray(sample.open()), np.asarray(Image.open(io.BytesIO(png(i)))))
-    assert len({s.digest() for s in samples}) == 3
+        np.testing.assert_array_equal(
+            np.asarray(sample.sources["image"].open()), np.asarray(Image.open(io.BytesIO(png(i))))
+        )
+    assert len({s.sources["image"].digest() for s in samples}) == 3
 
 
 def test_a_folder_of_parquet_files_is_a_dataset(parquet):
-    assert len(read(Config(root=str(parquet.parent), image_column="picture"))) == 3
+    assert len(read(Config(root=str(parquet.parent), columns={"image": "picture"}))) == 3
 
 
 def test_wrong_columns_are_refused_with_those_there_are(parquet):
-    with pytest.raises(UserError, match=r"no column 'image' \(it has picture, text\): set data\.image_column"):
+    with pytest.raises(UserError, match=r"no column 'image' \(it has picture, text\): set data\.columns\.image"):
         read(Config(root=str(parquet)))
     with pytest.raises(UserError, match=r"no column 'words' .* data\.caption_column, or data\.prompt"):
-        read(Config(root=str(parquet), image_column="picture", caption_column="words"))
+        read(Config(root=str(parquet), columns={"image": "picture"}, caption_column="words"))
     with pytest.raises(UserError, match="is dict, not text"):
-        read(Config(root=str(parquet), image_column="text", caption_column="picture"))
+        read(Config(root=str(parquet), columns={"image": "text"}, caption_column="picture"))
 
 
 def test_one_prompt_can_caption_a_table_without_captions(parquet):
-    config = Config(root=str(parquet), image_column="picture", caption_column="words", prompt="a [trigger]")
+    config = Config(root=str(parquet), columns={"image": "picture"}, caption_column="words", prompt="a [trigger]")
     assert {s.caption for s in read(config)} == {"a sks"}
 
 
@@ -178,7 +180,7 @@ def test_a_hub_dataset_is_loaded_by_its_id_split_and_revision(monkeypatch):
     monkeypatch.setattr(datasets, "load_dataset", load)
     (sample,) = read(Config(root="someone/pets", split="test", revision="v1"))
     assert asked == [("someone/pets", {"split": "test", "revision": "v1"})]
-    assert sample.caption == "a cat" and sample.open().getpixel((0, 0)) == (255, 0, 0)
+    assert sample.caption == "a cat" and sample.sources["image"].open().getpixel((0, 0)) == (255, 0, 0)
 
 
 def test_a_hub_dataset_that_cannot_be_reached_is_one_readable_line(monkeypatch):
@@ -215,7 +217,7 @@ def test_a_catalogue_dataset_brings_its_own_words_and_the_recipe_may_replace_the
     assert {s.caption for s in samples} == {"a photo of a sks circle"}
     other = read(Config(root="pocket/bumble", trigger="zwx", class_noun="ball", prompt="[trigger] the [class]"))
     assert {s.caption for s in other} == {"zwx the ball"}
-    assert [s.digest() for s in other] == [s.digest() for s in samples]
+    assert [s.sources["image"].digest() for s in other] == [s.sources["image"].digest() for s in samples]
 
 
 def test_resolve_makes_a_catalogue_datasets_words_part_of_the_recipe():
@@ -230,7 +232,13 @@ def test_a_catalogue_entry_can_stand_for_a_hub_dataset(monkeypatch):
     import datasets
     from visiontune import catalogue
 
-    spec = {"source": "someone/pets", "revision": "abc", "image_column": "photo", "split": "all", "class_noun": "pet"}
+    spec = {
+        "source": "someone/pets",
+        "revision": "abc",
+        "columns": {"image": "photo"},
+        "split": "all",
+        "class_noun": "pet",
+    }
     monkeypatch.setattr(catalogue, "names", lambda kind: ["pets"])
     monkeypatch.setattr(catalogue, "load", lambda kind, name: spec)
     table = datasets.Dataset.from_dict({"photo": [Image.new("RGB", (4, 4))], "text": ["a [class]"]})
@@ -239,14 +247,16 @@ def test_a_catalogue_entry_can_stand_for_a_hub_dataset(monkeypatch):
     (sample,) = read(Config(root="pets"))
     assert asked == [("someone/pets", {"split": "all", "revision": "abc"})]
     assert sample.caption == "a pet"
+    with pytest.raises(UserError, match=r"no column 'sketch' \(it has photo, text\): set data\.columns\.image"):
+        read(Config(root="pets", columns={"image": "sketch"}))
 
 
 def test_a_misspelt_option_of_a_catalogue_entry_is_refused(monkeypatch):
     from visiontune import catalogue
 
     monkeypatch.setattr(catalogue, "names", lambda kind: ["pets"])
-    monkeypatch.setattr(catalogue, "load", lambda kind, name: {"source": "someone/pets", "image_colum": "photo"})
-    with pytest.raises(UserError, match=r"image_colum is not an option .*did you mean 'image_column'"):
+    monkeypatch.setattr(catalogue, "load", lambda kind, name: {"source": "someone/pets", "colums": {"image": "photo"}})
+    with pytest.raises(UserError, match=r"colums is not an option .*did you mean 'columns'"):
         read(Config(root="pets"))
 
 

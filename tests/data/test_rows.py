@@ -6,7 +6,7 @@ import torch
 from PIL import Image
 from tiny import tiny_model
 
-from visiontune.data.base import Config, Sample
+from visiontune.data.base import Config, Sample, Source
 from visiontune.data.rows import Pick, Rows
 from visiontune.data.transforms import to_pixels
 from visiontune.errors import UserError
@@ -20,7 +20,10 @@ def picks(count: int, **options) -> list[Pick]:
 
 @pytest.fixture
 def samples(photo) -> list[Sample]:
-    return [Sample(id=f"{i}.png", image=photo(f"{i}.png"), caption=f"picture number {i}") for i in range(3)]
+    return [
+        Sample(id=f"{i}.png", sources={"image": Source(photo(f"{i}.png"))}, caption=f"picture number {i}")
+        for i in range(3)
+    ]
 
 
 @pytest.fixture
@@ -37,14 +40,16 @@ def rows(model, samples, tmp_path):
 
 
 def test_a_batch_holds_what_its_samples_say(rows, samples, model):
-    samples.append(Sample(id="p", image=samples[0].image, caption="a dog", prior=True, weight=0.5))
+    samples.append(
+        Sample(id="p", sources={"image": samples[0].sources["image"]}, caption="a dog", prior=True, weight=0.5)
+    )
     batch = rows(samples=samples).collate([Pick(index=3, size=SQUARE, seed=7), Pick(index=1, size=SQUARE, seed=8)])
     assert batch.ids == ["p", "1.png"]
     assert batch.prompts == ["a dog", "picture number 1"]
     assert batch.prior.tolist() == [True, False]
     assert batch.weight.tolist() == [0.5, 1.0] and batch.weight.dtype == torch.float32
     for row, i in enumerate((3, 1)):
-        moments = model.moments(to_pixels(samples[i].open(), SQUARE)[None])
+        moments = model.moments(to_pixels(samples[i].sources["image"].open(), SQUARE)[None])
         eps = torch.randn(3, 16, 16, generator=torch.Generator().manual_seed(7 + row))
         torch.testing.assert_close(batch.data["image"][row], model.latents_from_moments(moments, eps[None])[0])
         expected = model.embed([samples[i].caption])
@@ -70,19 +75,19 @@ def test_flip_and_size_reach_the_pixels(rows, samples):
 def test_images_are_put_into_the_bucket_of_their_shape(rows, photo, model):
     model.resolution = 512
     shapes = {"wide.png": (60, 40), "tall.png": (40, 60), "even.png": (50, 50), "broad.png": (61, 40)}
-    samples = [Sample(id=n, image=photo(n, size=s), caption="x") for n, s in shapes.items()]
+    samples = [Sample(id=n, sources={"image": Source(photo(n, size=s))}, caption="x") for n, s in shapes.items()]
     groups = rows(samples=samples).buckets
     named = [{samples[i].id for i in group} for group in groups.values()]
     assert sorted(map(sorted, named)) == [["broad.png", "wide.png"], ["even.png"], ["tall.png"]]
     for (height, width), group in groups.items():
-        picture = samples[group[0]].open()
+        picture = samples[group[0]].sources["image"].open()
         assert abs(np.log(height / width) - np.log(picture.height / picture.width)) < 0.12
     assert list(rows(samples=samples, buckets=False).buckets) == [(512, 512)]
     assert list(rows(samples=samples, buckets=False, resolution=64).buckets) == [(64, 64)]
 
 
 def test_random_crops_follow_the_seed(rows, photo):
-    sample = Sample(id="w", image=photo("w.png", size=(96, 32)), caption="x")
+    sample = Sample(id="w", sources={"image": Source(photo("w.png", size=(96, 32)))}, caption="x")
     r = rows(samples=[sample], crop="random", cache=False)
     one, again, other = (r.moments(Pick(index=0, size=SQUARE, seed=s)) for s in (1, 1, 2))
     assert torch.equal(one, again) and not torch.equal(one, other)
@@ -90,11 +95,14 @@ def test_random_crops_follow_the_seed(rows, photo):
 
 def test_a_real_model_gives_the_latents_and_conditions_that_its_encoders_give(rows, photo):
     model = tiny_model("sd")
-    samples = [Sample(id=str(i), image=photo(f"{i}.png", size=(16, 16)), caption="a red circle") for i in range(2)]
+    samples = [
+        Sample(id=str(i), sources={"image": Source(photo(f"{i}.png", size=(16, 16)))}, caption="a red circle")
+        for i in range(2)
+    ]
     r = rows(model=model, samples=samples)
     for _ in range(2):  # encoded, then read back
         batch = r.collate([Pick(index=1, size=(16, 16), seed=5), Pick(index=0, size=(16, 16), drop=True)])
-        pixels = to_pixels(samples[1].open(), (16, 16))[None]
+        pixels = to_pixels(samples[1].sources["image"].open(), (16, 16))[None]
         with torch.no_grad():
             latents = model.encode(pixels, generator=torch.Generator().manual_seed(5))
             tokens = torch.cat([model.embed(["a red circle"]).tokens, model.unconditional(1).tokens])
@@ -146,7 +154,7 @@ def test_a_changed_image_under_the_same_name_is_encoded_again(rows, model, sampl
 
 def test_a_changed_caption_is_embedded_again_and_images_are_not(rows, model, samples):
     rows().fill()
-    changed = Sample(id=samples[1].id, image=samples[1].image, caption="another")
+    changed = Sample(id=samples[1].id, sources={"image": samples[1].sources["image"]}, caption="another")
     batch = rows(samples=[samples[0], changed, samples[2]]).collate(picks(3))
     assert (model.encoded, model.embedded) == (3, 4)
     assert torch.equal(batch.cond[1].tokens, model.embed(["another"]).tokens)
@@ -166,13 +174,15 @@ def test_entries_follow_content_not_position(rows, model, samples):
     removed = rows(samples=samples[1:]).collate(picks(2))
     assert (model.encoded, model.embedded) == (3, 3)
     assert removed.prompts == ["picture number 1", "picture number 2"]
-    expected = model.moments(to_pixels(samples[1].open(), SQUARE)[None])[0]
+    expected = model.moments(to_pixels(samples[1].sources["image"].open(), SQUARE)[None])[0]
     torch.testing.assert_close(rows(samples=samples[1:]).moments(picks(1)[0]), expected)
 
 
 def test_pictures_without_a_file_are_cached_by_their_pixels(rows, model):
     def sample(level: int) -> Sample:
-        return Sample(id="same", image=lambda: Image.new("RGB", (32, 32), (level,) * 3), caption="x")
+        return Sample(
+            id="same", sources={"image": Source(lambda: Image.new("RGB", (32, 32), (level,) * 3))}, caption="x"
+        )
 
     assert rows(samples=[sample(0)]).collate(picks(1)).data["image"].mean() < -0.9
     assert rows(samples=[sample(255)]).collate(picks(1)).data["image"].mean() > 0.9
@@ -192,10 +202,39 @@ def test_a_file_that_changes_while_it_is_encoded_never_enters_the_cache(rows, mo
         r.collate(picks(1))
     model.moments = encode
     fresh = rows().moments(picks(1)[0])
-    torch.testing.assert_close(fresh, encode(to_pixels(r.samples[0].open(), SQUARE)[None])[0])
+    torch.testing.assert_close(fresh, encode(to_pixels(r.samples[0].sources["image"].open(), SQUARE)[None])[0])
 
 
 # ---------------------------------------------------------------------------------------------------- text
+
+
+def test_a_caption_is_hashed_and_read_from_the_disk_once(rows, tmp_path, monkeypatch):
+    from visiontune.data import cache
+    from visiontune.data import rows as module
+
+    rows().fill()
+    hashed, read = [], []
+    keyed, opened = module.key, cache.safe_open
+    monkeypatch.setattr(module, "key", lambda **parts: hashed.append(parts) or keyed(**parts))
+    monkeypatch.setattr(cache, "safe_open", lambda *a: read.append(a) or opened(*a))
+    r = rows()
+    for _ in range(3):
+        r.collate(picks(3))
+    assert sum("caption" in parts for parts in hashed) == 3
+    assert sum("text" in path.parts for path, _ in read) == 3 and len(read) == 6
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_conditions_keep_the_number_format_of_the_encoder(rows, model, tmp_path, dtype):
+    embed = model.embed
+    model.embed = lambda prompts: embed(prompts).to(dtype=dtype)
+    made = rows().condition("a caption")
+    stored = rows().condition("a caption")
+    assert made.tokens.dtype == stored.tokens.dtype == dtype and torch.equal(made.tokens, stored.tokens)
+    (file,) = (tmp_path / "cache" / "text").rglob("*.safetensors")
+    bits = stored.tokens.element_size() * stored.tokens.numel() + stored.extra["length"].element_size() + 48
+    assert bits <= file.stat().st_size < bits + 600
+    assert model.embedded == 1
 
 
 def test_dropped_captions_are_unconditional_and_leave_the_cache_alone(rows, model):
@@ -221,7 +260,7 @@ def test_a_training_text_encoder_is_left_to_the_objective(rows, model, tmp_path)
 
 
 def test_samples_without_an_instance_are_refused(rows, samples):
-    prior = Sample(id="p", image=samples[0].image, caption="x", prior=True)
+    prior = Sample(id="p", sources={"image": samples[0].sources["image"]}, caption="x", prior=True)
     with pytest.raises(UserError, match="no images to train on"):
         rows(samples=[prior])
 

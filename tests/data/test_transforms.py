@@ -1,11 +1,11 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 import torch
 from PIL import Image
 
-from visiontune.data.base import Sample
-from visiontune.data.transforms import to_pixels, upright_rgb
+from visiontune.data.transforms import to_mask, to_pixels
 
 
 def test_pixels_of_an_image_that_fits_are_its_own_scaled_to_minus_one_and_one():
@@ -28,43 +28,27 @@ def test_flip_mirrors_left_to_right():
     assert torch.equal(to_pixels(picture, (8, 8), flip=True), to_pixels(picture, (8, 8)).flip(-1))
 
 
-def test_exif_orientation_turns_the_picture_and_its_size(tmp_path):
-    values = np.zeros((8, 16, 3), np.uint8)
-    values[:, :8] = 255  # the left half is white
-    exif = Image.Exif()
-    exif[0x0112] = 6  # shown turned by 90 degrees clockwise: left becomes top
-    Image.fromarray(values).save(tmp_path / "a.png", exif=exif)
-    sample = Sample(id="a", image=tmp_path / "a.png", caption="x")
-    picture = sample.open()
-    assert picture.size == (8, 16)
-    assert sample.size() == (16, 8)
-    assert (np.asarray(picture)[:8] == 255).all() and (np.asarray(picture)[8:] == 0).all()
+# ---------------------------------------------------------------------------------------------------- masks
 
 
-def test_size_of_a_picture_without_a_file_is_height_and_width():
-    assert Sample(id="a", image=lambda: Image.new("RGB", (3, 5)), caption="x").size() == (5, 3)
+def test_a_mask_is_the_mean_over_each_latent_pixel():
+    values = np.random.default_rng(0).integers(0, 256, (8, 12), np.uint8)
+    mask = to_mask(Image.fromarray(values), (8, 12), 4)
+    assert mask.shape == (1, 2, 3) and mask.dtype == torch.float32
+    means = values.reshape(2, 4, 3, 4).mean((1, 3)) / 255
+    np.testing.assert_allclose(mask[0].numpy(), means, atol=1e-6)
 
 
-def test_transparency_is_flattened_on_white():
-    picture = Image.new("RGBA", (2, 1), (255, 0, 0, 0))
-    picture.putpixel((1, 0), (200, 0, 0, 255))
-    flat = upright_rgb(picture)
-    assert flat.mode == "RGB"
-    assert [flat.getpixel((x, 0)) for x in (0, 1)] == [(255, 255, 255), (200, 0, 0)]
-
-
-def test_palette_transparency_is_flattened_on_white(tmp_path):
-    picture = Image.new("P", (2, 1))
-    picture.putpalette([9, 9, 9, 10, 200, 30])
-    picture.putpixel((1, 0), 1)
-    picture.save(tmp_path / "a.png", transparency=0)
-    with Image.open(tmp_path / "a.png") as opened:
-        flat = upright_rgb(opened)
-    assert [flat.getpixel((x, 0)) for x in (0, 1)] == [(255, 255, 255), (10, 200, 30)]
-
-
-def test_sixteen_bit_grey_is_scaled_rather_than_clipped(tmp_path):
-    Image.fromarray(np.array([[0, 32768, 65535]], np.uint16)).save(tmp_path / "a.png")
-    with Image.open(tmp_path / "a.png") as opened:
-        flat = upright_rgb(opened)
-    assert [flat.getpixel((x, 0))[0] for x in range(3)] == [0, 128, 255]
+@pytest.mark.parametrize("shape", [(24, 60), (61, 24), (16, 16), (48, 48)])
+@pytest.mark.parametrize("flip", [False, True])
+@pytest.mark.parametrize("centering", [(0.5, 0.5), (0.1, 0.9)])
+def test_a_mask_is_cropped_and_flipped_as_its_picture_is(shape, flip, centering):
+    """Of a picture that is white where its mask is, the latents' mean follows the mask."""
+    values = np.zeros(shape, np.uint8)
+    values[3 : shape[0] // 2, shape[1] // 3 :] = 255
+    picture = Image.fromarray(values)
+    options = {"flip": flip, "centering": centering}
+    mask = to_mask(picture, (16, 24), 4, **options)
+    pixels = to_pixels(picture.convert("RGB"), (16, 24), **options)
+    seen = torch.nn.functional.avg_pool2d(pixels[None, :1] / 2 + 0.5, 4)[0]
+    assert (mask - seen).abs().max() < 0.07  # one filter rings, the other does not

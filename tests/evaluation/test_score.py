@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import ExifTags, Image
 
 from visiontune.errors import UserError
 from visiontune.evaluation.score import build_rewards, read_folder, score
@@ -155,10 +156,40 @@ def test_rewards_are_built_from_specs_and_from_a_file(tmp_path: Path) -> None:
         build_rewards(["oracel"])
 
 
+def test_pictures_and_captions_are_read_as_for_training(tmp_path: Path) -> None:
+    halves = np.zeros((8, 8, 3), np.uint8)
+    halves[:4], halves[4:] = (255, 0, 0), (0, 0, 255)
+    exif, clear = Image.Exif(), Image.fromarray(halves).convert("RGBA")
+    exif[ExifTags.Base.Orientation] = 3
+    clear.putalpha(0)
+    Image.fromarray(halves).save(tmp_path / "turned.png", exif=exif)
+    clear.save(tmp_path / "clear.png")
+    Image.fromarray(np.full((8, 8), 20000, np.uint16)).save(tmp_path / "deep.tga.png")
+    Image.fromarray(halves).save(tmp_path / "c.tga")
+    (tmp_path / "._turned.png").write_bytes(b"of a file system")
+    for name, ending in (("turned", "txt"), ("clear", "TXT"), ("deep.tga", "txt"), ("c", "caption")):
+        (tmp_path / f"{name}.{ending}").write_bytes(b"\xef\xbb\xbfa  red square\r\n")
+
+    def corner(images: torch.Tensor, prompts: list[str], meta: object) -> torch.Tensor:
+        assert set(prompts) == {"a red square"}
+        return images[:, 0, 0, 0] + 10 * images[:, 2, 0, 0]
+
+    result = score(tmp_path, {"corner": as_reward(corner, "corner")})
+    scores = dict(zip([item.path.name for item in result.items], result.values["corner"], strict=True))
+    assert scores == pytest.approx({"c.tga": 1, "clear.png": 11, "deep.tga.png": 11 * 78 / 255, "turned.png": 10})
+    (tmp_path / "c.caption").write_bytes("café".encode("latin-1"))
+    with pytest.raises(UserError, match=r"c\.caption is not UTF-8 text"):
+        score(tmp_path, REWARDS)
+    (tmp_path / "c.caption").write_text("x")
+    (tmp_path / "alone.txt").write_text("x")
+    with pytest.raises(UserError, match=r"1 images of .*: alone\.png: each has a caption but is absent"):
+        score(tmp_path, REWARDS)
+
+
 def test_folders_that_cannot_be_scored_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="there is no folder"):
         read_folder(tmp_path / "gone")
-    with pytest.raises(UserError, match="holds no images"):
+    with pytest.raises(UserError, match="no images in"):
         read_folder(tmp_path)
     _fill(tmp_path, [0, 0])
     (tmp_path / "1.txt").unlink()

@@ -11,6 +11,7 @@ from tiny_training import TinyModel, TinyReward
 
 from visiontune.adapters import attach
 from visiontune.data.prompts import PromptBatches
+from visiontune.diffusion.guidance import classifier_free
 from visiontune.diffusion.schedule import Schedule
 from visiontune.diffusion.transition import transition
 from visiontune.errors import UserError
@@ -362,9 +363,9 @@ def test_an_unknown_dynamics_is_named():
 def test_conditions_have_a_graph_only_for_trained_encoders():
     model = Model()
     model.encoder.requires_grad_(True)
-    cond, uncond = conditions(model, PROMPTS, 3.0, text=True)
+    cond, uncond = conditions(model, PROMPTS, classifier_free(3.0), text=True)
     assert cond.tokens.requires_grad and uncond.tokens.requires_grad
-    cond, uncond = conditions(model, PROMPTS, 1.0, text=False)
+    cond, uncond = conditions(model, PROMPTS, classifier_free(1.0), text=False)
     assert not cond.tokens.requires_grad and uncond is None
 
 

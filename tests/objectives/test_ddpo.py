@@ -9,7 +9,6 @@ from tiny_training import PREDICTIONS, TinyModel
 
 from visiontune.diffusion.replay import replay
 from visiontune.diffusion.schedule import Schedule
-from visiontune.errors import UserError
 from visiontune.objectives import ddpo
 from visiontune.objectives._advantages import tracked_advantages
 from visiontune.training import checkpoint
@@ -85,7 +84,7 @@ def test_the_rewards_seen_survive_a_resume(tmp_path):
     broken = final(policy_trainer(tmp_path / "broken", build(), **options))
     assert all(torch.equal(value, broken[name]) for name, value in whole.items())
     states = [
-        checkpoint.load(checkpoint.latest(tmp_path / run))[1]["online"]["objective"] for run in ("whole", "broken")
+        checkpoint.load(checkpoint.latest(tmp_path / run))[1]["parts"]["objective"] for run in ("whole", "broken")
     ]
     assert states[0] == states[1] and sum(map(len, states[0]["reward"].values())) == 16
     # Two rollouts of eight rows over three prompts: some prompt has been seen in both.
@@ -121,7 +120,13 @@ def test_wrong_options_are_refused(wrong, message):
         objective(**wrong)
 
 
-def test_a_penalty_needs_an_adapter(tmp_path):
+def test_without_an_adapter_a_penalty_compares_with_the_weights_of_the_start(tmp_path):
     built = objective(dynamics={"name": "ddim", "eta": 1.0}, kl_penalty=0.1)
-    with pytest.raises(UserError, match="compares with the base model"):
-        policy_trainer(tmp_path, built)
+    trainer = policy_trainer(tmp_path, built, lr=1e-2)
+    before = {name: p.detach().clone() for name, p in trainer.parameters.items()}
+    trainer.fit()
+    after = {name: p.detach().clone() for name, p in trainer.parameters.items()}
+    assert any(not torch.equal(after[name], value) for name, value in before.items())
+    with trainer.lender.tools(0).reference():
+        assert all(torch.equal(p, before[name]) for name, p in trainer.parameters.items())
+    assert all(torch.equal(p, after[name]) for name, p in trainer.parameters.items())

@@ -104,7 +104,7 @@ def prepare(config, tmp_path, images, adapters=None, model=None, data=DOG):
 def test_prior_images_come_from_the_base_without_its_adapters(tmp_path):
     adapters = Adapters()
     samples = prepare(Config(prior_images=5, prior_weight=0.5), tmp_path, painter(adapters), adapters)
-    assert [int(np.asarray(s.open())[0, 0, 0]) for s in samples] == [0, 1, 2, 3, 4]
+    assert [int(np.asarray(s.sources["image"].open())[0, 0, 0]) for s in samples] == [0, 1, 2, 3, 4]
     assert adapters.on
     assert {(s.prior, s.weight, s.caption) for s in samples} == {(True, 0.5, "a photo of a dog")}
     assert len({s.id for s in samples}) == 5
@@ -125,7 +125,7 @@ def test_a_killed_generation_goes_on_where_it_stopped(tmp_path):
     images = painter()
     samples = prepare(config, tmp_path, images)
     assert [call[1] for call in images.calls] == [[2, 3], [4, 5]]
-    assert [int(np.asarray(s.open())[0, 0, 0]) for s in samples] == list(range(6))
+    assert [int(np.asarray(s.sources["image"].open())[0, 0, 0]) for s in samples] == list(range(6))
 
 
 @pytest.mark.parametrize(
@@ -139,7 +139,7 @@ def test_other_prior_settings_make_other_images(tmp_path, change):
         model.fingerprint = lambda part: f"other-{part}"
     options = {} if change == "base" else change
     second = prepare(Config(prior_images=2, **options), tmp_path, images, model=model)
-    assert len(images.calls) == 2 and not {s.image for s in first} & {s.image for s in second}
+    assert len(images.calls) == 2 and not {s.id for s in first} & {s.id for s in second}
 
 
 def test_several_prior_prompts_take_turns_and_each_image_keeps_its_own(tmp_path):

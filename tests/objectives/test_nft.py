@@ -12,6 +12,7 @@ from tiny_online import PROMPTS, SCHEDULES, Drawing, batch_of, brightness, gradi
 from visiontune import adapters
 from visiontune.core import Condition
 from visiontune.data.prompts import PromptBatches
+from visiontune.diffusion.guidance import classifier_free
 from visiontune.diffusion.schedule import Schedule
 from visiontune.errors import UserError
 from visiontune.objectives._old import follow, old_policy
@@ -207,7 +208,7 @@ def by_hand(model, objective, collected, part, lent):
 @pytest.mark.parametrize("prediction", SCHEDULES)
 def test_an_update_is_the_gradient_of_one_graph(prediction, micro_batch):
     model = Drawing(prediction)
-    options = {**OPTIONS, "beta": 0.7, "kl_weight": 0.3, "timesteps": 2, "micro_batch": micro_batch}
+    options = {**OPTIONS, "beta": 0.7, "kl_weight": 0.3, "timestep_count": 2, "micro_batch": micro_batch}
     objective, lent = build(Config(**options)), tools_of(model=model, scale=4.0)
     model.move()
     collected = objective.collect(model, batch_of(GROUP, 2), lent)
@@ -293,7 +294,7 @@ def test_equal_rewards_say_nothing_and_are_counted():
 class Bandit:
     """Pictures of one value per prompt: the velocity is that of a learnt x_0 for every x_t."""
 
-    latent_channels, downsample, resolution, device = 1, 8, 8, torch.device("cpu")
+    device = torch.device("cpu")
     schedule = Schedule.flow()
 
     def __init__(self):
@@ -306,6 +307,15 @@ class Bandit:
         clean = self.mean + (1 - sigma) / variance * (x_t - (1 - sigma) * self.mean)
         eps = sigma / variance * (x_t - (1 - sigma) * self.mean)
         return eps - clean
+
+    def latent_shape(self):
+        return 1, 1, 1
+
+    def chain(self, steps, shape):
+        return self.schedule.timesteps(steps)
+
+    def guidance(self, scale):
+        return classifier_free(scale)
 
     def embed(self, prompts):
         return Condition(tokens=torch.zeros(len(prompts), 1, 1))
@@ -363,22 +373,29 @@ def test_a_run_goes_on_with_its_old_policy(tmp_path):
     more.fit()
     for name, value in whole.parameters.items():
         assert torch.equal(more.parameters[name], value)
-        assert torch.equal(more.online.state["old"][name], whole.online.state["old"][name])
-    assert any(not torch.equal(whole.online.state["old"][n], p) for n, p in whole.parameters.items())
+        assert torch.equal(more.lender.state["old"][name], whole.lender.state["old"][name])
+    assert any(not torch.equal(whole.lender.state["old"][n], p) for n, p in whole.parameters.items())
 
 
-def test_a_run_without_adapter_has_no_base_to_hold_to(tmp_path):
-    whole = trainer(tmp_path)
-    options = {"model": tiny_model("sd"), "rows": whole.rows, "train": whole.train, "out": tmp_path}
-    with pytest.raises(UserError, match="set an adapter"):
-        Trainer(**options, adapters=None, objective=build(Config()), reward=whole.online.reward)
-    Trainer(**options, adapters=None, objective=build(Config(kl_weight=0)), reward=whole.online.reward)
+def test_a_run_without_adapter_keeps_a_base_only_where_it_is_held_to_one(tmp_path):
+    whole, copies = trainer(tmp_path), []
+    for weight in (1e-4, 0):
+        model = tiny_model("sd")
+        built = build(Config(kl_weight=weight))
+        options = {"rows": whole.rows, "train": whole.train, "out": tmp_path, "reward": whole.lender.reward}
+        run = Trainer(**options, model=model, adapters=None, objective=built)
+        with torch.no_grad():
+            model.denoiser.conv_in.bias.add_(1)
+            with run.lender.tools(0).reference():
+                copies.append(model.denoiser.conv_in.bias.clone())
+    base = tiny_model("sd").denoiser.conv_in.bias
+    assert torch.equal(copies[0], base) and torch.equal(copies[1], base + 1)
 
 
 def test_what_cannot_work_is_refused():
     model = Drawing()
     with pytest.raises(UserError, match="for flow models"):
         build(Config(dynamics="flow-ode")).check(model, object())
-    for wrong in ({"group": 1}, {"timesteps": 11}, {"beta": 0}, {"decay_max": 2}):
+    for wrong in ({"group": 1}, {"timestep_count": 11}, {"beta": 0}, {"decay_max": 2}):
         with pytest.raises(ValueError, match=next(iter(wrong))):
             Config(**wrong)

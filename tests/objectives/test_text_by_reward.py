@@ -12,6 +12,7 @@ from tiny_training import TinyRows, tiny_trainer
 from visiontune import adapters, config
 from visiontune.assemble.parts import attach_adapter
 from visiontune.diffusion.dynamics import DDIM
+from visiontune.diffusion.guidance import classifier_free
 from visiontune.diffusion.replay import replay
 from visiontune.errors import UserError
 from visiontune.objectives import alignprop, ddpo
@@ -56,7 +57,7 @@ def test_the_encoder_gets_the_gradient_of_one_graph(micro_batch):
     found.zero_grad()
     losses = []
     for chunk in rollouts.pieces[0]:
-        cond, uncond = conditions(model, chunk.batch.prompts, 3.0, text=True)
+        cond, uncond = conditions(model, chunk.batch.prompts, classifier_free(3.0), text=True)
         now = replay(model, chunk.trajectory, cond=cond, uncond=uncond)
         losses.append(clipped_surrogate(now, chunk.trajectory.log_probs, chunk.advantages, 1e-4)[0])
     torch.cat(losses).mean().backward()

@@ -13,6 +13,7 @@ from torch import nn
 
 from visiontune import adapters
 from visiontune.core import Condition
+from visiontune.diffusion.guidance import classifier_free
 from visiontune.errors import UserError
 from visiontune.objectives import unigrpo
 from visiontune.objectives._policy import clipped_surrogate
@@ -40,7 +41,13 @@ class Free(nn.Module):
     def unconditional(self, count: int) -> Condition:
         return self.embed([""] * count)
 
-    def sampler(self, steps, temperature):
+    def guidance(self, scale):
+        return classifier_free(scale)
+
+    def grid(self, height=None, width=None):
+        return SIDE, SIDE
+
+    def stepper(self, steps, temperature):
         made = AmusedScheduler(mask_token_id=self.mask_token)
         made.set_timesteps(steps, temperature)
         return made

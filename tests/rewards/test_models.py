@@ -12,7 +12,7 @@ import open_clip
 import pytest
 import torch
 import torch.nn.functional as F
-from PIL import Image
+from PIL import ExifTags, Image
 from safetensors.torch import load_file, save_file
 from tiny_rewards import (
     AESTHETIC,
@@ -225,6 +225,21 @@ def test_dino_takes_a_vit_that_squashes(tmp_path: Path) -> None:
     got = reward.preprocess(_one(smooth(50, 40)))
     torch.testing.assert_close(got, expected["pixel_values"], atol=3 * GREY_LEVEL / 0.5, rtol=0)
     assert reward(_one(smooth(50, 40)), [""]).item() == pytest.approx(1, abs=1e-5)
+
+
+def test_dino_reads_its_references_as_training_reads_pictures(tmp_path: Path) -> None:
+    options = dino_folder(tmp_path)
+    turned = Image.Exif()
+    turned[ExifTags.Base.Orientation] = 3
+    for name in ("plain", "turned"):
+        (tmp_path / name).mkdir()
+    Image.fromarray(smooth(40, 40)).save(tmp_path / "turned" / "a.png", exif=turned)
+    (tmp_path / "turned" / "._a.png").write_bytes(b"of a file system")
+    Image.fromarray(smooth(40, 40)).rotate(180).save(tmp_path / "plain" / "a.png")
+    plain, turn = (
+        load({"name": "dino", **options, "references": str(tmp_path / name)}).references for name in ("plain", "turned")
+    )
+    torch.testing.assert_close(turn, plain)
 
 
 def test_dino_needs_references(tmp_path: Path) -> None:

@@ -19,8 +19,8 @@ from visiontune.core import Loss
 from visiontune.data.prompts import PromptBatches, hold_out
 from visiontune.errors import Stopped, UserError
 from visiontune.objectives import alignprop, denoising
-from visiontune.objectives._online import OnlineConfig
-from visiontune.objectives.base import Online
+from visiontune.objectives._online import OnlineConfig, Rollouts
+from visiontune.objectives.base import Needs
 from visiontune.rewards.base import as_reward
 from visiontune.training import checkpoint, measures
 from visiontune.training.config import GuardsConfig
@@ -215,10 +215,15 @@ def test_held_out_prompts_are_chosen_by_the_seed_and_not_trained_on():
 # ---------------------------------------------------------------------------------------------------- in a run
 
 
-class Drift(Online):
+class Drift(Rollouts):
     """Moves every parameter by the learning rate each step, and logs what it is told to."""
 
-    rewarded = False
+    @property
+    def needs(self):
+        return Needs(online=True)
+
+    def probe(self, model, batch, tools):
+        model.embed(batch.prompts)
 
     def __init__(self, updates=1, logs=None) -> None:
         super().__init__(OnlineConfig(steps=2, cfg_scale=1.0))
@@ -466,6 +471,7 @@ def test_a_run_killed_before_its_first_checkpoint_measures_its_start_anew(tmp_pa
 def test_a_run_that_began_without_guards_is_not_gone_on_with(tmp_path):
     trainer = drifting(tmp_path, steps=4)
     trainer.guard = None
+    del trainer.stateful["guard"]
     trainer.fit()
     with pytest.raises(UserError, match="without guards"):
         drifting(tmp_path).fit()

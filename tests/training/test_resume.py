@@ -1,12 +1,13 @@
 from __future__ import annotations
 
 import json
+import re
 import signal
 
 import pytest
 import torch
 from processes import apart
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tiny import tiny_model
 from tiny_training import TinyModel, TinyRows, interrupt, tiny_trainer
 from training import worker
@@ -171,3 +172,29 @@ def test_metrics_of_lost_steps_are_forgotten(tmp_path):
 def test_only_the_newest_checkpoints_are_kept(tmp_path):
     tiny_trainer(tmp_path, steps=10, checkpoint_every=2, keep=3).fit()
     assert checkpoint.steps(tmp_path) == [6, 8, 10]
+
+
+# ---------------------------------------------------------------------------------------------------- other versions
+
+
+def as_of_0_1(folder):
+    """Rewrite a checkpoint of the tiny model as visiontune 0.1 laid it out."""
+    weights, state = checkpoint.load(folder)
+    parts = state.pop("parts")
+    optimisation = parts.pop("optimisation")
+    state |= {"optimizer": optimisation["optimizer"], "schedule": optimisation["taken"], "online": None, "guard": None}
+    state |= {"average": parts["average"], "meter": parts["meter"], "scaler": None}
+    torch.save(state, folder / "state.pt")
+    save_file({re.sub(r"^unet\.", "denoiser.", name): t for name, t in weights.items()}, folder / "weights.safetensors")
+
+
+def test_a_checkpoint_of_the_first_version_goes_on_to_the_same_bits(tmp_path):
+    options = {"steps": 4, "checkpoint_every": 2, "ema": 0.5, "schedule": "cosine", "lr": 1e-2}
+    tiny_trainer(tmp_path / "whole", **options).fit()
+    tiny_trainer(tmp_path / "old", **options | {"keep": 2}).fit()
+    for step in (2, 4):
+        as_of_0_1(checkpoint.folder(tmp_path / "old", step))
+    checkpoint.remove_folder(checkpoint.folder(tmp_path / "old", 4))
+    tiny_trainer(tmp_path / "old", **options, resume=True).fit()
+    ours, theirs = (load_file(tmp_path / run / "model" / "weights.safetensors") for run in ("old", "whole"))
+    assert ours.keys() == theirs.keys() and all(torch.equal(value, theirs[name]) for name, value in ours.items())

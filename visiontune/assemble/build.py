@@ -99,7 +99,7 @@ def _data(run: Run, objective: Objective) -> Data:
     if objective.needs.online:
         prompts, held = parts.guard_prompts(run, read_data_prompts(run.data))
         return Data(prompts=prompts, held=held)
-    samples = read(run.data, pairs="rejected" in objective.needs.columns)
+    samples = read(run.data, objective.needs.columns, objective.needs.optional)
     preflight(samples)
     return Data(samples=samples)
 
@@ -150,7 +150,7 @@ def encoded(
     if fill:
         rows.fill(rank, world)
         accelerator.wait_for_everyone()
-    return BatchSampler(rows, run.train.batch_size, run.seed, rank, world)
+    return BatchSampler(rows, run.train.batch_size, run.seed, rank, world, ahead=True)
 
 
 def _plan(run: Run, model: Model, adapters: Any, objective: Any, rows: Any, accelerator: Any) -> None:

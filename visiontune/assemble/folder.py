@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from visiontune import catalogue
-from visiontune.config import Run
+from visiontune.config import Run, parse_run
 from visiontune.errors import UserError
 
 RECIPE, PLAN = "recipe.yaml", "plan.safetensors"
@@ -42,7 +42,8 @@ def check_folder(run: Run) -> None:
         raise UserError(
             f"{run.folder} already holds a run: choose another name=, or go on with it by train.resume=true"
         )
-    before = {key: value for key, value in _of_now(dict(_flat(catalogue.read_yaml(file)))).items() if not _free(key)}
+    held = parse_run(_of_now(catalogue.read_yaml(file)))
+    before = {key: value for key, value in _flat(held.resolved()) if not _free(key)}
     now = {key: value for key, value in _flat(run.resolved()) if not _free(key)}
     for key in sorted(before.keys() | now.keys()):
         if before.get(key) != now.get(key):
@@ -52,17 +53,20 @@ def check_folder(run: Run) -> None:
             )
 
 
-def _of_now(options: dict[str, Any]) -> dict[str, Any]:
-    """The flat options of a recipe in today's names; those of visiontune 0.1 that meant the same are renamed."""
-    if "objective.timesteps" in options:
-        options["objective.timestep_count"] = options.pop("objective.timesteps")
-    if "objective.max_timestep" in options:
-        low, high = options.pop("objective.min_timestep"), options.pop("objective.max_timestep")
+def _of_now(recipe: Mapping[str, Any]) -> dict[str, Any]:
+    """A resolved recipe without what may change, in today's names: those of visiontune 0.1 that are others now."""
+    content = {key: value for key, value in recipe.items() if key != "verb" and key not in _FREE}
+    objective, data = dict(content["objective"]), dict(content["data"])
+    if isinstance(objective.get("timesteps"), int):
+        objective["timestep_count"] = objective.pop("timesteps")
+    if "max_timestep" in objective:
+        low, high = objective.pop("min_timestep"), objective.pop("max_timestep")
         # Every model that 0.1 could open has a thousand timesteps.
-        ends = {"low": low / 1000, "high": (high or 1000) / 1000}
-        same = {"density": "uniform", "mean": 0.0, "std": 1.0, "shift": 1.0, **ends}
-        options |= {f"objective.timesteps.{name}": value for name, value in same.items()}
-    return options
+        objective["timesteps"] = {"low": low / 1000, "high": 1.0 if high is None else high / 1000}
+    named = {column: data.pop(f"{column}_column") for column in ("image", "rejected") if f"{column}_column" in data}
+    if other := {column: name for column, name in named.items() if name != column}:
+        data["columns"] = other
+    return {**content, "objective": objective, "data": data}
 
 
 def _free(key: str) -> bool:

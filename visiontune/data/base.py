@@ -1,14 +1,16 @@
-"""What the data modules share: the ``data:`` section of a recipe, one sample, and the words put into captions."""
+"""What the data modules share: the ``data:`` section of a recipe, one sample and its sources, and words in captions."""
 
 from __future__ import annotations
 
 import hashlib
 import re
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
+from visiontune.data import captions
 from visiontune.errors import UserError
 from visiontune.schema import option
 
@@ -25,6 +27,10 @@ class Config:
     """The ``data:`` section of a recipe; a bare value is ``root``."""
 
     SHORTHAND: ClassVar[str] = "root"
+    RENAMED: ClassVar[dict[str, str]] = {
+        "image_column": "columns.image",
+        "rejected_column": "columns.rejected",
+    }
 
     root: str = option(
         help="folder of images, .parquet file, catalogue dataset (pocket/bumble), Hub dataset id; .txt of prompts"
@@ -36,9 +42,14 @@ class Config:
     buckets: bool = option(True, help="keep aspect ratios up to 2:1 by grouping images; false crops all to squares")
     crop: Literal["center", "random"] = option("center", help="where to crop; random needs cache: false")
     flip: bool = option(False, help="mirror each row left to right with probability one half")
-    image_column: str = option("image", help="column of the images in a parquet or Hub dataset")
-    caption_column: str = option("text", help="column of the captions, also in metadata.jsonl")
-    rejected_column: str = option("rejected", help="column of the worse images of pairs, also in metadata.jsonl")
+    columns: dict[str, str] = option(
+        {},
+        help="what image, mask, rejected ... are called in a table, in metadata.jsonl or as subfolders, if not so",
+    )
+    caption_column: str = option("text", help="column of the captions, also in metadata.jsonl and metadata.csv")
+    ignore: list[str] | str = option(
+        [], help="files, folders, keys and columns to leave out, by name or pattern; all: whatever nothing reads"
+    )
     split: str = option("train", help="split of a Hub dataset")
     revision: str | None = option(None, help="commit or tag of a Hub dataset")
     cache: bool = option(True, help="keep latents on disk instead of encoding images again at every step")
@@ -50,65 +61,93 @@ class Config:
         if self.crop == "random" and self.cache:
             raise UserError("data.crop=random draws a new crop at every step: set data.cache=false with it")
 
+    def key(self, column: str) -> str:
+        """What a column is called in the user's data."""
+        return self.columns.get(column, column)
 
-@dataclass(frozen=True, kw_only=True)
-class Sample:
-    """One captioned image.
+    def ignores(self, name: str) -> bool:
+        """Whether a file or folder (its path from ``root``), a key or a column is left out by name or pattern."""
+        patterns = [self.ignore] if isinstance(self.ignore, str) else self.ignore
+        parts = name.split("/")
+        names = {parts[-1], *("/".join(parts[:n]) for n in range(1, len(parts) + 1))}
+        return any(fnmatchcase(name, pattern.rstrip("/")) for name in names for pattern in patterns)
+
+    @property
+    def ignores_all(self) -> bool:
+        """Whether everything that nothing reads is left out."""
+        return self.ignore == "all" or "all" in self.ignore
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where one column of a sample comes from.
 
     Attributes:
-        id: what messages and batches call it (the file name, for instance).
-        image: a file, or a function that returns the picture.
-        caption: its words, nothing left to substitute.
-        prior: whether it is a prior-preservation image (DreamBooth) rather than one of the user's own.
-        weight: factor of its loss; prior samples carry the prior weight lambda.
-        rejected: the worse image of a pair of one caption, of which ``image`` is the better one.
+        origin: a file, or a function that returns the picture.
+        kind: what it is: a ``picture``, or a ``mask``, white where something counts.
     """
 
-    id: str
-    image: Path | Callable[[], Image.Image]
-    caption: str
-    prior: bool = False
-    weight: float = 1.0
-    rejected: Path | Callable[[], Image.Image] | None = None
+    origin: Path | Callable[[], Image.Image]
+    kind: Literal["picture", "mask"] = "picture"
 
-    def partner(self) -> Sample | None:
-        """The worse image of the pair as a sample, or ``None`` where there is no pair."""
-        if self.rejected is None:
-            return None
-        return replace(self, id=f"{self.id} (rejected)", image=self.rejected, rejected=None)
+    @property
+    def file(self) -> Path | None:
+        """The file, or ``None`` where there is none."""
+        return self.origin if isinstance(self.origin, Path) else None
 
     def open(self) -> Image.Image:
-        """The whole picture, decoded, upright and RGB.
+        """The whole picture, decoded and upright, in RGB, or a mask in eight-bit grey.
 
         Raises:
-            OSError: the file is missing, truncated or no image; decoders may raise other errors too.
+            UserError: the file is missing, truncated or no picture. A function may raise anything.
         """
-        from PIL import Image
+        from visiontune.data import pictures
 
-        from visiontune.data.transforms import upright_rgb
-
-        if not isinstance(self.image, Path):
-            return upright_rgb(self.image())
-        with Image.open(self.image) as picture:
-            return upright_rgb(picture)
+        if isinstance(self.origin, Path):
+            return (pictures.read_mask if self.kind == "mask" else pictures.read)(self.origin)
+        return (pictures.mask if self.kind == "mask" else pictures.upright_rgb)(self.origin())
 
     def size(self) -> tuple[int, int]:
         """Height and width of the upright picture; of a file only the header is read. Errors as in :meth:`open`."""
-        from PIL import ExifTags, Image
+        from visiontune.data import pictures
 
-        if not isinstance(self.image, Path):
-            picture = self.open()
-            return picture.height, picture.width
-        with Image.open(self.image) as picture:
-            on_its_side = picture.getexif().get(ExifTags.Base.Orientation, 1) >= 5
-            return (picture.width, picture.height) if on_its_side else (picture.height, picture.width)
+        if isinstance(self.origin, Path):
+            return pictures.size(self.origin)
+        picture = self.open()
+        return picture.height, picture.width
 
     def digest(self) -> str:
-        """SHA-256 of the image's content: the file's bytes, or the pixels of a picture without a file."""
-        if isinstance(self.image, Path):
-            return hashlib.sha256(self.image.read_bytes()).hexdigest()
+        """SHA-256 of the content: the file's bytes, or the pixels of a picture without a file."""
+        if isinstance(self.origin, Path):
+            return hashlib.sha256(self.origin.read_bytes()).hexdigest()
         picture = self.open()
         return hashlib.sha256(f"{picture.size}".encode() + picture.tobytes()).hexdigest()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sample:
+    """What belongs to one caption.
+
+    Attributes:
+        id: what messages and batches call it (the file name, for instance).
+        sources: pictures by the name of their column. ``image`` is what a model learns to draw; a pair has the worse
+            picture as ``rejected``; ``mask`` says where the picture counts. The first is the main one, whose shape
+            decides the bucket.
+        caption: its words, nothing left to substitute.
+        prior: whether it is a prior-preservation image (DreamBooth) rather than one of the user's own.
+        weight: factor of its loss; prior samples carry the prior weight lambda.
+    """
+
+    id: str
+    sources: dict[str, Source]
+    caption: str
+    prior: bool = False
+    weight: float = 1.0
+
+
+def source(column: str, origin: Path | Callable[[], Image.Image]) -> Source:
+    """The source of a column: of a mask for ``mask``, of a picture for any other name."""
+    return Source(origin, "mask" if column == "mask" else "picture")
 
 
 def substitute(text: str, trigger: str, class_noun: str | None = None) -> str:
@@ -129,14 +168,7 @@ def listed(names: list[str], limit: int = 10) -> str:
     return ", ".join(names[:limit]) + more
 
 
-def captioned(name: str, image: Path | Callable[[], Image.Image], caption: str | None, config: Config) -> Sample:
-    """A sample in the config's words; ``None`` as its caption means that it has none of its own."""
-    words = (config.prompt or "") if caption is None else caption
-    return Sample(id=name, image=image, caption=substitute(" ".join(words.split()), config.trigger, config.class_noun))
-
-
-def caption_text(value: Any, where: str) -> str | None:
-    """A caption as it stands in a table, text or nothing. Raises UserError for anything else."""
-    if value is not None and not isinstance(value, str):
-        raise UserError(f"the caption in {where} is {type(value).__name__}, not text: name another data.caption_column")
-    return value
+def words_of(caption: str | None, config: Config) -> str:
+    """A caption in the config's words, on one line; ``None`` means that there is none, and gives ``config.prompt``."""
+    text = (config.prompt or "") if caption is None else caption
+    return substitute(captions.words(text), config.trigger, config.class_noun)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -28,17 +29,23 @@ class Cache:
 
     Files appear whole or not at all. Each carries a checksum of its values; a damaged file counts as absent and is made
     again.
+
+    Args:
+        folder: where the files lie.
+        memory: bytes of tensors that are kept in memory as well, those used last.
     """
 
-    def __init__(self, folder: Path | str) -> None:
-        self.folder = Path(folder)
+    def __init__(self, folder: Path | str, memory: int = 0) -> None:
+        self.folder, self.memory = Path(folder), memory
+        self._kept: OrderedDict[str, Tensors] = OrderedDict()
+        self._bytes = 0
 
     def path(self, key: str) -> Path:
         """Where a key's tensors lie."""
         return self.folder / key[:2] / f"{key}.safetensors"
 
     def get(self, key: str, make: Callable[[], Tensors]) -> Tensors:
-        """The tensors of a key, read from disk or else made and stored.
+        """The tensors of a key, from memory, read from disk, or else made and stored; not to be changed in place.
 
         Args:
             key: from :func:`key`.
@@ -47,12 +54,27 @@ class Cache:
         Raises:
             UserError: the folder cannot be written (disk full, no permission).
         """
+        kept = self._kept.get(key)
+        if kept is not None:
+            self._kept.move_to_end(key)
+            return kept
         stored = self._read(self.path(key))
-        if stored is not None:
-            return stored
-        tensors = {name: t.detach().cpu().contiguous() for name, t in make().items()}
+        if stored is None:
+            stored = self._write(self.path(key), make())
+        self._keep(key, stored)
+        return stored
+
+    def _keep(self, key: str, tensors: Tensors) -> None:
+        self._kept[key] = tensors
+        self._bytes += _bytes(tensors)
+        while self._bytes > self.memory:
+            _, oldest = self._kept.popitem(last=False)
+            self._bytes -= _bytes(oldest)
+
+    def _write(self, path: Path, made: Tensors) -> Tensors:
+        tensors = {name: t.detach().cpu().contiguous() for name, t in made.items()}
         try:
-            with atomic_write(self.path(key)) as temporary:
+            with atomic_write(path) as temporary:
                 save_file(tensors, temporary, metadata={"checksum": _checksum(tensors)})
         except (OSError, SafetensorError) as error:
             reason = getattr(error, "strerror", None) or error
@@ -71,6 +93,10 @@ class Cache:
         except (OSError, SafetensorError):
             return None
         return tensors if checksum == _checksum(tensors) else None
+
+
+def _bytes(tensors: Tensors) -> int:
+    return sum(t.numel() * t.element_size() for t in tensors.values())
 
 
 def _checksum(tensors: Tensors) -> str:

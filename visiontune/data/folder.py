@@ -1,112 +1,344 @@
-"""A folder of images, or of pairs of them: ``.txt`` captions beside them, or ``metadata.jsonl``."""
+"""A folder of pictures, each with its caption, and further columns in subfolders or named by a table.
+
+Captions are ``.txt`` or ``.caption`` files beside the pictures, or the lines of ``metadata.jsonl`` or ``metadata.csv``.
+A column lies in the subfolder of its name, in files called as the pictures are, or is a key of the table. Whatever else
+lies there stops the run: what a user gives is read, or named.
+"""
 
 from __future__ import annotations
 
+import csv
+import io
 import json
-from dataclasses import replace
+import os
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
-from visiontune.data.base import Config, Sample, caption_text, captioned, listed
+from visiontune.data import captions
+from visiontune.data.base import Config, Sample, listed, source, words_of
 from visiontune.errors import UserError
 from visiontune.schema import nearest
 
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif")
+TABLES = ("metadata.jsonl", "metadata.csv")
+# Subfolders that hold pictures where none lie beside them.
+_HOMES = {"image": ("chosen",)}
+# What an objective would have to need, by the name of a subfolder, key or column.
+_CLAIMS = {name: name for name in ("mask", "source", "target", "reference", "clip", "rejected", "chat")}
+_CLAIMS["chosen"] = "rejected"
+# What explains data or the folder, and holds none.
+_DOCUMENTS = ("thumbs.db", "desktop.ini", "license", "license.txt", "dataset_infos.json", "dataset_info.json")
 
 
-def read_folder(folder: Path, config: Config) -> list[Sample]:
+@dataclass
+class _Row:
+    """One sample in the making: its caption, ``None`` where it has none, and its file of each column."""
+
+    caption: str | None
+    files: dict[str, Path] = field(default_factory=dict)
+
+
+@dataclass
+class _Listing:
+    """What lies in the folder of the main column: rows by name, files that were read, and keys that nothing reads."""
+
+    rows: dict[str, _Row]
+    used: set[Path]
+    unread: list[tuple[str, str]]
+
+
+def read_folder(
+    folder: Path, config: Config, columns: Sequence[str] = ("image",), optional: Sequence[str] = ()
+) -> list[Sample]:
     """Samples in the order of their file names.
 
-    A caption without an image becomes a sample whose file does not exist, for preflight to report.
+    A caption without a picture, and a picture without its partner in another column, become samples of which a file
+    does not exist, for preflight to report.
+
+    Args:
+        folder: of the dataset.
+        config: names columns, and what to ignore.
+        columns: those that every sample must have; the first is the main one, beside which captions lie.
+        optional: those that are read where they are there.
 
     Raises:
-        UserError: no images, two kinds of captions, or captions that cannot be read.
+        UserError: no pictures, a column that is not there, two kinds of captions, captions that cannot be read, or
+            something that would be left out.
     """
-    files = sorted(f for f in folder.iterdir() if f.is_file() and not f.name.startswith("."))
-    images = [f for f in files if f.suffix.lower() in SUFFIXES]
-    texts = {f.stem: f for f in files if f.suffix.lower() == ".txt"}
-    metadata = folder / "metadata.jsonl"
-    captions: dict[str, str | None]
-    if not images and not texts and not metadata.exists():
-        raise UserError(_nothing_in(folder))
-    if metadata.exists():
-        captions = {name: caption for name, (caption, _) in _metadata(metadata, config.caption_column).items()}
-        both = sorted(f.name for f in images if f.stem in texts)
-        if both:
-            raise UserError(f"{folder} has metadata.jsonl and also .txt captions for {listed(both)}: keep one kind")
-    else:
-        captions = {f.name: _text(texts[f.stem]) for f in images if f.stem in texts}
-    for file in images:
-        captions.setdefault(file.name, None)
-    samples = [captioned(name, folder / name, caption, config) for name, caption in sorted(captions.items())]
-    if not metadata.exists():
-        # No image has this stem, so the file named here does not exist.
-        alone = sorted(texts.keys() - {f.stem for f in images})
-        samples += [captioned(f"{stem}.txt", folder / f"{stem}.png", _text(texts[stem]), config) for stem in alone]
-    return samples
-
-
-def read_pairs(folder: Path, config: Config) -> list[Sample]:
-    """Samples with a ``rejected`` image each, in the order of their file names.
-
-    They are the lines of ``metadata.jsonl``, which name both files; or the files of the subfolders ``chosen``, captions
-    included, and ``rejected``. An image without its partner is left for preflight to report.
-
-    Raises:
-        UserError: neither is there, or captions cannot be read.
-    """
-    metadata, chosen, rejected = folder / "metadata.jsonl", folder / "chosen", folder / "rejected"
-    if metadata.exists():
-        rows = _metadata(metadata, config.caption_column, config.rejected_column)
-        return [
-            replace(captioned(name, folder / name, caption, config), rejected=folder / worse)
-            for name, (caption, worse) in sorted(rows.items())
-        ]
-    if not (chosen.is_dir() and rejected.is_dir()):
-        raise UserError(
-            f"{folder} has no pairs: write metadata.jsonl with '{config.rejected_column}' beside file_name, or make "
-            "subfolders chosen and rejected with files of the same names"
+    main, *others = columns
+    home = _home(folder, main, config)
+    listing = _list(home, folder, config, main, others, optional)
+    rows = listing.rows
+    for column in (*others, *optional):
+        if not any(column in row.files for row in rows.values()):
+            _add_column(folder / config.key(column), column, rows, main, home, config, column in others)
+    given = dict.fromkeys(column for row in rows.values() for column in row.files)
+    for name, row in rows.items():
+        # Where other rows have a column, this one lacks a file, which preflight will miss.
+        row.files = {c: row.files.get(c, folder / config.key(c) / name) for c in given}
+    used = {*listing.used, *(file for row in rows.values() for file in row.files.values())}
+    refuse_left_out(folder, used, config, listing.unread)
+    return [
+        Sample(
+            id=name,
+            sources={column: source(column, file) for column, file in row.files.items()},
+            caption=words_of(row.caption, config),
         )
-    samples = [replace(s, rejected=rejected / s.id) for s in read_folder(chosen, config)]
-    names = {s.id for s in samples}
-    alone = sorted(f.name for f in rejected.iterdir() if f.suffix.lower() in SUFFIXES and f.name not in names)
-    return samples + [
-        replace(captioned(f"rejected/{name}", chosen / name, None, config), rejected=rejected / name) for name in alone
+        for name, row in sorted(rows.items())
     ]
 
 
-def _nothing_in(folder: Path) -> str:
-    inner = sorted({f.parent for f in folder.rglob("*") if f.suffix.lower() in SUFFIXES})
-    hint = f"; there are images in {inner[0]}: set data.root to it" if inner else ""
-    return f"no images in {folder} (looked for {', '.join(SUFFIXES)}){hint}"
+def captions_of(folder: Path, ignore: Sequence[str] = ()) -> dict[Path, str | None]:
+    """Pictures of a flat folder with their captions on one line each, by the rules of :func:`read_folder`.
+
+    Nothing is substituted in them. The file of a caption without a picture does not exist; the caption of a picture
+    without one is ``None``.
+    """
+    config = Config(root=str(folder), ignore=list(ignore))
+    rows = _list(folder, folder, config, "image", [], []).rows
+    found = {row.files["image"]: row.caption for _, row in sorted(rows.items())}
+    return {file: None if text is None else captions.words(text) for file, text in found.items()}
 
 
-def _text(file: Path) -> str:
-    try:
-        return file.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{file} is not UTF-8 text: save the caption as UTF-8") from error
+def refuse_left_out(
+    folder: Path, used: Collection[Path], config: Config, unread: Collection[tuple[str, str]] = ()
+) -> None:
+    """Stop where something lies in a folder that nothing reads.
+
+    Args:
+        folder: of the dataset.
+        used: what is read.
+        config: says what to ignore.
+        unread: names and places of keys or columns that hold pictures and that nothing reads.
+
+    Raises:
+        UserError: one line that lists it.
+    """
+    if config.ignores_all:
+        return
+    places = _left_in(folder, used, config) | {name: f"'{name}' in {place}" for name, place in unread}
+    if not places:
+        return
+    claims = sorted({_CLAIMS[name] for name in places if name in _CLAIMS})
+    would = f"an objective that needs {' or '.join(claims)} would read such pictures; " if claims else ""
+    names = f"[{','.join(places)}]" if len(places) < 5 else "all"
+    raise UserError(
+        f"{folder} holds what nothing reads here: {listed(list(places.values()))}; {would}move it away, or go on "
+        f"without it by data.ignore={names}"
+    )
 
 
-def _metadata(file: Path, column: str, rejected: str | None = None) -> dict[str, tuple[str | None, str]]:
-    """Captions by file name, ``None`` where the caption is null, and the file of the column ``rejected`` if given."""
-    found: dict[str, tuple[str | None, str]] = {}
-    for number, line in enumerate(_text(file).split("\n"), 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise UserError(f"{file} line {number} is not JSON: {error.msg}") from error
-        if not isinstance(row, dict) or not isinstance(row.get("file_name"), str):
-            raise UserError(f"{file} line {number} has no file_name: write {{'file_name': 'a.png', '{column}': '...'}}")
-        if column not in row:
-            raise UserError(f"{file} line {number} has no '{column}'{nearest(column, row)} (data.caption_column)")
-        if rejected is not None and not isinstance(row.get(rejected), str):
-            near = "" if rejected in row else nearest(rejected, row)
-            raise UserError(f"{file} line {number} names no file as '{rejected}'{near} (data.rejected_column)")
-        name = Path(row["file_name"]).as_posix()
-        if name in found:
-            raise UserError(f"{file} line {number} captions {name} a second time: keep one line for it")
-        caption = caption_text(row[column], f"{file} line {number}")
-        found[name] = caption, row[rejected] if rejected is not None else ""
+# ---------------------------------------------------------------------------------------------------- files
+
+
+def _home(folder: Path, main: str, config: Config) -> Path:
+    """Where the main column lies: beside each other in the folder, or in a subfolder of its own."""
+    if not _pictures(folder) and _table_in(folder) is None:
+        for name in (config.key(main), *_HOMES.get(main, ())):
+            if (folder / name).is_dir() and not config.ignores(name):
+                return folder / name
+    return folder
+
+
+def _list(
+    home: Path, folder: Path, config: Config, main: str, others: Sequence[str], optional: Sequence[str]
+) -> _Listing:
+    """Pictures and captions of the main column's folder, and the columns that its table names."""
+    table = _table_in(home)
+    texts = {stem: f for stem, f in captions.in_folder(home).items() if not config.ignores(_name(f, folder))}
+    pictures = [f for f in _pictures(home) if not config.ignores(_name(f, folder))]
+    if table is None:
+        if not pictures and not texts:
+            raise UserError(_nothing_in(folder))
+        return _Listing(_beside(home, main, pictures, texts), {*pictures, *texts.values()}, [])
+    both = [f.name for f in pictures if f.stem in texts]
+    if both:
+        kinds = " and ".join(sorted({texts[Path(name).stem].suffix for name in both}))
+        raise UserError(f"{folder} has {table.name} and also {kinds} captions for {listed(both)}: keep one kind")
+    rows, unread = _table_rows(table, config, main, others, optional)
+    named = {file for row in rows.values() for file in row.files.values()} | _ignored_files(table, config)
+    rows |= {f.name: _Row(None, {main: f}) for f in pictures if f not in named}
+    return _Listing(rows, {table, *pictures}, unread)
+
+
+def _table_in(folder: Path) -> Path | None:
+    found = [folder / name for name in TABLES if (folder / name).is_file()]
+    if len(found) > 1:
+        raise UserError(f"{folder} has {' and '.join(f.name for f in found)}: keep one of them")
+    return found[0] if found else None
+
+
+def _pictures(folder: Path) -> list[Path]:
+    from visiontune.data import pictures
+
+    return pictures.in_folder(folder)
+
+
+def _name(file: Path, folder: Path) -> str:
+    return file.relative_to(folder).as_posix()
+
+
+def _beside(home: Path, main: str, pictures: list[Path], texts: dict[str, Path]) -> dict[str, _Row]:
+    """Rows of pictures with caption files, and of caption files without a picture."""
+    words = {stem: captions.read_text(file) for stem, file in texts.items()}
+    rows = {f.name: _Row(words.get(f.stem), {main: f}) for f in pictures}
+    for stem in texts.keys() - {f.stem for f in pictures}:
+        # No picture has this stem, so the file named here does not exist.
+        rows[texts[stem].name] = _Row(words[stem], {main: home / f"{stem}.png"})
+    return rows
+
+
+def _add_column(
+    place: Path, column: str, rows: dict[str, _Row], main: str, home: Path, config: Config, needed: bool
+) -> None:
+    """Give the rows their files of a subfolder; a file without a row gets one, without the file of its main column."""
+    if not place.is_dir() or config.ignores(config.key(column)):
+        if not needed:
+            return
+        beside = "chosen, with the captions, and rejected" if column == "rejected" else place.name
+        raise UserError(
+            f"{place.parent} has no '{column}' pictures: put them into the subfolder {beside}, in files called as the "
+            f"pictures are, or name them as '{place.name}' in metadata.jsonl (data.columns.{column} gives another name)"
+        )
+    files = _by_stem(place)
+    for name, row in rows.items():
+        row.files[column] = files.get(_stem(name), place / Path(name).with_suffix(".png"))
+    taken = {_stem(name) for name in rows}
+    for stem, file in files.items():
+        if stem not in taken:
+            name = _name(file, place)
+            rows[f"{place.name}/{name}"] = _Row(None, {main: home / name, column: file})
+
+
+def _by_stem(folder: Path) -> dict[str, Path]:
+    from visiontune.data.pictures import is_picture
+
+    found: dict[str, Path] = {}
+    for file in sorted(f for f in folder.rglob("*") if is_picture(f) and f.is_file()):
+        stem = _stem(_name(file, folder))
+        if stem in found:
+            raise UserError(f"{folder} has {found[stem].name} and {file.name} for one picture: keep one of them")
+        found[stem] = file
     return found
+
+
+def _stem(name: str) -> str:
+    return Path(name).with_suffix("").as_posix()
+
+
+def _left_in(folder: Path, used: Collection[Path], config: Config) -> dict[str, str]:
+    """What is not used, in words, by its name: files of the folder, and subfolders with the number of their files."""
+    found: dict[str, str] = {}
+    counts: dict[str, int] = {}
+    homes = {file.parent for file in used}
+    for place, folders, files in os.walk(folder):
+        here = Path(place)
+        folders[:] = sorted(f for f in folders if _given(here / f, folder, config))
+        for inner in (here / f for f in folders if (here / f).is_symlink() and here / f not in homes):
+            found[_name(inner, folder)] = f"{_name(inner, folder)}/ (a link to a folder)"
+        for file in sorted(here / f for f in files if _given(here / f, folder, config)):
+            if file in used:
+                continue
+            name = _name(file, folder)
+            top, *deeper = name.split("/")
+            if deeper and here not in homes:
+                counts[top] = counts.get(top, 0) + 1
+            else:
+                found[name] = name if file.exists() else f"{name} (a link to nothing)"
+    for top, count in counts.items():
+        found[top] = f"{top}/ ({count} file{'s' if count > 1 else ''})"
+    return found
+
+
+def _given(file: Path, folder: Path, config: Config) -> bool:
+    """Whether something is data, as far as its name tells."""
+    name = file.name.lower()
+    document = name in _DOCUMENTS or name.endswith(".md")
+    return not (document or name.startswith(".") or name == "__macosx" or config.ignores(_name(file, folder)))
+
+
+def _nothing_in(folder: Path) -> str:
+    from visiontune.data.pictures import is_picture
+
+    inner = sorted({f.parent for f in folder.rglob("*") if is_picture(f)})
+    hint = f"; there are images in {inner[0]}: set data.root to it" if inner else ""
+    return f"no images in {folder} (looked for .png, .jpg and whatever else Pillow opens){hint}"
+
+
+# ---------------------------------------------------------------------------------------------------- tables
+
+
+def _table_rows(
+    file: Path, config: Config, main: str, others: Sequence[str], optional: Sequence[str]
+) -> tuple[dict[str, _Row], list[tuple[str, str]]]:
+    """Rows by the names of their main files, and the keys of pictures that nothing reads."""
+    from visiontune.data.pictures import is_picture
+
+    subfolders = {c for c in (*others, *optional) if (file.parent / config.key(c)).is_dir()}
+    lines = list(_lines(file))
+    given = {key for _, line in lines for key in line if not config.ignores(key)}
+    wanted = [c for c in (*others, *optional) if config.key(c) in given or (c in others and c not in subfolders)]
+    name_key = config.columns.get(main, "file_name")
+    known = {name_key, config.caption_column, *map(config.key, wanted)}
+    unread: dict[str, None] = {}
+    rows: dict[str, _Row] = {}
+    for where, line in lines:
+        name, caption = _main_of(where, line, name_key, config.caption_column)
+        if name in rows:
+            raise UserError(f"{where} captions {name} a second time: keep one line for it")
+        rows[name] = _Row(caption, {main: file.parent / name})
+        for column in wanted:
+            key = config.key(column)
+            if not isinstance(line.get(key), str):
+                near = "" if key in line else nearest(key, line)
+                raise UserError(f"{where} names no file as '{key}'{near} (data.columns.{column})")
+            rows[name].files[column] = file.parent / line[key]
+        unread |= dict.fromkeys(
+            key
+            for key, value in line.items()
+            if key not in known and key in given and isinstance(value, str) and is_picture(Path(value))
+        )
+    return rows, [(key, file.name) for key in unread]
+
+
+def _main_of(where: str, line: dict[str, Any], name_key: str, words: str) -> tuple[str, str | None]:
+    if not isinstance(line.get(name_key), str):
+        raise UserError(f"{where} has no {name_key}: write {{'{name_key}': 'a.png', '{words}': '...'}}")
+    if words not in line:
+        raise UserError(f"{where} has no '{words}'{nearest(words, line)} (data.caption_column)")
+    return Path(line[name_key]).as_posix(), captions.caption_text(line[words], where)
+
+
+def _ignored_files(file: Path, config: Config) -> set[Path]:
+    """The files that the keys name which are to be left out."""
+    names = (value for _, line in _lines(file) for key, value in line.items() if config.ignores(key))
+    return {file.parent / name for name in names if isinstance(name, str)}
+
+
+def _lines(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The lines of a table as mappings, each with where it stands."""
+    text = captions.read_text(file)
+    if file.suffix == ".csv":
+        reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
+        try:
+            for row in reader:
+                where = f"{file} line {reader.line_num}"
+                if None in row:
+                    raise UserError(f"{where} has more cells than the first line: put texts with commas in quotes")
+                # CSV cannot tell an empty text from none.
+                yield where, {key: value or None for key, value in row.items()}
+        except csv.Error as error:
+            raise UserError(f"{file} line {reader.reader.line_num} is not CSV: {error}") from error
+        return
+    for number, written in enumerate(text.split("\n"), 1):
+        if not written.strip():
+            continue
+        where = f"{file} line {number}"
+        try:
+            line = json.loads(written)
+        except json.JSONDecodeError as error:
+            raise UserError(f"{where} is not JSON: {error.msg}") from error
+        if not isinstance(line, dict):
+            raise UserError(f"{where} is {type(line).__name__}, not an object: write {{'file_name': 'a.png', ...}}")
+        yield where, line

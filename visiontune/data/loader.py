@@ -7,6 +7,7 @@ from functools import lru_cache
 import numpy as np
 
 from visiontune.core import Batch
+from visiontune.data.ahead import Ahead
 from visiontune.data.buckets import Size
 from visiontune.data.rows import Pick, Rows
 
@@ -33,18 +34,30 @@ class BatchSampler:
         seed: any integer.
         rank: this process, from 0.
         world: number of processes.
+        ahead: make the next batch in a thread while its caller works with one, where making one takes long.
     """
 
-    def __init__(self, rows: Rows, batch_size: int, seed: int = 0, rank: int = 0, world: int = 1) -> None:
+    def __init__(
+        self, rows: Rows, batch_size: int, seed: int = 0, rank: int = 0, world: int = 1, *, ahead: bool = False
+    ) -> None:
         if batch_size < 1 or not 0 <= rank < world:
             raise ValueError(f"no batches of {batch_size} rows for rank {rank} of {world}")
         self.rows, self.batch_size, self.rank, self.world = rows, batch_size, rank, world
         self.seed = seed % 2**64
         self._sizes: list[Size] = sorted(rows.buckets)
         self._counts = tuple(len(rows.buckets[size]) for size in self._sizes)
+        self._ahead = Ahead(self._collate) if ahead else None
 
     def batch(self, step: int) -> Batch:
         """The batch of a step, counted from 0."""
+        return self._collate(step) if self._ahead is None else self._ahead.get(step)
+
+    def close(self) -> None:
+        """Wait until nothing works ahead; the next ``batch`` may begin it again."""
+        if self._ahead is not None:
+            self._ahead.close()
+
+    def _collate(self, step: int) -> Batch:
         return self.rows.collate(self.plan(step))
 
     def plan(self, step: int) -> list[Pick]:

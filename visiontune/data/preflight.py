@@ -4,50 +4,62 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 from tqdm import tqdm
 
 from visiontune.data.base import Sample, listed
 from visiontune.errors import UserError
 
+_EMPTY = "empty or missing captions (write them, or set data.prompt where there is no caption file)"
+_BROKEN = "unreadable images (replace or remove them)"
+_ALONE = "captions without an image (add the image or remove the caption)"
+_HALF = "samples that lack a column (add the file of the same name, or remove the sample's others)"
+_SHAPE = "masks of another shape than their image (crop or scale them as it is)"
+
 
 def preflight(samples: Sequence[Sample]) -> None:
-    """Decode every image and look at every caption.
+    """Decode every picture and look at every caption.
 
     Raises:
-        UserError: one line that lists empty captions, unreadable images, captions without an image and pairs of which
-            one image is missing (the first ten names of each, and how many more), or says that there are no samples.
+        UserError: one line that lists empty captions, unreadable pictures, captions without one, samples that lack a
+            column and masks that do not lie on their picture (the first ten names of each, and how many more), or says
+            that there are no samples.
     """
     if not samples:
         raise UserError("the dataset has no samples: put images with captions into data.root")
+    found: dict[str, list[str]] = {words: [] for words in (_EMPTY, _BROKEN, _ALONE, _HALF, _SHAPE)}
     with ThreadPoolExecutor() as pool:
-        faults = list(tqdm(pool.map(_image_fault, samples), "checking images", len(samples), delay=1, leave=False))
-    missing = [s.id for s, fault in zip(samples, faults, strict=True) if fault == "missing"]
-    half = [s.id for s, fault in zip(samples, faults, strict=True) if fault == "half"]
-    broken = [s.id for s, fault in zip(samples, faults, strict=True) if fault == "broken"]
-    empty = [s.id for s in samples if not s.caption.strip() and s.id not in (*missing, *half)]
-    lists = {
-        "empty or missing captions (write them, or set data.prompt where there is no caption file)": empty,
-        "unreadable images (replace or remove them)": broken,
-        "captions without an image (add the image or remove the caption)": missing,
-        "pairs without a partner (add the missing image, chosen or rejected, or remove the other)": half,
-    }
-    problems = [f"{len(names)} {what}: {listed(names)}" for what, names in lists.items() if names]
+        faults = tqdm(pool.map(_faults, samples), "checking images", len(samples), delay=1, leave=False)
+        for words, name in (fault for some in faults for fault in some):
+            found[words].append(name)
+    problems = [f"{len(names)} {words}: {listed(names)}" for words, names in found.items() if names]
     if problems:
         raise UserError("; ".join(problems))
 
 
-def _image_fault(sample: Sample) -> str | None:
-    partner = sample.partner()
-    if isinstance(sample.image, Path) and not sample.image.is_file():
-        return "missing" if partner is None else "half"
-    if partner is not None and isinstance(partner.image, Path) and not partner.image.is_file():
-        return "half"
-    try:
-        sample.open()
-        if partner is not None:
-            partner.open()
-    except Exception:  # a damaged file can raise nearly anything from inside a decoder
-        return "broken"
-    return None
+def _faults(sample: Sample) -> list[tuple[str, str]]:
+    """What is wrong with a sample, and what to call it."""
+    names = list(sample.sources)
+    files = {name: source.file for name, source in sample.sources.items()}
+    absent = [name for name, file in files.items() if file is not None and not file.is_file()]
+    if absent:
+        alone = len(absent) == len(names)
+        return [(_ALONE, sample.id) if alone else (_HALF, f"{sample.id} ({', '.join(absent)})")]
+    faults = [] if sample.caption.strip() else [(_EMPTY, sample.id)]
+    shapes: dict[str, tuple[int, int]] = {}
+    for name, source in sample.sources.items():
+        try:
+            shapes[name] = source.open().size
+        except Exception:  # a damaged file can raise nearly anything from inside a decoder
+            faults.append((_BROKEN, sample.id if name == names[0] else f"{sample.id} ({name})"))
+    for name, source in sample.sources.items():
+        if source.kind == "mask" and {name, names[0]} <= shapes.keys() and not _alike(shapes[name], shapes[names[0]]):
+            faults.append((_SHAPE, sample.id))
+    return faults
+
+
+def _alike(one: tuple[int, int], other: tuple[int, int]) -> bool:
+    """Whether two sizes differ by a scale alone, but for the rounding of the smaller one's sides."""
+    small, large = sorted((one, other))
+    off = abs(small[0] * large[1] - small[1] * large[0])
+    return off <= max(large)

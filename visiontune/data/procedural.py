@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
@@ -11,7 +11,7 @@ from typing import Literal
 import numpy as np
 from PIL import Image
 
-from visiontune.data.base import DEFAULT_TRIGGER, Sample, substitute
+from visiontune.data.base import DEFAULT_TRIGGER, Sample, source, substitute
 from visiontune.errors import UserError
 from visiontune.pocket.scenes import caption, sample_scene, stream, subject_scene
 from visiontune.pocket.world import STYLES, SUBJECTS, Scene, render
@@ -50,30 +50,51 @@ class Spec:
             raise UserError(f"count must be at least 1, not {self.count}")
 
 
-def samples(spec: Spec, name: str, *, prompt: str | None = None, trigger: str, class_noun: str | None) -> list[Sample]:
+def samples(
+    spec: Spec,
+    name: str,
+    *,
+    columns: Sequence[str] = ("image",),
+    prompt: str | None = None,
+    trigger: str,
+    class_noun: str | None,
+) -> list[Sample]:
     """Draw a dataset; the same spec gives the same pixels on every machine.
 
     Args:
         spec: what to draw.
         name: the catalogue name, which ids start with.
+        columns: what each sample is to have.
         prompt: replaces the spec's caption.
         trigger: what ``[trigger]`` stands for.
         class_noun: what ``[class]`` stands for.
+
+    Raises:
+        UserError: a column that is not drawn.
     """
+    drawn = ["image", "rejected"] if spec.rejected_style else ["image"]
+    lacking = [column for column in columns if column not in drawn]
+    if lacking:
+        hint = "; pocket/pairs has" if lacking == ["rejected"] else ""
+        raise UserError(f"dataset {name} has no '{lacking[0]}' pictures{hint}: take another, or your own")
     template = prompt or spec.caption or "{scene}"
     return [
         Sample(
             id=f"{name}/{i:04d}",
-            image=partial(_draw, scene),
+            sources={column: source(column, partial(_draw, scene, _style(spec, column))) for column in columns},
             caption=substitute(template.replace("{scene}", words), trigger, class_noun),
-            rejected=partial(_draw, replace(scene, style=spec.rejected_style)) if spec.rejected_style else None,
         )
         for i, (scene, words) in enumerate(islice(_scenes(spec), spec.count))
     ]
 
 
-def _draw(scene: Scene) -> Image.Image:
-    return Image.fromarray(render(scene))
+def _style(spec: Spec, column: str) -> str | None:
+    return spec.rejected_style if column == "rejected" else None
+
+
+def _draw(scene: Scene, style: str | None) -> Image.Image:
+    """A scene, in its own style or another."""
+    return Image.fromarray(render(replace(scene, style=style) if style else scene))
 
 
 def _scenes(spec: Spec) -> Iterator[tuple[Scene, str]]:

@@ -104,6 +104,9 @@ class PromptBatches:
             ids=[str(i) for i in chosen],
         )
 
+    def close(self) -> None:
+        """Nothing works ahead here."""
+
     def _prompt(self, place: int) -> int:
         epoch, within = divmod(place, self._pass)
         return int(_shuffled(self.seed, epoch, len(self.prompts))[within])

@@ -1,18 +1,20 @@
 """Read a dataset, whatever its layout, into a list of captioned samples.
 
 Layouts: a flat folder of images with ``.txt`` captions beside them; a folder with ``metadata.jsonl`` (``file_name``,
-``text``); a ``.parquet`` file, or a folder of them; a catalogue dataset; a dataset of the Hugging Face Hub. Pairs of
-images have a second column, or lie in the subfolders ``chosen`` and ``rejected``.
+``text``); a ``.parquet`` file, or a folder of them; a catalogue dataset; a dataset of the Hugging Face Hub. Further
+columns (``mask``, ``rejected``, ...) are columns of the table, or lie in subfolders of their names.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import ClassVar
 
 from visiontune import catalogue
 from visiontune.data.base import DEFAULT_CLASS, DEFAULT_TRIGGER, Config, Sample
-from visiontune.data.folder import SUFFIXES, read_folder, read_pairs
+from visiontune.data.folder import TABLES, read_folder, refuse_left_out
 from visiontune.data.table import read_table
 from visiontune.errors import UserError
 from visiontune.schema import from_mapping, nearest, option
@@ -22,12 +24,13 @@ from visiontune.schema import from_mapping, nearest, option
 class HubSpec:
     """A ``datasets/*.yaml`` file for a dataset of the Hub."""
 
+    RENAMED: ClassVar[dict[str, str]] = Config.RENAMED
+
     source: str = option(help="id of the dataset, owner/name")
     revision: str | None = option(None, help="commit or tag")
     split: str = option("train", help="split")
-    image_column: str = option("image", help="column of the images")
+    columns: dict[str, str] = option({}, help="what image, rejected, mask ... are called where it is otherwise")
     caption_column: str = option("text", help="column of the captions")
-    rejected_column: str = option("rejected", help="column of the worse images of pairs")
     caption: str | None = option(None, help="caption of images without one")
     class_noun: str | None = option(None, help="what [class] stands for")
     trigger: str = option(DEFAULT_TRIGGER, help="what [trigger] stands for")
@@ -35,7 +38,7 @@ class HubSpec:
     description: str = option("", help="one line for the catalogue's table")
 
 
-def read(config: Config, pairs: bool = False) -> list[Sample]:
+def read(config: Config, columns: Sequence[str] = ("image",), optional: Sequence[str] = ()) -> list[Sample]:
     """Samples of a dataset in a fixed order, with ``[trigger]`` and ``[class]`` put into their captions.
 
     An image without a caption gets ``config.prompt``, or the empty caption, and a caption without an image becomes a
@@ -43,30 +46,46 @@ def read(config: Config, pairs: bool = False) -> list[Sample]:
 
     Args:
         config: the ``data:`` section of a recipe.
-        pairs: whether each sample is to have a ``rejected`` image.
+        columns: the columns that every sample must have; the first is the main one, ``image`` for most.
+        optional: columns that are read where the dataset has them: all samples have one, or none has.
 
     Raises:
-        UserError: no such dataset, or one that cannot be read, or that has no pairs where they are wanted.
+        UserError: no such dataset, or one that cannot be read, that lacks a column, or that has what nothing reads.
     """
+    unclaimed = sorted(config.columns.keys() - {*columns, *optional})
+    if unclaimed:
+        raise UserError(
+            f"data.columns.{unclaimed[0]} is of no use: the objective reads {', '.join([*columns, *optional])}; leave "
+            "it out, or take an objective that needs it"
+        )
     path = Path(config.root).expanduser()
     if path.is_file() and path.suffix == ".parquet":
-        return read_table(config, "parquet", pairs=pairs, data_files=str(path))
+        return read_table(config, "parquet", columns, optional, data_files=str(path))
     if path.is_dir():
-        flat = any(f.suffix.lower() in SUFFIXES or f.name == "metadata.jsonl" for f in path.iterdir())
-        if not flat and any(path.rglob("*.parquet")):
-            return read_table(config, str(path), pairs=pairs)
-        return read_pairs(path, config) if pairs else read_folder(path, config)
+        return _read_path(path, config, columns, optional)
     if path.exists():
         raise UserError(f"data.root {config.root} is neither a folder nor a .parquet file")
     known = catalogue.names("datasets")
     if config.root in known:
-        return _catalogue(config, pairs)
+        return _catalogue(config, columns, optional)
     owner, slash, name = config.root.partition("/")
     like_ours = any(entry.startswith(f"{owner}/") for entry in known)
     if not slash or "/" in name or owner in ("", ".", "..", "~") or name.endswith(".parquet") or like_ours:
         what = "does not exist, nor is it a catalogue dataset"
         raise UserError(f"data.root {config.root} {what}{nearest(config.root, known)}")
-    return read_table(config, config.root, pairs=pairs, revision=config.revision)
+    return read_table(config, config.root, columns, optional, revision=config.revision)
+
+
+def _read_path(path: Path, config: Config, columns: Sequence[str], optional: Sequence[str]) -> list[Sample]:
+    from visiontune.data import pictures
+
+    if pictures.in_folder(path) or any((path / name).is_file() for name in TABLES):
+        return read_folder(path, config, columns, optional)
+    tables = [file for file in path.rglob("*.parquet") if not file.name.startswith(".")]
+    if not tables:
+        return read_folder(path, config, columns, optional)
+    refuse_left_out(path, tables, config)
+    return read_table(config, str(path), columns, optional)
 
 
 def resolve(config: Config) -> Config:
@@ -82,24 +101,22 @@ def resolve(config: Config) -> Config:
 # ---------------------------------------------------------------------------------------------------- catalogue
 
 
-def _catalogue(config: Config, pairs: bool) -> list[Sample]:
+def _catalogue(config: Config, columns: Sequence[str], optional: Sequence[str]) -> list[Sample]:
     spec = catalogue.load("datasets", config.root)
     config = resolve(config)
     if spec.get("source") == "procedural":
         from visiontune.data import procedural
 
         typed = from_mapping(procedural.Spec, spec, f"datasets/{config.root}.yaml")
-        if pairs and typed.rejected_style is None:
-            raise UserError(f"dataset {config.root} has no pairs of images: take pocket/pairs, or your own")
         return procedural.samples(
-            typed, config.root, prompt=config.prompt, trigger=config.trigger, class_noun=config.class_noun
+            typed,
+            config.root,
+            columns=columns,
+            prompt=config.prompt,
+            trigger=config.trigger,
+            class_noun=config.class_noun,
         )
     hub = from_mapping(HubSpec, spec, f"datasets/{config.root}.yaml")
-    config = replace(
-        config,
-        split=hub.split,
-        image_column=hub.image_column,
-        caption_column=hub.caption_column,
-        rejected_column=hub.rejected_column,
-    )
-    return read_table(config, hub.source, pairs=pairs, revision=config.revision or hub.revision)
+    names = {**hub.columns, **config.columns}
+    config = replace(config, split=hub.split, columns=names, caption_column=hub.caption_column)
+    return read_table(config, hub.source, columns, optional, revision=config.revision or hub.revision)

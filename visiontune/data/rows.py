@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
@@ -14,13 +14,15 @@ from tqdm import tqdm
 
 from visiontune.core import Batch, Condition, Encoders
 from visiontune.data import buckets, transforms
-from visiontune.data.base import Config, Sample
+from visiontune.data.base import Config, Sample, Source, listed
 from visiontune.data.buckets import Size
 from visiontune.data.cache import Cache, Tensors, key
 from visiontune.errors import UserError
 
 T = TypeVar("T")
 DEFAULT_CACHE = Path("runs/.cache")
+# Of latents and of conditions each, so that what is small is read from the disk once.
+_MEMORY = 256 * 2**20
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,10 +39,10 @@ class Pick:
 class Rows:
     """Encodes samples, with a cache between the encoders and the disk.
 
-    Latents are kept as moments of the VAE posterior (so each visit draws its own latent) under the image's content, the
-    transform and the VAE's fingerprint; conditions under the caption and the text encoders' fingerprint. An entry
-    is always encoded alone: its value is a function of its key, whatever else a run encodes and wherever a killed run
-    stopped. Captions are dropped after the cache.
+    Latents are kept as moments of the VAE posterior (so each visit draws its own latent) under the picture's content,
+    the transform and the VAE's fingerprint; conditions under the caption and the text encoders' fingerprint, in the
+    encoders' own number format. An entry is always encoded alone: its value is a function of its key, whatever else a
+    run encodes and wherever a killed run stopped. Captions are dropped after the cache.
 
     Args:
         model: its ``moments``, ``latents_from_moments``, ``embed``, ``unconditional`` and ``fingerprint`` are used.
@@ -52,12 +54,13 @@ class Rows:
 
     Attributes:
         samples: as given.
-        buckets: indices of the instance samples under each bucket size (height, width).
+        columns: the kind of source of each column that a batch has.
+        buckets: indices of the instance samples under each bucket size (height, width), that of their main column.
         prior: indices of the prior samples; they take the size of the batch that they join.
-        partners: the index of a pair's worse image under that of its better one, whose size and flip it takes.
 
     Raises:
-        UserError: no instance sample, an unreadable image, or a resolution that the model cannot take.
+        UserError: no instance sample, samples with different columns, an unreadable image, or a resolution that the
+            model cannot take.
     """
 
     def __init__(
@@ -70,25 +73,23 @@ class Rows:
     ) -> None:
         self.model, self.samples, self.config, self.train_text = model, list(samples), config, train_text
         self.prior = [i for i, s in enumerate(self.samples) if s.prior]
-        worse = {i: partner for i, s in enumerate(self.samples) if (partner := s.partner()) is not None}
-        self.partners = dict(zip(worse, range(len(self.samples), len(self.samples) + len(worse)), strict=True))
-        self._latents = Cache(Path(cache_dir) / "latents")
-        self._text = Cache(Path(cache_dir) / "text")
+        self.columns = _columns(self.samples)
+        self._latents = Cache(Path(cache_dir) / "latents", _MEMORY)
+        self._text = Cache(Path(cache_dir) / "text", _MEMORY)
         self._vae, self._encoder = model.fingerprint("vae"), model.fingerprint("text")
-        self._digests: dict[int, str] = {}
+        self._digests: dict[tuple[int, str], str] = {}
+        self._captions: dict[str, str] = {}
         sizes = buckets.sizes(config.resolution or model.resolution, model.downsample, square=not config.buckets)
+        main = next(iter(self.columns))
         self.buckets: dict[Size, list[int]] = {}
         for i, sample in enumerate(self.samples):
             if not sample.prior:
-                size = buckets.nearest(_reading(sample, sample.size), sizes) if len(sizes) > 1 else sizes[0]
-                self.buckets.setdefault(size, []).append(i)
-        self.samples += worse.values()
-        if not self.buckets:
-            raise UserError("the dataset has no images to train on: put images into data.root")
+                shape = _reading(sample, sample.sources[main].size) if len(sizes) > 1 else sizes[0]
+                self.buckets.setdefault(buckets.nearest(shape, sizes), []).append(i)
 
     def __len__(self) -> int:
         """Number of instance samples."""
-        return len(self.samples) - len(self.prior) - len(self.partners)
+        return len(self.samples) - len(self.prior)
 
     def fill(self, rank: int = 0, world: int = 1) -> None:
         """Encode what training will need, this rank's share of it, behind a progress bar.
@@ -96,45 +97,52 @@ class Rows:
         Optional: whatever is missing is encoded when it is first drawn, as prior images always are.
         """
         flips = (False, True) if self.config.flip else (False,)
-        latents = [(i, size, flip) for size, group in self.buckets.items() for i in group for flip in flips]
-        latents += [(self.partners[i], size, flip) for i, size, flip in latents if i in self.partners]
+        picks = [
+            (Pick(index=i, size=size, flip=flip), column)
+            for column in self.columns
+            for size, group in self.buckets.items()
+            for i in group
+            for flip in flips
+        ]
         captions = list(dict.fromkeys(s.caption for s in self.samples))
         if self.config.cache:
-            for i, size, flip in _progress(latents[rank::world], "encoding images"):
-                self.moments(Pick(index=i, size=size, flip=flip))
+            for pick, column in _progress(picks[rank::world], "encoding images"):
+                self._stored(pick, column)
         if not self.train_text:
             for caption in _progress(captions[rank::world], "encoding captions"):
                 self.condition(caption)
 
-    def moments(self, pick: Pick) -> Tensor:
-        """Moments ``[2c, h, w]`` of a row's VAE posterior, on the CPU."""
-        if not self.config.cache:
-            return self._encode(pick)["moments"]
-        entry = key(
-            image=self._digest(pick.index),
-            size=pick.size,
-            flip=pick.flip,
-            transform=transforms.RECIPE,
-            vae=self._vae,
-        )
-        return self._latents.get(entry, lambda: self._encode(pick))["moments"]
+    def moments(self, pick: Pick, column: str = "image") -> Tensor:
+        """Moments ``[2c, (f), h, w]`` of a row's VAE posterior, on the CPU."""
+        return self._stored(pick, column)["moments"]
+
+    def mask(self, pick: Pick, column: str = "mask") -> Tensor:
+        """A row's mask ``[1, h, w]`` in [0, 1] at the latents' size; a prior picture without one counts everywhere."""
+        if column not in self.samples[pick.index].sources:
+            return torch.ones(1, *(side // self.model.downsample for side in pick.size))
+        return self._stored(pick, column)["mask"]
 
     def condition(self, caption: str) -> Condition:
-        """The condition of one caption, length 1, on the CPU."""
-        stored = self._text.get(key(caption=caption, encoder=self._encoder), lambda: _flat(self._embed(caption)))
+        """The condition of one caption, length 1, on the CPU; not to be changed in place."""
+        if caption not in self._captions:
+            self._captions[caption] = key(caption=caption, encoder=self._encoder)
+        stored = self._text.get(self._captions[caption], lambda: _flat(self._embed(caption)))
         extra = {name.removeprefix("extra."): t for name, t in stored.items() if name.startswith("extra.")}
         return Condition(tokens=stored["tokens"], mask=stored.get("mask"), pooled=stored.get("pooled"), extra=extra)
 
     def collate(self, picks: Sequence[Pick]) -> Batch:
         """The batch of some picks of one size, in their order, on the CPU.
 
-        A row with ``drop`` has the empty caption as its prompt and the model's unconditional condition. Of pairs
-        ``image`` are the better images and ``rejected`` the worse ones.
+        A row with ``drop`` has the empty caption as its prompt and the model's unconditional condition. ``data`` has
+        latents [b, c, (f), h, w] of each column of pictures, those of one row from one draw, and masks [b, 1, h, w].
         """
         samples = [self.samples[p.index] for p in picks]
-        data = {"image": self._latents_of(picks)}
-        if all(p.index in self.partners for p in picks):
-            data["rejected"] = self._latents_of([replace(p, index=self.partners[p.index]) for p in picks])
+        data = {
+            column: torch.stack([self.mask(p, column) for p in picks])
+            if kind == "mask"
+            else self._latents_of(picks, column)
+            for column, kind in self.columns.items()
+        }
         cond = None
         if not self.train_text:
             rows = [self._empty if p.drop else self.condition(s.caption) for p, s in zip(picks, samples, strict=True)]
@@ -148,8 +156,8 @@ class Rows:
             ids=[s.id for s in samples],
         )
 
-    def _latents_of(self, picks: Sequence[Pick]) -> Tensor:
-        moments = torch.stack([self.moments(p) for p in picks])
+    def _latents_of(self, picks: Sequence[Pick], column: str) -> Tensor:
+        moments = torch.stack([self.moments(p, column) for p in picks])
         shape = (moments.shape[1] // 2, *moments.shape[2:])
         eps = torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(p.seed)) for p in picks])
         return self.model.latents_from_moments(moments, eps.to(moments))
@@ -159,30 +167,62 @@ class Rows:
         with torch.no_grad():
             return self.model.unconditional(1).to("cpu")
 
-    def _digest(self, index: int) -> str:
-        if index not in self._digests:
-            sample = self.samples[index]
-            self._digests[index] = _reading(sample, sample.digest)
-        return self._digests[index]
-
-    def _encode(self, pick: Pick) -> Tensors:
+    def _stored(self, pick: Pick, column: str) -> Tensors:
+        """What a column holds for a row, from the cache if there is one."""
         sample = self.samples[pick.index]
-        centering = (0.5, 0.5)
-        if self.config.crop == "random":
-            x, y = torch.rand(2, generator=torch.Generator().manual_seed(pick.seed)).tolist()
-            centering = (x, y)
-        pixels = transforms.to_pixels(_reading(sample, sample.open), pick.size, flip=pick.flip, centering=centering)
+        source = sample.sources[column]
+        if not self.config.cache:
+            return self._make(sample, source, pick)
+        if (pick.index, column) not in self._digests:
+            self._digests[pick.index, column] = _reading(sample, source.digest)
+        digest = self._digests[pick.index, column]
+        makes = {"mask": self.model.downsample} if source.kind == "mask" else {"vae": self._vae}
+        entry = key(image=digest, size=pick.size, flip=pick.flip, transform=transforms.RECIPE, **makes)
+
+        def make() -> Tensors:
+            made = self._make(sample, source, pick)
+            if source.file is not None and source.digest() != digest:
+                raise UserError(f"{sample.id} changed while it was being read: start again")
+            return made
+
+        return self._latents.get(entry, make)
+
+    def _make(self, sample: Sample, source: Source, pick: Pick) -> Tensors:
+        """What becomes of a source: the moments of a picture, or a mask at the latents' size."""
+        picture, place = _reading(sample, source.open), self._centering(pick)
+        if source.kind == "mask":
+            shrink = self.model.downsample
+            return {"mask": transforms.to_mask(picture, pick.size, shrink, flip=pick.flip, centering=place)}
+        pixels = transforms.to_pixels(picture, pick.size, flip=pick.flip, centering=place)
         with torch.no_grad():
             moments = self.model.moments(pixels[None])[0].cpu()
         if not moments.isfinite().all():
             raise UserError(f"the VAE gives no finite latent for {sample.id}: load the model with dtype float32")
-        if self.config.cache and isinstance(sample.image, Path) and sample.digest() != self._digest(pick.index):
-            raise UserError(f"{sample.id} changed while it was being read: start again")
         return {"moments": moments}
+
+    def _centering(self, pick: Pick) -> tuple[float, float]:
+        """Where a row is cropped, in all its columns."""
+        if self.config.crop == "center":
+            return 0.5, 0.5
+        x, y = torch.rand(2, generator=torch.Generator().manual_seed(pick.seed)).tolist()
+        return x, y
 
     def _embed(self, caption: str) -> Condition:
         with torch.no_grad():
             return self.model.embed([caption])
+
+
+def _columns(samples: Sequence[Sample]) -> dict[str, str]:
+    """The columns of the instance samples and their kinds; all samples must have them, but prior ones need no mask."""
+    first = next((s for s in samples if not s.prior), None)
+    if first is None:
+        raise UserError("the dataset has no images to train on: put images into data.root")
+    columns: dict[str, str] = {name: source.kind for name, source in first.sources.items()}
+    for name, kind in columns.items():
+        lacking = [s.id for s in samples if name not in s.sources and not (s.prior and kind == "mask")]
+        if lacking:
+            raise UserError(f"{len(lacking)} samples have no {name}, as others have: {listed(lacking)}")
+    return columns
 
 
 def _reading(sample: Sample, read: Callable[[], Any]) -> Any:

@@ -1,30 +1,33 @@
-"""Tables of images that Hugging Face's ``datasets`` can load: parquet files and datasets of the Hub."""
+"""Tables of pictures that Hugging Face's ``datasets`` can load: parquet files and datasets of the Hub."""
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Collection, Sequence
 from functools import partial
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from visiontune.data.base import Config, Sample, caption_text, captioned
+from visiontune.data.base import Config, Sample, listed, source, words_of
+from visiontune.data.captions import caption_text
 from visiontune.errors import UserError
 
 if TYPE_CHECKING:
     from PIL import Image
 
 
-def read_table(config: Config, path: str, *, pairs: bool = False, **options: Any) -> list[Sample]:
+def read_table(
+    config: Config, path: str, columns: Sequence[str] = ("image",), optional: Sequence[str] = (), **options: Any
+) -> list[Sample]:
     """Samples in the order of the rows of ``config.split``.
 
     Args:
         config: names the columns and the split.
         path: what ``datasets.load_dataset`` is asked for.
-        pairs: read the worse image of each row too.
-        options: its further arguments.
+        columns: those that the table must have; optional: those that are read where it has them.
+        options: further arguments of ``load_dataset``.
 
     Raises:
-        UserError: the dataset cannot be loaded, or lacks a column.
+        UserError: the dataset cannot be loaded, lacks a column, or has pictures in a column that nothing reads.
     """
     # By name: a type checker run in a checkout takes the catalogue folder datasets/ for the package.
     datasets: Any = import_module("datasets")
@@ -36,31 +39,59 @@ def read_table(config: Config, path: str, *, pairs: bool = False, **options: Any
             f"cannot load dataset {config.root} (split '{config.split}'): {type(error).__name__}: {reason}; check the"
             " name and the network, or download it and give its folder"
         ) from error
-    image, text = config.image_column, config.caption_column
-    columns = f"(it has {', '.join(table.column_names)})"
-    wanted = {"image_column": image} | ({"rejected_column": config.rejected_column} if pairs else {})
-    for key, column in wanted.items():
-        if column not in table.column_names:
-            raise UserError(f"dataset {config.root} has no column '{column}' {columns}: set data.{key}")
+    names = _names(table, config, columns, optional)
+    text, has = config.caption_column, f"(it has {', '.join(table.column_names)})"
     if text not in table.column_names and not config.prompt:
         raise UserError(
-            f"dataset {config.root} has no column '{text}' {columns}: set data.caption_column, or data.prompt for one"
+            f"dataset {config.root} has no column '{text}' {has}: set data.caption_column, or data.prompt for one"
             " caption for all"
         )
-    captions = table[text] if text in table.column_names else [None] * len(table)
+    words = table[text] if text in table.column_names else [None] * len(table)
     pictures = {}
-    for key, column in wanted.items():
+    for column, name in names.items():
         try:
-            pictures[key] = table.select_columns(column).cast_column(column, datasets.Image())
+            pictures[column] = table.select_columns(name).cast_column(name, datasets.Image())
         except (TypeError, ValueError, OSError, NotImplementedError) as error:  # the last is pyarrow's
-            raise UserError(f"column '{column}' of {config.root} holds no images {columns}: set data.{key}") from error
-    samples = []
-    for i, words in enumerate(captions):
-        caption = caption_text(words, f"row {i} of {config.root}")
-        better, *worse = (partial(_picture, pictures[key], i, column) for key, column in wanted.items())
-        sample = captioned(f"{config.split}[{i}]", better, caption, config)
-        samples.append(replace(sample, rejected=worse[0]) if worse else sample)
-    return samples
+            raise UserError(
+                f"column '{name}' of {config.root} holds no images {has}: set data.columns.{column}"
+            ) from error
+    _refuse_unread(table, config, names.values())
+    return [
+        Sample(
+            id=f"{config.split}[{i}]",
+            sources={c: source(c, partial(_picture, pictures[c], i, name)) for c, name in names.items()},
+            caption=words_of(caption_text(caption, f"row {i} of {config.root}"), config),
+        )
+        for i, caption in enumerate(words)
+    ]
+
+
+def _names(table: Any, config: Config, columns: Sequence[str], optional: Sequence[str]) -> dict[str, str]:
+    """What the columns that are read are called in the table."""
+    there = [name for name in table.column_names if not config.ignores(name)]
+    for column in columns:
+        if config.key(column) not in there:
+            raise UserError(
+                f"dataset {config.root} has no column '{config.key(column)}' (it has {', '.join(table.column_names)}): "
+                f"set data.columns.{column}"
+            )
+    return {column: config.key(column) for column in (*columns, *optional) if config.key(column) in there}
+
+
+def _refuse_unread(table: Any, config: Config, read: Collection[str]) -> None:
+    there = [name for name in table.column_names if not config.ignores(name)]
+    known = {*read, config.caption_column}
+    unread = [name for name in there if name not in known and _holds_pictures(table.features[name])]
+    if unread and not config.ignores_all:
+        raise UserError(
+            f"dataset {config.root} has pictures that nothing reads here, in {listed(unread)}: take an objective that "
+            f"needs them (data.columns gives them its names), or go on without them by data.ignore=[{','.join(unread)}]"
+        )
+
+
+def _holds_pictures(feature: Any) -> bool:
+    """Whether a column is of pictures, or of encoded files as pictures are stored in parquet."""
+    return type(feature).__name__ == "Image" or (isinstance(feature, dict) and {"bytes", "path"} == set(feature))
 
 
 def _picture(table: Any, row: int, column: str) -> Image.Image:

@@ -1,29 +1,15 @@
-"""From a picture file to the pixels that a VAE codes."""
+"""From a picture to the pixels that a VAE codes, and from a mask to its share in each of their latents."""
 
 from __future__ import annotations
 
 import numpy as np
 import torch
 from PIL import Image, ImageOps
+from torch.nn.functional import avg_pool2d
 
 from visiontune.ops.pixels import to_tensor
 
-RECIPE = "fit-lanczos-1"  # goes into cache keys: change it when the same picture would come out different
-
-
-def upright_rgb(picture: Image.Image) -> Image.Image:
-    """Decode a picture, turn it as its EXIF orientation says, flatten transparency on white, convert to RGB.
-
-    Sixteen-bit greys are scaled to eight bits (a plain conversion would clip them to white).
-    """
-    picture = ImageOps.exif_transpose(picture)
-    if picture.mode.startswith("I;16"):
-        picture = Image.fromarray((np.asarray(picture) >> 8).astype(np.uint8))
-    if picture.has_transparency_data:
-        picture = picture.convert("RGBA")
-        white = Image.new("RGBA", picture.size, "white")
-        picture = Image.alpha_composite(white, picture)
-    return picture.convert("RGB")
+RECIPE = "fit-lanczos-2"  # goes into cache keys: change it when the same picture would come out different
 
 
 def to_pixels(
@@ -45,3 +31,31 @@ def to_pixels(
     if flip:
         fitted = ImageOps.mirror(fitted)
     return to_tensor(np.array(fitted)) * 2 - 1
+
+
+def to_mask(
+    picture: Image.Image,
+    size: tuple[int, int],
+    downsample: int,
+    *,
+    flip: bool = False,
+    centering: tuple[float, float] = (0.5, 0.5),
+) -> torch.Tensor:
+    """Crop a grey mask as :func:`to_pixels` crops its picture, and average it over the pixels of each latent.
+
+    Args:
+        picture: a grey mask, white where something counts.
+        size: height and width in pixels, multiples of ``downsample``.
+        downsample: pixels per latent pixel.
+        flip, centering: as for the picture.
+
+    Returns:
+        ``float32 [1, h / downsample, w / downsample]`` in [0, 1].
+    """
+    height, width = size
+    # In real numbers, since a mean of grey levels is none; and by a filter that, unlike the pictures', does not ring.
+    fitted = ImageOps.fit(picture.convert("F"), (width, height), method=Image.Resampling.BILINEAR, centering=centering)
+    if flip:
+        fitted = ImageOps.mirror(fitted)
+    levels = torch.from_numpy(np.array(fitted, np.float32))[None]
+    return avg_pool2d(levels, downsample) / 255

@@ -14,17 +14,16 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 from tqdm.auto import tqdm
 
 from visiontune import files
+from visiontune.data import pictures
+from visiontune.data.folder import captions_of
 from visiontune.errors import UserError
 from visiontune.ops.pixels import to_tensor
 from visiontune.rewards.base import Reward
 from visiontune.rewards.loading import load
 from visiontune.sampling import manifest
-
-_SUFFIXES = (".png", ".webp", ".jpg", ".jpeg")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,7 +127,7 @@ def score(
         raise UserError("no rewards to score with: name at least one")
     items = read_folder(folder)
     scores = Scores(items=items, values={name: [math.nan] * len(items) for name in built})
-    sizes = [_size(item.path) for item in items]
+    sizes = [pictures.size(item.path) for item in items]
     passes = [
         ({n: r for n, r in built.items() if not r.groupwise}, _batches(sizes, batch_size)),
         ({n: r for n, r in built.items() if r.groupwise}, _groups(items, sizes)),
@@ -196,7 +195,7 @@ def build_rewards(specs: Sequence[str | Mapping[str, Any]]) -> dict[str, Reward]
 
 
 def read_folder(folder: str | Path) -> list[Item]:
-    """Images and prompts of a folder: those of its ``manifest.jsonl``, or images with ``.txt`` files beside them.
+    """Images and prompts of a folder: those of its ``manifest.jsonl``, or images captioned as for training.
 
     Raises:
         UserError: there is no such folder, it has no images, or prompts or images are missing (the first ten named).
@@ -209,10 +208,10 @@ def read_folder(folder: str | Path) -> list[Item]:
         items = [Item(path=folder / row["file"], prompt=row["prompt"], meta=row) for row in rows]
         _refuse([item.path.name for item in items if not item.path.is_file()], folder, "is in the manifest but absent")
     else:
-        paths = sorted(p for p in folder.iterdir() if p.suffix.lower() in _SUFFIXES and p.name != "grid.png")
-        _refuse([p.name for p in paths if not p.with_suffix(".txt").is_file()], folder, "has no .txt with its prompt")
-        prompts = [p.with_suffix(".txt").read_text(encoding="utf-8").strip() for p in paths]
-        items = [Item(path=path, prompt=prompt, meta={}) for path, prompt in zip(paths, prompts, strict=True)]
+        found = captions_of(folder, ignore=["grid.png"])
+        _refuse([path.name for path, words in found.items() if words is None], folder, "has no .txt with its prompt")
+        _refuse([path.name for path in found if not path.is_file()], folder, "has a caption but is absent")
+        items = [Item(path=path, prompt=words or "", meta={}) for path, words in found.items()]
     if not items:
         raise UserError(f"{folder} holds no images to score")
     return items
@@ -222,14 +221,6 @@ def _refuse(names: Sequence[str], folder: Path, trouble: str) -> None:
     if names:
         more = " ..." if len(names) > 10 else ""
         raise UserError(f"{len(names)} images of {folder}: {', '.join(names[:10])}{more}: each {trouble}")
-
-
-def _size(path: Path) -> tuple[int, int]:
-    try:
-        with Image.open(path) as picture:
-            return picture.size
-    except OSError as error:
-        raise UserError(f"{path} is not a readable image: make it again or delete it") from error
 
 
 def _batches(sizes: Sequence[tuple[int, int]], batch_size: int) -> list[list[int]]:
@@ -249,11 +240,7 @@ def _groups(items: Sequence[Item], sizes: Sequence[tuple[int, int]]) -> list[lis
 
 
 def _pixels(path: Path) -> np.ndarray:
-    try:
-        with Image.open(path) as picture:
-            return np.asarray(picture.convert("RGB"))
-    except OSError as error:
-        raise UserError(f"{path} is not a readable image: make it again or delete it") from error
+    return np.asarray(pictures.read(path))
 
 
 def _summary(values: Sequence[float]) -> dict[str, float | None]:

@@ -113,9 +113,8 @@ class Model(ABC):
 
     def release(self, *parts: str) -> Self:
         """Move networks that are not needed for a while to the CPU, and give their memory back to the device."""
-        device = self.device
-        self.to("cpu", *parts)
-        if device.type != "cpu":
+        if parts and self.device.type != "cpu":
+            self.to("cpu", *parts)
             torch.accelerator.empty_cache()
         return self
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from visiontune.core import Batch, Loss
-from visiontune.data.base import Sample, substitute
+from visiontune.data.base import Sample, Source, substitute
 from visiontune.files import atomic_write, write_json
 from visiontune.objectives import denoising
 from visiontune.objectives.base import Tools, combine, mean_where
@@ -82,7 +82,13 @@ class DreamBooth(denoising.Denoising):
         with tools.reference():
             self._generate(model, prompts, files, tools)
         return [
-            Sample(id=f"{folder.name}/{f.name}", image=f, caption=prompt, prior=True, weight=self.config.prior_weight)
+            Sample(
+                id=f"{folder.name}/{f.name}",
+                sources={"image": Source(f)},
+                caption=prompt,
+                prior=True,
+                weight=self.config.prior_weight,
+            )
             for f, prompt in files.items()
         ]
 

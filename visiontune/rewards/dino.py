@@ -14,16 +14,15 @@ from typing import Any, Literal
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from torch import Tensor, nn
 
+from visiontune.data import pictures
 from visiontune.errors import UserError
 from visiontune.models.sources import weights_of
 from visiontune.ops.pixels import Framing, Preprocess, to_tensor
 from visiontune.rewards.base import Meta, Reward
 from visiontune.schema import option
 
-_SUFFIXES = (".png", ".webp", ".jpg", ".jpeg")
 _FILTERS: dict[int, Literal["bilinear", "bicubic"]] = {2: "bilinear", 3: "bicubic"}
 
 
@@ -91,15 +90,7 @@ def _framing(processor: Any) -> Framing:
 
 def _read(path: Path) -> list[Tensor]:
     """Images ``[1, 3, h, w]`` of a file or a folder."""
-    files = [path] if path.is_file() else sorted(p for p in path.glob("*") if p.suffix.lower() in _SUFFIXES)
+    files = [path] if path.is_file() else pictures.in_folder(path) if path.is_dir() else []
     if not files:
         raise UserError(f"there are no reference images in {path}")
-    images = []
-    for file in files:
-        try:
-            with Image.open(file) as picture:
-                pixels = np.array(picture.convert("RGB"))
-        except OSError as error:
-            raise UserError(f"{file} is not a readable image: make it again or delete it") from error
-        images.append(to_tensor(pixels)[None])
-    return images
+    return [to_tensor(np.array(pictures.read(file)))[None] for file in files]

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from visiontune.data import pictures
 from visiontune.errors import UserError
 
 _FONT_SIZE = 13
@@ -80,8 +81,7 @@ def _open(source: Image.Image | np.ndarray | str | Path) -> Image.Image:
         return source
     if isinstance(source, np.ndarray):
         return Image.fromarray(source)
-    with Image.open(source) as picture:
-        return picture.convert("RGB")
+    return pictures.read(Path(source))
 
 
 def _cell_side(picture: Image.Image) -> int:

@@ -28,6 +28,9 @@ class TrainConfig:
     parts: list[str] | None = option(
         None, help="networks that are trained, by name (unet) or by role (denoiser, text, vae); null: the denoiser"
     )
+    release: list[str] = option(
+        [], help="parts that leave the accelerator once data are encoded, such as [text, vae]; drawing brings them back"
+    )
     optimizer: str = option(
         "adamw", help="adamw, sgd, adafactor, galore, or the dotted path of any torch optimiser class"
     )

@@ -196,15 +196,15 @@ class Guard:
         return torch.cat(scores).double()
 
     def _begun(self, out: Path) -> np.ndarray:
-        from PIL import Image
+        from visiontune.data import pictures
 
         folder = self.folder(out, 0)
         try:
             rows = [
-                [np.asarray(Image.open(folder / preview.file_name(i, seed))) for seed in self.config.seeds]
+                [np.asarray(pictures.read(folder / preview.file_name(i, seed))) for seed in self.config.seeds]
                 for i in range(len(self.prompts))
             ]
-        except OSError as error:
+        except UserError as error:
             raise UserError(f"{folder} holds the pictures that guards compare with, and is damaged: {error}") from error
         return np.array(rows)
 

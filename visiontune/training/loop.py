@@ -85,6 +85,9 @@ class Trainer:
         text = bool({*trained} & {*model.roles().get("text", ())})
         objective.check_text(text)
         objective.check(model, reward)
+        if unwanted := {*model.names(train.release)} & {*trained, *model.names()}:
+            raise UserError(f"train.release has '{min(unwanted)}', which every step computes with: leave it out")
+        model.release(*train.release)
         self.precise = model.at(precision_of(self.accelerator))
         # Gradients of what is trained come through the networks that the loss is computed by.
         parts = {name: networks[name] for name in networks if name in {*trained, *model.names()}}
@@ -154,6 +157,7 @@ class Trainer:
                         self._stop_if_alarmed()
             finally:
                 metrics.close()
+                self.rows.close()
             return self._finish()
 
     # -- one step -----------------------------------------------------------------------------------------------
@@ -271,6 +275,7 @@ class Trainer:
     @contextmanager
     def looking(self) -> Iterator[None]:
         """The model as its user will have it: averaged weights, evaluation mode, no gradients."""
+        self.rows.close()  # what works ahead may use the networks that drawing moves
         with self.average.applied(), torch.no_grad():
             # Adapters keep what they computed from their parameters until the mode is switched.
             self.step_module.eval()

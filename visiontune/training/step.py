@@ -19,6 +19,9 @@ class Rows(Protocol):
     def batch(self, step: int) -> Batch:
         """This process's batch number ``step``, a pure function of that number."""
 
+    def close(self) -> None:
+        """Wait until nothing works ahead of the steps; batches can be had afterwards."""
+
 
 class Step(nn.Module):
     """``(batch, tools) -> Loss`` as a module, which accelerate can wrap for autocast and several processes.
