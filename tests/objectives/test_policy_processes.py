@@ -32,7 +32,7 @@ def test_two_processes_train_like_one_with_both_their_batches(tmp_path, name):
     assert {"advantage", "reward_std"} <= terms
     for ours, theirs in zip(rows(tmp_path / "two"), rows(tmp_path / "one"), strict=True):
         assert {k: ours[k] for k in terms} == pytest.approx({k: theirs[k] for k in terms}, rel=1e-4, abs=1e-6)
-    states = [checkpoint.load(checkpoint.latest(tmp_path / run))[1]["online"]["objective"] for run in ("one", "two")]
+    states = [checkpoint.load(checkpoint.latest(tmp_path / run))[1]["parts"]["objective"] for run in ("one", "two")]
     assert states[0].keys() == states[1].keys() == ({"reward"} if name == "ddpo" else set())
     for name in states[0]:
         assert states[0][name].keys() == states[1][name].keys()
