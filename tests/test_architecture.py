@@ -41,13 +41,13 @@ MAY_IMPORT = {
     "sampling": GROUND | LIBRARY - {"objectives", "rewards"} | {"pocket"},
     "training": GROUND | LIBRARY - {"rewards"} | {"sampling"},
     "evaluation": GROUND | LIBRARY - {"objectives"} | {"pocket", "sampling"},
-    "config": GROUND | LIBRARY | {"sampling", "training", "assemble"},
+    "config": GROUND | LIBRARY | {"sampling", "training"},
     "assemble": GROUND | LIBRARY | {"sampling", "training", "config"},
     "estimate": GROUND | LIBRARY | {"sampling", "training", "config", "assemble"},
-    "demo": GROUND | LIBRARY | {"pocket", "sampling", "training", "evaluation", "config"},
+    "demo": GROUND | LIBRARY | {"pocket", "sampling", "training", "evaluation", "config", "assemble"},
     "cli": GROUND
     | LIBRARY
-    | {"weights", "sampling", "training", "evaluation", "config", "estimate", "demo", "__version__"},
+    | {"weights", "sampling", "training", "evaluation", "config", "assemble", "estimate", "demo", "__version__"},
     "__main__": {"cli"},
     "__init__": {"errors"},
 }

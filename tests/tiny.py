@@ -17,7 +17,15 @@ from typing import Any
 
 import torch
 from diffusers import AutoencoderKL
-from transformers import CLIPTextConfig, CLIPTokenizer
+from transformers import (
+    CLIPImageProcessor,
+    CLIPTextConfig,
+    CLIPTokenizer,
+    CLIPVisionConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    LlavaProcessor,
+)
 
 WORDS = "a an of the in on photo picture circle square triangle red green blue small large left right above below"
 CHARACTERS = "abcdefghijklmnopqrstuvwxyz0123456789.,:;!?'-_()[]<>"
@@ -46,6 +54,35 @@ def save_tiny(folder: str | Path, family: str = "sd", **options: Any) -> Path:
 def variants(family: str) -> list[dict[str, Any]]:
     """The options of the pipelines that a family is tested on: none, and its `VARIANTS`."""
     return [{}, *getattr(_file(family), "VARIANTS", ())]
+
+
+def save_tiny_llava(folder: str | Path, **changes: Any) -> Path:
+    """Write a LLaVA with a Llama of two layers, whose pictures are four tokens, in transformers' layout."""
+    words = tokenizer()
+    words.add_special_tokens({"additional_special_tokens": ["<image>"], "pad_token": "<|endoftext|>"})
+    mark = words.convert_tokens_to_ids("<image>")
+    tower = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    ends = {f"{name}_token_id": getattr(words, f"{name}_token_id") for name in ("bos", "eos", "pad")}
+    text = {**tower, **ends, "model_type": "llama", "num_key_value_heads": 2, "max_position_embeddings": 64}
+    config = LlavaConfig(
+        vision_config=CLIPVisionConfig(**tower, image_size=SIZE, patch_size=8, projection_dim=16),
+        text_config={**text, "vocab_size": len(words)},
+        image_token_index=mark,
+        image_seq_length=4,
+        **changes,
+    )
+    processor = LlavaProcessor(
+        image_processor=CLIPImageProcessor(size={"shortest_edge": SIZE}, crop_size=SIZE),
+        tokenizer=words,
+        patch_size=8,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(3)
+        LlavaForConditionalGeneration(config).save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return Path(folder)
 
 
 def remade(module: Any, **changes: Any) -> Any:

@@ -122,12 +122,12 @@ def test_a_name_that_can_be_nothing_is_refused_without_the_network(source, hub):
 
 
 def test_a_checkpoint_file_is_refused(saved):
-    assert "is a file: give a folder in the diffusers layout" in refusal(saved / "model_index.json")
+    assert "is a file: give a folder in the layout of diffusers or transformers" in refusal(saved / "model_index.json")
 
 
 def test_a_folder_without_index_is_refused(folder):
     (folder / "model_index.json").unlink()
-    assert "has no model_index.json: give a model in the diffusers layout" in refusal(folder)
+    assert "has no model_index.json and no config.json: give a model in the layout of diffusers" in refusal(folder)
 
 
 @pytest.mark.parametrize("content", [b"{", b"", b"\xff\xfe\x00"])
@@ -227,5 +227,6 @@ def test_families_are_found_by_their_files():
     found = models.families()
     assert {"sd", "sdxl"} <= set(found)
     assert all(cls.family == name and cls.__module__ == f"visiontune.models.{name}" for name, cls in found.items())
-    classes = [name for cls in found.values() for name in cls.pipeline_classes]
-    assert len(classes) == len(set(classes))
+    for kind in ("pipeline_classes", "architectures"):
+        classes = [name for cls in found.values() for name in getattr(cls, kind, ())]
+        assert classes and len(classes) == len(set(classes))

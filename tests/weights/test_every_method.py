@@ -15,6 +15,7 @@ from torch import nn
 from visiontune import plugin
 from visiontune.adapters import attach
 from visiontune.errors import UserError
+from visiontune.models.sd import StableDiffusion
 from visiontune.weights.export import export
 from visiontune.weights.keys import keys_of
 
@@ -82,7 +83,7 @@ def test_as_a_difference(method, tmp_path):
 def test_merged(method, tmp_path):
     pipe, adapters = turned(method)
     expected = output(pipe)
-    export(adapters, tmp_path / "model", "merged", dtype=torch.float32, pipe=pipe)
+    export(adapters, tmp_path / "model", "merged", dtype=torch.float32, model=StableDiffusion(pipe))
     fresh = StableDiffusionPipeline.from_pretrained(tmp_path / "model", safety_checker=None)
     torch.testing.assert_close(output(fresh), expected, rtol=1e-4, atol=1e-5)
 
@@ -126,6 +127,6 @@ def test_what_no_lora_and_no_other_reader_can_hold_is_refused(tmp_path):
     with pytest.raises(UserError, match="to_q' got a bias that the base's layer does not have"):
         export(adapters, tmp_path / "a.safetensors", "diff", dtype=torch.float32, keys=keys_of("sd", {}))
     with pytest.raises(UserError, match="to_q' got a bias that the base's layer does not have"):
-        export(adapters, tmp_path / "model", "merged", dtype=torch.float32, pipe=pipe)
+        export(adapters, tmp_path / "model", "merged", dtype=torch.float32, model=StableDiffusion(pipe))
     assert not list(tmp_path.iterdir())
     assert pipe.unet.state_dict().keys() == unchanged.keys()

@@ -6,7 +6,7 @@ import copy
 import hashlib
 import json
 from abc import abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar, Self
@@ -56,6 +56,28 @@ class PipelineModel(Model):
         self.unit = max(self.downsample, _LEAST_UNIT)
         self.max_tokens = int(pipe.tokenizer.model_max_length)
         self._float32_codec: Any = None
+
+    @classmethod
+    def open(
+        cls, name: str, place: str, source: str, dtype: torch.dtype, index: Mapping[str, Any], **fetching: Any
+    ) -> Self:
+        """The pipeline of the class `name` at `place`, a folder or a Hub id.
+
+        Args:
+            index: what its `model_index.json` says. fetching: as diffusers has it.
+        """
+        import diffusers
+
+        # A part that the model was saved without has to be named again, unless its pipeline calls it optional.
+        absent = dict.fromkeys(part for part, kind in index.items() if kind == [None, None])
+        options = {"dtype": dtype, "use_safetensors": True, **absent, **fetching, **cls.load_options}
+        pipe = getattr(diffusers, name).from_pretrained(place, **options)
+        # transformers makes an empty tokenizer where the files of one are missing, and every prompt then reads the
+        # same.
+        for part, value in pipe.components.items():
+            if part.startswith("tokenizer") and value is not None and len(value) <= len(value.all_special_ids) + 1:
+                raise UserError(f"model '{source}' has no vocabulary in its {part} folder: download it again")
+        return cls(pipe, source=source)
 
     # -- networks -----------------------------------------------------------------------------------------------
 

@@ -18,7 +18,7 @@ FOLDER = False
 
 
 def write(adapters: AdapterSet, path: Path, job: Job) -> Exported:
-    _refuse_unread(adapters, job.pipe)
+    _refuse_unread(adapters, getattr(job.model, "pipe", None))
     names = {layer: job.keys.public(layer) for layer in adapters.layers}
     return write_factors(adapters, path, job, "diffusers", names, tensors_of)
 
