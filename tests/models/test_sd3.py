@@ -143,7 +143,7 @@ class TestExport:
     def test_what_the_stock_pipeline_would_leave_out_is_refused(self, file, tmp_path):
         model = models.load(str(tmp_path / "model"))
         adapters = load(model.networks(), file)
-        options = {"dtype": torch.float32, "pipe": model.pipe}
+        options = {"dtype": torch.float32, "model": model}
         with pytest.raises(UserError, match="StableDiffusion3Pipeline loads no LoRA of its text_encoder_3"):
             export(adapters, tmp_path / "a.safetensors", **options)
         assert not (tmp_path / "a.safetensors").exists()
