@@ -372,11 +372,13 @@ class TestDraw:
         assert model.size() == (model.resolution, model.resolution)
 
 
-def test_every_family_of_a_pipeline_has_a_tiny_one():
+def test_every_family_of_a_pipeline_has_a_tiny_one_and_a_row_of_the_table():
     expected = {name: cls for name, cls in families().items() if issubclass(cls, PipelineModel)}
     assert {path.stem for path in (Path(tiny.__file__).parent / "families").glob("*.py")} == set(expected)
+    documented = (Path(tiny.__file__).parents[1] / "docs" / "models.md").read_text(encoding="utf-8")
     for name, cls in expected.items():
         assert type(tiny_pipe(name)).__name__ in cls.pipeline_classes
+        assert f"\n| `{name}` |" in documented and all(f"`{kind}`" in documented for kind in cls.pipeline_classes)
 
 
 def test_a_saved_model_opens_as_it_was(model, tmp_path):

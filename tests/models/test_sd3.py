@@ -10,8 +10,8 @@ from tiny import remade, save_tiny, tiny_model, tiny_pipe
 from visiontune import models
 from visiontune.adapters import attach, load
 from visiontune.core import Condition
-from visiontune.diffusion.dynamics import FlowODE
-from visiontune.diffusion.trajectory import Start, rollout
+from visiontune.diffusion.dynamics import CPS, DDIM, DanceSDE, FlowODE, FlowSDE
+from visiontune.diffusion.trajectory import Keep, Start, rollout
 from visiontune.errors import UserError
 from visiontune.models.sd3 import StableDiffusion3
 from visiontune.weights.export import export
@@ -67,6 +67,15 @@ def test_ddim_without_noise_is_the_step_of_euler():
         model, cond, chain=4, dynamics=FlowODE(), start=Start(generator=torch.Generator().manual_seed(0))
     ).final
     assert torch.equal(ddim, euler)
+
+
+@pytest.mark.parametrize("dynamics", [DDIM(eta=1.0), FlowSDE(), DanceSDE(), CPS()], ids=lambda kind: kind.name)
+def test_every_dynamics_with_noise_steps_from_pure_noise(dynamics):
+    model = tiny_model("sd3")
+    cond, start = model.embed(["a red circle"]), Start(generator=torch.Generator().manual_seed(0))
+    found = rollout(model, cond, chain=4, dynamics=dynamics, start=start, keep=Keep(log_probs=True))
+    assert found.final.isfinite().all() and found.log_probs.isfinite().all() and found.scored[:-1].all()
+    assert 0.5 < found.final.std() < 3
 
 
 def test_pictures_must_fit_the_patches_and_the_table_of_places():
@@ -134,7 +143,7 @@ class TestExport:
     def test_what_the_stock_pipeline_would_leave_out_is_refused(self, file, tmp_path):
         model = models.load(str(tmp_path / "model"))
         adapters = load(model.networks(), file)
-        options = {"dtype": torch.float32, "pipe": model.pipe}
+        options = {"dtype": torch.float32, "model": model}
         with pytest.raises(UserError, match="StableDiffusion3Pipeline loads no LoRA of its text_encoder_3"):
             export(adapters, tmp_path / "a.safetensors", **options)
         assert not (tmp_path / "a.safetensors").exists()
