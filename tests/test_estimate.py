@@ -10,13 +10,13 @@ from visiontune.estimate import Estimate, Kept, measure, size
 
 @pytest.fixture(scope="module")
 def tiny_run(tmp_path_factory):
-    from tiny import save_tiny_sd
+    from tiny import save_tiny
 
     folder = tmp_path_factory.mktemp("estimate")
     recipe = {
         "name": "tiny",
         "out": str(folder / "runs"),
-        "model": str(save_tiny_sd(folder / "tiny-sd")),
+        "model": str(save_tiny(folder / "tiny-sd")),
         "adapter": {"name": "lora", "rank": 2},
         "data": {"root": "pocket/bumble", "resolution": 16},
         "train": {"batch_size": 2, "trackers": [], "device": "cpu", "steps": 50},

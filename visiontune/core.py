@@ -111,6 +111,7 @@ class Encoders(Protocol):
     """The part of a model of continuous latents (`models.diffusion.DiffusionModel`) that readers and caches rely on."""
 
     downsample: int
+    unit: int
     resolution: int
 
     def embed(self, prompts: Sequence[str]) -> Condition: ...

@@ -74,7 +74,7 @@ METHODS: dict[str, tuple[str, list[str], float]] = {
     "ReFL": ("refl", [], 2e-3),
     "DDPO": ("ddpo", HALF, 2e-3),
     "PRDP": ("prdp", ONCE, 2e-3),
-    "NFT": ("nft", [*BATCH, "objective.timesteps=3"], 7e-4),
+    "NFT": ("nft", [*BATCH, "objective.timestep_count=3"], 7e-4),
     "TextCraftor": ("alignprop", TEXT, 6e-3),
     "AlignProp, both": ("alignprop", ["train.parts=[denoiser, text]", "train.part_lr={text: 6e-3}"], 2e-3),
     "TexForce": ("ddpo", [*HALF, *TEXT], 6e-3),
@@ -143,9 +143,8 @@ def curve(method: str, seed: int, work: Path, until: float, looks: int, lr: floa
         return json.loads(file.read_text())
     recipe, options, _ = METHODS[method]
     trainer = trainer_of(recipe, file.stem, seed, work, lr, [*options, f"data={prompts(method, work)}"])
-    assert trainer.online is not None
-    updates = trainer.online.objective.updates
-    counted = trainer.online.reward = Counted(trainer.online.reward)
+    updates = trainer.objective.updates
+    counted = trainer.lender.reward = Counted(trainer.lender.reward)
     rows, spent, step = [], 0.0, 0
     while True:
         # A rollout serves several steps: it is looked at between rollouts only.

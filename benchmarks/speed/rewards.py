@@ -24,10 +24,11 @@ from visiontune.adapters import attach
 from visiontune.adapters.base import AdapterSet
 from visiontune.core import Condition
 from visiontune.diffusion.dynamics import DDIM
+from visiontune.diffusion.guidance import classifier_free
 from visiontune.diffusion.pathwise import backpropagate, end_gradient
 from visiontune.diffusion.replay import backpropagate_scores
 from visiontune.diffusion.schedule import Schedule
-from visiontune.diffusion.trajectory import rollout
+from visiontune.diffusion.trajectory import Keep, Start, Window, rollout
 
 CFG, STEPS, ROWS = 4.0, 10, 4
 
@@ -35,7 +36,6 @@ CFG, STEPS, ROWS = 4.0, 10, 4
 class Model:
     """The UNet of ``adapters.py`` with a small decoder and a made-up pair of conditions."""
 
-    latent_channels, downsample, resolution = 4, 2, 32
     device = torch.device("cpu")
 
     def __init__(self, change: Callable[[nn.Module], Any]) -> None:
@@ -55,6 +55,12 @@ class Model:
         rng = torch.Generator().manual_seed(0)
         for p in self.trained:  # away from the start, where a factor of zero saves work
             p.data.add_(0.01 * torch.randn(p.shape, generator=rng))
+
+    def latent_shape(self, height: int | None = None, width: int | None = None) -> tuple[int, ...]:
+        return 4, 16, 16
+
+    def chain(self, steps: int, shape: Any) -> tuple[Tensor, Tensor]:
+        return self.schedule.timesteps(steps)
 
     def predict(self, x_t: Tensor, t: Tensor, cond: Condition) -> Tensor:
         return self.unet(x_t, t, cond.tokens).sample
@@ -111,12 +117,13 @@ def walk(model: Model, rows: int, steps: int, way: str) -> Step:
     def step() -> None:
         for p in model.trained:
             p.grad = None
-        options: dict[str, Any] = {"cfg_scale": CFG, "steps": steps, "latents": start, "grad_steps": steps}
+        window = Window(steps=steps, checkpoint=way == "checkpoint", deferred=way == "deferred")
+        guidance = classifier_free(CFG)
+        made = rollout(model, cond, guidance=guidance, chain=steps, start=Start(latents=start), window=window)
         if way == "deferred":
-            made = rollout(model, cond, deferred=True, **options)
             backpropagate(model, made, end_gradient(made.final, loss)[1])
         else:
-            loss(rollout(model, cond, checkpoint=way == "checkpoint", **options).final).backward()
+            loss(made.final).backward()
         _touch(model)
 
     return step
@@ -188,7 +195,13 @@ def sampling(rounds: int) -> Iterator[dict]:
     def sample(m: Model = model, rows: int = ROWS, cfg: float = CFG, dynamics: DDIM = noisy) -> Any:
         with torch.no_grad():
             made = rollout(
-                m, m.embed(rows), cfg_scale=cfg, steps=STEPS, latents=m.start(rows), dynamics=dynamics, log_probs=True
+                m,
+                m.embed(rows),
+                guidance=classifier_free(cfg),
+                chain=STEPS,
+                dynamics=dynamics,
+                start=Start(latents=m.start(rows)),
+                keep=Keep(log_probs=True),
             )
             m.decode(made.final)
         return made

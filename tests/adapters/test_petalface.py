@@ -8,7 +8,7 @@ import pickle
 import pytest
 import torch
 from contracts.declared import Declared, count_lora
-from tiny import tiny_model, tiny_sd
+from tiny import tiny_model, tiny_pipe
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -254,7 +254,7 @@ def test_training_and_the_stock_pipeline_are_gated_alike(tmp_path):
         model.pipe(["a circle"] * 2, num_inference_steps=3, guidance_scale=3.0, output_type="latent")
         assert [float(m) for m in seen] == pytest.approx([float(t) / 1000 for t in model.pipe.scheduler.timesteps])
     path = adapters.save(tmp_path / "a.safetensors")
-    other = tiny_sd()
+    other = tiny_pipe()
     load({"unet": other.unet, "text_encoder": other.text_encoder}, path)
     with torch.no_grad():
         added = {"encoder_hidden_states": cond.tokens}

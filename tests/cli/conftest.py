@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from tiny import save_tiny_sd
+from tiny import save_tiny
 
 from visiontune.cli.main import main
 
@@ -39,7 +39,7 @@ def cli(capsys, tmp_path, monkeypatch) -> Callable[..., Result]:
 
 @pytest.fixture(scope="session")
 def tiny_folder(tmp_path_factory) -> Path:
-    return save_tiny_sd(tmp_path_factory.mktemp("model") / "tiny-sd")
+    return save_tiny(tmp_path_factory.mktemp("model") / "tiny-sd")
 
 
 @pytest.fixture

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from visiontune import assemble, config
+from visiontune import config
+from visiontune.assemble.build import build
 
 PROMPTS = [f"a {size} {color} {shape}" for size in ("small", "large") for color in ("red", "blue") for shape in "ox"]
 
@@ -40,7 +41,7 @@ def test_a_run_with_guards_logs_them_and_trains_on_the_other_prompts(cli, recipe
     assert cli("train", recipe).code == 0
     measured = [row for row in log() if "guard/reward" in row]
     assert [row["step"] for row in measured] == [0, 2, 4]
-    trainer = assemble.build(config.load_run(recipe), cache_dir=Path("cache"))
+    trainer = build(config.load_run(recipe), cache_dir=Path("cache"))
     assert len(trainer.guard.prompts) == 3 and len(trainer.rows.prompts) == 5
     assert sorted(trainer.guard.prompts + trainer.rows.prompts) == sorted(PROMPTS)
     assert (trainer.guard.steps, trainer.guard.cfg_scale) == (2, 1.0)
@@ -63,7 +64,7 @@ def test_an_alarm_ends_with_a_status_of_its_own_and_a_run_goes_on_with_looser_bo
 
 def test_prompts_of_ones_own_leave_the_training_prompts_alone(recipe):
     run = config.load_run(recipe, ["guards.prompts=['a green triangle']", "data.trigger=sks"])
-    trainer = assemble.build(run, cache_dir=Path("cache"))
+    trainer = build(run, cache_dir=Path("cache"))
     assert trainer.guard.prompts == ["a green triangle"] and trainer.rows.prompts == PROMPTS
 
 
@@ -94,7 +95,7 @@ def test_a_guard_that_is_the_trained_reward_is_warned_of(recipe):
         run = config.load_run(recipe, [f"guards.reward={reward}"])
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
-            assemble.build(run, cache_dir=Path("cache"))
+            build(run, cache_dir=Path("cache"))
         assert any("rises while it is hacked" in str(w.message) for w in caught) is warned
 
 

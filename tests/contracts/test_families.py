@@ -1,106 +1,193 @@
-"""What every family of continuous latents owes: it computes what the stock pipeline of its class computes."""
+"""What every family of continuous latents owes: it computes what the stock pipeline of its class computes.
+
+Nothing here knows a family: pipelines, sizes, samplers and roles are what the family says of itself.
+"""
 
 from __future__ import annotations
 
+import inspect
+from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 
+import diffusers
+import numpy as np
 import pytest
+import tiny
 import torch
-from diffusers import DDIMScheduler
-from tiny import tiny_model
+from tiny import tiny_model, tiny_pipe
 from torch import nn
 
+from visiontune import models
 from visiontune.adapters import attach
-from visiontune.core import Condition
+from visiontune.core import Condition, Request
+from visiontune.diffusion.dynamics import DDIM
 from visiontune.diffusion.guidance import classifier_free, guided
 from visiontune.diffusion.trajectory import Start, Window, rollout
-from visiontune.diffusion.transition import DDIM
+from visiontune.errors import UserError
 from visiontune.models import families
 from visiontune.models.diffusion import DiffusionModel
+from visiontune.models.pipeline import PipelineModel, own_generator
 
 PROMPTS = ["a red circle above a blue square", "green triangle"]
-SIZE = {"height": 16, "width": 24}  # not square, so that swapped sides would show
-FAMILIES = sorted(name for name, cls in families().items() if issubclass(cls, DiffusionModel))
-CASES = [(family, {}) for family in FAMILIES] + [("sd", {"prediction_type": "v_prediction"})]
+STEPS = 3
+CASES = [
+    (family, options)
+    for family, cls in sorted(families().items())
+    if issubclass(cls, DiffusionModel)
+    for options in tiny.variants(family)
+]
 
 
-@pytest.fixture(params=CASES, ids=lambda case: "-".join([case[0], *case[1].values()]))
+def with_eta(family: str) -> bool:
+    """Whether the stock pipelines of a family take an amount of noise."""
+    return all(
+        "eta" in inspect.signature(getattr(diffusers, name).__call__).parameters
+        for name in families()[family].pipeline_classes
+    )
+
+
+def name_of(case):
+    family, options = case
+    return "-".join([family, *(f"{key}={value}" for key, value in options.items())])
+
+
+@pytest.fixture(params=CASES, ids=name_of)
 def model(request):
+    """The family on its tiny pipeline, which draws by the sampler that rollouts step by."""
     family, options = request.param
     made = tiny_model(family, **options)
-    made.pipe.scheduler = DDIMScheduler.from_config(made.pipe.scheduler.config, clip_sample=False)
+    made.pipe.scheduler = made.sampler(made.samplers()[0])
     return made
 
 
-def noise(model, seed=0):
-    shape = (len(PROMPTS), model.latent_channels, *(side // model.downsample for side in SIZE.values()))
+def fresh(request):
+    """The same with its own sampler and untouched weights."""
+    family, options = request.node.callspec.params["model"]
+    return tiny_model(family, **options)
+
+
+def sizes(model):
+    """Two sizes that are not square, so that swapped sides would show."""
+    short, long = model.resolution, model.resolution + model.unit
+    return [(short, long), (long, short)]
+
+
+def noise(model, size=None, seed=0):
+    shape = (len(PROMPTS), *model.latent_shape(*(size or sizes(model)[0])))
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
-def stock(model, output="latent", **options):
-    """Run the stock pipeline; its output, and the denoiser's first call as (arguments, result)."""
-    calls = []
-    hook = model.denoiser.register_forward_hook(
-        lambda module, args, kwargs, out: calls.append(((*args, kwargs), out[0].clone())), with_kwargs=True
-    )
-    options = {"latents": noise(model), "num_inference_steps": 3, **SIZE, **options}
-    images = model.pipe(PROMPTS, output_type=output, **options).images
+def somewhere(model):
+    """[2] timesteps that differ: not far from clean, and not far from noise."""
+    start, _ = model.chain(10, model.latent_shape())
+    return start[[8, 1]]
+
+
+@contextmanager
+def calls(model):
+    """What the first denoiser gives in the block, call by call."""
+    found = []
+    hook = model.denoiser.register_forward_hook(lambda module, args, out: found.append(out[0].clone()))
+    yield found
     hook.remove()
-    return images, calls[0]
 
 
-@pytest.mark.parametrize("cfg_scale", [1.0, 4.0])
-def test_predict_is_the_first_call_of_the_stock_pipeline(model, cfg_scale):
-    _, ((x_t, t, kwargs), expected) = stock(model, guidance_scale=cfg_scale)
-    cond = model.embed(PROMPTS)
-    if cfg_scale > 1:
-        cond = Condition.cat([model.unconditional(len(PROMPTS)), cond])
-    torch.testing.assert_close(cond.tokens, kwargs["encoder_hidden_states"], rtol=0, atol=1e-6)
-    start, _ = model.schedule.timesteps(3)
-    assert t == start[0]
-    ours = noise(model).repeat(len(cond) // len(PROMPTS), 1, 1, 1)
-    torch.testing.assert_close(ours, x_t)
-    pred = model.predict(ours, start[:1].expand(len(cond)), cond)
-    assert pred.std() > 0.01
-    torch.testing.assert_close(pred, expected, rtol=0, atol=1e-5)
+def stock(model, size, guidance, negatives=("", ""), **options):
+    """Pictures [b, 3, H, W] of the stock pipeline, drawn from `noise`, and what its denoiser gave."""
+    requests = [Request(prompt=p, negative=n) for p, n in zip(PROMPTS, negatives, strict=True)]
+    options = {"latents": model._stock_latents(noise(model, size)), **model._stock(guidance, requests), **options}
+    with calls(model) as found:
+        shown = model.pipe(
+            PROMPTS, num_inference_steps=STEPS, height=size[0], width=size[1], output_type="pt", **options
+        ).images
+    return shown, found
 
 
-@pytest.mark.parametrize("cfg_scale", [1.0, 4.0])
-def test_rollout_and_decode_give_the_images_of_the_stock_pipeline(model, cfg_scale):
-    images, _ = stock(model, "pt", guidance_scale=cfg_scale)
+def pictures(model, latents):
+    return (model.decode(latents) / 2 + 0.5).clamp(0, 1)
+
+
+@pytest.mark.parametrize("scale", [1.0, 4.0])
+def test_predict_is_the_first_call_of_the_stock_pipeline(model, scale):
+    """Row by row, since pipelines differ in whether they guide in one call or two, and in which order."""
+    size, guidance = sizes(model)[0], model.guidance(scale)
+    _, expected = stock(model, size, guidance)
+    start, _ = model.chain(STEPS, noise(model).shape[1:])
+    with calls(model) as found:
+        pred = guided(model, noise(model), start[:1].expand(2), model.embed(PROMPTS), None, guidance)
+    assert pred.shape == noise(model).shape and pred.std() > 0.01
+    ours, theirs = torch.cat(found).flatten(1), torch.cat(expected).flatten(1)
+    apart = (ours[:, None] - theirs[None, : len(ours)]).abs().amax(2)
+    assert apart.min(0).values.max() < 1e-5 and apart.min(1).values.max() < 1e-5
+    assert len(ours) == len(ours.round(decimals=3).unique(dim=0))
+
+
+@pytest.mark.parametrize("scale", [1.0, 4.0])
+@pytest.mark.parametrize("turned", [False, True])
+def test_rollout_and_decode_give_the_pictures_of_the_stock_pipeline(model, scale, turned):
+    size, guidance = sizes(model)[turned], model.guidance(scale)
+    expected, _ = stock(model, size, guidance)
+    start = Start(latents=noise(model, size))
+    ours = pictures(model, rollout(model, model.embed(PROMPTS), guidance=guidance, chain=STEPS, start=start).final)
+    assert ours.shape == (2, 3, *size) and ours.std() > 0.01
+    torch.testing.assert_close(ours, expected, rtol=0, atol=1e-5)
+
+
+def test_a_negative_prompt_is_what_the_stock_pipeline_guides_away_from(model):
+    negatives, size, guidance = ["small", "a photo"], sizes(model)[0], model.guidance(3.0)
+    expected, _ = stock(model, size, guidance, negatives)
     final = rollout(
-        model, model.embed(PROMPTS), guidance=classifier_free(cfg_scale), chain=3, start=Start(latents=noise(model))
-    ).final
-    ours = (model.decode(final) / 2 + 0.5).clamp(0, 1)
-    assert ours.std() > 0.01
-    torch.testing.assert_close(ours, images, rtol=0, atol=1e-5)
-
-
-def test_stochastic_rollout_with_negative_prompt_gives_the_latents_of_the_stock_pipeline(model):
-    options = {"guidance_scale": 3.0, "eta": 0.7, "negative_prompt": ["small", "a photo"]}
-    expected, _ = stock(model, latents=None, generator=torch.Generator().manual_seed(5), **options)
-    trajectory = rollout(
         model,
         model.embed(PROMPTS),
-        uncond=model.embed(options["negative_prompt"]),
-        guidance=classifier_free(3.0),
-        chain=3,
+        uncond=model.embed(negatives),
+        guidance=guidance,
+        chain=STEPS,
+        start=Start(latents=noise(model, size)),
+    ).final
+    torch.testing.assert_close(pictures(model, final), expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("model", [case for case in CASES if with_eta(case[0])], ids=name_of, indirect=True)
+def test_noise_is_added_as_the_stock_pipeline_adds_it(model):
+    size, guidance = sizes(model)[0], model.guidance(3.0)
+    rng = torch.Generator().manual_seed(5)
+    expected, _ = stock(model, size, guidance, latents=None, generator=rng, eta=0.7)
+    final = rollout(
+        model,
+        model.embed(PROMPTS),
+        guidance=guidance,
+        chain=STEPS,
         dynamics=DDIM(eta=0.7),
-        start=Start(generator=torch.Generator().manual_seed(5), size=tuple(SIZE.values())),
-    )
-    torch.testing.assert_close(trajectory.final, expected, rtol=0, atol=1e-5)
+        start=Start(generator=torch.Generator().manual_seed(5), size=size),
+    ).final
+    torch.testing.assert_close(pictures(model, final), expected, rtol=0, atol=1e-5)
 
 
 def test_each_row_is_predicted_as_if_it_were_alone(model):
-    cond, x_t, t = model.embed(PROMPTS), noise(model), torch.tensor([10, 800])
+    cond, x_t, t = model.embed(PROMPTS), noise(model), somewhere(model)
     together = model.predict(x_t, t, cond)
     for row in range(2):
         alone = model.predict(x_t[row : row + 1], t[row : row + 1], cond[row])
         torch.testing.assert_close(together[row : row + 1], alone, rtol=0, atol=1e-5)
+        one = model.predict(x_t[row : row + 1], t[row], cond[row])
+        assert torch.equal(one, alone)
+
+
+def test_a_prompt_reads_the_same_beside_a_longer_one(model):
+    prompts = ["a", "a small green triangle left of the large red circle, in the photo of a blue square"]
+    x_t, t = noise(model), somewhere(model)
+    together = model.predict(x_t, t, model.embed(prompts))
+    joined = model.predict(x_t, t, Condition.cat([model.embed([prompt]) for prompt in prompts]))
+    torch.testing.assert_close(joined, together, rtol=0, atol=1e-5)
+    for row, prompt in enumerate(prompts):
+        alone = model.predict(x_t[row : row + 1], t[row : row + 1], model.embed([prompt]))
+        torch.testing.assert_close(together[row : row + 1], alone, rtol=0, atol=1e-5)
+    assert not torch.allclose(model.predict(x_t, t, model.embed(prompts[::-1])), together, atol=1e-3)
 
 
 def test_guidance_extrapolates_from_the_unconditional_prediction(model):
-    cond, x_t, t = model.embed(PROMPTS), noise(model), torch.tensor([500, 500])
+    cond, x_t, t = model.embed(PROMPTS), noise(model), somewhere(model)
     given = model.predict(x_t, t, cond)
     without = model.predict(x_t, t, model.unconditional(2))
     assert torch.equal(guided(model, x_t, t, cond, None, classifier_free(1.0)), given)
@@ -118,23 +205,24 @@ def test_unconditional_rows_can_take_the_place_of_rows(model):
 
 
 def test_latents_are_those_of_the_vae(model):
-    pixels = torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(1)) * 2 - 1
+    height, width = sizes(model)[0]
+    pixels = torch.rand(2, 3, height, width, generator=torch.Generator().manual_seed(1)) * 2 - 1
     posterior = model.vae.encode(pixels).latent_dist
-    scale = model.vae.config.scaling_factor
-    torch.testing.assert_close(model.encode(pixels, sample=False), posterior.mode() * scale)
-    expected = posterior.sample(torch.Generator().manual_seed(3)) * scale
+    mode = model.to_latents(posterior.mode())
+    torch.testing.assert_close(model.encode(pixels, sample=False), mode)
+    expected = model.to_latents(posterior.sample(torch.Generator().manual_seed(3)))
     torch.testing.assert_close(model.encode(pixels, generator=torch.Generator().manual_seed(3)), expected)
 
     moments = model.moments(pixels)
     mean, std = moments.chunk(2, dim=1)
     torch.testing.assert_close((mean, std), (posterior.mean, posterior.std))
-    torch.testing.assert_close(model.latents_from_moments(moments), posterior.mode() * scale)
+    torch.testing.assert_close(model.latents_from_moments(moments), mode)
     eps = torch.randn_like(mean)
-    torch.testing.assert_close(model.latents_from_moments(moments, eps), (mean + std * eps) * scale)
+    torch.testing.assert_close(model.latents_from_moments(moments, eps), model.to_latents(mean + std * eps))
 
-    z = posterior.mode()
-    torch.testing.assert_close(model.decode(z * scale), model.vae.decode(z).sample, rtol=1e-4, atol=1e-5)
-    assert mean.shape == (2, model.latent_channels, 16 // model.downsample, 16 // model.downsample)
+    torch.testing.assert_close(model.from_latents(mode), posterior.mode())
+    torch.testing.assert_close(model.decode(mode), model.vae.decode(posterior.mode()).sample, rtol=1e-4, atol=1e-5)
+    assert mode.shape == (2, *model.latent_shape(height, width))
 
 
 def test_gradients_reach_latents_prompts_and_start(model):
@@ -147,11 +235,27 @@ def test_gradients_reach_latents_prompts_and_start(model):
 
     for name, encoder in model.of("text").items():
         encoder.requires_grad_(True)
-        cond = model.embed(PROMPTS)
-        model.predict(noise(model), torch.tensor([5, 500]), cond).square().mean().backward()
-        grads = [p.grad for key, p in encoder.named_parameters() if "q_proj" in key and "layers.0" in key]
-        assert grads and all(g is not None and g.abs().sum() > 0 for g in grads), name
+        x_t = noise(model).requires_grad_()
+        model.predict(x_t, somewhere(model), model.embed(PROMPTS)).square().mean().backward()
+        assert x_t.grad.abs().sum() > 0
+        words = next(encoder.parameters())  # the table of words, which all else comes after
+        assert words.grad is not None and words.grad.abs().sum() > 0, name
         encoder.requires_grad_(False)
+
+
+def test_gradient_checkpointing_changes_nothing(model):
+    def gradients():
+        cond, x_t = model.embed(PROMPTS), noise(model).requires_grad_()
+        model.predict(x_t, somewhere(model), cond).square().mean().backward()
+        return x_t.grad, {name: p.grad.clone() for name, p in model.denoiser.named_parameters() if p.grad is not None}
+
+    model.denoiser.requires_grad_(True)
+    plain = gradients()
+    model.denoiser.zero_grad()
+    model.denoiser.enable_gradient_checkpointing()
+    model.denoiser.train()
+    torch.testing.assert_close(gradients(), plain)
+    assert len(plain[1]) > 0.9 * len(list(model.denoiser.parameters()))
 
 
 def test_rollout_differentiates_its_last_steps(model):
@@ -167,9 +271,9 @@ def test_rollout_differentiates_its_last_steps(model):
     assert not torch.allclose(grads[0], grads[1])
 
 
-def test_presets_choose_their_kind_of_layer_in_every_component(model):
-    text = list(model.of("text"))
-    for names in (["unet"], text, list(model.networks())):
+def test_presets_choose_their_kind_of_layer_in_every_network(model):
+    denoisers, text = list(model.of("denoiser")), list(model.of("text"))
+    for names in (*([name] for name in [*denoisers, *text]), text, [*denoisers, *text]):
         modules = {name: model.networks()[name] for name in names}
         presets = model.presets(names)
         assert set(presets) == {"attention", "attention+ff", "conv", "all"}
@@ -177,38 +281,114 @@ def test_presets_choose_their_kind_of_layer_in_every_component(model):
         for preset in ("attention", "attention+ff", "all"):
             adapters = attach(modules, "lora", targets=preset, presets=presets)
             counts[preset] = len(adapters.layers)
+            assert {layer.split(".")[0] for layer in adapters.layers} == set(names)
             adapters.detach()
         every = sum(isinstance(m, nn.Linear | nn.Conv2d) for root in modules.values() for m in root.modules())
         assert 0 < counts["attention"] < counts["attention+ff"] <= counts["all"] == every
-    attention = attach(
-        model.of("denoiser", "text"), "lora", targets="attention", presets=model.presets(model.networks())
-    )
-    assert {name.split(".")[0] for name in attention.layers} == {"unet", *text}
-    attention.detach()
-    convolutions = attach({"unet": model.denoiser}, "lora", targets="conv", presets=model.presets())
-    assert len(convolutions.layers) == sum(isinstance(m, nn.Conv2d) for m in model.denoiser.modules())
+    assert model.names() == tuple(denoisers)
+    convolutions = attach(model.of("denoiser"), "lora", targets="conv", presets=model.presets())
+    found = [m for name in denoisers for m in model.networks()[name].modules() if isinstance(m, nn.Conv2d)]
+    assert len(convolutions.layers) == len(found)
     convolutions.detach()
     assert not model.presets(text)["conv"]
 
 
-@pytest.mark.parametrize("part", ["vae", "text", "denoiser"])
-def test_fingerprint_tells_weights_apart(model, part):
-    before = {name: model.fingerprint(name) for name in ("vae", "text", "denoiser")}
-    other = tiny_model(model.family)
-    assert other.fingerprint(part) == before[part]
-    modules = {"vae": [model.vae], "denoiser": [model.denoiser], "text": list(model.of("text").values())}
-    with torch.no_grad():
-        next(modules[part][-1].parameters()).mul_(1.1)
-    assert {name for name in before if model.fingerprint(name) != before[name]} == {part}
+def test_fingerprint_tells_weights_apart(model, request):
+    parts, other = ("vae", "text", "denoiser"), fresh(request)
+    for part in parts:
+        for name, network in model.of(part).items():
+            assert other.fingerprint(name) == model.fingerprint(name)
+            before = {part: model.fingerprint(part) for part in parts}
+            with torch.no_grad():
+                next(network.parameters()).mul_(1.1)
+            assert {part for part in parts if model.fingerprint(part) != before[part]} == {part}
 
 
 def test_low_precision_model_takes_and_gives_float32(model):
-    cond, x_t, t = model.embed(PROMPTS), noise(model), torch.tensor([5, 500])
+    cond, x_t, t = model.embed(PROMPTS), noise(model), somewhere(model)
     exact = model.predict(x_t, t, cond)
     base = model.fingerprint("denoiser")
+    half = model.at(torch.bfloat16).predict(x_t, t, cond)
     model.pipe.to(torch.bfloat16)
     pred = model.predict(x_t, t, cond)
-    assert (pred.dtype, model.dtype) == (torch.float32, torch.bfloat16)
-    assert (pred - exact).norm() / exact.norm() < 0.05
+    assert (pred.dtype, half.dtype, model.dtype) == (torch.float32, torch.float32, torch.bfloat16)
+    for found in (pred, half):
+        assert 0 < (found - exact).norm() / exact.norm() < 0.05
     assert model.fingerprint("denoiser") == base
-    assert model.decode(x_t).dtype == model.encode(torch.zeros(1, 3, 16, 16)).dtype == torch.float32
+    assert model.decode(x_t).dtype == model.encode(torch.zeros(1, 3, *sizes(model)[0])).dtype == torch.float32
+    cond = model.embed(PROMPTS)
+    assert model.predict(x_t, t, cond).isfinite().all()
+
+
+class TestDraw:
+    REQUESTS = (
+        Request(prompt=PROMPTS[0], seed=3),
+        Request(prompt=PROMPTS[1], seed=4, negative="small"),
+        Request(prompt=PROMPTS[0], seed=5),
+    )
+
+    def test_draws_what_the_stock_pipeline_draws_from_the_seeds_noise(self, model):
+        size, guidance = sizes(model)[1], model.guidance(3.0)
+        found = model.draw(self.REQUESTS[:1], steps=STEPS, guidance=guidance, size=size)
+        latents = torch.randn(model.latent_shape(*size), generator=own_generator(self.REQUESTS[0]))[None]
+        assert found.shape == (1, *size, 3) and found.std() > 0.01
+        theirs = model.pipe(
+            PROMPTS[0],
+            latents=model._stock_latents(latents),
+            num_inference_steps=STEPS,
+            height=size[0],
+            width=size[1],
+            output_type="np",
+            guidance_scale=model._stock(guidance, self.REQUESTS[:1])["guidance_scale"],
+        ).images
+        np.testing.assert_allclose(found, theirs, rtol=0, atol=1e-6)
+        final = rollout(
+            model, model.embed(PROMPTS[:1]), guidance=guidance, chain=STEPS, start=Start(latents=latents)
+        ).final
+        ours = pictures(model, final).permute(0, 2, 3, 1).numpy()
+        np.testing.assert_allclose(found, ours, rtol=0, atol=1e-5)
+
+    def test_a_picture_does_not_depend_on_what_else_is_drawn(self, model):
+        options = {"steps": STEPS, "guidance": model.guidance(3.0)}
+        one, two, other = (model.draw([request], **options)[0] for request in self.REQUESTS)
+        assert abs(one - other).max() > 0.01
+        together = model.draw(self.REQUESTS[::2], **options)
+        np.testing.assert_allclose(together, np.stack([one, other]), rtol=0, atol=1e-5)
+        plain = model.draw([replace(self.REQUESTS[1], negative="")], **options)[0]
+        assert abs(two - plain).max() > 1e-4
+
+    def test_every_sampler_comes_to_what_the_familys_own_comes_to(self, model, request):
+        model = fresh(request)
+        options = {"steps": 25, "guidance": model.guidance(1.0)}
+        found = {name: model.draw(self.REQUESTS[:1], sampler=name, **options) for name in model.samplers()}
+        for name, shown in found.items():
+            assert abs(shown - found["model"]).mean() < 0.05 * found["model"].std(), name
+        with pytest.raises(UserError, match="sampler 'nothing' does not fit"):
+            model.draw(self.REQUESTS[:1], sampler="nothing", **options)
+
+    def test_sides_that_do_not_fit_are_refused(self, model):
+        with pytest.raises(UserError, match=f"must be multiples of {model.unit}"):
+            model.size(model.resolution, model.resolution + model.unit // 2)
+        assert model.size() == (model.resolution, model.resolution)
+
+
+def test_every_family_of_a_pipeline_has_a_tiny_one_and_a_row_of_the_table():
+    expected = {name: cls for name, cls in families().items() if issubclass(cls, PipelineModel)}
+    assert {path.stem for path in (Path(tiny.__file__).parent / "families").glob("*.py")} == set(expected)
+    documented = (Path(tiny.__file__).parents[1] / "docs" / "models.md").read_text(encoding="utf-8")
+    for name, cls in expected.items():
+        assert type(tiny_pipe(name)).__name__ in cls.pipeline_classes
+        assert f"\n| `{name}` |" in documented and all(f"`{kind}`" in documented for kind in cls.pipeline_classes)
+
+
+def test_a_saved_model_opens_as_it_was(model, tmp_path):
+    model.save(tmp_path / "saved")
+    opened = models.load(str(tmp_path / "saved"))
+    assert type(opened) is type(model) and list(opened.networks()) == list(model.networks())
+    for name in model.networks():
+        assert opened.fingerprint(name) == model.fingerprint(name)
+    assert opened.latent_shape() == model.latent_shape() and opened.unit == model.unit
+    options = {"steps": STEPS, "guidance": model.guidance(3.0)}
+    requests = TestDraw.REQUESTS[:2]
+    np.testing.assert_allclose(opened.draw(requests, **options), model.draw(requests, **options), rtol=0, atol=1e-6)
+    assert not any(p.requires_grad for network in opened.networks().values() for p in network.parameters())

@@ -17,7 +17,7 @@ from visiontune.core import Condition
 class FakeModel:
     """Latents are pixels averaged over 2x2 blocks, tokens are letters; counts what it is asked to encode."""
 
-    downsample = 2
+    downsample = unit = 2
     latent_channels = 3
     resolution = 32
 

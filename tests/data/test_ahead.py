@@ -98,9 +98,10 @@ def test_closing_ends_the_thread_and_values_can_be_had_again():
     assert making()
     ahead.close()
     assert not making()
-    assert ahead.get(1) == 1
+    assert ahead.get(1) == 1 and [n for n, _ in make.calls][:2] == [0, 1]
     ahead.close()
     ahead.close()
+    assert [n for n, _ in make.calls] == [0, 1, 2]
 
 
 def test_batches_are_the_same_ahead_or_not(model, tmp_path, monkeypatch):

@@ -45,3 +45,11 @@ def test_nearest_compares_aspect_ratios_whatever_the_scale():
 def test_a_resolution_off_the_latent_grid_is_refused_with_the_mend(resolution):
     with pytest.raises(UserError, match=rf"data\.resolution {resolution} .* take \d+"):
         buckets.sizes(resolution, 8)
+
+
+def test_a_model_of_patches_has_a_coarser_grid_than_its_latents():
+    with pytest.raises(UserError, match="520 is no multiple of 16: take 512"):
+        buckets.sizes(520, 8, 16)
+    assert buckets.sizes(528, 8, 16)[0] == (528, 528)
+    sizes = buckets.sizes(1056, 8, 48)
+    assert len(sizes) > 3 and all(side % 192 == 0 for size in sizes[1:] for side in size)

@@ -247,6 +247,8 @@ def test_a_catalogue_entry_can_stand_for_a_hub_dataset(monkeypatch):
     (sample,) = read(Config(root="pets"))
     assert asked == [("someone/pets", {"split": "all", "revision": "abc"})]
     assert sample.caption == "a pet"
+    with pytest.raises(UserError, match=r"no column 'sketch' \(it has photo, text\): set data\.columns\.image"):
+        read(Config(root="pets", columns={"image": "sketch"}))
 
 
 def test_a_misspelt_option_of_a_catalogue_entry_is_refused(monkeypatch):

@@ -7,7 +7,7 @@ import pickle
 
 import pytest
 import torch
-from tiny import remade, tiny_amused, tiny_model
+from tiny import remade, tiny_model, tiny_pipe
 from torch import nn
 
 from visiontune import models
@@ -148,11 +148,11 @@ def test_fingerprint_tells_weights_apart(model, part):
 
 
 def test_a_scheduler_of_another_vocabulary_is_refused():
-    pipe = tiny_amused()
+    pipe = tiny_pipe("amused")
     pipe.scheduler.register_to_config(mask_token_id=15)
     with pytest.raises(UserError, match="vocabularies of its transformer, VQ model and scheduler do not fit"):
         Amused(pipe)
-    pipe = tiny_amused()
+    pipe = tiny_pipe("amused")
     pipe.vqvae = remade(pipe.vqvae, num_vq_embeddings=8)
     with pytest.raises(UserError, match="do not fit"):
         Amused(pipe)

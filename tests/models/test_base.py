@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tiny import remade, tiny_model, tiny_sd, tiny_sdxl
+from tiny import remade, tiny_model, tiny_pipe
 
 from visiontune.core import Condition
 from visiontune.diffusion.guidance import classifier_free, guided
@@ -19,7 +19,7 @@ def pixels(size=16):
 
 def test_channelwise_latent_statistics_are_those_of_the_stock_pipeline():
     mean, std = [0.1, -0.2, 0.3, 0.5], [0.5, 1.0, 2.0, 3.0]
-    pipe = tiny_sdxl()
+    pipe = tiny_pipe("sdxl")
     pipe.vae = remade(pipe.vae, latents_mean=mean, latents_std=std, scaling_factor=0.13)
     model = StableDiffusionXL(pipe)
     z = model.vae.encode(pixels()).latent_dist.mode()
@@ -39,7 +39,7 @@ def test_channelwise_latent_statistics_are_those_of_the_stock_pipeline():
 
 
 def test_shift_factor_is_taken_off_before_scaling():
-    pipe = tiny_sd()
+    pipe = tiny_pipe()
     pipe.vae = remade(pipe.vae, shift_factor=0.25, scaling_factor=2.0)
     model = StableDiffusion(pipe)
     z = model.vae.encode(pixels()).latent_dist.mode()

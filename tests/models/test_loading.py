@@ -10,16 +10,18 @@ import huggingface_hub
 import pytest
 import torch
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
-from tiny import remade, save_tiny_sd, tiny_model, tiny_sd, tiny_sdxl
+from safetensors.torch import load_file, save_file
+from tiny import remade, save_tiny, tiny_model, tiny_pipe
 
 from visiontune import models
 from visiontune.errors import UserError
 from visiontune.models import pocket
+from visiontune.models.clip import load_clip
 
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
-    return save_tiny_sd(tmp_path_factory.mktemp("models") / "tiny")
+    return save_tiny(tmp_path_factory.mktemp("models") / "tiny")
 
 
 @pytest.fixture
@@ -70,7 +72,7 @@ def test_the_folder_of_a_run_stands_for_the_model_in_it(folder):
 
 
 def test_the_pipeline_class_chooses_the_family(tmp_path):
-    tiny_sdxl().save_pretrained(tmp_path)
+    tiny_pipe("sdxl").save_pretrained(tmp_path)
     model, original = models.load(str(tmp_path)), tiny_model("sdxl")
     assert model.family == "sdxl"
     torch.testing.assert_close(model.embed(["a red circle"]).pooled, original.embed(["a red circle"]).pooled)
@@ -78,7 +80,7 @@ def test_the_pipeline_class_chooses_the_family(tmp_path):
 
 
 def test_prediction_type_comes_with_the_folder(tmp_path):
-    assert models.load(str(save_tiny_sd(tmp_path / "v", "v_prediction"))).schedule.prediction == "v"
+    assert models.load(str(save_tiny(tmp_path / "v", prediction_type="v_prediction"))).schedule.prediction == "v"
 
 
 def test_dtype_is_that_of_every_part(saved):
@@ -123,12 +125,12 @@ def test_a_name_that_can_be_nothing_is_refused_without_the_network(source, hub):
 
 
 def test_a_checkpoint_file_is_refused(saved):
-    assert "is a file: give a folder in the diffusers layout" in refusal(saved / "model_index.json")
+    assert "is a file: give a folder in the layout of diffusers or transformers" in refusal(saved / "model_index.json")
 
 
 def test_a_folder_without_index_is_refused(folder):
     (folder / "model_index.json").unlink()
-    assert "has no model_index.json: give a model in the diffusers layout" in refusal(folder)
+    assert "has no model_index.json and no config.json: give a model in the layout of diffusers" in refusal(folder)
 
 
 @pytest.mark.parametrize("content", [b"{", b"", b"\xff\xfe\x00"])
@@ -182,6 +184,30 @@ def test_truncated_weights_are_refused(folder):
     assert "cannot be read (" in refusal(folder)
 
 
+def without_a_tensor(file, index=5) -> str:
+    """Take a tensor out of a file; its name."""
+    tensors = load_file(file)
+    name = sorted(tensors)[index]
+    save_file({key: value for key, value in tensors.items() if key != name}, file, {"format": "pt"})
+    return name
+
+
+@pytest.mark.parametrize("part", ["unet", "vae", "text_encoder"])
+def test_weights_that_lack_a_tensor_are_refused_and_it_is_named(folder, part):
+    (file,) = (folder / part).glob("*.safetensors")
+    name = without_a_tensor(file)
+    message = refusal(folder)
+    assert name in message and part in message
+
+
+def test_a_clip_that_lacks_a_tensor_is_refused_and_it_is_named(tmp_path):
+    folder = shutil.copytree(pocket.folder("pocket/clip", "config.json"), tmp_path / "clip")
+    name = without_a_tensor(folder / "model.safetensors")
+    assert f"{folder} has no weights for {name} of CLIPModel, which would be random" in refusal(folder)
+    with pytest.raises(UserError, match=f"has no weights for {name}"):
+        load_clip(str(folder))
+
+
 @pytest.mark.parametrize("part", ["unet", "vae", "text_encoder", "scheduler"])
 def test_a_missing_part_is_refused(folder, part):
     shutil.rmtree(folder / part)
@@ -203,14 +229,14 @@ def test_pickled_weights_are_refused(folder):
 
 
 def test_an_inpainting_unet_is_refused(tmp_path):
-    pipe = tiny_sd()
+    pipe = tiny_pipe()
     pipe.unet = remade(pipe.unet, in_channels=9)
     pipe.save_pretrained(tmp_path / "inpaint")
     assert "its UNet takes 9 channels; give a text-to-image checkpoint" in refusal(tmp_path / "inpaint")
 
 
 def test_a_guidance_distilled_unet_is_refused(tmp_path):
-    pipe = tiny_sd()
+    pipe = tiny_pipe()
     pipe.unet = remade(pipe.unet, time_cond_proj_dim=8)
     pipe.save_pretrained(tmp_path / "lcm")
     assert "its guidance is distilled into the UNet" in refusal(tmp_path / "lcm")
@@ -256,5 +282,6 @@ def test_families_are_found_by_their_files():
     found = models.families()
     assert {"sd", "sdxl"} <= set(found)
     assert all(cls.family == name and cls.__module__ == f"visiontune.models.{name}" for name, cls in found.items())
-    classes = [name for cls in found.values() for name in cls.pipeline_classes]
-    assert len(classes) == len(set(classes))
+    for kind in ("pipeline_classes", "architectures"):
+        classes = [name for cls in found.values() for name in getattr(cls, kind, ())]
+        assert classes and len(classes) == len(set(classes))

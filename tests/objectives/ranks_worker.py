@@ -28,7 +28,7 @@ def fit(out: Path, name: str, rank: int, world: int) -> None:
     torch.set_num_threads(1)
     model = tiny_model("amused" if name == "unigrpo" else "sd")
     torch.manual_seed(0)
-    found = adapters.attach({"denoiser": model.denoiser}, "lora", targets=["to_q"])
+    found = adapters.attach(model.of("denoiser"), "lora", targets=["to_q"])
     options = {"name": name, "group": 2, "steps": 2, "updates": 2, "cfg_scale": 1.0, "micro_batch": 2, **NAMES[name]}
     module, config = plugin.configure("objectives", options, "objective")
     group = options["group"]

@@ -25,14 +25,14 @@ def test_two_processes_train_like_one_with_both_their_batches(tmp_path, name):
     start = worker.trainer(tmp_path / "start", name, 16).parameters
     for key, value in one.items():
         torch.testing.assert_close(two[key], value, rtol=1e-5, atol=1e-6)
-    assert any(not torch.equal(value, start[f"denoiser.{key}"]) for key, value in one.items())
+    assert any(not torch.equal(value, start[f"unet.{key}"]) for key, value in one.items())
     terms = {"reward", "reward_std", "advantage", "flat_prompts", "loss", "grad_norm"} & rows(tmp_path / "one")[
         0
     ].keys()
     assert {"advantage", "reward_std"} <= terms
     for ours, theirs in zip(rows(tmp_path / "two"), rows(tmp_path / "one"), strict=True):
         assert {k: ours[k] for k in terms} == pytest.approx({k: theirs[k] for k in terms}, rel=1e-4, abs=1e-6)
-    states = [checkpoint.load(checkpoint.latest(tmp_path / run))[1]["online"]["objective"] for run in ("one", "two")]
+    states = [checkpoint.load(checkpoint.latest(tmp_path / run))[1]["parts"]["objective"] for run in ("one", "two")]
     assert states[0].keys() == states[1].keys() == ({"reward"} if name == "ddpo" else set())
     for name in states[0]:
         assert states[0][name].keys() == states[1][name].keys()

@@ -233,8 +233,8 @@ def test_dino_reads_its_references_as_training_reads_pictures(tmp_path: Path) ->
     turned[ExifTags.Base.Orientation] = 3
     for name in ("plain", "turned"):
         (tmp_path / name).mkdir()
-    Image.fromarray(smooth(40, 40)).save(tmp_path / "turned" / "a.tif", exif=turned)
-    (tmp_path / "turned" / "._a.tif").write_bytes(b"of a file system")
+    Image.fromarray(smooth(40, 40)).save(tmp_path / "turned" / "a.png", exif=turned)
+    (tmp_path / "turned" / "._a.png").write_bytes(b"of a file system")
     Image.fromarray(smooth(40, 40)).rotate(180).save(tmp_path / "plain" / "a.png")
     plain, turn = (
         load({"name": "dino", **options, "references": str(tmp_path / name)}).references for name in ("plain", "turned")

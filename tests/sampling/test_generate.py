@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tiny import save_tiny_sd, tiny_model
+from tiny import save_tiny, tiny_model
 
 from visiontune import adapters
 from visiontune.errors import UserError
@@ -30,7 +30,7 @@ PROMPTS = ["a red circle", "a blue square", "a green triangle"]
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_tiny_sd(tmp_path_factory.mktemp("tiny-sd"))
+    return save_tiny(tmp_path_factory.mktemp("tiny-sd"))
 
 
 def _config(folder: Path, out: Path, **options: object) -> SampleConfig:

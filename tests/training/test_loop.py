@@ -173,3 +173,33 @@ def test_the_model_is_frozen_but_for_the_adapter(tmp_path):
     for module in (model.vae, model.denoiser, *model.of("text").values()):
         assert not any(p.requires_grad for p in module.parameters())
     assert sum(p.numel() for p in trainer.parameters.values()) == found.parameter_count
+
+
+class Closed(TinyRows):
+    """Says when it is told to let nothing work ahead."""
+
+    said: tuple[str, ...] = ()
+
+    def batch(self, step):
+        self.said += ("batch",)
+        if step == 2:
+            raise ValueError("no third batch")
+        return super().batch(step)
+
+    def close(self):
+        self.said += ("close",)
+
+
+@pytest.mark.parametrize("steps", [2, 3])
+def test_nothing_works_ahead_when_a_run_ends_or_draws(tmp_path, steps):
+    model = TinyModel()
+    rows = Closed(model)
+    trainer = tiny_trainer(tmp_path, model=model, rows=rows, steps=steps)
+    if steps == 3:
+        with pytest.raises(ValueError, match="no third batch"):
+            trainer.fit()
+    else:
+        trainer.fit()
+    assert rows.said[-1] == "close"
+    with trainer.looking():
+        assert rows.said[-2:] == ("close", "close")

@@ -11,7 +11,7 @@ import torch
 from diffusers import DDIMScheduler
 from processes import apart
 from safetensors.torch import load_file
-from tiny import save_tiny_sd, tiny_model
+from tiny import save_tiny, tiny_model
 from tiny_training import TinyModel, TinyReward, TinyRows, tiny_trainer
 from training import online_worker as worker
 
@@ -283,7 +283,7 @@ def test_the_base_is_the_model_without_its_adapter(tmp_path):
 def recipe(tmp_path, *more):
     folder = tmp_path / "tiny"
     if not folder.exists():
-        save_tiny_sd(folder)
+        save_tiny(folder)
     (tmp_path / "prompts.txt").write_text("a red circle\na blue square\na green triangle\n")
     overrides = [f"model={folder}", f"out={tmp_path}", f"data={tmp_path / 'prompts.txt'}", "train.trackers=[]"]
     small = ["train.steps=2", "train.batch_size=2", "train.checkpoint_every=2", "train.precision=no", "preview.steps=2"]

@@ -141,6 +141,24 @@ def test_a_text_encoder_without_adapter_layers_is_refused(tmp_path):
         tiny_trainer(tmp_path, model=model, adapters=found, rows=TinyRows(model), parts=["denoiser", "text"])
 
 
+def test_an_adapter_on_what_is_no_network_is_refused(tmp_path):
+    model = tiny_model("sd")
+    found = adapters.attach({"net": model.denoiser}, "lora", targets=["to_q"])
+    with pytest.raises(UserError, match="attached to 'net', which is no network of 'tiny-sd'"):
+        tiny_trainer(tmp_path, model=model, adapters=found, rows=TinyRows(model))
+
+
+def test_what_is_released_is_nothing_that_steps_need(tmp_path, monkeypatch):
+    model, moved = TinyModel(), []
+    monkeypatch.setattr(TinyModel, "release", lambda self, *parts: moved.extend(parts))
+    tiny_trainer(tmp_path, model=model, release=["text", "vae"])
+    assert moved == ["text", "vae"]
+    for part in ("denoiser", "text"):
+        with pytest.raises(UserError, match=r"train\.release has '(unet|text_encoder)'"):
+            rows = TinyRows(model, embedded=False)
+            tiny_trainer(tmp_path, model=model, rows=rows, parts=["denoiser", "text"], release=[part])
+
+
 def test_half_precision_weights_are_not_trained(tmp_path):
     model = TinyModel()
     model.denoiser.bfloat16()

@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
-from tiny import save_tiny_sd
+from tiny import save_tiny
 from tiny_training import interrupt
 
 from visiontune import config
@@ -37,7 +37,7 @@ def recipe(tmp_path, monkeypatch):
     path.write_text(
         f"""verb: train
 name: whole
-model: {save_tiny_sd(tmp_path / "tiny-sd")}
+model: {save_tiny(tmp_path / "tiny-sd")}
 adapter: {{name: eva, targets: attention, rank: 2, batches: 2}}
 data: {{root: {photos}, class_noun: circle}}
 train: {{steps: 3, batch_size: 1, checkpoint_every: 1, lr: 1e-2, trackers: [], device: cpu}}

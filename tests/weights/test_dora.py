@@ -8,7 +8,7 @@ import torch
 from contracts.declared import turned
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
-from tiny import tiny_sd
+from tiny import tiny_pipe
 from torch import nn
 
 from visiontune.adapters import attach
@@ -29,7 +29,7 @@ def output(pipe):
 
 
 def adapted(scale=1.0):
-    pipe = tiny_sd()
+    pipe = tiny_pipe()
     adapters = turned(attach({"unet": pipe.unet}, "lora", targets=TARGETS, rank=3, alpha=6.0, dora=True))
     adapters.scale = scale
     return pipe, adapters
@@ -65,14 +65,14 @@ def test_diffusers_loads_an_exported_dora_and_draws_the_same(scale, tmp_path):
     done = export(adapters, tmp_path / "dora.safetensors", "diffusers", dtype=torch.float32)
     assert done.dora
     assert done.worst == 0
-    fresh = tiny_sd()
+    fresh = tiny_pipe()
     fresh.load_lora_weights(str(tmp_path), weight_name="dora.safetensors")
     torch.testing.assert_close(output(fresh), output(pipe), rtol=1e-4, atol=1e-5)
-    assert not torch.allclose(output(tiny_sd()), output(pipe), atol=1e-3)
+    assert not torch.allclose(output(tiny_pipe()), output(pipe), atol=1e-3)
 
 
 def test_what_diffusers_saves_comes_in(tmp_path):
-    pipe, back = tiny_sd(), tiny_sd()
+    pipe, back = tiny_pipe(), tiny_pipe()
     pipe.unet.add_adapter(LoraConfig(r=2, lora_alpha=7, use_dora=True, target_modules=["to_q", "conv1"]))
     turned(pipe.unet)
     pipe.save_lora_weights(
@@ -82,7 +82,7 @@ def test_what_diffusers_saves_comes_in(tmp_path):
     )
     assert read_lora(tmp_path / "pytorch_lora_weights.safetensors", {"unet": back.unet}).config.dora
     torch.testing.assert_close(output(back), output(pipe), rtol=1e-4, atol=1e-5)
-    assert not torch.allclose(output(tiny_sd()), output(pipe), atol=1e-3)
+    assert not torch.allclose(output(tiny_pipe()), output(pipe), atol=1e-3)
 
 
 def test_kohyas_files_hold_the_lengths_as_lycoris_does(tmp_path):
@@ -90,7 +90,7 @@ def test_kohyas_files_hold_the_lengths_as_lycoris_does(tmp_path):
     pipe, adapters = adapted(0.6)
     file = tmp_path / "dora.safetensors"
     export(adapters, file, "kohya", dtype=torch.float32, keys=keys_of("sd", {}))
-    saved, plain = load_file(file), tiny_sd().unet
+    saved, plain = load_file(file), tiny_pipe().unet
     for layer in adapters.layers:
         stem, w = "lora_" + layer.replace(".", "_"), plain.get_submodule(layer.removeprefix("unet.")).weight
         up, down = saved[f"{stem}.lora_up.weight"].flatten(1), saved[f"{stem}.lora_down.weight"].flatten(1)
@@ -99,7 +99,7 @@ def test_kohyas_files_hold_the_lengths_as_lycoris_does(tmp_path):
         assert scale.shape == (len(w), *[1] * (w.dim() - 1))
         expected = scale.flatten(1) * v / v.norm(dim=1, keepdim=True)
         torch.testing.assert_close(adapters.weight(layer).flatten(1), expected, rtol=1e-4, atol=1e-5)
-    back = tiny_sd()
+    back = tiny_pipe()
     read_lora(file, {"unet": back.unet}, keys_of("sd", {"unet": back.unet}))
     torch.testing.assert_close(output(back), output(pipe), rtol=1e-4, atol=1e-5)
 

@@ -9,12 +9,13 @@ import torch
 from contracts.declared import declared
 from diffusers import StableDiffusionPipeline
 from safetensors.torch import load_file
-from tiny import tiny_sd
+from tiny import tiny_pipe
 from torch import nn
 
 from visiontune import plugin
 from visiontune.adapters import attach
 from visiontune.errors import UserError
+from visiontune.models.sd import StableDiffusion
 from visiontune.weights.export import export
 from visiontune.weights.keys import keys_of
 
@@ -31,7 +32,7 @@ LAYERS = {
 
 def turned(method, factored=False):
     """A tiny pipeline with every kind of layer that the method takes, moved; only linear ones and convolutions."""
-    pipe = tiny_sd()
+    pipe = tiny_pipe()
     parts = {"unet": pipe.unet, "text_encoder": pipe.text_encoder}
     kinds = plugin.load("adapters", method).LAYERS
     chosen = {}
@@ -62,7 +63,7 @@ def output(pipe):
 def test_as_a_difference(method, tmp_path):
     pipe, adapters = turned(method)
     export(adapters, tmp_path / "a.safetensors", "diff", dtype=torch.float32, keys=keys_of("sd", {}))
-    saved, fresh = load_file(tmp_path / "a.safetensors"), tiny_sd()
+    saved, fresh = load_file(tmp_path / "a.safetensors"), tiny_pipe()
     plain = output(fresh)
     prefixes = {"unet": "lora_unet_", "text_encoder": "lora_te_text_model_"}
     with torch.no_grad():
@@ -82,7 +83,7 @@ def test_as_a_difference(method, tmp_path):
 def test_merged(method, tmp_path):
     pipe, adapters = turned(method)
     expected = output(pipe)
-    export(adapters, tmp_path / "model", "merged", dtype=torch.float32, pipe=pipe)
+    export(adapters, tmp_path / "model", "merged", dtype=torch.float32, model=StableDiffusion(pipe))
     fresh = StableDiffusionPipeline.from_pretrained(tmp_path / "model", safety_checker=None)
     torch.testing.assert_close(output(fresh), expected, rtol=1e-4, atol=1e-5)
 
@@ -96,7 +97,7 @@ def test_as_a_lora_with_the_error_that_it_states(method, rank, tmp_path):
             export(adapters, tmp_path / "a.safetensors", rank=rank, dtype=torch.float32)
         return
     done = export(adapters, tmp_path / "a.safetensors", rank=rank, dtype=torch.float32)
-    fresh = tiny_sd()
+    fresh = tiny_pipe()
     fresh.load_lora_weights(str(tmp_path), weight_name="a.safetensors")
     fresh.fuse_lora()
     fresh.unload_lora_weights()
@@ -112,7 +113,7 @@ def test_as_a_lora_with_the_error_that_it_states(method, rank, tmp_path):
 
 
 def test_what_no_lora_and_no_other_reader_can_hold_is_refused(tmp_path):
-    pipe = tiny_sd()
+    pipe = tiny_pipe()
     unchanged = copy.deepcopy(pipe.unet.state_dict())
     for kind, component, target in (("norm2", "unet", "norm2"), ("token_embedding", "text_encoder", "token_embedding")):
         adapters = attach({component: getattr(pipe, component)}, "dense", targets=[target])
@@ -126,6 +127,6 @@ def test_what_no_lora_and_no_other_reader_can_hold_is_refused(tmp_path):
     with pytest.raises(UserError, match="to_q' got a bias that the base's layer does not have"):
         export(adapters, tmp_path / "a.safetensors", "diff", dtype=torch.float32, keys=keys_of("sd", {}))
     with pytest.raises(UserError, match="to_q' got a bias that the base's layer does not have"):
-        export(adapters, tmp_path / "model", "merged", dtype=torch.float32, pipe=pipe)
+        export(adapters, tmp_path / "model", "merged", dtype=torch.float32, model=StableDiffusion(pipe))
     assert not list(tmp_path.iterdir())
     assert pipe.unet.state_dict().keys() == unchanged.keys()

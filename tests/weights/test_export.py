@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny import tiny_sd
+from tiny import tiny_pipe
 
 from visiontune.adapters import attach
 from visiontune.errors import UserError
@@ -22,7 +22,7 @@ SD = keys_of("sd", {})
 
 def turned(method: str, text: bool = False, targets=None, **options):
     """A tiny pipeline with an adapter that has moved, and its UNet's output."""
-    pipe = tiny_sd()
+    pipe = tiny_pipe()
     parts = {"unet": pipe.unet} | ({"text_encoder": pipe.text_encoder} if text else {})
     adapters = attach(parts, method, targets=(targets or TARGETS) + (["q_proj", "out_proj"] if text else []), **options)
     rng = torch.Generator().manual_seed(1)
@@ -48,7 +48,7 @@ def test_diffusers_loads_an_exported_lora_and_draws_the_same(kind: str, text: bo
     done = export(adapters, tmp_path / "lora.safetensors", kind, dtype=torch.float32, keys=SD)
     assert done.worst < 1e-6
     assert set(done.ranks.values()) == {3}
-    fresh = tiny_sd()
+    fresh = tiny_pipe()
     plain = output(fresh)
     fresh.load_lora_weights(str(tmp_path), weight_name="lora.safetensors")
     torch.testing.assert_close(output(fresh), output(pipe), rtol=1e-4, atol=1e-5)
@@ -59,7 +59,7 @@ def test_another_method_goes_over_as_its_best_approximation(tmp_path) -> None:
     pipe, adapters = turned("oft", block_size=4)
     whole = export(adapters, tmp_path / "whole.safetensors", dtype=torch.float32)
     assert whole.worst < 1e-5
-    fresh = tiny_sd()
+    fresh = tiny_pipe()
     fresh.load_lora_weights(str(tmp_path), weight_name="whole.safetensors")
     torch.testing.assert_close(output(fresh), output(pipe), rtol=1e-3, atol=1e-4)
     thin = export(adapters, tmp_path / "thin.safetensors", rank=2, dtype=torch.float32)

@@ -12,7 +12,7 @@ import torch
 from diffusers import UNet2DConditionModel
 from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint
 from safetensors.torch import load_file, save_file
-from tiny import remade, tiny_sd, tiny_sdxl
+from tiny import remade, tiny_pipe
 from torch import nn
 
 from visiontune.adapters import attach
@@ -119,7 +119,7 @@ def factors(layer, rng):
 
 @pytest.mark.parametrize("kind", ["sd", "sdxl"])
 def test_a_file_of_kohyas_in_these_names_acts_as_merged(kind, tmp_path):
-    rng, pipe = torch.Generator().manual_seed(3), tiny_sdxl() if kind == "sdxl" else tiny_sd()
+    rng, pipe = torch.Generator().manual_seed(3), tiny_pipe("sdxl") if kind == "sdxl" else tiny_pipe()
     modules = {"unet": unet(kind), "text_encoder": pipe.text_encoder}
     encoders = {"text_encoder": "lora_te1" if kind == "sdxl" else "lora_te"}
     if kind == "sdxl":
@@ -179,7 +179,7 @@ def test_every_exported_name_is_in_comfyuis_key_map(kind, tmp_path):
 
 def test_diffusers_loads_an_exported_file_of_the_xl(tmp_path):
     def tiny():
-        pipe = tiny_sdxl()
+        pipe = tiny_pipe("sdxl")
         pipe.unet = remade(pipe.unet, **{k: v for k, v in {**SIZES, **SDXL}.items() if k != "sample_size"})
         return pipe
 

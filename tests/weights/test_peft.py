@@ -11,7 +11,7 @@ from contracts.declared import turned
 from peft import BOFTConfig, LoraConfig, OFTConfig, PeftModel, get_peft_model
 from peft.tuners.boft.layer import BOFTLayer
 from safetensors.torch import load_file, save_file
-from tiny import tiny_sd
+from tiny import tiny_pipe
 from torch import nn
 
 from visiontune.adapters import attach
@@ -157,7 +157,7 @@ def output(pipe):
 
 @pytest.mark.parametrize("kind", ["diffusers", "kohya"])
 def test_an_exported_file_comes_back(kind, tmp_path):
-    pipe, back = tiny_sd(), tiny_sd()
+    pipe, back = tiny_pipe(), tiny_pipe()
     file = tmp_path / "lora.safetensors"
     adapters = turned(attach(parts(pipe), "lora", targets=TARGETS, rank=3, alpha=6.0))
     export(adapters, file, kind, dtype=torch.float32, keys=keys_of("sd", parts(pipe)))
@@ -167,7 +167,7 @@ def test_an_exported_file_comes_back(kind, tmp_path):
 
 
 def test_what_diffusers_saves_keeps_its_alpha(tmp_path):
-    pipe, back = tiny_sd(), tiny_sd()
+    pipe, back = tiny_pipe(), tiny_pipe()
     pipe.unet.add_adapter(LoraConfig(r=2, lora_alpha=7, target_modules=["to_q", "conv1"], init_lora_weights=False))
     state = peft.get_peft_model_state_dict(pipe.unet)
     metadata = pipe.unet.peft_config["default"].to_dict()

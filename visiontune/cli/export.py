@@ -5,7 +5,7 @@
   visiontune export runs/oft merged_model --format merged
 
 diffusers and kohya (also ComfyUI, A1111) take LoRA and DoRA as they are; any other method becomes the best LoRA of the
-given rank, whose error is printed. diff (ComfyUI) holds the whole change. merged is a plain diffusers model. peft is a
+given rank, whose error is printed. diff (ComfyUI) holds the whole change. merged is a plain model. peft is a
 folder with LoRA, OFT or BOFT of one component, as they are.
 """
 
@@ -56,7 +56,7 @@ def run(args: argparse.Namespace) -> None:
     attached = adapters.load(components, file, trust=args.trust)
     attached.scale = args.scale
     keys = keys_of(model.family, components)
-    done = export(attached, args.out, args.format, dtype=dtype, rank=args.rank, keys=keys, pipe=model.pipe)
+    done = export(attached, args.out, args.format, dtype=dtype, rank=args.rank, keys=keys, model=model)
     print(f"written: {done.text()}")
     if done.note:
         print(done.note)

@@ -41,8 +41,9 @@ class Ahead(Generic[T]):
         return value
 
     def close(self) -> None:
-        """Wait for the thread, if one runs, and forget what it made; values can be asked for afterwards."""
-        self._take()
+        """Wait for the thread, if one runs; what it made is there for the next ``get``."""
+        if self._worker is not None:
+            self._worker.join()
 
     def _take(self) -> _Worker[T] | None:
         worker, self._worker = self._worker, None

@@ -11,7 +11,7 @@ Size = tuple[int, int]  # height, width
 MAX_ASPECT = 2.0
 
 
-def sizes(resolution: int, downsample: int, *, square: bool = False) -> list[Size]:
+def sizes(resolution: int, downsample: int, unit: int = 1, *, square: bool = False) -> list[Size]:
     """Bucket sizes (height, width) for a pixel budget of ``resolution ** 2``, the square first.
 
     But for the square, which is as asked, sides are multiples of eight latent pixels (a denoiser halves them three
@@ -20,18 +20,20 @@ def sizes(resolution: int, downsample: int, *, square: bool = False) -> list[Siz
     Args:
         resolution: side of the square, in pixels.
         downsample: pixels per latent pixel.
+        unit: what else the sides of a picture are multiples of.
         square: the square alone.
 
     Raises:
-        UserError: the resolution is not a positive multiple of ``downsample``.
+        UserError: the resolution is not a positive multiple of ``downsample`` and ``unit``.
     """
-    if resolution <= 0 or resolution % downsample:
-        near = max(round(resolution / downsample), 1) * downsample
-        raise UserError(f"data.resolution {resolution} is no multiple of {downsample}: take {near}")
+    least = math.lcm(downsample, unit)
+    if resolution <= 0 or resolution % least:
+        near = max(round(resolution / least), 1) * least
+        raise UserError(f"data.resolution {resolution} is no multiple of {least}: take {near}")
     found = [(resolution, resolution)]
     if square:
         return found
-    step = 8 * downsample
+    step = math.lcm(8 * downsample, unit)
     for short in range(step, resolution, step):
         long = resolution**2 // short // step * step
         if short < long <= MAX_ASPECT * short:

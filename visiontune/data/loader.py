@@ -53,7 +53,7 @@ class BatchSampler:
         return self._collate(step) if self._ahead is None else self._ahead.get(step)
 
     def close(self) -> None:
-        """End what works ahead."""
+        """Wait until nothing works ahead; the next ``batch`` may begin it again."""
         if self._ahead is not None:
             self._ahead.close()
 

@@ -117,5 +117,6 @@ def _catalogue(config: Config, columns: Sequence[str], optional: Sequence[str]) 
             class_noun=config.class_noun,
         )
     hub = from_mapping(HubSpec, spec, f"datasets/{config.root}.yaml")
-    config = replace(config, split=hub.split, columns=hub.columns, caption_column=hub.caption_column)
+    names = {**hub.columns, **config.columns}
+    config = replace(config, split=hub.split, columns=names, caption_column=hub.caption_column)
     return read_table(config, hub.source, columns, optional, revision=config.revision or hub.revision)

@@ -79,7 +79,8 @@ class Rows:
         self._vae, self._encoder = model.fingerprint("vae"), model.fingerprint("text")
         self._digests: dict[tuple[int, str], str] = {}
         self._captions: dict[str, str] = {}
-        sizes = buckets.sizes(config.resolution or model.resolution, model.downsample, square=not config.buckets)
+        resolution = config.resolution or model.resolution
+        sizes = buckets.sizes(resolution, model.downsample, model.unit, square=not config.buckets)
         main = next(iter(self.columns))
         self.buckets: dict[Size, list[int]] = {}
         for i, sample in enumerate(self.samples):

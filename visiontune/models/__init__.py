@@ -26,15 +26,17 @@ def load(
     """Open a model of any family, frozen and in evaluation mode.
 
     Args:
-        source: `pocket/<name>`, a folder in the diffusers layout, or a Hugging Face Hub id.
+        source: `pocket/<name>`, a folder in the layout of diffusers or transformers (CLIP also in open_clip's), or a
+            Hugging Face Hub id.
         dtype: floating-point type of all modules; default float32.
         revision: branch, tag or commit of a Hub id.
         device: where to put it.
         fetch: whether the Hub may be asked for what is not on this machine; false where a file named the model.
-        quantize: store the denoiser's linear layers in 8 bits (``int8``, by torchao) or 4 (``nf4``, by bitsandbytes).
+        quantize: store the main networks' linear layers in 8 bits (``int8``, by torchao) or 4 (``nf4``, by
+            bitsandbytes).
 
     Raises:
-        UserError: there is no such model, it cannot be reached or read, or no family understands its pipeline.
+        UserError: there is no such model, it cannot be reached or read, or no family understands it.
     """
     from visiontune.models import _loading
 

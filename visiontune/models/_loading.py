@@ -1,4 +1,4 @@
-"""From what the user named to a `DiffusionModel`."""
+"""From what the user named to a model of its family."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ import re
 from pathlib import Path
 from typing import Any
 
-import diffusers
 import torch
 from huggingface_hub import HfApi, hf_hub_download, try_to_load_from_cache
 from huggingface_hub.errors import (
@@ -26,10 +25,11 @@ from visiontune.errors import UserError
 from visiontune.models import pocket
 from visiontune.models._quantise import Kind, quantise
 from visiontune.models.base import Model
-from visiontune.models.pipeline import PipelineModel
 from visiontune.schema import nearest
 
-INDEX = "model_index.json"
+# What says how a folder is to be read, in order: a pipeline has a file of the second name in every part.
+INDEX, CONFIG, OPEN_CLIP = "model_index.json", "config.json", "open_clip_config.json"
+LAYOUTS = {INDEX: "diffusers", CONFIG: "transformers", OPEN_CLIP: "open_clip"}
 DEFAULT_DTYPE = torch.float32
 # The base of HfHubHTTPError is the error class of whichever HTTP client the Hub's library uses.
 _HUB_ERRORS: tuple[type[Exception], ...] = (OSError, ValueError, EntryNotFoundError, *HfHubHTTPError.__bases__)
@@ -62,29 +62,30 @@ def load(
     """See `visiontune.models.load`."""
     _check_device(device)
     folder, fetching = _locate(source, revision, fetch)
-    index = _read_index(source, folder, fetching)
-    name = str(index.get("_class_name"))
-    pipelines = (cls for cls in families().values() if issubclass(cls, PipelineModel))
-    known = {cls_name: cls for cls in pipelines for cls_name in cls.pipeline_classes}
-    if name not in known:
-        raise UserError(f"model '{source}' has the pipeline class {name}; supported: {', '.join(sorted(known))}")
-    _check_libraries(source, index)
-    family = known[name]
-    options = {"dtype": dtype, "use_safetensors": True, **fetching, **family.load_options}
+    layout, index = _read_index(source, folder, fetching)
+    name, family = _family(source, layout, index)
     try:
-        pipe = getattr(diffusers, name).from_pretrained(str(folder or source), **options)
+        model = family.open(name, str(folder or source), source, dtype, index, **fetching)
     except _BROKEN as error:
-        mend = "give a complete diffusers folder with safetensors weights"
+        mend = f"give a complete {LAYOUTS[layout]} folder with safetensors weights"
         raise UserError(f"model '{source}' cannot be read ({_first_line(error)}): {mend}") from error
-    # transformers makes an empty tokenizer where the files of one are missing, and every prompt then reads the same.
-    for part, value in pipe.components.items():
-        if part.startswith("tokenizer") and value is not None and len(value) <= len(value.all_special_ids) + 1:
-            raise UserError(f"model '{source}' has no vocabulary in its {part} folder: download it again")
-    model = family(pipe, source=source)
     if quantize:
         for network in model.of(*model.names()).values():
             quantise(network, quantize)
     return model.to(device)
+
+
+def _family(source: str, layout: str, index: dict[str, Any]) -> tuple[str, Any]:
+    """The class that an index names, and the family that understands it."""
+    pipeline = layout == INDEX
+    kind, attribute = ("pipeline class", "pipeline_classes") if pipeline else ("architecture", "architectures")
+    name = str(index.get("_class_name"))
+    if not pipeline:
+        name = "open_clip" if layout == OPEN_CLIP else ", ".join(index.get("architectures") or ["None"])
+    known = {name: cls for cls in families().values() for name in getattr(cls, attribute, ())}
+    if name not in known:
+        raise UserError(f"model '{source}' has the {kind} {name}; supported: {', '.join(sorted(known))}")
+    return name, known[name]
 
 
 def _check_device(device: str) -> None:
@@ -102,29 +103,19 @@ def _check_device(device: str) -> None:
         raise UserError(f"device '{device}' is not available: PyTorch sees cuda:0 to cuda:{count - 1}")
 
 
-def _check_libraries(source: str, index: dict[str, Any]) -> None:
-    """Refuse an index that has diffusers import anything but itself and transformers."""
-    own = {"diffusers", "transformers", *(module.name for module in pkgutil.iter_modules(diffusers.pipelines.__path__))}
-    for part, value in index.items():
-        if isinstance(value, list) and len(value) == 2 and value[0] is not None and value[0] not in own:
-            raise UserError(
-                f"model '{source}' wants its {part} from '{value[0]}', which is neither diffusers nor transformers: "
-                "correct its model_index.json, or take another model"
-            )
-
-
 def _locate(source: str, revision: str | None, fetch: bool) -> tuple[Path | None, dict[str, Any]]:
     """The local folder of `source`, or None for a Hub id; and how to fetch what lies there."""
     if source.startswith(pocket.PREFIX):
-        return pocket.folder(source), {"local_files_only": True}
+        return pocket.folder(source, INDEX, CONFIG), {"local_files_only": True}
     path = Path(source).expanduser()
     if source and path.is_dir():
         trained = path / "model"  # where a run that trains every weight leaves its model
-        return trained if (trained / INDEX).is_file() else path, {"local_files_only": True}
+        found = any((trained / layout).is_file() for layout in LAYOUTS)
+        return trained if found else path, {"local_files_only": True}
     if path.is_file():
-        raise UserError(f"model '{source}' is a file: give a folder in the diffusers layout, which holds {INDEX}")
+        raise UserError(f"model '{source}' is a file: give a folder in the layout of diffusers or transformers")
     if not _HUB_ID.fullmatch(source):
-        near = nearest(source, pocket.names())
+        near = nearest(source, pocket.names(INDEX, CONFIG))
         raise UserError(f"model '{source}' is neither a folder nor a Hub id (owner/name){near}")
     if not fetch and not _cached(source, revision):
         raise UserError(
@@ -134,7 +125,7 @@ def _locate(source: str, revision: str | None, fetch: bool) -> tuple[Path | None
 
 
 def _cached(source: str, revision: str | None) -> bool:
-    return isinstance(try_to_load_from_cache(source, INDEX, revision=revision), str)
+    return any(isinstance(try_to_load_from_cache(source, name, revision=revision), str) for name in LAYOUTS)
 
 
 def _reachable(source: str, revision: str | None) -> bool:
@@ -149,19 +140,26 @@ def _reachable(source: str, revision: str | None) -> bool:
         raise _refused(source, revision, error) from error
 
 
-def _read_index(source: str, folder: Path | None, fetching: dict[str, Any]) -> dict[str, Any]:
-    try:
-        path = folder / INDEX if folder else hf_hub_download(source, INDEX, **fetching)
-        index = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (FileNotFoundError, EntryNotFoundError) as error:
-        raise UserError(f"model '{source}' has no {INDEX}: give a model in the diffusers layout") from error
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"model '{source}' has a broken {INDEX} ({_first_line(error)}): download it again") from error
-    except _HUB_ERRORS as error:
-        if folder:
-            raise UserError(f"model '{source}' cannot be read ({_first_line(error)})") from error
-        raise _refused(source, fetching["revision"], error) from error
-    return index if isinstance(index, dict) else {}
+def _read_index(source: str, folder: Path | None, fetching: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+    """The name of the file that says how a model is to be read, and what it says."""
+    for layout in LAYOUTS:
+        try:
+            path = folder / layout if folder else hf_hub_download(source, layout, **fetching)
+            index = json.loads(Path(path).read_text(encoding="utf-8"))
+        except (FileNotFoundError, EntryNotFoundError):
+            continue
+        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+            raise UserError(
+                f"model '{source}' has a broken {layout} ({_first_line(error)}): download it again"
+            ) from error
+        except _HUB_ERRORS as error:
+            if folder:
+                raise UserError(f"model '{source}' cannot be read ({_first_line(error)})") from error
+            raise _refused(source, fetching["revision"], error) from error
+        return layout, index if isinstance(index, dict) else {}
+    raise UserError(
+        f"model '{source}' has no {INDEX} and no {CONFIG}: give a model in the layout of diffusers or transformers"
+    )
 
 
 def _refused(source: str, revision: str | None, error: Exception) -> UserError:

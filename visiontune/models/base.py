@@ -160,6 +160,34 @@ def freeze(networks: Iterable[nn.Module]) -> None:
         network.requires_grad_(False).eval()
 
 
+class Bare(nn.Module):
+    """A parameter that belongs to no network but the whole model, as a network."""
+
+    def __init__(self, parameter: nn.Parameter) -> None:
+        super().__init__()
+        self.value = parameter
+
+
+def split(*modules: nn.Module) -> dict[str, nn.Module]:
+    """The networks that one module of many is made of: its children, and every parameter that is in none of them.
+
+    Args:
+        modules: the module; before it those within it that are to be split too. Of parameters that are tied the first
+            network to have them keeps them.
+    """
+    found: dict[str, nn.Module] = {}
+    held: set[nn.Parameter] = set()
+    for module in modules:
+        children: dict[str, nn.Module] = {n: child for n, child in module.named_children() if child not in modules}
+        bare = {name: Bare(parameter) for name, parameter in module.named_parameters(recurse=False)}
+        for name, network in (children | bare).items():
+            own = {*network.parameters()} - held
+            if own:
+                found[name] = network
+                held |= own
+    return found
+
+
 def dtype_of(module: nn.Module) -> torch.dtype:
     """The floating-point type of a module's first weight that has one."""
     return next(p.dtype for p in module.parameters() if p.is_floating_point())

@@ -1,30 +1,37 @@
-"""CLIP as a pair of feature maps, from transformers or open_clip weights, differentiable in the pixels.
+"""CLIP (Radford et al., 2021, arXiv 2103.00020), from transformers or open_clip weights.
 
-Preprocessing is what the model was trained with, done on tensors: antialiased bicubic resize, centre crop,
-normalisation.
+`ClipEncoder` is a pair of frozen feature maps, differentiable in the pixels, as rewards use them; `Clip` is the family,
+whose networks can be trained. Preprocessing is what the model was trained with, done on tensors: antialiased bicubic
+resize, centre crop, normalisation.
 """
 
 from __future__ import annotations
 
 import json
 import logging
+import shutil
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, ClassVar, Self, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from visiontune.models import pocket
-from visiontune.models.sources import weights_of
+from visiontune.models.base import Presets, dtype_of, require, split
+from visiontune.models.contrastive import ContrastiveModel, Features
+from visiontune.models.sources import pretrained, weights_of
 from visiontune.ops.pixels import Fit, Framing, Preprocess
 
 _log = logging.getLogger(__name__)
 MEAN = (0.48145466, 0.4578275, 0.40821073)
 STD = (0.26862954, 0.26130258, 0.27577711)
-CONFIG = "config.json"
+CONFIG, OPEN_CONFIG = "config.json", "open_clip_config.json"
+OPEN_WEIGHTS = "open_clip_model.safetensors"
+# What of an open_clip folder is neither its weights nor those of another format.
+_OPEN_FILES = (OPEN_CONFIG, "tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "added_tokens.json")
 
 
 class ClipEncoder(nn.Module, ABC):
@@ -51,6 +58,18 @@ class ClipEncoder(nn.Module, ABC):
         return F.normalize(self._texts(list(prompts)), dim=-1)
 
     @abstractmethod
+    def patches(self, images: Tensor) -> Features:
+        """Features of images and of their patches, row by row, not brought to unit length."""
+
+    @abstractmethod
+    def words(self, prompts: Sequence[str]) -> Features:
+        """Features of texts and of their tokens, not brought to unit length; with a graph."""
+
+    @abstractmethod
+    def save(self, folder: Path) -> None:
+        """Write the format that it was opened from into a new folder."""
+
+    @abstractmethod
     def _images(self, pixels: Tensor) -> Tensor: ...
 
     @abstractmethod
@@ -60,20 +79,77 @@ class ClipEncoder(nn.Module, ABC):
 class TransformersClip(ClipEncoder):
     """A ``CLIPModel`` folder or Hub id with its tokenizer."""
 
+    def patches(self, images: Tensor) -> Features:
+        found = self.model.get_image_features(pixel_values=self.preprocess(images).to(dtype_of(self.model)))
+        normed = self.model.vision_model.post_layernorm(found.last_hidden_state[:, 1:])
+        return Features(pooled=found.pooler_output, dense=self.model.visual_projection(normed))
+
+    def words(self, prompts: Sequence[str]) -> Features:
+        found = self._read(list(prompts))
+        return Features(pooled=found.pooler_output, dense=self.model.text_projection(found.last_hidden_state))
+
+    def save(self, folder: Path) -> None:
+        from transformers import CLIPImageProcessor
+
+        size, preprocess = self.model.config.vision_config.image_size, self.preprocess
+        mean, std = preprocess.mean.flatten().tolist(), preprocess.std.flatten().tolist()
+        shown = CLIPImageProcessor(size={"shortest_edge": size}, crop_size=size, image_mean=mean, image_std=std)
+        self.model.save_pretrained(folder, safe_serialization=True)
+        self.tokenizer.save_pretrained(folder)
+        shown.save_pretrained(folder)
+
     def _images(self, pixels: Tensor) -> Tensor:
         return self.model.get_image_features(pixel_values=pixels).pooler_output
 
     def _texts(self, prompts: list[str]) -> Tensor:
+        return self._read(prompts).pooler_output
+
+    def _read(self, prompts: list[str]) -> Any:
         length = self.model.config.text_config.max_position_embeddings
         cut = sum(len(ids) > length for ids in self.tokenizer(prompts)["input_ids"])
         if cut:
             _log.warning("%d of %d prompts exceed CLIP's %d tokens and are cut", cut, len(prompts), length)
         tokens = self.tokenizer(prompts, padding=True, truncation=True, max_length=length, return_tensors="pt")
-        return self.model.get_text_features(**tokens.to(self.mean.device)).pooler_output
+        return self.model.get_text_features(**tokens.to(self.mean.device))
 
 
 class OpenClip(ClipEncoder):
-    """Any open_clip model."""
+    """Any open_clip model; of those that are no CLIP in the narrow sense, pooled features alone.
+
+    Attributes:
+        folder: where it was opened, if that was a folder.
+    """
+
+    folder: Path | None = None
+
+    def patches(self, images: Tensor) -> Features:
+        visual = self.model.visual
+        before, visual.output_tokens = visual.output_tokens, True
+        try:
+            pooled, tokens = visual(self.preprocess(images).to(dtype_of(self.model)))
+        finally:
+            visual.output_tokens = before
+        return Features(pooled=pooled, dense=tokens if visual.proj is None else tokens @ visual.proj)
+
+    def words(self, prompts: Sequence[str]) -> Features:
+        seen: list[Tensor] = []
+        hook = self.model.ln_final.register_forward_hook(lambda module, inputs, output: seen.append(output))
+        try:
+            pooled = self._texts(list(prompts))
+        finally:
+            hook.remove()
+        project = self.model.text_projection
+        return Features(pooled=pooled, dense=project(seen[0]) if isinstance(project, nn.Module) else seen[0] @ project)
+
+    def save(self, folder: Path) -> None:
+        from safetensors.torch import save_file
+
+        assert self.folder is not None
+        folder.mkdir(parents=True, exist_ok=True)
+        for file in (file for pattern in _OPEN_FILES for file in self.folder.glob(pattern)):
+            shutil.copyfile(file, folder / file.name)
+        tensors = {name: value.contiguous() for name, value in self.model.state_dict().items()}
+        save_file(tensors, folder / OPEN_WEIGHTS)
 
     def _images(self, pixels: Tensor) -> Tensor:
         return self.model.encode_image(pixels)
@@ -101,23 +177,22 @@ def load_clip(
     """
     folder = pocket.folder(source, CONFIG) if source.startswith(pocket.PREFIX) else Path(source).expanduser()
     if backend == "auto":
-        only_open = (folder / "open_clip_config.json").is_file() and not (folder / CONFIG).is_file()
+        only_open = (folder / OPEN_CONFIG).is_file() and not (folder / CONFIG).is_file()
         backend = "open_clip" if only_open or source.startswith("hf-hub:") else "transformers"
     name = str(folder) if folder.is_dir() else source
     with weights_of(f"CLIP '{source}'", backend, source, revision=revision):
         return _load_open_clip(name) if backend == "open_clip" else _load_transformers(name, revision, tokenizer)
 
 
-def _load_transformers(name: str, revision: str | None, tokenizer: str | None) -> ClipEncoder:
+def _load_transformers(
+    name: str, revision: str | None, tokenizer: str | None = None, **fetching: Any
+) -> TransformersClip:
     from transformers import AutoTokenizer, CLIPModel
 
-    model: Any = CLIPModel.from_pretrained(name, revision=revision or "main")
+    fetching["revision"] = revision or "main"
+    model: Any = pretrained(CLIPModel, name, **fetching)
     own = tokenizer is None or (Path(name) / "tokenizer_config.json").is_file()
-    words = (
-        AutoTokenizer.from_pretrained(name, revision=revision or "main")
-        if own
-        else AutoTokenizer.from_pretrained(tokenizer)
-    )
+    words = AutoTokenizer.from_pretrained(name, **fetching) if own else AutoTokenizer.from_pretrained(tokenizer)
     config_file = Path(name) / "preprocessor_config.json"
     settings = json.loads(config_file.read_text()) if config_file.is_file() else {}
     size = model.config.vision_config.image_size
@@ -126,10 +201,11 @@ def _load_transformers(name: str, revision: str | None, tokenizer: str | None) -
     return TransformersClip(model, words, preprocess)
 
 
-def _load_open_clip(name: str) -> ClipEncoder:
+def _load_open_clip(name: str) -> OpenClip:
     import open_clip
 
-    if Path(name).is_dir():
+    folder = Path(name)
+    if folder.is_dir():
         name, tag = f"local-dir:{name}", None
     elif name.startswith("hf-hub:"):
         tag = None
@@ -138,7 +214,9 @@ def _load_open_clip(name: str) -> ClipEncoder:
         if not tag:
             raise ValueError(f"open_clip needs <architecture>/<pretrained tag>, for instance {name}/openai")
     model = open_clip.create_model(name, pretrained=tag, require_pretrained=True)
-    return OpenClip(model, open_clip.get_tokenizer(name), open_clip_preprocess(model))
+    encoder = OpenClip(model, open_clip.get_tokenizer(name), open_clip_preprocess(model))
+    encoder.folder = folder if folder.is_dir() else None
+    return encoder
 
 
 def open_clip_preprocess(model: Any, fit: Fit | None = None) -> Preprocess:
@@ -150,3 +228,82 @@ def open_clip_preprocess(model: Any, fit: Fit | None = None) -> Preprocess:
         raise ValueError(f"its preprocessing resizes by '{fit}', which is not supported")
     framing = Framing(size=size, crop=size, fit=fit, rounds_half_crops=True)
     return Preprocess(framing, settings["mean"], settings["std"])
+
+
+_ATTENTION = ("q_proj", "k_proj", "v_proj", "in_proj", "out_proj")
+_FEED_FORWARD = ("mlp.fc1", "mlp.fc2", "mlp.c_fc", "mlp.c_proj")
+
+
+class Clip(ContrastiveModel):
+    """`CLIPModel` of transformers, or a folder of open_clip; networks are called as the format calls them.
+
+    Attributes:
+        encoder: the two towers with their tokenizer and preprocessing.
+    """
+
+    family = "clip"
+    architectures = ("CLIPModel", "open_clip")
+    TARGETS: ClassVar[Mapping[str, Presets]] = {
+        "vision": {
+            "attention": _ATTENTION,
+            "attention+ff": (*_ATTENTION, *_FEED_FORWARD),
+            "all": ("Linear", "Conv2d", "in_proj"),
+        },
+        "text": {
+            "attention": _ATTENTION,
+            "attention+ff": (*_ATTENTION, *_FEED_FORWARD),
+            "all": ("Linear", "in_proj"),
+        },
+    }
+
+    def __init__(self, encoder: ClipEncoder, source: str = "") -> None:
+        self.encoder, self.source = encoder, source or type(encoder.model).__name__
+        self._networks = split(encoder.model)
+        towers = {"vision": {"vision_model", "visual"}, "text": {"text_model", "transformer"}}
+        self._roles = {role: tuple(n for n in self._networks if n in names) for role, names in towers.items()}
+        placed = {name for names in self._roles.values() for name in names}
+        self._roles["head"] = tuple(name for name in self._networks if name not in placed)
+        whole = all(self._roles.values()) and "logit_scale" in self._networks
+        if isinstance(encoder, OpenClip):
+            whole &= getattr(encoder.model.visual, "pool_type", "") == "tok" and "text_projection" in self._networks
+        require(whole, self.source, f"its {type(encoder.model).__name__} is no CLIP of two transformers")
+
+    @classmethod
+    def open(
+        cls, name: str, place: str, source: str, dtype: torch.dtype, index: Mapping[str, Any], **fetching: Any
+    ) -> Self:
+        """The CLIP at `place`, a folder or a Hub id, of transformers or, where `name` says so, of open_clip."""
+        encoder: ClipEncoder
+        if name == "open_clip":
+            if not Path(place).is_dir():
+                from huggingface_hub import snapshot_download
+
+                place = snapshot_download(place, allow_patterns=[*_OPEN_FILES, OPEN_WEIGHTS], **fetching)
+            encoder = _load_open_clip(place)
+        else:
+            encoder = _load_transformers(place, fetching.pop("revision", None), use_safetensors=True, **fetching)
+        encoder.model.to(dtype)
+        return cls(encoder, source)
+
+    def networks(self) -> dict[str, nn.Module]:
+        return dict(self._networks)
+
+    def roles(self) -> dict[str, tuple[str, ...]]:
+        return dict(self._roles)
+
+    def save(self, folder: Path) -> None:
+        self.encoder.save(folder)
+
+    def image_features(self, images: Tensor) -> Features:
+        self.encoder.preprocess.to(images.device)
+        with self.autocast():
+            return self.encoder.patches(images)
+
+    def text_features(self, prompts: Sequence[str]) -> Features:
+        self.encoder.preprocess.to(self.device)
+        with self.autocast():
+            return self.encoder.words(prompts)
+
+    @property
+    def logit_scale(self) -> Tensor:
+        return self.encoder.model.logit_scale.exp()

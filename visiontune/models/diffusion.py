@@ -107,11 +107,12 @@ class DiffusionModel(PipelineModel):
             As `x_t`, in its dtype, whatever the denoiser computes in.
         """
         with self.autocast():
-            return self._predict(x_t.to(self.dtype), t, cond.to(dtype=self.dtype)).to(x_t.dtype)
+            rows = t.expand(len(x_t))
+            return self._predict(x_t.to(self.dtype), rows, cond.to(dtype=self.dtype)).to(x_t.dtype)
 
     @abstractmethod
     def _predict(self, x_t: Tensor, t: Tensor, cond: Condition) -> Tensor:
-        """`predict` in the denoiser's dtype; here a family turns the sign and the time of its network to ours."""
+        """`predict` in the denoiser's dtype, with t [b]; here a family turns its network's sign and time to ours."""
 
     # -- the stock pipeline -------------------------------------------------------------------------------------
 

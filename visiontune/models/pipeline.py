@@ -5,8 +5,9 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
+import pkgutil
 from abc import abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar, Self
@@ -19,6 +20,7 @@ from visiontune.core import Condition, Request
 from visiontune.diffusion.guidance import CFG, Embedded, Guidance, classifier_free
 from visiontune.errors import UserError
 from visiontune.models.base import Model, dtype_of, freeze
+from visiontune.models.sources import pretrained
 
 # Stock pipelines refuse sizes that are no multiple of 8, even where the codec would take them.
 _LEAST_UNIT = 8
@@ -56,6 +58,36 @@ class PipelineModel(Model):
         self.unit = max(self.downsample, _LEAST_UNIT)
         self.max_tokens = int(pipe.tokenizer.model_max_length)
         self._float32_codec: Any = None
+
+    @classmethod
+    def open(
+        cls, name: str, place: str, source: str, dtype: torch.dtype, index: Mapping[str, Any], **fetching: Any
+    ) -> Self:
+        """The pipeline of the class `name` at `place`, a folder or a Hub id.
+
+        Args:
+            index: what its `model_index.json` says. fetching: as diffusers has it.
+        """
+        import diffusers
+
+        _check_libraries(source, index)
+        # A part that the model was saved without has to be named again, unless its pipeline calls it optional.
+        absent = dict.fromkeys(part for part, kind in index.items() if kind == [None, None])
+        options = {"use_safetensors": True, **absent, **cls.load_options}
+        kind = getattr(diffusers, name)
+        if not Path(place).is_dir():
+            place = kind.download(place, **options, **fetching)
+        loading: dict[str, Any] = {"dtype": dtype, "use_safetensors": True, "local_files_only": True}
+        for part, network in _network_classes(index).items():
+            if part not in options:
+                options[part] = pretrained(network, place, subfolder=part, **loading)
+        pipe = kind.from_pretrained(place, **{**loading, **options})
+        # transformers makes an empty tokenizer where the files of one are missing, and every prompt then reads the
+        # same.
+        for part, value in pipe.components.items():
+            if part.startswith("tokenizer") and value is not None and len(value) <= len(value.all_special_ids) + 1:
+                raise UserError(f"model '{source}' has no vocabulary in its {part} folder: download it again")
+        return cls(pipe, source=source)
 
     # -- networks -----------------------------------------------------------------------------------------------
 
@@ -177,8 +209,12 @@ class PipelineModel(Model):
         if isinstance(guidance, CFG):
             if guidance.interval != (0.0, 1.0):
                 raise UserError("the stock pipeline guides at every step: leave the interval out to draw with it")
-            scale = guidance.scale - self.GUIDANCE_OFFSET
-            return {"guidance_scale": scale, "negative_prompt": [request.negative for request in requests]}
+            # Without any, pipelines guide away from `unconditional`, which need not be the empty prompt.
+            negatives = [request.negative for request in requests]
+            return {
+                "guidance_scale": guidance.scale - self.GUIDANCE_OFFSET,
+                "negative_prompt": negatives if any(negatives) else None,
+            }
         if isinstance(guidance, Embedded):
             return {"guidance_scale": guidance.scale}
         return {"guidance_scale": 1.0 - self.GUIDANCE_OFFSET}
@@ -210,3 +246,31 @@ def own_generator(request: Request) -> torch.Generator:
     list, and one seed gives unrelated noise to different prompts."""
     digest = hashlib.sha256(f"{request.seed}\0{request.prompt}".encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+
+
+def _network_classes(index: Mapping[str, Any]) -> dict[str, Any]:
+    """The classes of the networks that an index names, by their parts."""
+    import diffusers
+    import transformers
+
+    found = {}
+    for part, value in index.items():
+        library, name = value if isinstance(value, list) and len(value) == 2 else (None, None)
+        home = {"diffusers": diffusers, "transformers": transformers}.get(str(library))
+        kind = getattr(home, str(name), None)
+        if isinstance(kind, type) and issubclass(kind, nn.Module) and hasattr(kind, "from_pretrained"):
+            found[part] = kind
+    return found
+
+
+def _check_libraries(source: str, index: Mapping[str, Any]) -> None:
+    """Refuse an index that has diffusers import anything but itself and transformers."""
+    from diffusers import pipelines
+
+    own = {"diffusers", "transformers", *(module.name for module in pkgutil.iter_modules(pipelines.__path__))}
+    for part, value in index.items():
+        if isinstance(value, list) and len(value) == 2 and value[0] is not None and value[0] not in own:
+            raise UserError(
+                f"model '{source}' wants its {part} from '{value[0]}', which is neither diffusers nor transformers: "
+                "correct its model_index.json, or take another model"
+            )

@@ -6,6 +6,7 @@ import pickle
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -33,6 +34,32 @@ def _fetch(source: str, file: str, option: str, revision: str | None) -> str:
     command = f"hf download {source.removeprefix('hf-hub:')} {file}".rstrip()
     command += f" --revision {revision}" if revision else ""
     return f"give a local folder, or fetch it with `{command} --local-dir FOLDER` and set {option}: FOLDER"
+
+
+def pretrained(kind: Any, place: str, *, unread: tuple[str, ...] = (), **options: Any) -> Any:
+    """``kind.from_pretrained(place, **options)``, of which every tensor comes from the files.
+
+    transformers and diffusers give tensors that the files lack new random values, with a warning.
+
+    Args:
+        kind: a class of models, or one of transformers' Auto classes.
+        place: a folder or a Hub id.
+        unread: beginnings of names of tensors that nothing is computed with.
+
+    Raises:
+        UserError: a tensor is missing, or has another shape; the message names them.
+    """
+    model, report = kind.from_pretrained(place, output_loading_info=True, **options)
+    other = [key if isinstance(key, str) else key[0] for key in report["mismatched_keys"]]
+    lacking = sorted(key for key in {*report["missing_keys"], *other} if not key.startswith(unread))
+    if lacking:
+        where = "/".join(filter(None, (str(place), options.get("subfolder"))))
+        more = f" and {len(lacking) - 3} more" if len(lacking) > 3 else ""
+        raise UserError(
+            f"{where} has no weights for {', '.join(lacking[:3])}{more} of {type(model).__name__}, which would be "
+            "random: download it again, whole"
+        )
+    return model
 
 
 def find_file(source: str, file: str, revision: str | None = None) -> Path:

@@ -38,6 +38,8 @@ def swapped(
     def put(chosen: Mapping[str, Tensor]) -> None:
         for name, parameter in parameters.items():
             parameter.data = chosen[name]
+        # An autocast around the block keeps rounded weights, and knows them by the parameter.
+        torch.clear_autocast_cache()
         refresh()
 
     try:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from visiontune.data import pictures
 from visiontune.errors import UserError
-from visiontune.models.sources import weights_of
+from visiontune.models.sources import pretrained, weights_of
 from visiontune.ops.pixels import Framing, Preprocess, to_tensor
 from visiontune.rewards.base import Meta, Reward
 from visiontune.schema import option
@@ -44,7 +44,8 @@ def build(config: Config) -> Dino:
     from transformers import AutoImageProcessor, AutoModel
 
     with weights_of(f"the image encoder '{config.model}'", "transformers", config.model, revision=config.revision):
-        model: Any = AutoModel.from_pretrained(config.model, revision=config.revision or "main")
+        # The published DINO has no pooler, which is not read here.
+        model: Any = pretrained(AutoModel, config.model, unread=("pooler.",), revision=config.revision or "main")
         processor = AutoImageProcessor.from_pretrained(config.model, revision=config.revision or "main")
         preprocess = Preprocess(_framing(processor), processor.image_mean, processor.image_std)
     return Dino(model, preprocess, references, config.over)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from visiontune.errors import UserError
-from visiontune.models.sources import weights_of
+from visiontune.models.sources import pretrained, weights_of
 from visiontune.rewards._vlm import chat, inputs_of
 from visiontune.rewards.base import Meta, Reward
 from visiontune.schema import option
@@ -43,7 +43,7 @@ def build(config: Config) -> VqaScore:
 
     revision, what = config.revision or "main", f"the vision-language model '{config.model}'"
     with weights_of(what, "transformers", config.model, revision=config.revision):
-        model = AutoModelForImageTextToText.from_pretrained(config.model, revision=revision, dtype=config.dtype)
+        model = pretrained(AutoModelForImageTextToText, config.model, revision=revision, dtype=config.dtype)
         processor = AutoProcessor.from_pretrained(config.model, revision=revision)
     return VqaScore(model, processor, config.question, config.answers)
 

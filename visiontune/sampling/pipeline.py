@@ -74,9 +74,11 @@ def images(
         whenever the same call is made again.
 
     Raises:
-        UserError: numbers of prompts and seeds differ, a size or a sampler does not fit, or the model gave a number
-            that is not finite.
+        UserError: the model draws nothing, numbers of prompts and seeds differ, a size or a sampler does not fit, or
+            the model gave a number that is not finite.
     """
+    if not hasattr(model, "draw"):
+        raise UserError(f"model '{model.source}' ({model.family}) draws no pictures: take one that does")
     requests = [Request(prompt=p, seed=s, negative=negative_prompt) for p, s in pair(prompts, seeds)]
     size, parts = model.size(height, width), []
     with _evaluating(model), tqdm(total=len(requests), unit="image", disable=not progress) as bar:

@@ -274,6 +274,7 @@ class Trainer:
     @contextmanager
     def looking(self) -> Iterator[None]:
         """The model as its user will have it: averaged weights, evaluation mode, no gradients."""
+        self.rows.close()  # what works ahead may use the networks that drawing moves
         with self.average.applied(), torch.no_grad():
             # Adapters keep what they computed from their parameters until the mode is switched.
             self.step_module.eval()

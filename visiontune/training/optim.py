@@ -45,6 +45,11 @@ def choose(model: Model, adapters: Any, parts: Sequence[str] | None) -> dict[str
     if adapters is not None:
         everything = {f"adapters.{name}": p for name, p in adapters.named_parameters() if p.requires_grad}
         adapters.requires_grad_(False)
+        if strange := {network_of(name) for name in everything} - model.networks().keys():
+            raise UserError(
+                f"the adapter is attached to '{min(strange)}', which is no network of '{model.source}': attach it to "
+                "model.of(...), under the networks' own names"
+            )
         chosen = {name: p for name, p in everything.items() if network_of(name) in trained}
     else:
         chosen = {f"{part}.{name}": p for part in trained for name, p in model.networks()[part].named_parameters()}
@@ -77,11 +82,12 @@ def rates(model: Model, train: TrainConfig) -> dict[str, tuple[str, float]]:
     for part in train.part_lr:
         if not set(model.names([part])) & set(trained):
             raise UserError(f"train.part_lr has '{part}', which is not trained: add it to train.parts")
+    roles = {name: role for role, names in model.roles().items() for name in names}
     found = {}
-    for role, names in model.roles().items():
-        for name in names:
-            group = name if name in train.part_lr else role
-            found[name] = (group, train.part_lr.get(name, train.part_lr.get(role, train.lr)))
+    for name in model.networks():
+        role = roles.get(name, name)
+        group = name if name in train.part_lr else role
+        found[name] = (group, train.part_lr.get(name, train.part_lr.get(role, train.lr)))
     return found
 
 
@@ -213,11 +219,15 @@ class Optimisation:
 def checkpoint_gradients(modules: nn.ModuleDict) -> None:
     """Recompute activations in the backward pass, through the switches of diffusers and transformers (non-reentrant).
 
+    Networks without a stack of blocks, such as projections, have little to recompute and are left as they are.
+
     Raises:
-        UserError: a network without such a switch.
+        UserError: another network without such a switch.
     """
     network: Any
     for name, network in modules.items():
+        if not any(isinstance(module, (nn.ModuleList, nn.Sequential)) for module in network.modules()):
+            continue
         if not getattr(network, "_supports_gradient_checkpointing", True):
             raise UserError(f"train.gradient_checkpointing: the {name} of this model has no gradient checkpointing")
         if hasattr(network, "enable_gradient_checkpointing"):

@@ -20,7 +20,7 @@ class Rows(Protocol):
         """This process's batch number ``step``, a pure function of that number."""
 
     def close(self) -> None:
-        """End what works ahead of the steps."""
+        """Wait until nothing works ahead of the steps; batches can be had afterwards."""
 
 
 class Step(nn.Module):

@@ -29,13 +29,14 @@ class Job:
         dtype: of the written tensors.
         rank: of the approximation of what is no LoRA; none for as many as the change really has.
         keys: what other tools call the model's layers.
-        pipe: the pipeline that the set is attached to, which whole models are written from.
+        model: the one that the set is attached to: whole models are written from it, and a file of adapters is held
+            against what its pipeline loads.
     """
 
     dtype: torch.dtype
     rank: int | None = None
     keys: Keys = field(default_factory=Keys)
-    pipe: Any = None
+    model: Any = None
 
 
 @dataclass
@@ -78,7 +79,7 @@ def export(
     dtype: torch.dtype,
     rank: int | None = None,
     keys: Keys | None = None,
-    pipe: Any = None,
+    model: Any = None,
 ) -> Exported:
     """Write a set's change of its base for another tool.
 
@@ -86,7 +87,7 @@ def export(
         adapters: an attached set, not merged; written at its present ``scale``.
         path: a ``.safetensors`` file or a folder, as the format has it; it is whole or absent.
         kind: the format.
-        dtype, rank, pipe: see :class:`Job`; ``pipe`` is for ``merged`` alone, which leaves it cast and merged.
+        dtype, rank, model: see :class:`Job`; ``merged`` needs ``model``, and leaves it cast and merged.
         keys: the model's, see :func:`visiontune.weights.keys.keys_of`; by default the names of diffusers and PEFT,
             without which ``kohya`` and ``diff`` cannot be written.
 
@@ -97,7 +98,7 @@ def export(
     writer = formats.load(kind)
     if not adapters.active:
         raise UserError(f"adapter '{adapters.name}' is merged or disabled: unmerge or enable it before the export")
-    return writer.write(adapters, Path(path), Job(dtype=dtype, rank=rank, keys=keys or Keys(), pipe=pipe))
+    return writer.write(adapters, Path(path), Job(dtype=dtype, rank=rank, keys=keys or Keys(), model=model))
 
 
 def check_biases(adapters: AdapterSet) -> None:

@@ -1,4 +1,4 @@
-"""A plain diffusers model with the set merged into it."""
+"""A plain model, in the layout that it was opened from, with the set merged into it."""
 
 from __future__ import annotations
 
@@ -15,10 +15,12 @@ FOLDER = True
 
 
 def write(adapters: AdapterSet, path: Path, job: Job) -> Exported:
-    if job.pipe is None:
-        raise ValueError("a merged model is written from the pipeline that the set is attached to: give pipe")
+    if job.model is None:
+        raise ValueError("a merged model is written from the model that the set is attached to: give model")
     check_biases(adapters)
     adapters.merge()
     with atomic_write(path) as partial:
-        job.pipe.to(dtype=job.dtype).save_pretrained(partial)
-    return Exported(path, "a diffusers model with the adapter in it")
+        for network in job.model.networks().values():
+            network.to(dtype=job.dtype)
+        job.model.save(partial)
+    return Exported(path, "a plain model with the adapter in it")

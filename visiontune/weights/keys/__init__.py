@@ -17,6 +17,10 @@ if TYPE_CHECKING:
     from torch import nn
 
 
+# What CLIP's text encoders begin with below the level that files have and transformers 5 has dropped; T5's do not.
+_CLIP = ("embeddings.", "encoder.layers.", "final_layer_norm")
+
+
 class Keys:
     """The names of diffusers and PEFT, which are the model's own but for a level of CLIP's text encoders.
 
@@ -33,7 +37,7 @@ class Keys:
     def public(self, layer: str) -> str:
         """The layer's name in published files, in which text encoders keep a level that transformers 5 has dropped."""
         component, _, rest = layer.partition(".")
-        if component.startswith("text_encoder") and not rest.startswith(("text_model.", "text_projection")):
+        if component.startswith("text_encoder") and rest.startswith(_CLIP):
             rest = f"text_model.{rest}"
         return f"{component}.{rest}"
 

@@ -1,0 +1,94 @@
+"""Stable Diffusion 3 and 3.5 (Esser et al., 2024, arXiv 2403.03206): a multimodal transformer that predicts flow.
+
+Two CLIPs and a T5, which may be absent, read the prompt. What CLIP gives stands before what T5 gives, along the tokens;
+nothing is masked, so that the padding of a prompt is attended to as in the stock pipeline.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+from visiontune.core import Condition
+from visiontune.diffusion.schedule import calculate_mu
+from visiontune.errors import UserError
+from visiontune.models.base import Presets, require
+from visiontune.models.diffusion import DiffusionModel
+
+_T5_TOKENS = 256
+_ATTENTION = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
+_FEED_FORWARD = ("net.0.proj", "net.2")  # of `ff` and of `ff_context`
+_CLIP_ATTENTION = ("q_proj", "k_proj", "v_proj", "out_proj")
+_T5_ATTENTION = tuple(f"SelfAttention.{name}" for name in "qkvo")
+
+
+class StableDiffusion3(DiffusionModel):
+    """`StableDiffusion3Pipeline`; its Condition has `tokens` and `pooled`."""
+
+    family = "sd3"
+    pipeline_classes = ("StableDiffusion3Pipeline",)
+    DENOISERS = ("transformer",)
+    TARGETS: ClassVar[Mapping[str, Presets]] = {
+        "denoiser": {
+            "attention": _ATTENTION,
+            "attention+ff": (*_ATTENTION, *_FEED_FORWARD),
+            "conv": ("Conv2d",),
+            "all": ("Linear", "Conv2d"),
+        },
+        "text": {
+            "attention": (*_CLIP_ATTENTION, *_T5_ATTENTION),
+            "attention+ff": (*_CLIP_ATTENTION, "mlp.fc1", "mlp.fc2", *_T5_ATTENTION, "wi", "wi_0", "wi_1", "wo"),
+            "conv": (),
+            "all": ("Linear",),
+        },
+    }
+
+    def __init__(self, pipe: Any, source: str = "") -> None:
+        super().__init__(pipe, source)
+        config = pipe.transformer.config
+        plain = config.in_channels == pipe.transformer.out_channels == self.latent_channels
+        require(plain, self.source, f"its transformer takes {config.in_channels} channels; give a text-to-image one")
+        complete = pipe.text_encoder is not None and pipe.text_encoder_2 is not None
+        require(complete, self.source, "it lacks one of its two CLIP text encoders; only T5 may be left out")
+        require(self.schedule.prediction == "flow", self.source, "its scheduler is not one of flow")
+        self._patch = int(config.patch_size)
+        self.unit = max(self.unit, self.downsample * self._patch)
+        self.resolution = self.downsample * int(config.sample_size)
+
+    def size(self, height: int | None = None, width: int | None = None) -> tuple[int, int]:
+        sides = super().size(height, width)
+        longest = self.downsample * self._patch * int(self.denoiser.config.pos_embed_max_size)
+        if max(sides) > longest:
+            raise UserError(f"height and width must be at most {longest}, not {sides[0]} and {sides[1]}")
+        return sides
+
+    def chain(self, steps: int, shape: Sequence[int]) -> tuple[Tensor, Tensor]:
+        height, width = (side // self._patch for side in shape[-2:])
+        # The stock pipeline's own default differs from that of others.
+        return self.schedule.timesteps(
+            steps, mu=calculate_mu(height * width, {"max_shift": 1.16, **self.schedule.spacing.config})
+        )
+
+    def _embed(self, prompts: list[str]) -> Condition:
+        tokens, _, pooled, _ = self.pipe.encode_prompt(
+            prompts,
+            None,
+            None,
+            device=self.pipe.text_encoder.device,
+            do_classifier_free_guidance=False,
+            max_sequence_length=_T5_TOKENS,
+        )
+        return Condition(tokens=tokens, pooled=pooled)
+
+    def _predict(self, x_t: Tensor, t: Tensor, cond: Condition) -> Tensor:
+        if cond.pooled is None:
+            raise ValueError("Stable Diffusion 3 needs the pooled text vector: make the Condition with embed()")
+        return self.denoiser(
+            x_t,
+            encoder_hidden_states=cond.tokens,
+            pooled_projections=cond.pooled,
+            timestep=t,
+            return_dict=False,
+        )[0]
