@@ -118,3 +118,28 @@ def test_a_file_system_without_locks_is_written_to_with_a_warning(tmp_path, monk
     monkeypatch.setattr(files.fcntl, "flock", none)
     with pytest.warns(UserWarning, match="cannot be locked here"):
         Lock(tmp_path).hold()
+
+
+@pytest.mark.parametrize(("mask", "mode"), [(0o022, 0o644), (0o027, 0o640), (0o077, 0o600), (0o002, 0o664)])
+def test_files_have_the_permissions_of_new_ones_whoever_writes_them(tmp_path, mask, mode):
+    save_file = pytest.importorskip("safetensors.numpy").save_file
+    before = os.umask(mask)
+    try:
+        with atomic_write(tmp_path / "a.safetensors") as temporary:
+            save_file({}, temporary)
+        with atomic_write(tmp_path / "folder") as temporary:
+            (temporary / "deeper").mkdir(parents=True)
+            save_file({}, temporary / "deeper" / "a.safetensors")
+        files.write_text(tmp_path / "a.txt", "text")
+        written = [path for path in tmp_path.rglob("*") if path.is_file()]
+        assert len(written) == 3 and {path.stat().st_mode & 0o777 for path in written} == {mode}
+        assert os.umask(mask) == mask
+    finally:
+        os.umask(before)
+
+
+@pytest.mark.parametrize("name", ["../a.png", "b/../../a.png", "/etc/passwd", ".."])
+def test_a_list_names_files_of_its_own_folder(tmp_path, name):
+    with pytest.raises(UserError, match=r"line 3 names '.*', which is outside of"):
+        files.inside(tmp_path, name, "line 3")
+    assert files.inside(tmp_path, "b/..a.png", "line 3") == tmp_path / "b" / "..a.png"

@@ -29,13 +29,14 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
 
     The temporary name keeps the suffix, so writers that choose a format by suffix work; it may be made a file or a
     folder (a folder cannot replace a folder that has content). Missing parent folders are made. After an error nothing
-    is left behind and whatever stood at ``path`` before still stands.
+    is left behind and whatever stood at ``path`` before still stands. Whoever may read other new files may read it.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.stem}.{os.getpid()}.tmp{path.suffix}")
     try:
         yield temporary
+        _share(temporary)
         os.replace(temporary, path)
     except BaseException:
         if temporary.is_dir():
@@ -43,6 +44,27 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
         else:
             temporary.unlink(missing_ok=True)
         raise
+
+
+def _share(path: Path) -> None:
+    """Give files the permissions of new ones: safetensors makes its own for their owner alone."""
+    mask = os.umask(0o077)
+    os.umask(mask)
+    for file in [path, *path.rglob("*")] if path.is_dir() else [path]:
+        if file.is_file() and not file.is_symlink():
+            file.chmod(0o666 & ~mask)
+
+
+def inside(folder: Path, name: str, where: str) -> Path:
+    """The file that a list in ``folder`` names, which must lie in that folder; a link in it may lead elsewhere.
+
+    Raises:
+        UserError: it lies elsewhere; the message starts with ``where``.
+    """
+    path = Path(name)
+    if path.is_absolute() or ".." in path.parts:
+        raise UserError(f"{where} names '{name}', which is outside of {folder}: put it there, and name it from there")
+    return folder / path
 
 
 def write_text(path: str | Path, text: str) -> None:

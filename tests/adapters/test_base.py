@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -243,6 +244,19 @@ def test_a_file_has_no_code_run(net, tmp_path, monkeypatch, name, place) -> None
         with pytest.raises(UserError, match="would run code from outside"):
             load(copy.deepcopy(net), path, name="again")
     assert not (tmp_path / "ran").exists()
+
+
+def test_equal_adapters_are_equal_files(net, tmp_path) -> None:
+    words = {"trigger": 'sks "ü" \\ \n \x01 \x7f \u2028', "z": "1", "a": "2", "modelspec.title": "t"}
+    made = attach(net, "lora", targets="to_q", rank=2)
+    first, second = (made.save(tmp_path / f"{i}.safetensors", dict(sorted(words.items(), reverse=i))) for i in (0, 1))
+    assert first.read_bytes() == second.read_bytes()
+    with safe_open(first, "pt") as file:
+        assert list(file.metadata()) and file.metadata().items() >= words.items()
+    length = int.from_bytes(first.read_bytes()[:8], "little")
+    names = list(json.loads(first.read_bytes()[8 : 8 + length])["__metadata__"])
+    assert names == sorted(names)
+    assert load(copy.deepcopy(net), first, name="again").parameter_count == made.parameter_count
 
 
 def test_a_trusted_file_is_the_readers_own_wherever_the_writers_lay(net, tmp_path) -> None:

@@ -147,6 +147,39 @@ def test_a_parquet_file_gives_pictures_and_captions(parquet):
     assert len({s.sources["image"].digest() for s in samples}) == 3
 
 
+def test_a_parquet_file_names_pictures_of_its_own_folder(tmp_path, parquet, monkeypatch):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    monkeypatch.chdir(tmp_path)  # names count from the table, not from the working folder
+    for file in (tmp_path / "secret.png", parquet.parent / "a.png", parquet.parent / "b.png"):
+        file.write_bytes(png(7))
+    outside = [str(tmp_path / "secret.png"), "../secret.png", "http://127.0.0.1:9/a.png"]
+    names = ["a.png", str(parquet.parent / "b.png"), *outside]
+    cells = [{"bytes": None, "path": name} for name in names]
+    pq.write_table(pa.table({"image": cells, "text": ["a"] * len(names)}), parquet)
+    first, second, *others = read(Config(root=str(parquet)))
+    for sample in (first, second):
+        np.testing.assert_array_equal(np.asarray(sample.sources["image"].open()), Image.open(io.BytesIO(png(7))))
+    for row, sample in enumerate(others[:2], 2):
+        with pytest.raises(UserError, match=f"row {row} of .* which is outside of"):
+            sample.sources["image"].open()
+    with pytest.raises(FileNotFoundError):  # no server is asked
+        others[2].sources["image"].open()
+
+
+@pytest.mark.parametrize("name", ["../secret.png", "/etc/hostname", "mask/../../secret.png"])
+def test_a_table_of_metadata_names_pictures_of_its_own_folder(tmp_path, name):
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    (tmp_path / "secret.png").write_bytes(png(0))
+    (folder / "a.png").write_bytes(png(1))
+    for line in ({"file_name": name, "text": "a"}, {"file_name": "a.png", "mask": name, "text": "a"}):
+        (folder / "metadata.jsonl").write_text(json.dumps(line))
+        with pytest.raises(UserError, match=r"metadata.jsonl line 1 names .* which is outside of"):
+            read(Config(root=str(folder)), ("image",), ("mask",))
+
+
 def test_a_folder_of_parquet_files_is_a_dataset(parquet):
     assert len(read(Config(root=str(parquet.parent), columns={"image": "picture"}))) == 3
 

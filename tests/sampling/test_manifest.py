@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from visiontune.errors import UserError
+from visiontune.evaluation import score
 from visiontune.sampling import manifest
 
 SETTINGS = {"steps": 2, "cfg_scale": 4.0}
@@ -54,6 +55,17 @@ def test_damage_before_the_last_line_is_named(tmp_path: Path) -> None:
         path.write_text(f"{damage}\n{json.dumps(_row(JOBS[0]))}\n")
         with pytest.raises(UserError, match="line 1 is damaged"):
             manifest.read(path)
+
+
+@pytest.mark.parametrize("name", ["../secret.png", "/etc/hostname"])
+def test_a_row_that_leads_out_of_the_folder_is_refused(tmp_path: Path, name: str) -> None:
+    (tmp_path / "secret.png").touch()
+    folder = tmp_path / "drawn"
+    folder.mkdir()
+    (folder / manifest.NAME).write_text(json.dumps({"file": name, "prompt": "a"}) + "\n")
+    for read in (lambda: manifest.collect(folder), lambda: score.read_folder(folder)):
+        with pytest.raises(UserError, match=f"line 1 names '{name}', which is outside of"):
+            read()
 
 
 def test_changed_settings_are_named_with_both_values(tmp_path: Path) -> None:

@@ -12,6 +12,20 @@ FORMAT = 1
 _JSON = ("config", "targets", "layers", "base_sample")
 
 
+def sort_header(path: Path) -> None:
+    """Put what a safetensors file says of itself in the order of its names, in place.
+
+    safetensors writes it in another order in every process, and equal adapters should be equal files.
+    """
+    with path.open("r+b") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        sorted_ = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+        file.seek(8)
+        file.write(sorted_.ljust(length))
+
+
 def read_header(path: str | Path) -> dict[str, Any]:
     """What an adapter file says of itself.
 

@@ -86,6 +86,7 @@ def write(
     copies = {key: value.detach().cpu().clone(memory_format=torch.contiguous_format) for key, value in tensors.items()}
     with files.atomic_write(path) as temporary:
         save_file(copies, temporary, {**header, **{key: str(value) for key, value in metadata.items()}})
+        _header.sort_header(temporary)
     return Path(path)
 
 

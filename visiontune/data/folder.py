@@ -19,6 +19,7 @@ from typing import Any
 from visiontune.data import captions
 from visiontune.data.base import Config, Sample, listed, source, words_of
 from visiontune.errors import UserError
+from visiontune.files import inside
 from visiontune.schema import nearest
 
 TABLES = ("metadata.jsonl", "metadata.csv")
@@ -287,13 +288,13 @@ def _table_rows(
         name, caption = _main_of(where, line, name_key, config.caption_column)
         if name in rows:
             raise UserError(f"{where} captions {name} a second time: keep one line for it")
-        rows[name] = _Row(caption, {main: file.parent / name})
+        rows[name] = _Row(caption, {main: inside(file.parent, name, where)})
         for column in wanted:
             key = config.key(column)
             if not isinstance(line.get(key), str):
                 near = "" if key in line else nearest(key, line)
                 raise UserError(f"{where} names no file as '{key}'{near} (data.columns.{column})")
-            rows[name].files[column] = file.parent / line[key]
+            rows[name].files[column] = inside(file.parent, line[key], where)
         unread |= dict.fromkeys(
             key
             for key, value in line.items()

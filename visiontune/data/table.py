@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Collection, Sequence
 from functools import partial
 from importlib import import_module
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from visiontune.data.base import Config, Sample, listed, source, words_of
 from visiontune.data.captions import caption_text
 from visiontune.errors import UserError
+from visiontune.files import inside
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -50,7 +53,7 @@ def read_table(
     pictures = {}
     for column, name in names.items():
         try:
-            pictures[column] = table.select_columns(name).cast_column(name, datasets.Image())
+            pictures[column] = table.select_columns(name).cast_column(name, datasets.Image(decode=False))
         except (TypeError, ValueError, OSError, NotImplementedError) as error:  # the last is pyarrow's
             raise UserError(
                 f"column '{name}' of {config.root} holds no images {has}: set data.columns.{column}"
@@ -59,7 +62,7 @@ def read_table(
     return [
         Sample(
             id=f"{config.split}[{i}]",
-            sources={c: source(c, partial(_picture, pictures[c], i, name)) for c, name in names.items()},
+            sources={c: source(c, partial(_picture, pictures[c], i, name, config)) for c, name in names.items()},
             caption=words_of(caption_text(caption, f"row {i} of {config.root}"), config),
         )
         for i, caption in enumerate(words)
@@ -94,5 +97,20 @@ def _holds_pictures(feature: Any) -> bool:
     return type(feature).__name__ == "Image" or (isinstance(feature, dict) and {"bytes", "path"} == set(feature))
 
 
-def _picture(table: Any, row: int, column: str) -> Image.Image:
-    return table[row][column]
+def _picture(table: Any, row: int, column: str, config: Config) -> Image.Image:
+    """A picture of a table, which holds its bytes, or names a file in the table's folder.
+
+    Raises:
+        UserError: the name leads elsewhere: to another file of this machine, or to a server.
+    """
+    from PIL import Image
+
+    cell, root = table[row][column], Path(config.root).expanduser()
+    if cell["bytes"] is not None:
+        return Image.open(io.BytesIO(cell["bytes"]))
+    name, home = str(cell["path"]), root if root.is_dir() else root.parent
+    if not root.exists():
+        home = Path(import_module("datasets").config.HF_DATASETS_CACHE)  # what was fetched from the Hub with the table
+    if Path(name).is_relative_to(home):
+        name = str(Path(name).relative_to(home))
+    return Image.open(inside(home, name, f"row {row} of {config.root}"))

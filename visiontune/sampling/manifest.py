@@ -46,7 +46,7 @@ def read(path: Path) -> list[dict[str, Any]]:
     """Rows of a manifest; a last line that a kill cut short is left out.
 
     Raises:
-        UserError: a line before the last is damaged, or a row names no file.
+        UserError: a line before the last is damaged, or a row names no file, or one outside of the folder.
     """
     lines = path.read_bytes().split(b"\n")
     rows = []
@@ -55,7 +55,7 @@ def read(path: Path) -> list[dict[str, Any]]:
             continue
         try:
             row = json.loads(line)
-            row["file"], row["prompt"]
+            files.inside(path.parent, row["file"], f"{path} line {number}"), row["prompt"]
         except (ValueError, TypeError, KeyError) as error:
             # Only a line without its end can have been cut short.
             if number == len(lines):
