@@ -19,7 +19,7 @@ from visiontune.assemble.folder import check_folder
 from visiontune.config import Run
 from visiontune.data.loader import BatchSampler
 from visiontune.data.prompts import PromptBatches
-from visiontune.training import optim
+from visiontune.training import optim, resume
 
 if TYPE_CHECKING:
     from visiontune.training.loop import Trainer
@@ -125,6 +125,7 @@ def measure(run: Run) -> Estimate:
     check_folder(run)
     with tempfile.TemporaryDirectory() as cache:
         trainer = build(run, cache_dir=Path(cache), draw=_stand_ins, fill=False)
+        resume.take_up(trainer)
         kept = Kept([*_tensors(trainer), *trainer.parameters.values()])
         with kept:
             _forward(trainer)
@@ -226,6 +227,7 @@ def _stored(tensor: Any) -> list[Tensor]:
     return [part for name in tensor.__tensor_flatten__()[0] for part in _stored(getattr(tensor, name))]
 
 
-def _stand_ins(model: Any, prompts: Sequence[str], *_: Any, **__: Any) -> np.ndarray:
+def _stand_ins(model: Any, prompts: Sequence[str], *_: Any, steps: int = 1, **__: Any) -> np.ndarray:
     """Grey pictures in the place of prior images: the cost of a step does not depend on what they show."""
+    model.check_steps(steps)
     return np.full((len(prompts), model.resolution, model.resolution, 3), 127, np.uint8)

@@ -89,6 +89,35 @@ def test_check_refuses_the_places_that_train_refuses(cli, recipe):
     assert Path("taken").read_text() == "a file"
 
 
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["preview.steps=5000"], "preview.steps: 5000 sampling steps are more than the 1000 of the model's noise"),
+        (["preview.seeds=[]"], "preview: seeds names none"),
+        (
+            ["objective.name=dreambooth", "objective.prior_images=2", "objective.prior_steps=1001"],
+            "1001 sampling steps",
+        ),
+    ],
+)
+def test_check_refuses_the_pictures_that_train_could_not_draw(cli, recipe, unchanged, words, message):
+    for verb in ("check", "train"):
+        refused = cli(verb, recipe, "preview.prompts=[a]", *words)
+        assert refused.code == 2 and message in refused.err, refused.err
+        assert not Path("runs/tiny").exists()
+
+
+def test_check_refuses_the_folder_in_which_train_could_not_go_on(cli, recipe):
+    assert cli("train", recipe).code == 0
+    Path("runs/tiny/samples/step-000900").mkdir(parents=True)
+    changed = (["train.batch_size=2"], "train.batch_size=1, not 2"), (["train.steps=1"], "is past train.steps=1")
+    for words, message in (*changed, (["train.steps=3"], "no run wrote it: move it away")):
+        for verb in ("check", "train"):
+            refused = cli(verb, recipe, "train.resume=true", *words)
+            assert refused.code == 2 and message in refused.err, refused.err
+    assert Path("runs/tiny/samples/step-000900").is_dir()
+
+
 def in_names_of_0_1(file):
     """Rewrite a resolved recipe as visiontune 0.1 would have written it."""
     old = yaml.safe_load(file.read_text())

@@ -52,13 +52,21 @@ def test_a_run_replaces_what_it_wrote_itself(tmp_path):
     assert home.wrote(tmp_path, tmp_path / "model") and not (tmp_path / ".lock").exists()
 
 
+def test_a_run_of_today_is_known_by_its_record_alone(tmp_path):
+    tiny_trainer(tmp_path, steps=2, checkpoint_every=1).fit()
+    (tmp_path / "samples" / "step-000900").mkdir(parents=True)
+    (tmp_path / "samples" / "step-000900" / "grid.png").touch()
+    with pytest.raises(UserError, match="no run wrote it"):
+        tiny_trainer(tmp_path, steps=3, resume=True).fit()
+
+
 def test_runs_of_earlier_versions_are_known_by_what_previews_consist_of(tmp_path):
+    (tmp_path / "checkpoints").mkdir()
     for name, files in {"step-000002": ("grid.png", "00_seed0.png"), "step-000004": ("grid.png", "notes.txt")}.items():
         folder = tmp_path / "samples" / name
         folder.mkdir(parents=True)
         for file in files:
             (folder / file).touch()
-    home.adopt(tmp_path, [tmp_path / "model"])
     written = [path for path in (tmp_path / "samples").iterdir() if home.wrote(tmp_path, path)]
     assert [path.name for path in written] == ["step-000002"] and home.wrote(tmp_path, tmp_path / "model")
 

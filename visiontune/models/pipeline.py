@@ -168,6 +168,18 @@ class PipelineModel(Model):
             raise UserError(f"height and width must be multiples of {self.unit}, not {height} and {width}")
         return height, width
 
+    def check_steps(self, steps: int) -> None:
+        """Refuse more sampling steps than the noise schedule has.
+
+        Raises:
+            UserError: naming how many there are.
+        """
+        most = self.pipe.scheduler.config.get("num_train_timesteps")
+        if most is not None and steps > most:
+            raise UserError(
+                f"{steps} sampling steps are more than the {most} of the model's noise schedule: take fewer"
+            )
+
     @torch.no_grad()
     def draw(
         self,
@@ -188,6 +200,7 @@ class PipelineModel(Model):
         Returns:
             float32 [n, height, width, 3] in [0, 1]; clips have their frames as a second axis.
         """
+        self.check_steps(steps)
         made, before, bar = self.sampler(sampler), self.pipe.scheduler, getattr(self.pipe, "_progress_bar_config", {})
         self.pipe.scheduler = made
         self.pipe.set_progress_bar_config(disable=True)

@@ -87,6 +87,8 @@ class PreviewConfig:
     def __post_init__(self) -> None:
         if min(self.every, self.steps, self.batch_size) < 1:
             raise ValueError("every, steps and batch_size must be 1 or more")
+        if self.prompts and not self.seeds:
+            raise ValueError("seeds names none: give one, or set prompts to []")
 
 
 @dataclass(frozen=True, kw_only=True)

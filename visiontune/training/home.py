@@ -15,6 +15,7 @@ from visiontune import files
 from visiontune.errors import UserError
 
 RECORD, RECIPE = ".written", "recipe.yaml"
+_RESULTS = ("adapter.safetensors", "model")
 _STEP = re.compile(r"step-(\d{6,})")
 _PARTIAL = re.compile(r"\.step-\d{6,}\.(\d+\.tmp|old)")
 # What previews consist of; runs of versions without a record are known by it.
@@ -48,7 +49,8 @@ class Home:
         self._lock.release()
 
     def begin(self) -> None:
-        """Write the recipe: from now on the folder holds a run."""
+        """Write the recipe, and begin the record: from now on the folder holds a run."""
+        _write(self.out, _listed(self.out))
         if self.recipe is not None:
             files.write_text(self.out / RECIPE, self.recipe)
 
@@ -61,7 +63,7 @@ def wrote(out: Path, path: Path) -> bool:
 def note(out: Path, path: Path) -> None:
     """List ``path``, before it is written."""
     if not wrote(out, path):
-        files.write_text(out / RECORD, "".join(f"{name}\n" for name in [*_listed(out), _name(out, path)]))
+        _write(out, [*_listed(out), _name(out, path)])
 
 
 def clear(out: Path, path: Path) -> None:
@@ -86,34 +88,49 @@ def refuse_others(out: Path, path: Path) -> None:
         raise UserError(f"{path} lies where the run writes, and no run wrote it: move it away, or choose another name=")
 
 
+def later(folder: Path, step: int) -> list[Path]:
+    """The pictures of steps after ``step`` in ``folder``, which a run would write again.
+
+    Raises:
+        UserError: there are some that no run wrote.
+    """
+    found = [(path, _STEP.fullmatch(path.name)) for path in _in(folder)]
+    after = [path for path, match in found if match and int(match[1]) > step]
+    for path in after:
+        refuse_others(folder.parent, path)
+    return after
+
+
 def forget_steps(folder: Path, step: int) -> None:
     """Remove the pictures of steps after ``step`` from ``folder``, and what a killed run left half-written.
 
     Raises:
-        UserError: there are pictures of such steps that no run wrote.
+        UserError: see :func:`later`.
     """
-    for path in folder.iterdir() if folder.is_dir() else ():
-        found = _STEP.fullmatch(path.name)
-        if _PARTIAL.fullmatch(path.name):
-            shutil.rmtree(path)
-        elif found and int(found[1]) > step:
-            refuse_others(folder.parent, path)
-            shutil.rmtree(path)
+    for path in (*later(folder, step), *(path for path in _in(folder) if _PARTIAL.fullmatch(path.name))):
+        shutil.rmtree(path)
 
 
-def adopt(out: Path, results: list[Path]) -> None:
-    """List what a run of a version without a record wrote: pictures of steps with nothing else among them, results."""
-    if (out / RECORD).exists():
-        return
-    pictures = [path for path in out.glob("*/step-*") if _STEP.fullmatch(path.name) and path.is_dir()]
-    for path in (*pictures, *results):
-        if path in results or all(_PREVIEW.fullmatch(file.name) for file in path.iterdir()):
-            note(out, path)
+def _in(folder: Path) -> list[Path]:
+    return list(folder.iterdir()) if folder.is_dir() else []
 
 
 def _listed(out: Path) -> list[str]:
     file = out / RECORD
-    return file.read_text(encoding="utf-8").splitlines() if file.is_file() else []
+    if file.is_file():
+        return file.read_text(encoding="utf-8").splitlines()
+    if not (out / "checkpoints").is_dir():
+        return []
+    # A run of a version without a record wrote results, and pictures of steps with nothing else among them.
+    pictures = [
+        path for path in out.glob("*/step-*") if path.parent.name != "checkpoints" and _STEP.fullmatch(path.name)
+    ]
+    own = [path for path in pictures if _in(path) and all(_PREVIEW.fullmatch(file.name) for file in _in(path))]
+    return [*_RESULTS, *(_name(out, path) for path in own)]
+
+
+def _write(out: Path, names: list[str]) -> None:
+    files.write_text(out / RECORD, "".join(f"{name}\n" for name in names))
 
 
 def _name(out: Path, path: Path) -> str:

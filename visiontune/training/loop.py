@@ -102,14 +102,12 @@ class Trainer:
         self.lender = Lender(adapters, objective, reward, seed, self.accelerator, self.parameters, text)
         objective.setup(self.precise, self.lender.tools(0))
         self.online_steps = OnlineSteps(self.precise, objective, rows, self.lender) if self.online else None
-        if self.preview.prompts and not hasattr(model, "draw"):
-            raise UserError(f"model '{model.source}' ({model.family}) draws no pictures: set preview.prompts=[]")
+        trouble.check_drawing(model, self.preview, guard)
         optimizer = optim.make_optimizer(self.parameters, train, optim.rates(model, train))
         self.optimizer = self.accelerator.prepare_optimizer(optimizer)
         self.schedule = optim.make_schedule(optimizer, train)
         self._rates = list(self.schedule.base_lrs)
-        self.average = Average(list(self.parameters.values()), train.ema)
-        self.meter = Meter()
+        self.meter, self.average = Meter(), Average(list(self.parameters.values()), train.ema)
         self.stateful = self._stateful(reward)
 
     def _stateful(self, reward: Any) -> dict[str, Any]:

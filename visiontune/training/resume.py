@@ -17,6 +17,9 @@ if TYPE_CHECKING:
     from visiontune.training.loop import Trainer
 
 
+_PICTURES = ("samples", guards.FOLDER)
+
+
 def save(run: Trainer, step: int) -> None:
     """Write the checkpoint of a run after ``step`` steps.
 
@@ -38,7 +41,21 @@ def save(run: Trainer, step: int) -> None:
 
 
 def begin(run: Trainer) -> int:
-    """Take up the newest checkpoint of the run folder if there is one; the number of steps done.
+    """Take up the newest checkpoint of the run folder if there is one, and put the folder in order; the steps done.
+
+    Errors are those of :func:`take_up`.
+    """
+    step = take_up(run)
+    if run.accelerator.is_main_process:
+        checkpoint.clear_partial(run.out)
+        for kind in _PICTURES:
+            home.forget_steps(run.out / kind, step)
+        run.home.begin()
+    return step
+
+
+def take_up(run: Trainer) -> int:
+    """Take up the newest checkpoint of the run folder if there is one; the steps done. Nothing is written.
 
     Raises:
         UserError: there is one, and ``train.resume`` is off; something lies where the run writes; or see :func:`load`.
@@ -47,14 +64,9 @@ def begin(run: Trainer) -> int:
     if found is not None and not run.train.resume:
         raise UserError(f"{run.out} already holds a run ({found.name}); set train.resume=true, or another name")
     step = 0 if found is None else load(run, found)
-    if run.accelerator.is_main_process:
-        checkpoint.clear_partial(run.out)
-        if found is not None:
-            home.adopt(run.out, [result.place(run)])
-        home.refuse_others(run.out, result.place(run))
-        for kind in ("samples", guards.FOLDER):
-            home.forget_steps(run.out / kind, step)
-        run.home.begin()
+    home.refuse_others(run.out, result.place(run))
+    for kind in _PICTURES:
+        home.later(run.out / kind, step)
     return step
 
 

@@ -7,12 +7,17 @@ import math
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from visiontune.errors import UserError
 from visiontune.training.checkpoint import latest
+from visiontune.training.config import PreviewConfig
+
+if TYPE_CHECKING:
+    from visiontune.training.guards import Guard
 
 
 @contextmanager
@@ -48,6 +53,22 @@ def check_loss(loss: float, step: int, out: Path, name: str = "loss") -> None:
             f"the {name} is {loss} at step {step}; the weights were not changed by it. Use a lower train.lr or another "
             f"train.precision, then {_how_to_go_on(out)}"
         )
+
+
+def check_drawing(model: Any, preview: PreviewConfig, guard: Guard | None) -> None:
+    """Refuse previews and checks of the guard that the model cannot draw, before there is anything to lose.
+
+    Raises:
+        UserError: it draws no pictures, or not in so many steps; the message names the option.
+    """
+    if preview.prompts and not hasattr(model, "draw"):
+        raise UserError(f"model '{model.source}' ({model.family}) draws no pictures: set preview.prompts=[]")
+    wanted = {"preview.steps": preview.steps} if preview.prompts else {}
+    for option, steps in {**wanted, **({"guards.steps": guard.steps} if guard is not None else {})}.items():
+        try:
+            model.check_steps(steps)
+        except UserError as error:
+            raise UserError(f"{option}: {error}") from error
 
 
 def check_weights(parameters: Iterable[Tensor], step: int, out: Path) -> None:
