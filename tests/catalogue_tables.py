@@ -75,7 +75,8 @@ def _adapters() -> list[list[object]]:
     rows = []
     for name in plugin.names("adapters"):
         module = plugin.load("adapters", name)
-        what = inspect.getdoc(module).partition("\n")[0].partition(": ")[2]
+        first = inspect.getdoc(module).partition("\n")[0]
+        what = first.partition(": ")[2] or first
         layers = ", ".join(kind for kind, cls in kinds.items() if issubclass(cls, module.LAYERS))
         rows.append([f"[`{name}`](docs/adapters/{name}.md)", (what[0].upper() + what[1:]).replace("``", "`"), layers])
     return rows

@@ -61,9 +61,10 @@ def from_mapping(cls: type[T], data: Any, path: str = "") -> T:
     if not isinstance(data, Mapping):
         raise UserError(f"{path or label(cls)} must be a mapping of options, not {_shown(data)}")
     fields = {f.name: f for f in dataclasses.fields(cls) if f.init}  # type: ignore[arg-type]
+    renamed = getattr(cls, "RENAMED", {})
     for key in data:
-        if key in getattr(cls, "RENAMED", {}):
-            raise UserError(f"{_join(path, key)} is now {_join(path, cls.RENAMED[key])}")  # type: ignore[attr-defined]
+        if key in renamed:
+            raise UserError(f"{_join(path, key)} is now {_join(path, renamed[key])}")
         if key not in fields:
             raise UserError(f"{_join(path, key)} is not an option of {label(cls)}{nearest(str(key), fields)}")
     for name, field in fields.items():

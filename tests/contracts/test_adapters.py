@@ -6,6 +6,7 @@ A new method is picked up by its file name; its test file declares it (`contract
 from __future__ import annotations
 
 import copy
+import dataclasses
 import functools
 import pickle
 from collections.abc import Callable
@@ -336,6 +337,12 @@ def test_checkpointing_gives_the_same_gradients(method: str, options: dict, kind
     for _ in range(2):
         for a, b in zip(_gradients(adapters, loss), expected, strict=True):
             torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("method", plugin.names("adapters"))
+def test_no_option_is_called_as_one_that_every_adapter_has(method: str) -> None:
+    options = {field.name for field in dataclasses.fields(plugin.load("adapters", method).Config)}
+    assert not options & {"name", "targets", "start"}
 
 
 @pytest.mark.parametrize(("method", "options", "kind"), CASES)

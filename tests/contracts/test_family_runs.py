@@ -53,7 +53,7 @@ class Workshop:
 
     def personalise(self, name: str, *more: str):
         data = [f"data.root={self.folder / 'photos'}", "data.prompt=null", "data.class_noun=circle"]
-        prior = ["objective.prior_images=2", "objective.prior_steps=2", "objective.snr_gamma=null"]
+        prior = ["objective.prior_images=2", "objective.prior_steps=2"]
         parts = "train.parts=[denoiser, text_encoder]"
         return self.trainer(
             "personalise/lora", name, *data, *prior, parts, "train.batch_size=1", "train.lr=0.03", *more

@@ -13,6 +13,7 @@ import torch
 from contracts.declared import turn
 from tiny import tiny_model
 from tiny_training import TinyModel, TinyReward, interrupt
+from tiny_video import TinyVideo
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
@@ -26,15 +27,29 @@ from visiontune.training.config import TrainConfig
 from visiontune.training.loop import Trainer
 
 
-class Toy(TinyModel):
+def toy_of(kind: type[TinyModel]) -> TinyModel:
     """Its text encoder has a layer to adapt."""
+    model = kind()
+    model.encoder = nn.Sequential(model.encoder)
+    return model
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.encoder = nn.Sequential(self.encoder)
+
+class Scored(TinyReward):
+    """No two values of a picture or a clip count alike."""
+
+    clips = True
+
+    def score(self, images, prompts, meta):
+        place = torch.linspace(0.5, 1.5, images[0].numel()).view(images.shape[1:]).to(images)
+        told = torch.tensor([len(prompt) / 10 for prompt in prompts]).to(images)
+        return told * (torch.sin(3 * images) * place).flatten(1).mean(1)
 
 
-TOYS: dict[str, Callable[[], Any]] = {"latents": Toy, "tokens": lambda: tiny_model("amused")}
+TOYS: dict[str, Callable[[], Any]] = {
+    "latents": lambda: toy_of(TinyModel),
+    "clips": lambda: toy_of(TinyVideo),
+    "tokens": lambda: tiny_model("amused"),
+}
 PROMPTS = ["a red circle", "a blue square", "a green star"]
 # Small values for whichever of these options an objective has.
 CHEAP = {"group": 2, "updates": 2, "steps": 3}
@@ -72,7 +87,7 @@ def toy(name: str):
 
 def takes(objective, name: str) -> bool:
     try:
-        objective.check(toy(name), TinyReward())
+        objective.check(toy(name), Scored())
     except UserError:
         return False
     return True
@@ -121,6 +136,9 @@ class Columns:
     def __init__(self, model, needs, size: int) -> None:
         self.model, self.columns, self.size = model, (*needs.columns, *needs.optional), size
 
+    def close(self) -> None:
+        pass
+
     def batch(self, step: int) -> Batch:
         return Batch.cat([self.row(number) for number in range(step * self.size, (step + 1) * self.size)])
 
@@ -138,7 +156,7 @@ class Columns:
     def column(self, name: str, number: int) -> torch.Tensor:
         shape, rng = self.model.latent_shape(), generator(name, number)
         if name == "mask":
-            return torch.rand(1, 1, *shape[1:], generator=rng)
+            return torch.rand(1, 1, *shape[-2:], generator=rng)
         return torch.randn(1, *shape, generator=rng)
 
 
@@ -174,7 +192,7 @@ def by_row(objective):
     return objective
 
 
-class Even(TinyReward):
+class Even(Scored):
     """Scores 0 and 1 in turn: any two pictures in a row have the statistics of all. The gradient is that of `tiny`."""
 
     def score(self, images, prompts, meta):
@@ -205,7 +223,7 @@ def trainer(
         train=TrainConfig(**{"steps": 4, "batch_size": size, "trackers": [], "device": "cpu", "lr": 1e-2, **train}),
         out=out,
         seed=3,
-        reward=(reward or TinyReward()) if objective.needs.reward else None,
+        reward=(reward or Scored()) if objective.needs.reward else None,
     )
     if moved:
         turn(found if adapter else nn.ParameterList(made.parameters.values()), 0.05)
@@ -239,9 +257,9 @@ def flat(found: dict[str, torch.Tensor]) -> torch.Tensor:
 
 
 def close(ours, theirs) -> None:
-    """Equal but for the order of sums: within a few float32 roundings of the largest value."""
+    """Equal but for the order of sums, whose rounding preferences multiply by thousands."""
     one, other = flat(ours), flat(theirs)
-    torch.testing.assert_close(one, other, rtol=1e-4, atol=2e-5 * float(other.abs().max()))
+    torch.testing.assert_close(one, other, rtol=2e-4, atol=2e-4 * float(other.abs().max()))
 
 
 # -------------------------------------------------------------------------------------------------- loss and gradient
@@ -282,7 +300,7 @@ def test_the_loss_of_a_batch_is_the_mean_over_its_rows(case, tmp_path):
     batch = run.rows.batch(0)
     loss, found = gradients(run, batch)
     alone = [gradients(run, batch[i]) for i in range(len(batch))]
-    torch.testing.assert_close(loss, torch.stack([one for one, _ in alone]).mean())
+    torch.testing.assert_close(loss, torch.stack([one for one, _ in alone]).mean(), rtol=2e-4, atol=1e-6)
     close(found, {name: torch.stack([part[name] for _, part in alone]).mean(0) for name in found})
 
 

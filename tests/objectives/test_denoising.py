@@ -7,6 +7,7 @@ import torch
 from diffusers import DDPMScheduler
 from tiny_training import PREDICTIONS, TinyModel, tiny_batch
 
+from visiontune.diffusion.schedule import Schedule
 from visiontune.diffusion.timesteps import Timesteps
 from visiontune.errors import UserError
 from visiontune.objectives import denoising
@@ -68,9 +69,16 @@ def test_min_snr_weighs_the_same_error_alike_in_every_prediction(gamma):
     torch.testing.assert_close(losses[0], losses[2], rtol=1e-5, atol=0)
 
 
-def test_min_snr_refuses_flow_models():
-    with pytest.raises(UserError, match="snr_gamma"):
-        min_snr_weight(torch.ones(1), 5.0, "flow")
+def test_min_snr_weighs_the_error_of_a_flow_by_that_of_its_clean_picture():
+    schedule = Schedule.flow()
+    t = torch.tensor([10.0, 250, 500, 900, 1000])
+    x_0, eps, wrong = (torch.randn(5, 4, 8, 8, generator=generator(i), dtype=torch.float64) for i in range(3))
+    x_t = schedule.add_noise(x_0, eps, t)
+    pred = schedule.target(x_0, eps, t) + wrong
+    clean = (schedule.to_x_0(pred, x_t, t) - x_0).square().flatten(1).mean(1)
+    snr = schedule.snr(t).double()
+    found = min_snr_weight(snr, 5.0, "flow") * wrong.square().flatten(1).mean(1)
+    torch.testing.assert_close(found, snr.clamp(max=5) * clean, rtol=1e-5, atol=1e-12)
 
 
 @pytest.mark.parametrize("offset", [0.0, 0.1, 0.5])

@@ -58,6 +58,9 @@ class Rows:
     def __init__(self, model) -> None:
         self.model = model
 
+    def close(self) -> None:
+        pass
+
     def batch(self, step: int) -> Batch:
         chosen = [(step + i) % len(WORDS) for i in range(2)]
         prompts, pictures = [WORDS[i] for i in chosen], [smooth(16, 16, i) for i in chosen]

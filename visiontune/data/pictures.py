@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import ExifTags, Image, features
+from PIL import ExifTags, Image, ImageSequence, features
 
 from visiontune.errors import UserError
 
@@ -61,6 +61,20 @@ def read(file: Path) -> Image.Image:
         with Image.open(file) as picture:
             return upright_rgb(picture)
     except Exception as error:  # a damaged file can raise nearly anything from inside a decoder
+        raise _unreadable(file, error) from error
+
+
+def frames(file: Path) -> np.ndarray:
+    """What the file shows: ``uint8 [h, w, 3]`` as :func:`read` makes it, or all frames of a clip ``[f, h, w, 3]``.
+
+    Raises as :func:`read`.
+    """
+    try:
+        with Image.open(file) as picture:
+            count = getattr(picture, "n_frames", 1)
+            shown = [np.asarray(upright_rgb(frame)) for frame in ImageSequence.Iterator(picture)] if count > 1 else []
+            return np.stack(shown) if shown else np.asarray(upright_rgb(picture))
+    except Exception as error:
         raise _unreadable(file, error) from error
 
 

@@ -240,7 +240,10 @@ def _groups(items: Sequence[Item], sizes: Sequence[tuple[int, int]]) -> list[lis
 
 
 def _pixels(path: Path) -> np.ndarray:
-    return np.asarray(pictures.read(path))
+    shown = pictures.frames(path)
+    if shown.ndim > 3:
+        raise UserError(f"{path} is a clip of {len(shown)} frames, and what is scored here are pictures")
+    return shown
 
 
 def _summary(values: Sequence[float]) -> dict[str, float | None]:

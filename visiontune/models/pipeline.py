@@ -101,6 +101,11 @@ class PipelineModel(Model):
         return {"denoiser": self.DENOISERS, "text": text, "vae": (self.CODEC,)}
 
     @property
+    def main(self) -> nn.Module:
+        """The first denoiser: found at once, since every prediction asks for its device and type."""
+        return self.denoiser
+
+    @property
     def denoiser(self) -> Any:
         """The first denoiser."""
         return getattr(self.pipe, self.DENOISERS[0])

@@ -13,7 +13,8 @@ from visiontune.core import Batch, Condition
 from visiontune.diffusion.dynamics import make_dynamics
 from visiontune.diffusion.guidance import Guidance, guided
 from visiontune.diffusion.replay import micro_batches
-from visiontune.objectives.base import Needs, Online, Tools, continuous
+from visiontune.errors import UserError
+from visiontune.objectives.base import Needs, Online, Tools, continuous, draws_clips
 from visiontune.schema import option
 
 if TYPE_CHECKING:
@@ -99,6 +100,11 @@ class Stepped(Rollouts):
         """Besides, refuse a model without continuous latents, and a sampler that does not suit it or adds no noise."""
         super().check(model, reward)
         continuous(model)
+        if draws_clips(model) and not getattr(reward, "clips", False):
+            raise UserError(
+                f"reward '{reward.name}' scores pictures, and '{model.source}' ({model.family}) draws clips: take a "
+                "reward of clips"
+            )
         self.dynamics.check(model.schedule.prediction)
         if self.likelihoods:
             self.dynamics.require_noise()
@@ -123,11 +129,12 @@ def conditions(
 
 
 def pixels(model: PipelineModel, latents: Tensor) -> Tensor:
-    """Pictures ``[b, 3, h, w]`` in [0, 1], as rewards take them; differentiable inside that range.
+    """Pictures ``[b, 3, h, w]`` or clips ``[b, f, 3, h, w]`` in [0, 1], as rewards take them; differentiable inside.
 
     ``latents`` of a masked model are its tokens.
     """
-    return (model.decode(latents) / 2 + 0.5).clamp(0, 1)
+    shown = (model.decode(latents) / 2 + 0.5).clamp(0, 1)
+    return shown if shown.ndim == 4 else shown.movedim(2, 1)
 
 
 def parts_of(batch: Batch, size: int | None) -> Iterator[Batch]:

@@ -217,6 +217,11 @@ def continuous(model: Any) -> None:
         )
 
 
+def draws_clips(model: Any) -> bool:
+    """Whether the latents of a model that is :func:`continuous` have frames."""
+    return len(model.latent_shape()) > 3
+
+
 def condition_of(model: PipelineModel, batch: Batch) -> Condition:
     """The batch's cached condition, or one embedded now, with a gradient if the text encoder is trained."""
     return batch.cond if batch.cond is not None else model.embed(batch.prompts)
@@ -226,10 +231,13 @@ def per_row(errors: Tensor, mask: Tensor | None = None) -> Tensor:
     """Mean error of each row ``[b]`` of a map ``[b, c, ...]``.
 
     Args:
-        mask: ``[b, 1, ...]`` in [0, 1], how much each place counts; a row of which nothing counts has error 0.
+        mask: ``[b, 1, ...]`` in [0, 1], how much each place counts; a row of which nothing counts has error 0. One
+            without frames ``[b, 1, h, w]`` holds for all frames of a clip.
     """
     if mask is None:
         return errors.flatten(1).mean(1)
+    if mask.ndim < errors.ndim:
+        mask = mask.unsqueeze(2)
     weight = mask.to(errors).expand_as(errors).flatten(1)
     return (weight * errors.flatten(1)).sum(1) / weight.sum(1).clamp(min=torch.finfo(errors.dtype).tiny)
 

@@ -15,7 +15,6 @@ from torch import Tensor
 
 from visiontune.core import Batch, Condition, Loss
 from visiontune.diffusion.timesteps import Timesteps
-from visiontune.errors import UserError
 from visiontune.objectives.base import Needs, Supervised, Tools, combine, condition_of, continuous, per_row
 from visiontune.schema import option
 
@@ -61,19 +60,14 @@ def min_snr_weight(snr: Tensor, gamma: float, prediction: str) -> Tensor:
         snr: ``[b]``, alpha^2 / sigma^2, 0 allowed.
         gamma: where the weight of clean timesteps is cut.
         prediction: what the network predicts; the error in ``eps`` is SNR times the one in ``x0``, the error in ``v``
-            SNR + 1 times.
-
-    Raises:
-        UserError: a prediction without a signal-to-noise ratio of this kind (flow models).
+            SNR + 1 times, and that of a flow, whose sigma is 1 / (1 + sqrt(SNR)), sigma^-2 times.
     """
     clipped = snr.clamp(max=gamma)
     if prediction == "eps":
         return (gamma / snr).clamp(max=1)  # min(SNR, gamma) / SNR, finite at SNR = 0
     if prediction == "v":
         return clipped / (snr + 1)
-    if prediction == "x0":
-        return clipped
-    raise UserError(f"objective.snr_gamma does not apply to a model that predicts '{prediction}'; set it to null")
+    return clipped if prediction == "x0" else clipped / (1 + snr.sqrt()).square()
 
 
 class Denoising(Supervised):
@@ -89,11 +83,9 @@ class Denoising(Supervised):
         return Needs(columns=("image",), optional=("mask",))
 
     def check(self, model: Any, reward: Any) -> None:
-        """Besides, refuse a model without continuous latents, and a weighting that its prediction does not have."""
+        """Besides, refuse a model without continuous latents."""
         super().check(model, reward)
         continuous(model)
-        if self.config.snr_gamma is not None:
-            min_snr_weight(torch.ones(1), self.config.snr_gamma, model.schedule.prediction)
 
     def loss(self, model: DiffusionModel, batch: Batch, tools: Tools) -> Loss:
         return Loss(total=combine(self.errors(model, batch, tools), batch), terms={})

@@ -16,9 +16,10 @@ from typing import TYPE_CHECKING, Any
 
 from visiontune.core import Batch, Loss
 from visiontune.data.base import Sample, Source, substitute
+from visiontune.errors import UserError
 from visiontune.files import atomic_write, write_json
 from visiontune.objectives import denoising
-from visiontune.objectives.base import Tools, combine, mean_where
+from visiontune.objectives.base import Tools, combine, draws_clips, mean_where
 from visiontune.schema import option
 
 if TYPE_CHECKING:
@@ -69,10 +70,15 @@ class DreamBooth(denoising.Denoising):
         """Generate the class images that are not in the cache yet and return them as prior rows.
 
         Raises:
-            UserError: the prior prompt needs a class noun and the data has none.
+            UserError: the prior prompt needs a class noun and the data has none, or the model draws clips.
         """
         if not self.config.prior_weight or not self.config.prior_images:
             return []
+        if draws_clips(model):
+            raise UserError(
+                f"class images are pictures, and '{model.source}' ({model.family}) draws clips: set "
+                "objective.prior_weight=0"
+            )
         wanted = self.config.prior_prompt
         prompts = [
             substitute(p, data.trigger, data.class_noun) for p in ([wanted] if isinstance(wanted, str) else wanted)

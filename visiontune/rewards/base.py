@@ -23,11 +23,13 @@ _SLACK = 0.3
 
 
 class Reward(ABC):
-    """Scores images of shape ``[b, 3, h, w]`` in [0, 1]."""
+    """Scores images of shape ``[b, 3, h, w]`` in [0, 1], or clips ``[b, f, 3, h, w]`` where it says so."""
 
     name: str = "reward"
     differentiable: bool = False
     """Whether gradients reach the pixels."""
+    clips: bool = False
+    """Whether it scores clips as well."""
     groupwise: bool = False
     """Whether a score depends on the other images of the batch."""
     range: tuple[float, float] = (float("-inf"), float("inf"))
@@ -45,7 +47,7 @@ class Reward(ABC):
         """Score a batch.
 
         Args:
-            images: ``[b, 3, h, w]`` in [0, 1] (a small overshoot is let through).
+            images: ``[b, 3, h, w]`` in [0, 1] (a small overshoot is let through), or clips ``[b, f, 3, h, w]``.
             prompts: b texts.
             meta: b mappings with whatever the data set knows of each image, for rewards that use it.
 
@@ -55,7 +57,7 @@ class Reward(ABC):
         Raises:
             UserError: wrong shape or value range going in; wrong shape, or a number that is not finite, coming out.
         """
-        check_images(images, prompts, self.name)
+        check_images(images, prompts, self.name, self.clips)
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.differentiable):
             scores = self.score(images, prompts, meta)
         return check_scores(scores, images, self.name)
@@ -67,6 +69,7 @@ class FunctionReward(Reward):
     def __init__(self, function: Callable[..., Any], name: str) -> None:
         self.function, self.name = function, name
         self.differentiable = bool(getattr(function, "differentiable", False))
+        self.clips = bool(getattr(function, "clips", False))
         self.groupwise = bool(getattr(function, "groupwise", False))
         self.range = getattr(function, "range", Reward.range)
 
@@ -87,9 +90,9 @@ def as_reward(built: Any, name: str) -> Reward:
     return reward
 
 
-def check_images(images: Tensor, prompts: Sequence[str], name: str) -> None:
-    """Raise :class:`UserError` unless images are ``[b, 3, h, w]`` about [0, 1] with one prompt each."""
-    if images.ndim != 4 or images.shape[1] != 3 or not images.is_floating_point():
+def check_images(images: Tensor, prompts: Sequence[str], name: str, clips: bool = False) -> None:
+    """Raise :class:`UserError` unless images are ``[b, 3, h, w]`` about [0, 1] with one prompt each, or such clips."""
+    if images.ndim not in (4, 4 + clips) or images.shape[-3] != 3 or not images.is_floating_point():
         raise UserError(f"reward '{name}' takes float images [b, 3, h, w], not {images.dtype} {list(images.shape)}")
     if len(prompts) != len(images):
         raise UserError(f"reward '{name}' was given {len(images)} images and {len(prompts)} prompts")

@@ -75,6 +75,7 @@ class Mix(Reward):
         self.running = {
             label: Statistics() for label, term in zip(self.labels, terms, strict=True) if term.normalise == "running"
         }
+        self.clips = all(reward.clips for reward in rewards)
         self.differentiable = all(reward.differentiable for reward in rewards)
         self.groupwise = bool(self.running) or any(reward.groupwise for reward in rewards)
         self.weights = {label: term.weight for label, term in zip(self.labels, terms, strict=True)}

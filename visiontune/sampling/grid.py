@@ -1,4 +1,4 @@
-"""Sheets of images with captions."""
+"""Sheets of images with captions; a clip is shown by its middle frame."""
 
 from __future__ import annotations
 
@@ -31,7 +31,8 @@ def grid(
     """Lay images out row by row on white.
 
     Args:
-        images: pictures, ``uint8 [h, w, 3]`` arrays or paths; each is fitted into a square cell.
+        images: pictures, ``uint8 [h, w, 3]`` arrays, clips ``[f, h, w, 3]``, or paths; each is fitted into a square
+            cell.
         columns: images in a row.
         captions: one text under each image.
         row_captions: one text left of each row.
@@ -79,9 +80,13 @@ def grid(
 def _open(source: Image.Image | np.ndarray | str | Path) -> Image.Image:
     if isinstance(source, Image.Image):
         return source
-    if isinstance(source, np.ndarray):
-        return Image.fromarray(source)
-    return pictures.read(Path(source))
+    shown = source if isinstance(source, np.ndarray) else pictures.frames(Path(source))
+    return Image.fromarray(still(shown))
+
+
+def still(image: np.ndarray) -> np.ndarray:
+    """A picture ``[h, w, 3]`` as it is, and of a clip ``[f, h, w, 3]`` the middle frame."""
+    return image[len(image) // 2] if image.ndim == 4 else image
 
 
 def _cell_side(picture: Image.Image) -> int:

@@ -106,7 +106,7 @@ class Guard:
         config: bounds and what to do.
         prompts: what is drawn.
         steps, cfg_scale: how, where ``config`` leaves it open.
-        reward: ``(images [b, 3, h, w] in [0, 1], prompts, meta) -> [b]``, or ``None``.
+        reward: ``(images [b, (f), 3, h, w] in [0, 1], prompts, meta) -> [b]``, or ``None``.
 
     Attributes:
         start: the measures before the first step. latest: those of the last check.
@@ -144,7 +144,7 @@ class Guard:
         self.meter.add({name: value for name, value in values.items() if name in self.config.terms})
 
     def draw(self, model: PipelineModel) -> np.ndarray:
-        """Pictures ``uint8 [prompts, seeds, h, w, 3]`` of the model as it is."""
+        """Pictures ``uint8 [prompts, seeds, (f), h, w, 3]`` of the model as it is."""
         from visiontune.sampling.pipeline import images
 
         seeds = self.config.seeds
@@ -201,7 +201,7 @@ class Guard:
         folder = self.folder(out, 0)
         try:
             rows = [
-                [np.asarray(pictures.read(folder / preview.file_name(i, seed))) for seed in self.config.seeds]
+                [pictures.frames(folder / preview.file_name(i, seed)) for seed in self.config.seeds]
                 for i in range(len(self.prompts))
             ]
         except UserError as error:

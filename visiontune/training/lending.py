@@ -63,7 +63,7 @@ class Lender:
         text: bool,
     ) -> None:
         self.adapters, self.reward, self.seed, self.accelerator = adapters, reward, seed, accelerator
-        self.parameters, self.text = parameters, text
+        self.parameters, self.text, self._online = parameters, text, objective.needs.online
         self.reference = reference(adapters, parameters if objective.needs.reference else {})
         self.state: dict[str, Any] = {}
         if hasattr(reward, "gather"):
@@ -77,7 +77,7 @@ class Lender:
             reward=self.reward,
             rng=generator(self.seed, "noise", index, accelerator.process_index),
             gather=accelerator.gather,
-            scale=self._scale(),
+            scale=self._scale() if self._online else 1.0,
             text=self.text,
             seed=self.seed,
             index=index,

@@ -1,6 +1,7 @@
 """What a ruined model shows before anyone looks: numbers of pictures and of weights.
 
-Pictures are ``uint8 [prompts, seeds, h, w, 3]``; distances count [0, 255] as 1.
+Pictures are ``uint8 [prompts, seeds, (f), h, w, 3]``; distances count [0, 255] as 1. Of clips every frame is a picture,
+but for diversity, which compares whole clips.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ def high_frequency(images: np.ndarray, cutoff: float) -> float:
     The mean colour does not count as energy; a picture of one colour has none, and its share is 0. White noise has
     ``1 - pi cutoff^2``.
     """
-    height, width = images.shape[2:4]
+    height, width = images.shape[-3:-1]
     frequency = np.hypot(np.fft.fftfreq(height)[:, None], np.fft.fftfreq(width))
     return float(np.mean([_share(image, frequency > cutoff) for image in _flat(images)]))
 
@@ -66,7 +67,7 @@ def _share(image: np.ndarray, high: np.ndarray) -> float:
 
 
 def _flat(images: np.ndarray) -> np.ndarray:
-    return images.reshape(-1, *images.shape[2:])
+    return images.reshape(-1, *images.shape[-3:])
 
 
 def _squares(values: Any) -> float:

@@ -35,7 +35,7 @@ def draw(model: PipelineModel, out: Path, step: int, config: PreviewConfig) -> n
     """Write ``samples/step-N/`` (one file per prompt and seed, and ``grid.png``) as a whole.
 
     Returns:
-        ``uint8 [prompts * seeds, h, w, 3]``, all seeds of the first prompt first.
+        ``uint8 [prompts * seeds, (f), h, w, 3]``, all seeds of the first prompt first.
     """
     from visiontune.sampling.generate import images
 
@@ -75,16 +75,15 @@ def compare(out: Path, step: int, config: PreviewConfig) -> None:
 
 def write(target: Path, pixels: np.ndarray, prompts: Sequence[str], seeds: Sequence[int]) -> None:
     """Write one file per prompt and seed, all seeds of the first prompt first, and ``grid.png``, as a whole."""
-    from PIL import Image
-
     from visiontune.sampling.grid import grid
+    from visiontune.sampling.writer import write_image
 
     names = [file_name(i, seed) for i in range(len(prompts)) for seed in seeds]
     home.clear(target.parents[1], target)
     with atomic_write(target) as partial:
         partial.mkdir()
         for name, image in zip(names, pixels, strict=True):
-            Image.fromarray(image).save(partial / name)
+            write_image(partial / name, image)
         columns = [f"seed {seed}" for seed in seeds]
         grid(list(pixels), len(seeds), row_captions=prompts, column_captions=columns).save(partial / "grid.png")
 

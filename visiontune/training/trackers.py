@@ -72,7 +72,9 @@ class Metrics:
             self.accelerator.log(dict(row), step=step)
 
     def images(self, step: int, pixels: Any) -> None:
-        """Show previews ``uint8 [n, h, w, 3]`` in the trackers that take images."""
+        """Show previews ``uint8 [n, (f), h, w, 3]`` in the trackers that take images; of clips the middle frames."""
+        if pixels.ndim == 5:
+            pixels = pixels[:, pixels.shape[1] // 2]
         for tracker in self.accelerator.trackers:
             if hasattr(tracker, "log_images"):
                 layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
