@@ -19,6 +19,7 @@ from tiny import save_tiny, tiny_model
 
 from visiontune import adapters
 from visiontune.errors import UserError
+from visiontune.files import Lock
 from visiontune.sampling import generate as module
 from visiontune.sampling.config import SampleConfig
 from visiontune.sampling.generate import generate
@@ -174,6 +175,16 @@ def test_without_a_model_an_adapter_is_drawn_with_on_the_one_it_was_trained_on(f
     assert base_of(_config(folder, tmp_path, model=None)) == "pocket/sd"
     nameless = _adapter(tmp_path / "nameless.safetensors")
     assert base_of(_config(folder, tmp_path, model=None, adapter=str(nameless))) == "pocket/sd"
+
+
+def test_two_runs_do_not_draw_into_one_folder(folder: Path, tmp_path: Path) -> None:
+    lock = Lock(tmp_path / "out")
+    lock.hold()
+    with pytest.raises(UserError, match="out is being written to by process"):
+        generate(_config(folder, tmp_path / "out"))
+    lock.release()
+    generate(_config(folder, tmp_path / "out"))
+    assert not (tmp_path / "out" / ".lock").exists()
 
 
 def test_a_given_model_gets_its_adapters_taken_off_again(folder: Path, tmp_path: Path) -> None:
