@@ -87,3 +87,14 @@ def test_a_method_that_needs_another_package_names_it(tmp_path, monkeypatch):
     for name in ("needy.method", "needy_method.py"):
         with pytest.raises(UserError, match="package_that_is_not_there"):
             plugin.load("adapters", name)
+
+
+def test_a_module_whose_config_is_no_set_of_options_is_not_called(tmp_path):
+    file = tmp_path / "other.py"
+    for body in (
+        "def Config(**options): open('ran', 'w')\ndef build(config): ...",
+        METHOD.replace("def build", "def make"),
+    ):
+        file.write_text(body)
+        with pytest.raises(UserError, match="defines no Config"):
+            plugin.configure("rewards", str(file), "reward")

@@ -133,6 +133,6 @@ def configure(kind: str, spec: str | Mapping[str, Any], path: str) -> tuple[Modu
         raise UserError(f"{path}.name: {error}") from error
     if not dataclasses.is_dataclass(getattr(module, "Config", None)) or not callable(getattr(module, "build", None)):
         raise UserError(
-            f"{path}.name: '{name}' defines no dataclass Config and no build, so it is not one of the {kind}"
+            f"{path}.name: '{name}' defines no Config (a dataclass) with a build, so it is not one of the {kind}"
         )
     return module, schema.from_mapping(module.Config, {k: v for k, v in options.items() if k != "name"}, path)
