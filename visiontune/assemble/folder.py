@@ -9,8 +9,9 @@ from typing import Any
 from visiontune import catalogue
 from visiontune.config import Run, parse_run
 from visiontune.errors import UserError
+from visiontune.training.home import RECIPE, RESULTS
 
-RECIPE, PLAN = "recipe.yaml", "plan.safetensors"
+PLAN = "plan.safetensors"
 # Sections that may change when a run goes on; anything else would make it another run.
 _FREE = (
     "description",
@@ -32,8 +33,7 @@ def begun(run: Run) -> bool:
     """Whether the folder of ``run`` has a checkpoint or a result: what a run without either did can be done anew."""
     from visiontune.training import checkpoint
 
-    results = (run.folder / name for name in ("adapter.safetensors", "model"))
-    return checkpoint.latest(run.folder) is not None or any(path.exists() for path in results)
+    return checkpoint.latest(run.folder) is not None or any((run.folder / name).exists() for name in RESULTS)
 
 
 def check_folder(run: Run) -> None:

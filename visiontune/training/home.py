@@ -15,7 +15,8 @@ from visiontune import files
 from visiontune.errors import UserError
 
 RECORD, RECIPE = ".written", "recipe.yaml"
-_RESULTS = ("adapter.safetensors", "model")
+# What a run leaves behind: one of the two.
+RESULTS = ("adapter.safetensors", "model")
 _STEP = re.compile(r"step-(\d{6,})")
 _PARTIAL = re.compile(r"\.step-\d{6,}\.(\d+\.tmp|old)")
 # What previews consist of; runs of versions without a record are known by it.
@@ -126,7 +127,7 @@ def _listed(out: Path) -> list[str]:
         path for path in out.glob("*/step-*") if path.parent.name != "checkpoints" and _STEP.fullmatch(path.name)
     ]
     own = [path for path in pictures if _in(path) and all(_PREVIEW.fullmatch(file.name) for file in _in(path))]
-    return [*_RESULTS, *(_name(out, path) for path in own)]
+    return [*RESULTS, *(_name(out, path) for path in own)]
 
 
 def _write(out: Path, names: list[str]) -> None:
