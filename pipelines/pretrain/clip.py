@@ -16,12 +16,13 @@ from __future__ import annotations
 import argparse
 import copy
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import torch
-from pocket_tokenizer import MAX_LENGTH, build_tokenizer
+from pocket_tokenizer import MAX_LENGTH, build_tokenizer, save_tokenizer
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel
@@ -29,7 +30,18 @@ from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
 from visiontune.data.oracle import CHROMA_THRESHOLD
 from visiontune.data.pocket_scenes import caption, held_out, patterned, sample_scene
-from visiontune.data.pocket_world import COLORS, RELATIONS, SHAPES, SIZE, SUBJECTS, TEXTURES, TONES, Scene, render
+from visiontune.data.pocket_world import (
+    COLORS,
+    RADII,
+    RELATIONS,
+    SHAPES,
+    SIZE,
+    SUBJECTS,
+    TEXTURES,
+    TONES,
+    Scene,
+    render,
+)
 from visiontune.evaluation.attributes import alike, audit, meaning, recoloured, with_thing
 from visiontune.files import atomic_write
 from visiontune.rewards._clip import TransformersClip
@@ -40,9 +52,11 @@ WIDTH, LAYERS, HEADS, PATCH = 128, 4, 4, 8
 PATTERNS = 0.35  # share of the single objects that have a second colour
 FAMILY = 8
 KINDS = (0.25, 0.45, 0.15, 0.15)  # more objects a picture show more shapes in the same time
+SIDES = {"left": (-1, 0), "right": (1, 0), "above": (0, -1), "below": (0, 1)}
 SAID = ((True, True), (True, False), (False, True), (False, False))  # sizes, ground: what a caption may name
 SIDE = SIZE // PATCH
 FEW = 30  # patches enough for all objects of nearly any scene
+SIDED = 2 * (len(SHAPES) + len(COLORS))
 NOTHING = len(SHAPES)  # the shape of a patch without an object
 
 
@@ -131,33 +145,48 @@ def redrawn(scene: Scene, rng: np.random.Generator) -> Scene:
     return replace(scene, things=tuple(things))
 
 
-def edited(scene: Scene, rng: np.random.Generator) -> Scene:
-    """The scene with one thing about it changed: most often what is hardest to see."""
+def edits(scene: Scene) -> list[str]:
+    """What can be changed about a scene so that it can be drawn again; what is hard to see comes oftener."""
+    n, same = len(scene.things), alike(scene)
+    single = n == 1 and scene.things[0].size == "small" and not scene.things[0].accent
+    kinds = ["shape"] * 4 + ["color"] + ["size"] * bool(scene.relation or n == 1) + ["ground"]
+    kinds += ["relation"] * 4 if scene.relation else []
+    kinds += ["colors", "colors", "shapes"] if n > 1 and not same else []
+    return kinds + ["count"] * 2 * (same or single)
+
+
+def edited(scene: Scene, rng: np.random.Generator, edit: str) -> Scene:
+    """The scene with one thing about it drawn anew."""
     n = len(scene.things)
     i = int(rng.integers(n))
-    edits = ["shape"] * 4 + ["color", "size"] + ["ground"] * (rng.random() < 0.5)
-    edits += ["relation"] * 2 if scene.relation else []
-    edits += ["colors", "colors", "shapes"] if n > 1 and not alike(scene) else []
-    plain = n == 1 and scene.things[0].size == "small" and not scene.things[0].accent
-    edits += ["count"] * 2 if alike(scene) or plain else []
-    edit = edits[rng.integers(len(edits))]
+    j = (i + 1) % n
     if edit == "shape":
         return with_thing(scene, i, shape=SHAPES[rng.integers(len(SHAPES))])
     if edit == "color":
         free = [color for color in COLORS if color != scene.things[i].accent]
         return with_thing(scene, i, color=free[rng.integers(len(free))])
-    if edit == "size" and (scene.relation or n == 1):
-        return with_thing(scene, i, radius=22 - scene.things[i].radius)  # 9 and 13 change places
+    if edit == "size":
+        return with_thing(scene, i, radius=sum(RADII.values()) - scene.things[i].radius)
     if edit == "relation":
         return replace(scene, relation=RELATIONS[rng.integers(4)])
     if edit == "count":
         return replace(scene, things=scene.things[:1] * int(rng.integers(1, 4)))
-    if edit in ("colors", "shapes"):
-        j = (i + 1) % n
+    if edit == "colors":
+        return recoloured(scene, i, j)
+    if edit == "shapes":
         one, other = scene.things[i], scene.things[j]
-        swapped = recoloured(scene, i, j)
-        return swapped if edit == "colors" else with_thing(with_thing(scene, i, shape=other.shape), j, shape=one.shape)
+        return with_thing(with_thing(scene, i, shape=other.shape), j, shape=one.shape)
     return replace(scene, tone=list(TONES)[rng.integers(2)], texture=TEXTURES[rng.integers(4)])
+
+
+def wrong(scene: Scene, rng: np.random.Generator) -> tuple[Scene, str]:
+    """A scene a word or two off, and its full caption; grounds and sizes, rare in families, come oftest."""
+    kinds = ["ground"] * 4 + ["size", "size", *edits(scene)]
+    while True:
+        other = edited(scene, rng, kinds[rng.integers(len(kinds))])
+        text = caption(other, rng, detail=1.0)
+        if not held_out(text):  # of some scenes every full caption is
+            return other, text
 
 
 def family(rng: np.random.Generator, size: int = FAMILY) -> list[Scene]:
@@ -168,7 +197,8 @@ def family(rng: np.random.Generator, size: int = FAMILY) -> list[Scene]:
     members = {meaning(first): first}
     while len(members) < size:
         base = first if rng.random() < 0.7 else list(members.values())[rng.integers(len(members))]
-        other = edited(base, rng)
+        kinds = edits(base)
+        other = edited(base, rng, kinds[rng.integers(len(kinds))])
         if _allowed(base, other) and meaning(other) not in members:
             members[meaning(other)] = redrawn(other, rng)
     return list(members.values())
@@ -189,12 +219,14 @@ class Patches:
         shape: ``long [b, 64]``, ``NOTHING`` on bare ground.
         color: ``long [b, 64]``.
         place: ``float [b, 64, 3]``, from the patch to the centre of its object in units of 16 pixels, and its size.
+        own: ``long [b, 64]``, the number of the object in its caption, at most 2; 2 on bare ground.
         mask: ``float [b, 64, 64]``, 1 where a pixel of the patch belongs to an object.
     """
 
     shape: Tensor
     color: Tensor
     place: Tensor
+    own: Tensor
     mask: Tensor
 
     def of(self, index: Tensor) -> Patches:
@@ -211,13 +243,13 @@ class Patches:
 def patches(scenes: list[Scene], pictures: np.ndarray) -> Patches:
     """See :class:`Patches`; objects are the pixels that are not grey."""
     centres = (np.arange(SIDE) + 0.5) * PATCH
-    labels = np.zeros((len(scenes), 5, SIDE, SIDE), np.float32)
-    labels[:, 0] = NOTHING
+    labels = np.zeros((len(scenes), 6, SIDE, SIDE), np.float32)
+    labels[:, 0], labels[:, 2] = NOTHING, 2
     for scene, label in zip(scenes, labels, strict=True):
-        for thing in scene.things:
+        for number, thing in enumerate(scene.things):
             dx, dy = np.meshgrid(thing.x - centres, thing.y - centres)
             here = np.maximum(abs(dx), abs(dy)) < thing.radius + PATCH / 4
-            look = (SHAPES.index(thing.shape), list(COLORS).index(thing.color))
+            look = (SHAPES.index(thing.shape), list(COLORS).index(thing.color), min(number, 2))
             for channel, value in zip(
                 label, (*look, dx[here] / 16, dy[here] / 16, (thing.radius - 11) / 4), strict=True
             ):
@@ -225,7 +257,33 @@ def patches(scenes: list[Scene], pictures: np.ndarray) -> Patches:
     flat = torch.from_numpy(labels).flatten(2)
     colored = torch.from_numpy(pictures.max(-1) - pictures.min(-1) > CHROMA_THRESHOLD)
     mask = colored.view(-1, SIDE, PATCH, SIDE, PATCH).transpose(2, 3).reshape(-1, SIDE**2, PATCH**2)
-    return Patches(shape=flat[:, 0].long(), color=flat[:, 1].long(), place=flat[:, 2:].mT, mask=mask.float())
+    whole = flat[:, :3].long()
+    place = flat[:, 3:].mT
+    return Patches(shape=whole[:, 0], color=whole[:, 1], own=whole[:, 2], place=place, mask=mask.float())
+
+
+def sides(scene: Scene) -> Tensor:
+    """On which side of the other each of two objects stands, ``float [2, 28]``: x and y in the rows of its shape and
+    of its colour, zeros elsewhere and without a relation.
+    """
+    out = torch.zeros(2, len(SHAPES) + len(COLORS), 2)
+    if scene.relation:
+        x, y = SIDES[scene.relation.split()[0]]
+        for thing, sign, rows in zip(scene.things, (1, -1), out, strict=True):
+            rows[[SHAPES.index(thing.shape), len(SHAPES) + list(COLORS).index(thing.color)]] = torch.tensor(
+                [x * sign, y * sign], dtype=torch.float32
+            )
+    return out.flatten(1)
+
+
+def heard(ids: Tensor, relations: Tensor, shapes: Tensor) -> Tensor:
+    """Which of two objects is known for the first time, with its side, at each word ``[b, n]``; 2 where none is.
+
+    A word sees those before it: the first object's side is known at the relation, the second's at its shape.
+    """
+    related = torch.isin(ids, relations)
+    after = related.cumsum(1) > 0
+    return torch.where(related, 0, torch.where(after & torch.isin(ids, shapes), 1, 2))
 
 
 class Scenes:
@@ -234,7 +292,7 @@ class Scenes:
     def __init__(self, folder: Path, n: int, seed: int = 41) -> None:
         rng = np.random.default_rng(seed)
         self.scenes = [scene for _ in range(n // FAMILY) for scene in family(rng)]
-        codes: dict[tuple, int] = {}
+        codes = self.codes = dict[tuple, int]()
         keys = [[codes.setdefault(meaning(s, *said), len(codes)) for said in SAID] for s in self.scenes]
         self.keys = torch.tensor(keys)
         file = folder / f"pictures-{seed}-{n}.npy"
@@ -257,6 +315,10 @@ class Scenes:
         keys = self.keys[rows]  # [b, 4]
         return keys[:, kept] == keys[torch.arange(len(rows)), kept]
 
+    def fits(self, rows: np.ndarray, others: Sequence[Scene]) -> Tensor:
+        """``bool [b, n]``: whether the picture of a row is rightly described by the full caption of another scene."""
+        return self.keys[rows, :1] == torch.tensor([self.codes.get(meaning(scene), -1) for scene in others])
+
 
 # ---------------------------------------------------------------------------------------------------- training
 
@@ -264,7 +326,8 @@ class Scenes:
 class WithHeads(nn.Module):
     """A CLIP with heads on its patches, which are thrown away after training.
 
-    The first layer shall know which pixels are an object's, the second where and how large it is, the third what.
+    The first layer shall know which pixels are an object's, the second where and how large it is, the third what it is
+    and on which side of another. Words, and pictures and captions as a whole, shall know the sides too.
     """
 
     def __init__(self, clip: CLIPModel) -> None:
@@ -273,6 +336,11 @@ class WithHeads(nn.Module):
         self.mask = nn.Linear(WIDTH, PATCH**2)
         self.place = nn.Linear(WIDTH, 3)
         self.look = nn.Linear(WIDTH, NOTHING + 1 + len(COLORS))
+        self.sides = nn.Linear(WIDTH, SIDED)
+        self.patch_sides = nn.Linear(WIDTH, SIDED)
+        self.word_sides = nn.Linear(WIDTH, SIDED)
+        for head in (self.sides, self.patch_sides, self.word_sides):
+            nn.init.zeros_(head.weight)  # states are large: random sides would be far off
 
     def see(self, pixels: Tensor, index: Tensor) -> list[Tensor]:
         """Hidden states ``[b, 1 + k, d]`` before and after every layer, of the class token and the patches of an index.
@@ -287,12 +355,37 @@ class WithHeads(nn.Module):
             states.append(layer(states[-1], attention_mask=None))
         return states
 
-    def logits(self, last: Tensor, ids: Tensor) -> Tensor:
-        """Scaled cosines ``[b, b]`` of pictures, by their last hidden state, and texts."""
+    def features(self, last: Tensor, ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Unit features ``[b, d]`` of pictures, by their last hidden state, and of texts; states of the words."""
         image = self.clip.visual_projection(self.clip.vision_model.post_layernorm(last[:, 0]))
-        text = self.clip.get_text_features(input_ids=ids).pooler_output
-        cosines = nn.functional.normalize(image, dim=-1) @ nn.functional.normalize(text, dim=-1).T
-        return self.clip.logit_scale.exp() * cosines
+        told = self.clip.text_model(input_ids=ids, output_hidden_states=True)
+        text = self.clip.text_projection(told.pooler_output)
+        return nn.functional.normalize(image, dim=-1), nn.functional.normalize(text, dim=-1), told.hidden_states[-2]
+
+    def side_losses(
+        self, image: Tensor, text: Tensor, patches: Tensor, words: Tensor, own: Tensor, heard: Tensor, beside: Tensor
+    ) -> dict[str, Tensor]:
+        """Squared errors of where shapes and colours stand.
+
+        Args:
+            image: features ``[b, d]`` of pictures; one head reads them and those of texts.
+            text: features ``[b, d]`` of texts.
+            patches: states ``[b, k, d]``.
+            words: states ``[b, n, d]``.
+            own: ``long [b, k]``, the object that a patch shows, 2 on bare ground.
+            heard: ``long [b, n]``, the object that is known at a word, 2 where none is.
+            beside: ``[b, 2, 28]``, the sides of each of two objects, zeros without a relation.
+        """
+        both = beside.sum(1)
+        none = torch.zeros_like(beside[:, :1])
+        single = torch.cat([beside, none], 1)  # [b, 3, 28]
+        rows = torch.arange(len(beside))[:, None]
+        return {
+            "image_sides": _error(self.sides(image * WIDTH**0.5), both),
+            "text_sides": _error(self.sides(text * WIDTH**0.5), both),
+            "patch_sides": _error(self.patch_sides(patches), single[rows, own]),
+            "word_sides": _error(self.word_sides(words), single[rows, heard]),
+        }
 
     def patch_losses(self, states: list[Tensor], truth: Patches) -> dict[str, Tensor]:
         """How wrong the heads are, and the share of the patches of objects whose shape is named right."""
@@ -308,11 +401,19 @@ class WithHeads(nn.Module):
         }
 
 
+def _error(read: Tensor, truth: Tensor) -> Tensor:
+    """Mean squared distance over those that stand beside something."""
+    related = truth.abs().sum(-1, keepdim=True) > 0
+    return ((read - truth).square() * related).sum() / related.sum().clamp_min(1)
+
+
 def contrast(logits: Tensor, truth: Tensor) -> Tensor:
-    """Cross-entropy against every right answer alike, from pictures to texts and back."""
-    target = truth.float()
-    rows, columns = target / target.sum(1, keepdim=True), target / target.sum(0, keepdim=True)
-    return -(rows * logits.log_softmax(1)).sum(1).mean() / 2 - (columns * logits.log_softmax(0)).sum(0).mean() / 2
+    """Cross-entropy against every right answer alike, of ``b`` pictures to ``n`` texts and of the first ``b`` back."""
+    own, target = logits[:, : len(logits)], truth.float()
+    forth = target / target.sum(1, keepdim=True) * logits.log_softmax(1)
+    target = target[:, : len(logits)]
+    back = target / target.sum(0, keepdim=True) * own.log_softmax(0)
+    return -(forth.sum(1).mean() + back.sum(0).mean()) / 2
 
 
 def kept(shape: Tensor, n: int, generator: torch.Generator) -> Tensor:
@@ -332,13 +433,11 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/pretrain/clip"))
     parser.add_argument("--init", type=Path, help="folder of a pocket-clip to begin with, instead of random weights")
     parser.add_argument("--scenes", type=int, default=64_000)
-    parser.add_argument("--steps", type=int, default=5500)
+    parser.add_argument("--steps", type=int, default=5000)
     parser.add_argument("--batch", type=int, default=64)
-    parser.add_argument("--lr", type=float, default=1.5e-3)
+    parser.add_argument("--lr", type=float, default=2.5e-3)
     parser.add_argument("--texts-from", type=int, default=800, help="step up to which patches alone are taught")
-    parser.add_argument(
-        "--full-from", type=int, default=4500, help=f"step up to which only {FEW} patches are looked at"
-    )
+    parser.add_argument("--full-from", type=int, default=4100, help="step up to which bare patches are left out")
     args = parser.parse_args()
     torch.manual_seed(0)
     tokenizer = build_tokenizer()
@@ -347,6 +446,10 @@ def main() -> None:
     mean, std = (torch.tensor(v).view(3, 1, 1) for v in (OPENAI_CLIP_MEAN, OPENAI_CLIP_STD))
     scenes = Scenes(args.out, args.scenes)
 
+    relations, shapes = (
+        torch.tensor(tokenizer.convert_tokens_to_ids([f"{w}</w>" for w in words])) for words in (SIDES, SHAPES)
+    )
+
     def loss_at(step: int) -> dict[str, Tensor]:
         draw, generator = np.random.default_rng([42, step]), torch.Generator().manual_seed(step)
         rows = scenes.draw(args.batch, draw)
@@ -354,18 +457,30 @@ def main() -> None:
         pixels = torch.from_numpy(drawn).permute(0, 3, 1, 2).float() / 255
         pixels = pixels + 0.02 * torch.randn(pixels.shape, generator=generator)
         seen = patches([scenes.scenes[i] for i in rows], drawn)
-        index = kept(seen.shape, FEW if step < args.full_from else SIDE**2, generator)
+        texts_too, full = step >= args.texts_from, step >= args.full_from
+        few = SIDE**2 if full else int(draw.integers(FEW, SIDE**2 + 1)) if texts_too else FEW
+        index = kept(seen.shape, few, generator)
         states = model.see((pixels - mean) / std, index)
-        losses = model.patch_losses(states, seen.of(index))
-        weight = 1.0 if step < args.texts_from else 0.25
-        loss = weight * (2 * losses["mask"] + 3 * losses["place"] + losses["shape"] + losses["color"] / 2)
-        if step >= args.texts_from:
-            texts = [caption_of(scenes.scenes[i], draw) for i in rows]
-            logits = model.logits(states[-1], tokenizer(texts, padding=True, return_tensors="pt").input_ids)
-            truth = scenes.truth(rows, texts)
+        seen = seen.of(index)
+        losses = model.patch_losses(states, seen)
+        loss = 2 * losses["mask"] + 3 * losses["place"] + losses["shape"] + losses["color"] / 2
+        if texts_too:
+            described = [scenes.scenes[i] for i in rows]
+            others, false = zip(*(wrong(scene, draw) for scene in described), strict=True)
+            texts = [caption_of(scene, draw) for scene in described]
+            ids = tokenizer([*texts, *false], padding=True, return_tensors="pt").input_ids
+            truth = torch.cat([scenes.truth(rows, texts), scenes.fits(rows, others)], 1)
+            image, text, words = model.features(states[-1], ids)
+            logits = model.clip.logit_scale.exp() * image @ text.T
             losses["contrast"] = contrast(logits, truth)
             losses["accuracy"] = truth.gather(1, logits.argmax(1, keepdim=True)).float().mean()
-            loss = loss + losses["contrast"]
+            beside = torch.stack([sides(scene) for scene in described])
+            known = heard(ids[: len(rows)], relations, shapes)
+            told = model.side_losses(
+                image, text[: len(rows)], states[-2][:, 1:], words[: len(rows)], seen.own, known, beside
+            )
+            losses |= told
+            loss = loss / 4 + losses["contrast"] + sum(told.values()) / 2
         return {"loss": loss, **losses}
 
     def probe(averaged: nn.Module, step: int) -> None:
@@ -374,12 +489,11 @@ def main() -> None:
         rows = {row["what"]: round(row["value"], 3) for row in audit(encoder, n=60, seed=501)}
         print(f"step {step}: {json.dumps(rows)}", flush=True)
 
-    options = {"warmup": 100, "ema": 0.998, "save_every": 500, "probe": probe}
+    options = {"warmup": 100, "ema": 0.998, "save_every": 250, "probe": probe}
     averaged = fit(model, loss_at, steps=args.steps, lr=args.lr, folder=args.out, **options).clip
     folder = args.out / "model"
     averaged.half().save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    tokenizer.backend_tokenizer.model.save(str(folder))
+    save_tokenizer(folder)
     CLIPImageProcessor(size={"shortest_edge": SIZE}, crop_size=SIZE).save_pretrained(folder)
     save_file(to_open_clip(averaged), folder / "open_clip_model.safetensors")
     (folder / "open_clip_config.json").write_text(json.dumps(open_clip_config(len(tokenizer)), indent=2) + "\n")

@@ -15,6 +15,7 @@ from visiontune.data.pocket_scenes import caption, held_out, sample_scene
 from visiontune.data.pocket_world import Scene, Thing, render
 from visiontune.evaluation import attributes
 from visiontune.evaluation.attributes import JUDGES, QUESTIONS, Asked, Question, ask, meaning
+from visiontune.rewards._clip import load_clip
 
 A, B = (Thing(shape=s, color=c, x=x, y=32, radius=9) for s, c, x in (("star", "red", 16), ("heart", "blue", 48)))
 ASKED = {q.name: [ask(q, np.random.default_rng([5, i])) for i in range(12)] for q in QUESTIONS}
@@ -152,3 +153,11 @@ def test_a_question_that_suits_is_asked() -> None:
     asked = ask(question, np.random.default_rng(0))
     assert [s.things[0].shape for s in asked.scenes] == ["heart", "star"]
     assert caption(asked.scenes[1], np.random.default_rng(0), 0.0).endswith("star")
+
+
+@pytest.mark.pocket
+def test_pocket_clip_is_blind_to_nothing_that_is_asked() -> None:
+    rows = {row["what"]: row["value"] for row in attributes.audit(load_clip("pocket/clip"), n=50, seed=3)}
+    bars = {"shape": 0.9, "colour": 0.95, "size": 0.9, "count": 0.9, "relation": 0.85, "colours of two swapped": 0.9}
+    bars |= {"shape, shortest captions": 0.9, "colours of two swapped, or their sides, or both": 0.85}
+    assert {name: rows[name] for name, bar in bars.items() if rows[name] < bar} == {}

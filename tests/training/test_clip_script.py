@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from visiontune.data import oracle
-from visiontune.data.pocket_scenes import caption
-from visiontune.data.pocket_world import SHAPES, SUBJECTS, render
+from visiontune.data.pocket_scenes import caption, held_out
+from visiontune.data.pocket_world import COLORS, SHAPES, SUBJECTS, Scene, Thing, render
 from visiontune.evaluation.attributes import meaning
 
 
@@ -79,6 +79,41 @@ def test_patches_say_what_stands_where(script: ModuleType) -> None:
     assert torch.equal(few.place[0, 0], seen.place[0, patch]) and torch.equal(few.mask[0, 1], seen.mask[0, bare])
 
 
+def test_sides_are_those_of_the_relation_and_none_without(script: ModuleType) -> None:
+    star, heart = (Thing(shape=s, color=c, x=0, y=0, radius=9) for s, c in (("star", "red"), ("heart", "blue")))
+    first, second = script.sides(Scene(things=(star, heart), relation="above")).view(2, -1, 2)
+    rows = {shape: SHAPES.index(shape) for shape in SHAPES} | {c: len(SHAPES) + i for i, c in enumerate(COLORS)}
+    assert first[rows["star"]].tolist() == [0, -1] == first[rows["red"]].tolist()
+    assert second[rows["heart"]].tolist() == [0, 1] == second[rows["blue"]].tolist()
+    assert int((first != 0).sum()) == int((second != 0).sum()) == 2
+    mirrored = script.sides(Scene(things=(heart, star), relation="below")).view(2, -1, 2)
+    assert torch.equal(mirrored, torch.stack([second, first]))
+    assert not script.sides(Scene(things=(star, heart))).any()
+
+
+def test_a_side_is_known_where_the_words_before_have_told_it(script: ModuleType) -> None:
+    relations, shapes = torch.tensor([10, 11]), torch.tensor([20, 21])
+    ids = torch.tensor([[1, 20, 10, 5, 21, 9], [1, 20, 21, 5, 9, 9]])
+    assert script.heard(ids, relations, shapes).tolist() == [[2, 2, 0, 2, 1, 2], [2, 2, 2, 2, 2, 2]]
+
+
+def test_side_losses_read_each_object_where_it_is_known(script: ModuleType) -> None:
+    torch.manual_seed(0)
+    model = script.WithHeads(script.build(50, 49))
+    beside = torch.zeros(2, 2, script.SIDED)
+    beside[0, 0, 3], beside[0, 1, 7] = 1.0, -1.0
+    own, heard = torch.tensor([[0, 1, 2], [2, 2, 2]]), torch.tensor([[2, 0], [2, 2]])
+    states = torch.zeros(2, 3, script.WIDTH)
+    for head in (model.sides, model.patch_sides, model.word_sides):
+        torch.nn.init.zeros_(head.bias)
+    losses = model.side_losses(states[:, 0], states[:, 0], states, states[:, :2], own, heard, beside)
+    assert {k: float(v.detach()) for k, v in losses.items()} == {
+        "image_sides": 2.0, "text_sides": 2.0, "patch_sides": 1.0, "word_sides": 1.0
+    }  # fmt: skip
+    none = model.side_losses(states[:, 0], states[:, 0], states, states[:, :2], own, heard, beside * 0)
+    assert not any(v.detach() for v in none.values())  # a batch without relations teaches nothing, and is no NaN
+
+
 def test_patches_of_objects_are_kept_first(script: ModuleType) -> None:
     shape = torch.full((2, 64), script.NOTHING)
     shape[0, 5:15] = 0
@@ -94,7 +129,8 @@ def test_the_path_over_all_patches_is_the_models_own(script: ModuleType) -> None
     pixels, ids = torch.randn(3, 3, 64, 64), torch.tensor([[48, 1, 2, 49], [48, 3, 49, 49], [48, 4, 5, 49]])
     index = torch.stack([torch.randperm(64) for _ in range(3)])  # any order: positions go with their patches
     with torch.no_grad():
-        ours = model.logits(model.see(pixels, index)[-1], ids)
+        image, text, _ = model.features(model.see(pixels, index)[-1], ids)
+        ours = clip.logit_scale.exp() * image @ text.T
         theirs = clip(input_ids=ids, pixel_values=pixels).logits_per_image
     torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
 
@@ -105,3 +141,20 @@ def test_the_contrast_counts_every_right_answer(script: ModuleType) -> None:
     expected = (2 * np.log(2) + 0) / 3  # the two that are true of each other share the probability
     assert float(script.contrast(sure, truth)) == pytest.approx(expected, abs=1e-6)
     assert float(script.contrast(-sure, truth)) > 10
+    # A text that fits no picture is one more wrong answer from pictures to texts, and asks for none itself.
+    more = torch.cat([sure, torch.full((3, 1), 20.0)], 1)
+    none = torch.cat([truth, torch.zeros(3, 1, dtype=torch.bool)], 1)
+    forth = (2 * np.log(3) + np.log(2)) / 3
+    assert float(script.contrast(more, none)) == pytest.approx((forth + expected) / 2, abs=1e-6)
+    assert float(script.contrast(torch.cat([sure, -more[:, 3:]], 1), none)) == pytest.approx(expected, abs=1e-6)
+
+
+def test_a_wrong_caption_is_known_to_fit_where_it_does(script: ModuleType, tmp_path: Path) -> None:
+    scenes, rng = script.Scenes(tmp_path, 40), np.random.default_rng(0)
+    rows = np.arange(40)
+    others, texts = zip(*(script.wrong(s, rng) for s in scenes.scenes), strict=True)
+    assert not any(map(held_out, texts))
+    fits = scenes.fits(rows, others)
+    for i, scene in enumerate(scenes.scenes):
+        assert fits[i].tolist() == [meaning(scene) == meaning(other) for other in others]
+    assert fits.any() and not fits.diagonal().all()
