@@ -56,7 +56,8 @@ SIDES = {"left": (-1, 0), "right": (1, 0), "above": (0, -1), "below": (0, 1)}
 SAID = ((True, True), (True, False), (False, True), (False, False))  # sizes, ground: what a caption may name
 SIDE = SIZE // PATCH
 FEW = 30  # patches enough for all objects of nearly any scene
-SIDED = 2 * (len(SHAPES) + len(COLORS))
+NAMED = (*SHAPES, *COLORS)
+GROUNDS = tuple((tone, texture) for tone in TONES for texture in TEXTURES)
 NOTHING = len(SHAPES)  # the shape of a patch without an object
 
 
@@ -262,21 +263,22 @@ def patches(scenes: list[Scene], pictures: np.ndarray) -> Patches:
     return Patches(shape=whole[:, 0], color=whole[:, 1], own=whole[:, 2], place=place, mask=mask.float())
 
 
-def sides(scene: Scene) -> Tensor:
-    """On which side of the other each of two objects stands, ``float [2, 28]``: x and y in the rows of its shape and
-    of its colour, zeros elsewhere and without a relation.
+def facts(scene: Scene) -> tuple[Tensor, Tensor]:
+    """On which side of the other each of two objects stands ``[2, 28]``, and its size ``[2, 14]``.
+
+    Sides are x and y in the rows of its shape and of its colour, sizes 1 or -1; zeros elsewhere and without a relation.
     """
-    out = torch.zeros(2, len(SHAPES) + len(COLORS), 2)
+    sides, sizes = torch.zeros(2, len(NAMED), 2), torch.zeros(2, len(NAMED))
     if scene.relation:
         x, y = SIDES[scene.relation.split()[0]]
-        for thing, sign, rows in zip(scene.things, (1, -1), out, strict=True):
-            rows[[SHAPES.index(thing.shape), len(SHAPES) + list(COLORS).index(thing.color)]] = torch.tensor(
-                [x * sign, y * sign], dtype=torch.float32
-            )
-    return out.flatten(1)
+        for i, (thing, sign) in enumerate(zip(scene.things, (1, -1), strict=True)):
+            rows = [NAMED.index(thing.shape), NAMED.index(thing.color)]
+            sides[i, rows] = torch.tensor([x * sign, y * sign], dtype=torch.float32)
+            sizes[i, rows] = 1.0 if thing.size == "large" else -1.0
+    return sides.flatten(1), sizes
 
 
-def heard(ids: Tensor, relations: Tensor, shapes: Tensor) -> Tensor:
+def side_heard(ids: Tensor, relations: Tensor, shapes: Tensor) -> Tensor:
     """Which of two objects is known for the first time, with its side, at each word ``[b, n]``; 2 where none is.
 
     A word sees those before it: the first object's side is known at the relation, the second's at its shape.
@@ -284,6 +286,17 @@ def heard(ids: Tensor, relations: Tensor, shapes: Tensor) -> Tensor:
     related = torch.isin(ids, relations)
     after = related.cumsum(1) > 0
     return torch.where(related, 0, torch.where(after & torch.isin(ids, shapes), 1, 2))
+
+
+def size_heard(ids: Tensor, shapes: Tensor) -> Tensor:
+    """Which of two objects is known, with its size, at each word ``[b, n]``, which is at its shape; 2 where none is."""
+    named = torch.isin(ids, shapes)
+    return torch.where(named, named.cumsum(1) - 1, 2).clamp(max=2)
+
+
+def said(text: str) -> tuple[bool, bool]:
+    """Whether a caption names sizes, and whether it names the ground."""
+    return "small" in text or "large" in text, "background" in text
 
 
 class Scenes:
@@ -310,8 +323,7 @@ class Scenes:
 
     def truth(self, rows: np.ndarray, texts: list[str]) -> Tensor:
         """``bool [b, b]``: whether the picture of a row is rightly described by the text of a column."""
-        said = [("small" in t or "large" in t, "background" in t) for t in texts]
-        kept = torch.tensor([SAID.index(s) for s in said])
+        kept = torch.tensor([SAID.index(said(text)) for text in texts])
         keys = self.keys[rows]  # [b, 4]
         return keys[:, kept] == keys[torch.arange(len(rows)), kept]
 
@@ -323,11 +335,53 @@ class Scenes:
 # ---------------------------------------------------------------------------------------------------- training
 
 
+class Reader(nn.Module):
+    """Heads that read a fact about each of two objects off pictures and captions as a whole, off patches and off words.
+
+    One head reads pictures and captions, so that both write the fact in the same place.
+    """
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.whole, self.patch, self.word = (nn.Linear(WIDTH, size) for _ in range(3))
+        for head in (self.whole, self.patch, self.word):
+            nn.init.zeros_(head.weight)  # states are large: random facts would be far off
+
+    def forward(
+        self,
+        seen: tuple[Tensor, Tensor],
+        told: tuple[Tensor, Tensor],
+        own: Tensor,
+        heard: Tensor,
+        facts: Tensor,
+        said: Tensor,
+    ) -> dict[str, Tensor]:
+        """Squared errors.
+
+        Args:
+            seen: unit features of pictures ``[b, d]`` and states of their patches ``[b, k, d]``.
+            told: unit features of captions ``[b, d]`` and states of their words ``[b, n, d]``.
+            own: ``long [b, k]``, the object that a patch shows, 2 on bare ground.
+            heard: ``long [b, n]``, the object whose fact is known at a word, 2 where none is.
+            facts: ``[b, 2, f]``, zeros where there is none.
+            said: ``bool [b]``, whether the caption tells it.
+        """
+        padded = nn.functional.pad(facts, (0, 0, 0, 1))  # [b, 3, f], zeros for no object
+        spoken = padded * said[:, None, None]
+        rows = torch.arange(len(facts))[:, None]
+        return {
+            "picture": _error(self.whole(seen[0] * WIDTH**0.5), padded.sum(1)),
+            "caption": _error(self.whole(told[0] * WIDTH**0.5), spoken.sum(1)),
+            "patch": _error(self.patch(seen[1]), padded[rows, own]),
+            "word": _error(self.word(told[1]), spoken[rows, heard]),
+        }
+
+
 class WithHeads(nn.Module):
     """A CLIP with heads on its patches, which are thrown away after training.
 
     The first layer shall know which pixels are an object's, the second where and how large it is, the third what it is
-    and on which side of another. Words, and pictures and captions as a whole, shall know the sides too.
+    and on which side of another. Words, and pictures and captions as a whole, shall know sides, sizes and grounds too.
     """
 
     def __init__(self, clip: CLIPModel) -> None:
@@ -336,11 +390,8 @@ class WithHeads(nn.Module):
         self.mask = nn.Linear(WIDTH, PATCH**2)
         self.place = nn.Linear(WIDTH, 3)
         self.look = nn.Linear(WIDTH, NOTHING + 1 + len(COLORS))
-        self.sides = nn.Linear(WIDTH, SIDED)
-        self.patch_sides = nn.Linear(WIDTH, SIDED)
-        self.word_sides = nn.Linear(WIDTH, SIDED)
-        for head in (self.sides, self.patch_sides, self.word_sides):
-            nn.init.zeros_(head.weight)  # states are large: random sides would be far off
+        self.sides, self.sizes = Reader(2 * len(NAMED)), Reader(len(NAMED))
+        self.ground, self.patch_ground = (nn.Linear(WIDTH, len(GROUNDS)) for _ in range(2))
 
     def see(self, pixels: Tensor, index: Tensor) -> list[Tensor]:
         """Hidden states ``[b, 1 + k, d]`` before and after every layer, of the class token and the patches of an index.
@@ -362,30 +413,15 @@ class WithHeads(nn.Module):
         text = self.clip.text_projection(told.pooler_output)
         return nn.functional.normalize(image, dim=-1), nn.functional.normalize(text, dim=-1), told.hidden_states[-2]
 
-    def side_losses(
-        self, image: Tensor, text: Tensor, patches: Tensor, words: Tensor, own: Tensor, heard: Tensor, beside: Tensor
-    ) -> dict[str, Tensor]:
-        """Squared errors of where shapes and colours stand.
-
-        Args:
-            image: features ``[b, d]`` of pictures; one head reads them and those of texts.
-            text: features ``[b, d]`` of texts.
-            patches: states ``[b, k, d]``.
-            words: states ``[b, n, d]``.
-            own: ``long [b, k]``, the object that a patch shows, 2 on bare ground.
-            heard: ``long [b, n]``, the object that is known at a word, 2 where none is.
-            beside: ``[b, 2, 28]``, the sides of each of two objects, zeros without a relation.
-        """
-        both = beside.sum(1)
-        none = torch.zeros_like(beside[:, :1])
-        single = torch.cat([beside, none], 1)  # [b, 3, 28]
-        rows = torch.arange(len(beside))[:, None]
-        return {
-            "image_sides": _error(self.sides(image * WIDTH**0.5), both),
-            "text_sides": _error(self.sides(text * WIDTH**0.5), both),
-            "patch_sides": _error(self.patch_sides(patches), single[rows, own]),
-            "word_sides": _error(self.word_sides(words), single[rows, heard]),
-        }
+    def ground_loss(
+        self, image: Tensor, text: Tensor, patches: Tensor, bare: Tensor, truth: Tensor, said: Tensor
+    ) -> Tensor:
+        """Cross-entropy of the ground ``[b]`` by pictures, by captions that name it, and by bare patches ``[b, k]``."""
+        features = torch.cat([image, text[said]]) * WIDTH**0.5
+        whole = nn.functional.cross_entropy(self.ground(features), torch.cat([truth, truth[said]]))
+        return whole + nn.functional.cross_entropy(
+            self.patch_ground(patches)[bare], truth[:, None].expand_as(bare)[bare]
+        )
 
     def patch_losses(self, states: list[Tensor], truth: Patches) -> dict[str, Tensor]:
         """How wrong the heads are, and the share of the patches of objects whose shape is named right."""
@@ -426,6 +462,15 @@ def caption_of(scene: Scene, rng: np.random.Generator) -> str:
     while held_out(text := caption(scene, rng, detail=0.5)):
         pass
     return text
+
+
+def write(clip: CLIPModel, folder: Path, vocab_size: int) -> None:
+    """Both formats of the model, in half precision, with its tokenizer."""
+    clip.half().save_pretrained(folder)
+    save_tokenizer(folder)
+    CLIPImageProcessor(size={"shortest_edge": SIZE}, crop_size=SIZE).save_pretrained(folder)
+    save_file(to_open_clip(clip), folder / "open_clip_model.safetensors")
+    (folder / "open_clip_config.json").write_text(json.dumps(open_clip_config(vocab_size), indent=2) + "\n")
 
 
 def main() -> None:
@@ -474,13 +519,23 @@ def main() -> None:
             logits = model.clip.logit_scale.exp() * image @ text.T
             losses["contrast"] = contrast(logits, truth)
             losses["accuracy"] = truth.gather(1, logits.argmax(1, keepdim=True)).float().mean()
-            beside = torch.stack([sides(scene) for scene in described])
-            known = heard(ids[: len(rows)], relations, shapes)
-            told = model.side_losses(
-                image, text[: len(rows)], states[-2][:, 1:], words[: len(rows)], seen.own, known, beside
+            own = ids[: len(rows)]
+            sizes_said, grounds_said = (torch.tensor(column) for column in zip(*map(said, texts), strict=True))
+            beside, sizes = (torch.stack(values) for values in zip(*map(facts, described), strict=True))
+            seen_states, told_states = (image, states[-2][:, 1:]), (text[: len(rows)], words[: len(rows)])
+            both = (seen_states, told_states, seen.own)
+            told = model.sides(*both, side_heard(own, relations, shapes), beside, torch.ones_like(sizes_said))
+            losses |= {f"{name}_sides": value for name, value in told.items()}
+            told_sizes = model.sizes(*both, size_heard(own, shapes), sizes, sizes_said)
+            losses |= {f"{name}_sizes": value for name, value in told_sizes.items()}
+            grounds = torch.tensor([GROUNDS.index((s.tone, s.texture)) for s in described])
+            bare = seen.shape == NOTHING
+            losses["ground"] = model.ground_loss(
+                image, text[: len(rows)], states[-2][:, 1:], bare, grounds, grounds_said
             )
-            losses |= told
-            loss = loss / 4 + losses["contrast"] + sum(told.values()) / 2
+            loss = (
+                loss / 4 + losses["contrast"] + (sum(told.values()) + sum(told_sizes.values()) + losses["ground"]) / 2
+            )
         return {"loss": loss, **losses}
 
     def probe(averaged: nn.Module, step: int) -> None:
@@ -490,13 +545,8 @@ def main() -> None:
         print(f"step {step}: {json.dumps(rows)}", flush=True)
 
     options = {"warmup": 100, "ema": 0.998, "save_every": 250, "probe": probe}
-    averaged = fit(model, loss_at, steps=args.steps, lr=args.lr, folder=args.out, **options).clip
-    folder = args.out / "model"
-    averaged.half().save_pretrained(folder)
-    save_tokenizer(folder)
-    CLIPImageProcessor(size={"shortest_edge": SIZE}, crop_size=SIZE).save_pretrained(folder)
-    save_file(to_open_clip(averaged), folder / "open_clip_model.safetensors")
-    (folder / "open_clip_config.json").write_text(json.dumps(open_clip_config(len(tokenizer)), indent=2) + "\n")
+    averaged = fit(model, loss_at, steps=args.steps, lr=args.lr, folder=args.out, **options)
+    write(averaged.clip, args.out / "model", len(tokenizer))
 
 
 if __name__ == "__main__":

@@ -111,6 +111,14 @@ def _counts(scene: Scene) -> list[Scene]:
     return [replace(scene, things=scene.things[:1] * n) for n in (1, *NUMBERS)]
 
 
+def _tones(scene: Scene) -> list[Scene]:
+    return [replace(scene, tone=tone) for tone in TONES]
+
+
+def _textures(scene: Scene) -> list[Scene]:
+    return [replace(scene, texture=texture) for texture in TEXTURES]
+
+
 def _relations(scene: Scene) -> list[Scene]:
     return [replace(scene, relation=relation) for relation in RELATIONS]
 
@@ -125,8 +133,7 @@ def _places(scene: Scene) -> list[Scene]:
 
 def neighbours(scene: Scene) -> list[Scene]:
     """Every scene whose full caption differs from the scene's own in one word."""
-    grounds = [replace(scene, tone=tone) for tone in TONES] + [replace(scene, texture=t) for t in TEXTURES]
-    edits = grounds + (_relations(scene) if scene.relation else [])
+    edits = _tones(scene) + _textures(scene) + (_relations(scene) if scene.relation else [])
     edits += [replace(scene, things=scene.things[:1] * n) for n in NUMBERS] if alike(scene) else []
     for i in range(len(scene.things)):
         edits += _shapes(scene, i) + _colors(scene, i) + _sizes(scene, i)
@@ -194,6 +201,8 @@ QUESTIONS = (
     Question(name="colour", draw=_of("one"), edits=lambda s: _colors(s, 0)),
     Question(name="size", draw=_of("one"), edits=lambda s: _sizes(s, 0), detail=1.0),
     Question(name="size of one of two", draw=_of("two"), edits=lambda s: _sizes(s, 0), detail=1.0),
+    Question(name="tone of the ground", draw=sample_scene, edits=_tones, detail=1.0),
+    Question(name="texture of the ground", draw=sample_scene, edits=_textures, detail=1.0),
     Question(name="count", draw=_some_alike, edits=_counts),
     Question(name="relation", draw=_of("two"), edits=_relations, suits=lambda s: _straight(s) and _differ(s, "color")),
     Question(
