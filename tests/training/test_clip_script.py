@@ -79,39 +79,46 @@ def test_patches_say_what_stands_where(script: ModuleType) -> None:
     assert torch.equal(few.place[0, 0], seen.place[0, patch]) and torch.equal(few.mask[0, 1], seen.mask[0, bare])
 
 
-def test_sides_are_those_of_the_relation_and_none_without(script: ModuleType) -> None:
-    star, heart = (Thing(shape=s, color=c, x=0, y=0, radius=9) for s, c in (("star", "red"), ("heart", "blue")))
-    first, second = script.sides(Scene(things=(star, heart), relation="above")).view(2, -1, 2)
-    rows = {shape: SHAPES.index(shape) for shape in SHAPES} | {c: len(SHAPES) + i for i, c in enumerate(COLORS)}
+def test_facts_are_sides_and_sizes_of_two_and_none_without_a_relation(script: ModuleType) -> None:
+    star = Thing(shape="star", color="red", x=0, y=0, radius=9)
+    heart = Thing(shape="heart", color="blue", x=0, y=0, radius=13)
+    sides, sizes = script.facts(Scene(things=(star, heart), relation="above"))
+    first, second = sides.view(2, -1, 2)
+    rows = {name: i for i, name in enumerate((*SHAPES, *COLORS))}
     assert first[rows["star"]].tolist() == [0, -1] == first[rows["red"]].tolist()
     assert second[rows["heart"]].tolist() == [0, 1] == second[rows["blue"]].tolist()
     assert int((first != 0).sum()) == int((second != 0).sum()) == 2
-    mirrored = script.sides(Scene(things=(heart, star), relation="below")).view(2, -1, 2)
-    assert torch.equal(mirrored, torch.stack([second, first]))
-    assert not script.sides(Scene(things=(star, heart))).any()
+    assert {name: sizes[0, i].item() for name, i in rows.items() if sizes[0, i]} == {"star": -1, "red": -1}
+    assert {name: sizes[1, i].item() for name, i in rows.items() if sizes[1, i]} == {"heart": 1, "blue": 1}
+    mirrored, swapped = script.facts(Scene(things=(heart, star), relation="below"))
+    assert torch.equal(mirrored, sides.flip(0)) and torch.equal(swapped, sizes.flip(0))
+    assert not any(fact.any() for fact in script.facts(Scene(things=(star, heart))))
 
 
-def test_a_side_is_known_where_the_words_before_have_told_it(script: ModuleType) -> None:
+def test_a_fact_is_known_where_the_words_before_have_told_it(script: ModuleType) -> None:
     relations, shapes = torch.tensor([10, 11]), torch.tensor([20, 21])
-    ids = torch.tensor([[1, 20, 10, 5, 21, 9], [1, 20, 21, 5, 9, 9]])
-    assert script.heard(ids, relations, shapes).tolist() == [[2, 2, 0, 2, 1, 2], [2, 2, 2, 2, 2, 2]]
+    ids = torch.tensor([[1, 20, 10, 5, 21, 9], [1, 20, 21, 5, 20, 9]])
+    assert script.side_heard(ids, relations, shapes).tolist() == [[2, 2, 0, 2, 1, 2], [2, 2, 2, 2, 2, 2]]
+    assert script.size_heard(ids, shapes).tolist() == [[2, 0, 2, 2, 1, 2], [2, 0, 1, 2, 2, 2]]
 
 
-def test_side_losses_read_each_object_where_it_is_known(script: ModuleType) -> None:
-    torch.manual_seed(0)
-    model = script.WithHeads(script.build(50, 49))
-    beside = torch.zeros(2, 2, script.SIDED)
-    beside[0, 0, 3], beside[0, 1, 7] = 1.0, -1.0
-    own, heard = torch.tensor([[0, 1, 2], [2, 2, 2]]), torch.tensor([[2, 0], [2, 2]])
-    states = torch.zeros(2, 3, script.WIDTH)
-    for head in (model.sides, model.patch_sides, model.word_sides):
+def test_a_reader_reads_each_object_where_it_is_known(script: ModuleType) -> None:
+    reader = script.Reader(5)
+    for head in (reader.whole, reader.patch, reader.word):
         torch.nn.init.zeros_(head.bias)
-    losses = model.side_losses(states[:, 0], states[:, 0], states, states[:, :2], own, heard, beside)
-    assert {k: float(v.detach()) for k, v in losses.items()} == {
-        "image_sides": 2.0, "text_sides": 2.0, "patch_sides": 1.0, "word_sides": 1.0
-    }  # fmt: skip
-    none = model.side_losses(states[:, 0], states[:, 0], states, states[:, :2], own, heard, beside * 0)
-    assert not any(v.detach() for v in none.values())  # a batch without relations teaches nothing, and is no NaN
+    facts = torch.zeros(2, 2, 5)
+    facts[0, 0, 3], facts[0, 1, 1] = 1.0, -2.0
+    own, heard = torch.tensor([[0, 1, 2], [2, 2, 2]]), torch.tensor([[2, 0], [2, 2]])
+    states = torch.ones(2, 3, script.WIDTH)
+    seen, told = (states[:, 0], states), (states[:, 0], states[:, :2])
+
+    def losses(facts: torch.Tensor, said: list[bool]) -> dict[str, float]:
+        read = reader(seen, told, own, heard, facts, torch.tensor(said))
+        return {name: value.item() for name, value in read.items()}
+
+    assert losses(facts, [True, True]) == {"picture": 5.0, "caption": 5.0, "patch": 2.5, "word": 1.0}
+    assert losses(facts, [False, True]) == {"picture": 5.0, "caption": 0.0, "patch": 2.5, "word": 0.0}
+    assert not any(losses(facts * 0, [True, True]).values())  # a batch without relations teaches nothing, and is no NaN
 
 
 def test_patches_of_objects_are_kept_first(script: ModuleType) -> None:
