@@ -5,6 +5,7 @@ pixels, latents half as wide, prompts at most 32 tokens. A family's file defines
 
     pipeline(**options) -> the pipeline, in evaluation mode; weights are drawn from torch's own generator
     VARIANTS            -> options that the contract of families tests besides none, if there are any
+    SEED                -> of the weights, if not 0
 """
 
 from __future__ import annotations
@@ -146,9 +147,10 @@ def _file(family: str) -> Any:
 
 @functools.cache
 def _built(family: str, **options: Any) -> Any:
+    file = _file(family)
     with torch.random.fork_rng():
-        torch.manual_seed(0)
-        return _file(family).pipeline(**options)
+        torch.manual_seed(getattr(file, "SEED", 0))
+        return file.pipeline(**options)
 
 
 def _copy(pipe: Any) -> Any:

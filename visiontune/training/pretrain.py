@@ -13,6 +13,7 @@ import torch
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
+from visiontune.ops.pixels import to_tensor
 from visiontune.training.ema import warm_average
 
 
@@ -104,4 +105,4 @@ def images_to_tensor(images: Sequence) -> torch.Tensor:
     """``uint8 [h, w, 3]`` arrays -> ``float32 [b, 3, h, w]`` in [-1, 1]."""
     import numpy as np
 
-    return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).float().div_(127.5).sub_(1).contiguous()
+    return to_tensor(np.stack(images)) * 2 - 1
