@@ -159,15 +159,13 @@ def test_missing_weights_are_a_user_error(
 
 
 @pytest.mark.pocket
-def test_both_formats_of_pocket_clip_agree_and_read_scenes() -> None:
-    from visiontune.evaluation.metrics import retrieval_top1
+def test_both_formats_of_pocket_clip_agree() -> None:
     from visiontune.pocket.scenes import stream
     from visiontune.pocket.world import render
 
-    pairs = [pair for pair, _ in zip(stream(77), range(100), strict=False)]
+    pairs = [pair for pair, _ in zip(stream(77), range(8), strict=False)]
     images, prompts = np.stack([render(scene) for scene, _ in pairs]), [text for _, text in pairs]
     ours, theirs = load_clip("pocket/clip"), load_clip("pocket/clip", "open_clip")
-    few = to_tensor(images[:8])
+    few = to_tensor(images)
     torch.testing.assert_close(ours.image_features(few), theirs.image_features(few), atol=5e-3, rtol=0)
     torch.testing.assert_close(ours.text_features(prompts), theirs.text_features(prompts), atol=5e-3, rtol=0)
-    assert retrieval_top1(images, prompts, ours) > 0.5
