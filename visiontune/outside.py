@@ -1,0 +1,112 @@
+"""What comes from outside: files that a user names and text in them, read whole or refused in one line."""
+
+from __future__ import annotations
+
+import json
+import os
+import stat
+from pathlib import Path
+from typing import Any
+
+from visiontune.errors import UserError
+
+# Longer than any list of prompts, table of rows or recipe that a person has.
+MOST_BYTES = 1 << 30
+
+
+def regular(path: str | Path, what: str = "file") -> Path:
+    """``path`` with ``~`` put in, where a regular file lies: a pipe or a device could be read for ever.
+
+    Args:
+        path: as the user gave it.
+        what: what the file is, for messages.
+
+    Raises:
+        UserError: nothing is there, or something else than a file, or no file can have such a name.
+    """
+    given = os.fspath(path)
+    try:
+        file = Path(given).expanduser()
+        mode = file.stat().st_mode
+    except FileNotFoundError as error:
+        raise UserError(f"there is no {what} '{shown(given)}'") from error
+    except OSError as error:
+        raise UserError(f"{what} '{shown(given)}' cannot be read: {error.strerror or error}") from error
+    except (ValueError, RuntimeError) as error:
+        # A null byte, a surrogate, or `~nobody`.
+        raise UserError(f"'{shown(given)}' is no name of a {what}: {error}") from error
+    if not stat.S_ISREG(mode):
+        kind = "a folder" if stat.S_ISDIR(mode) else "a pipe or a device"
+        raise UserError(f"{what} '{shown(given)}' is {kind}: name a file")
+    return file
+
+
+def read_bytes(path: str | Path, what: str = "file", most: int = MOST_BYTES) -> bytes:
+    """The content of a file.
+
+    Raises:
+        UserError: see :func:`regular`; or it is larger than ``most`` bytes.
+    """
+    file = regular(path, what)
+    try:
+        size = file.stat().st_size
+        if size > most:
+            raise UserError(f"{what} '{shown(str(path))}' has {size} bytes, more than the {most} that one may have")
+        return file.read_bytes()
+    except OSError as error:
+        raise UserError(f"{what} '{shown(str(path))}' cannot be read: {error.strerror or error}") from error
+
+
+def read_text(path: str | Path, what: str = "file", most: int = MOST_BYTES) -> str:
+    """The content of a UTF-8 file, without a byte-order mark.
+
+    Raises:
+        UserError: see :func:`read_bytes`; or it is in another encoding.
+    """
+    try:
+        return read_bytes(path, what, most).decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{what} '{shown(str(path))}' is not UTF-8 text: save it as UTF-8") from error
+
+
+def parse_json(text: str | bytes, where: str) -> Any:
+    """The value that ``text`` spells.
+
+    Args:
+        text: JSON of any length and depth.
+        where: the file, and what of it, for messages.
+
+    Raises:
+        UserError: it is not JSON, or nests or counts further than can be read, or holds halves of characters.
+    """
+    try:
+        value = json.loads(text)
+        # Halves of characters can be read but not written; only an escape can spell one.
+        if (b"\\u" if isinstance(text, bytes) else "\\u") in text:  # type: ignore[operator]
+            json.dumps(value, ensure_ascii=False).encode()
+    except json.JSONDecodeError as error:
+        raise UserError(f"{where} is not JSON: {error.msg} at line {error.lineno}, column {error.colno}") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{where} is not UTF-8 text") from error
+    except UnicodeEncodeError as error:
+        raise UserError(f"{where} holds half of a character: write the character itself") from error
+    except RecursionError as error:
+        raise UserError(f"{where} nests too deep to be read") from error
+    except ValueError as error:
+        raise UserError(f"{where} holds a number of too many digits") from error
+    return value
+
+
+def read_json(path: str | Path, what: str = "file", most: int = MOST_BYTES) -> Any:
+    """The value that a JSON file holds.
+
+    Raises:
+        UserError: see :func:`read_text` and :func:`parse_json`.
+    """
+    return parse_json(read_text(path, what, most), f"{what} '{shown(str(path))}'")
+
+
+def shown(text: str) -> str:
+    """``text`` as an error message may show it: short, on one line, and in characters that a terminal has."""
+    plain = text if text.isprintable() else ascii(text)[1:-1]
+    return plain if len(plain) <= 200 else f"{plain[:120]}...{plain[-60:]}"
