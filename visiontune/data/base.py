@@ -12,11 +12,13 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 from visiontune.data import captions
 from visiontune.errors import UserError
-from visiontune.schema import option
+from visiontune.outside import shown
+from visiontune.schema import SLOTS, option
 
 if TYPE_CHECKING:
     from PIL import Image
 
+_SLOT = re.compile(rf"\[({'|'.join(SLOTS)})\]", re.IGNORECASE)
 DEFAULT_TRIGGER = "sks"
 # What [class] stands for until the user says what the pictures show.
 DEFAULT_CLASS = "object"
@@ -150,16 +152,28 @@ def source(column: str, origin: Path | Callable[[], Image.Image]) -> Source:
     return Source(origin, "mask" if column == "mask" else "picture")
 
 
-def substitute(text: str, trigger: str, class_noun: str | None = None) -> str:
-    """Put the trigger word and the class noun in the place of ``[trigger]`` and ``[class]``.
+def substitute(
+    text: str, trigger: str | None, class_noun: str | None = None, *, mend: str = "set data.class_noun"
+) -> str:
+    """Put the trigger word and the class noun in the place of ``[trigger]`` and ``[class]``, in either case.
 
     Raises:
-        UserError: the text has ``[class]`` and there is no class noun.
+        UserError: the text has one of them and there is no word for it; the message ends with ``mend``.
     """
-    if class_noun is None and re.search(r"\[class\]", text, re.IGNORECASE):
-        raise UserError(f"'{text}' has [class] but no class noun is known: set data.class_noun")
-    words = {"trigger": trigger, "class": class_noun or ""}
-    return re.sub(r"\[(trigger|class)\]", lambda m: words[m[1].lower()], text, flags=re.IGNORECASE)
+    words = {"trigger": trigger, "class": class_noun}
+
+    def word(slot: re.Match[str]) -> str:
+        found = words[slot[1].lower()]
+        if found is None:
+            raise UserError(f"'{shown(text)}' has {slot[0]}, and no word is known for it: {mend}")
+        return found
+
+    return _SLOT.sub(word, text)
+
+
+def has_slots(text: str) -> bool:
+    """Whether :func:`substitute` would replace something."""
+    return _SLOT.search(text) is not None
 
 
 def listed(names: list[str], limit: int = 10) -> str:

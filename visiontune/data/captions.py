@@ -5,23 +5,22 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from visiontune import outside
 from visiontune.errors import UserError
 
 SUFFIXES = (".txt", ".caption")
 
 
-def read_text(file: Path) -> str:
+def read_text(file: str | Path, what: str = "caption file") -> str:
     """The content of a UTF-8 file, without a byte-order mark.
 
     Raises:
-        UserError: it cannot be read, or is in another encoding.
+        UserError: it cannot be read, is in another encoding, or has null characters, as UTF-16 has.
     """
-    try:
-        return file.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{file} is not UTF-8 text: save it as UTF-8") from error
-    except OSError as error:
-        raise UserError(f"cannot read {file}: {error.strerror or error}") from error
+    text = outside.read_text(file, what)
+    if "\0" in text:
+        raise UserError(f"{what} '{outside.shown(str(file))}' has null characters: save it as UTF-8 text")
+    return text
 
 
 def in_folder(folder: Path) -> dict[str, Path]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import hashlib
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -50,6 +51,7 @@ def generate(config: SampleConfig, model: PipelineModel | None = None) -> Path:
     """
     state = _processes(config.device)
     prompts = substituted(read_prompts(config.prompts), config)
+    config = replace(config, negative_prompt=substituted([config.negative_prompt], config)[0])
     jobs = manifest.plan(prompts, config.seed_list(), config.format)
     settings = _settings(config, model)
     out = Path(config.out).expanduser()
