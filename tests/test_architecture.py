@@ -32,7 +32,7 @@ MAY_IMPORT = {
     "core": {"errors", "files", "schema"},
     "ops": {"errors", "core"},
     "diffusion": {"errors", "files", "schema", "core"},
-    "models": {"errors", "files", "schema", "core", "ops", "diffusion"},
+    "models": {"errors", "files", "outside", "schema", "core", "ops", "diffusion"},
     "adapters": {"errors", "files", "schema", "plugin", "core", "ops"},
     "weights": {"errors", "files", "core", "ops", "adapters"},
     "pocket": {"errors", "files", "schema", "core"},
