@@ -17,6 +17,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from visiontune.assemble.build import build
 from visiontune.assemble.folder import check_folder
 from visiontune.config import Run
+from visiontune.data.inventory import inventory
 from visiontune.data.loader import BatchSampler
 from visiontune.data.prompts import PromptBatches
 from visiontune.training import optim, resume
@@ -171,7 +172,7 @@ def _estimate(run: Run, trainer: Trainer, activations: int, seconds: float, said
         gradient_bytes=_bytes(trained),
         optimizer_bytes=_bytes(state) + (_bytes(trained) if run.train.ema is not None else 0),
         activation_bytes=activations,
-        said=tuple(said),
+        said=(*_used(run, trainer), *said),
         peak_bytes=torch.cuda.max_memory_allocated() if cuda else None,
     )
 
@@ -183,6 +184,11 @@ def _counts(trainer: Trainer) -> dict[str, Any]:
         return {"samples": 0, "prior_samples": 0, "prompts": len(trainer.rows), "guard_prompts": held}
     assert isinstance(trainer.rows, BatchSampler)
     return {"samples": len(trainer.rows.rows), "prior_samples": len(trainer.rows.rows.prior)}
+
+
+def _used(run: Run, trainer: Trainer) -> list[str]:
+    """What the run uses of its data."""
+    return inventory(trainer.rows.rows.samples, run.data) if isinstance(trainer.rows, BatchSampler) else []
 
 
 def _step(trainer: Trainer, step: int) -> None:

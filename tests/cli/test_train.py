@@ -174,6 +174,19 @@ def test_check_reports_the_cost_and_writes_nothing(cli, recipe, unchanged, words
         assert word in result.out
 
 
+def test_check_tells_what_it_uses_and_what_it_does_not(cli, recipe, photos, caplog):
+    (photos / "0.txt").unlink()
+    (photos / "notes.html").write_text("of a browser")
+    words = ["data.prompt=a circle", "data.ignore=notes.html"]
+    result = cli("check", recipe, *words)
+    assert result.code == 0, result.err
+    for line in ("columns: image 3 (3 .png)", "captions: 2 from .txt files, 1 from data.prompt", "ignored: notes.html"):
+        assert line in result.out.splitlines()
+    assert "1 of 3 pictures have no caption and get data.prompt: 0.png" in result.out
+    assert cli("train", recipe, *words).code == 0
+    assert "1 of 3 pictures have no caption" in caplog.text
+
+
 def test_captions_that_are_read_in_part_are_named_on_every_run(cli, recipe, photos, caplog):
     (photos / "1.txt").write_text("a red circle " * 12)
     lines = ["1 caption is longer than the 32 tokens", "1.png (38 tokens)", "preview.prompts[1]"]

@@ -178,7 +178,7 @@ def test_pictures_and_captions_are_read_as_for_training(tmp_path: Path) -> None:
     scores = dict(zip([item.path.name for item in result.items], result.values["corner"], strict=True))
     assert scores == pytest.approx({"c.tga": 1, "clear.png": 11, "deep.tga.png": 11 * 78 / 255, "turned.png": 10})
     (tmp_path / "c.caption").write_bytes("café".encode("latin-1"))
-    with pytest.raises(UserError, match=r"c\.caption is not UTF-8 text"):
+    with pytest.raises(UserError, match=r"c\.caption' is not UTF-8 text"):
         score(tmp_path, REWARDS)
     (tmp_path / "c.caption").write_text("x")
     (tmp_path / "alone.txt").write_text("x")

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from visiontune.assemble import folder, parts
 from visiontune.config import Run
+from visiontune.data.inventory import uncaptioned
 from visiontune.data.preflight import preflight
 from visiontune.data.readers import read
 from visiontune.errors import UserError
@@ -46,7 +47,7 @@ def build(
         fill: encode all data now rather than when it is first drawn.
         plan: let the adapter look at the task; what it decides is kept in the run folder.
         home: the run folder, held.
-        say: is told of captions and prompts that the model reads in part.
+        say: is told of pictures without a caption among others, and of words that the model does not read.
     """
     # Words and data come before the model, which may take minutes to open.
     preview = dataclasses.replace(run.preview, prompts=[parts.in_words(run, p) for p in run.preview.prompts])
@@ -77,7 +78,7 @@ def build(
         )
     accelerator = make_accelerator(run.train, run.folder)
     model.to(accelerator.device)
-    for line in lost(model, _texts(found, preview.prompts)):
+    for line in [*uncaptioned(found.samples), *lost(model, _texts(found, preview.prompts))]:
         if accelerator.is_main_process:
             say(line)
     rows = _rows(run, model, adapters, objective, found, accelerator, cache_dir, draw, fill)

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 _SLOT = re.compile(rf"\[({'|'.join(SLOTS)})\]", re.IGNORECASE)
 DEFAULT_TRIGGER = "sks"
+# Where the caption of a picture comes from that has none of its own.
+DEFAULT_PROMPT = "data.prompt"
 # What [class] stands for until the user says what the pictures show.
 DEFAULT_CLASS = "object"
 
@@ -48,7 +50,9 @@ class Config:
         {},
         help="what image, mask, rejected ... are called in a table, in metadata.jsonl or as subfolders, if not so",
     )
-    caption_column: str = option("text", help="column of the captions, also in metadata.jsonl and metadata.csv")
+    caption_column: str = option(
+        captions.DEFAULT_KEY, help="column of the captions, also in metadata.jsonl, metadata.csv and .json files"
+    )
     ignore: list[str] | str = option(
         [], help="files, folders, keys and columns to leave out, by name or pattern; all: whatever nothing reads"
     )
@@ -135,7 +139,7 @@ class Sample:
         sources: pictures by the name of their column. ``image`` is what a model learns to draw; a pair has the worse
             picture as ``rejected``; ``mask`` says where the picture counts. The first is the main one, whose shape
             decides the bucket.
-        caption: its words, nothing left to substitute.
+        caption: its words, nothing left to substitute. caption_from: where they stood: a kind of file, a table.
         prior: whether it is a prior-preservation image (DreamBooth) rather than one of the user's own.
         weight: factor of its loss; prior samples carry the prior weight lambda.
     """
@@ -145,6 +149,7 @@ class Sample:
     caption: str
     prior: bool = False
     weight: float = 1.0
+    caption_from: str = DEFAULT_PROMPT
 
 
 def source(column: str, origin: Path | Callable[[], Image.Image]) -> Source:
@@ -180,6 +185,11 @@ def listed(names: list[str], limit: int = 10) -> str:
     """Names for one line of a message: the first ten, and how many more there are."""
     more = f" and {len(names) - limit} more" if len(names) > limit else ""
     return ", ".join(names[:limit]) + more
+
+
+def default_from(place: str) -> str:
+    """``Sample.caption_from`` of a picture without a caption; ``place`` should have had it, or is empty."""
+    return f"{DEFAULT_PROMPT}, since {place} has none" if place else DEFAULT_PROMPT
 
 
 def words_of(caption: str | None, config: Config) -> str:

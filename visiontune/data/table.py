@@ -9,7 +9,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from visiontune.data.base import Config, Sample, listed, source, words_of
+from visiontune.data.base import Config, Sample, default_from, listed, source, words_of
 from visiontune.data.captions import caption_text
 from visiontune.errors import UserError
 from visiontune.files import inside
@@ -49,6 +49,7 @@ def read_table(
             f"dataset {config.root} has no column '{text}' {has}: set data.caption_column, or data.prompt for one"
             " caption for all"
         )
+    column_words = f"column '{text}'" if text in table.column_names else ""
     words = table[text] if text in table.column_names else [None] * len(table)
     pictures = {}
     for column, name in names.items():
@@ -64,6 +65,7 @@ def read_table(
             id=f"{config.split}[{i}]",
             sources={c: source(c, partial(_picture, pictures[c], i, name, config)) for c, name in names.items()},
             caption=words_of(caption_text(caption, f"row {i} of {config.root}"), config),
+            caption_from=default_from(column_words) if caption is None else column_words,
         )
         for i, caption in enumerate(words)
     ]
