@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 
 import pytest
 
@@ -29,6 +30,12 @@ MINIMAL = {"name": "a", "adapter": "lora", "data": "photos"}
 )
 def test_overrides(override, expected):
     assert config.apply(MINIMAL, [override]) == {**MINIMAL, **expected}
+
+
+def test_bytes_that_are_no_text_are_refused():
+    with pytest.raises(UserError, match=r"data\.prompt is 'caf\\udce9', which is not UTF-8") as caught:
+        config.apply(MINIMAL, [f"data.prompt={os.fsdecode('café'.encode('latin-1'))}"])
+    str(caught.value).encode()
 
 
 def test_a_section_given_whole_takes_further_options():

@@ -16,6 +16,7 @@ from visiontune import catalogue, plugin
 from visiontune.data.base import Config as DataConfig
 from visiontune.data.readers import resolve
 from visiontune.errors import UserError
+from visiontune.outside import shown
 from visiontune.sampling.config import SampleConfig
 from visiontune.schema import convert, from_mapping, option, structure
 from visiontune.training.config import GuardsConfig, PreviewConfig, TrainConfig
@@ -155,7 +156,9 @@ def apply(content: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any
         path, equals, text = override.partition("=")
         keys = path.strip().split(".")
         if not equals or not all(keys):
-            raise UserError(f"'{override}' is not an override: write option=value, e.g. train.steps=200")
+            raise UserError(f"'{shown(override)}' is not an override: write option=value, e.g. train.steps=200")
+        if not _is_utf8(text):
+            raise UserError(f"{shown(path)} is '{shown(text)}', which is not UTF-8: write it as UTF-8")
         section = result
         for key in keys[:-1]:
             inner = structure(section.get(key))
@@ -176,6 +179,15 @@ def _value(text: str) -> str | None:
     quote = text[:1]
     quoted = quote in ("'", '"') and len(text) > 1 and text.count(quote) == 2 and text.endswith(quote)
     return text[1:-1] if quoted else text
+
+
+def _is_utf8(text: str) -> bool:
+    """Whether a word of the command line is text: Python keeps bytes that it cannot read as halves of characters."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _read(recipe: str | Path, verb: str, overrides: Sequence[str]) -> dict[str, Any]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -196,6 +198,15 @@ def test_a_picture_that_this_pillow_cannot_decode_is_none(monkeypatch):
     pictures.suffixes.cache_clear()
     assert ".avif" not in pictures.suffixes() and ".webp" in pictures.suffixes()
     pictures.suffixes.cache_clear()
+
+
+def test_heif_is_opened_where_its_package_is_installed(monkeypatch):
+    opened = []
+    monkeypatch.setitem(sys.modules, "pillow_heif", SimpleNamespace(register_heif_opener=lambda: opened.append(1)))
+    pictures._open_heif()
+    assert opened == [1]
+    monkeypatch.setitem(sys.modules, "pillow_heif", None)
+    pictures._open_heif()
 
 
 @pytest.mark.parametrize("read", [pictures.read, pictures.read_mask, pictures.size])

@@ -38,10 +38,11 @@ def read_table(
         table = datasets.load_dataset(path, split=config.split, **options)
     except Exception as error:  # errors of the hub, of pyarrow and of its own come through the loader
         reason = " ".join(str(error).split())[:200]
-        raise UserError(
-            f"cannot load dataset {config.root} (split '{config.split}'): {type(error).__name__}: {reason}; check the"
-            " name and the network, or download it and give its folder"
-        ) from error
+        mend = "check the name and the network, or download it and give its folder"
+        if path == "parquet" or Path(path).exists():
+            mend = "give a whole parquet file with rows of that split"
+        what = f"cannot load dataset {config.root} (split '{config.split}')"
+        raise UserError(f"{what}: {type(error).__name__}: {reason}; {mend}") from error
     names = _names(table, config, columns, optional)
     text, has = config.caption_column, f"(it has {', '.join(table.column_names)})"
     if text not in table.column_names and not config.prompt:
