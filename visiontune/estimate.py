@@ -16,6 +16,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from visiontune.assemble.build import build
 from visiontune.assemble.folder import check_folder
+from visiontune.assemble.parts import passed_over
 from visiontune.config import Run
 from visiontune.data.inventory import inventory
 from visiontune.data.loader import BatchSampler
@@ -187,8 +188,9 @@ def _counts(trainer: Trainer) -> dict[str, Any]:
 
 
 def _used(run: Run, trainer: Trainer) -> list[str]:
-    """What the run uses of its data."""
-    return inventory(trainer.rows.rows.samples, run.data) if isinstance(trainer.rows, BatchSampler) else []
+    """What the run uses of its data, and the layers that it passes over."""
+    data = inventory(trainer.rows.rows.samples, run.data) if isinstance(trainer.rows, BatchSampler) else []
+    return [*data, *passed_over(run, trainer.model)]
 
 
 def _step(trainer: Trainer, step: int) -> None:
