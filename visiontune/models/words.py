@@ -11,6 +11,8 @@ from visiontune.outside import shown
 
 _log = logging.getLogger(__name__)
 _SHOWN = 10
+_CHUNK = 1024
+_ENDS = 3  # of T5, whose first token may be an empty word, and of CLIP, with its two marks
 # What diffusers and transformers say of a prompt that is cut, at every call and by the words that are lost alone.
 _THEIRS = ("input was truncated because", "sequence length is longer than the specified maximum")
 
@@ -30,11 +32,17 @@ class Reader:
     def cut(self, prompts: Sequence[str]) -> dict[str, int]:
         """The prompts that are longer than the limit, with the tokens that they have. They count as said."""
         self._known.update(prompts)
-        if not prompts:
-            return {}
+        new = [prompt for prompt in dict.fromkeys(prompts) if not self._short(prompt)]
+        found: dict[str, int] = {}
         with quiet():
-            counts = map(len, self.tokenizer(list(prompts))["input_ids"])
-        return {prompt: count for prompt, count in zip(prompts, counts, strict=True) if count > self.limit}
+            for start in range(0, len(new), _CHUNK):
+                chunk = new[start : start + _CHUNK]
+                found |= zip(chunk, map(len, self.tokenizer(chunk)["input_ids"]), strict=True)
+        return {prompt: count for prompt, count in found.items() if count > self.limit}
+
+    def _short(self, prompt: str) -> bool:
+        """Whether a prompt is read whole for certain: a token has a letter at least, but for those at the ends."""
+        return prompt.isascii() and len(prompt) <= self.limit - _ENDS
 
     def lost(self, kind: str, named: Sequence[tuple[str, str]]) -> list[str]:
         """One line on the texts that are cut, or none.
