@@ -26,6 +26,7 @@ MAY_IMPORT = {
     "errors": set(),
     "outside": {"errors"},
     "files": {"errors"},
+    "outside": {"errors"},
     "schema": {"errors"},
     "plugin": {"errors", "schema"},
     "catalogue": {"errors", "outside", "schema"},

@@ -68,6 +68,19 @@ def test_full_fine_tuning_trains_the_whole_denoiser(tiny_run):
     assert "all weights are trained" in estimate.text()
 
 
+def test_layers_that_the_targets_name_and_the_adapter_cannot_take_are_told(tiny_run):
+    def said(*words):
+        return [line for line in measure(tiny_run("adapter.rank=1", *words)).said if "passed over" in line]
+
+    assert said("adapter.targets=all") == []
+    group, layer = said("adapter.targets=(.*norm.*|.*to_q)")
+    assert group.startswith("passed over: 21 GroupNorm that lora does not adapt: unet.conv_norm_out, ")
+    assert layer.startswith("passed over: 12 LayerNorm that lora does not adapt: unet.") and layer.endswith(
+        "and 8 more"
+    )
+    assert said("adapter=none") == []
+
+
 REWARDED = (
     "objective={name: alignprop, steps: 2, cfg_scale: 1, micro_batch: 2}",
     "reward=redness",

@@ -16,8 +16,9 @@ from visiontune import catalogue, plugin
 from visiontune.data.base import Config as DataConfig
 from visiontune.data.readers import resolve
 from visiontune.errors import UserError
+from visiontune.outside import shown
 from visiontune.sampling.config import SampleConfig
-from visiontune.schema import from_mapping, option
+from visiontune.schema import convert, from_mapping, option, structure
 from visiontune.training.config import GuardsConfig, PreviewConfig, TrainConfig
 
 Dtype = Literal["fp32", "bf16", "fp16"]
@@ -142,7 +143,10 @@ def load_reward_spec(name: str) -> RewardSpec:
 
 
 def apply(content: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
-    """``content`` with dotted overrides put in; bare values on the way become sections.
+    """``content`` with dotted overrides put in, whose values stay text; bare values on the way become sections.
+
+    What a text means is up to the option's type: see :func:`visiontune.schema.convert`. Only ``null`` is nothing, and a
+    pair of quotes around the whole, which a shell left, is taken off.
 
     >>> apply({"adapter": "oft"}, ["adapter.block_size=16", "train.lr=1e-3"])
     {'adapter': {'name': 'oft', 'block_size': '16'}, 'train': {'lr': '1e-3'}}
@@ -152,32 +156,38 @@ def apply(content: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any
         path, equals, text = override.partition("=")
         keys = path.strip().split(".")
         if not equals or not all(keys):
-            raise UserError(f"'{override}' is not an override: write option=value, e.g. train.steps=200")
+            raise UserError(f"'{shown(override)}' is not an override: write option=value, e.g. train.steps=200")
+        if not _is_utf8(text):
+            raise UserError(f"{shown(path)} is '{shown(text)}', which is not UTF-8: write it as UTF-8")
         section = result
         for key in keys[:-1]:
-            inner = section.get(key)
+            inner = structure(section.get(key))
             if not isinstance(inner, Mapping):
                 inner = {_SHORTHANDS[key]: inner} if inner is not None and key in _SHORTHANDS else {}
             section[key] = dict(inner)
             section = section[key]
         section[keys[-1]] = _value(text)
+        if keys[-1] in _SHORTHANDS:
+            section[keys[-1]] = structure(section[keys[-1]])
     return result
 
 
-def _value(text: str) -> Any:
-    """What an override's right-hand side means: YAML's null, booleans, lists and ``{mappings}``; else the text itself.
+def _value(text: str) -> str | None:
+    """The right-hand side of an override."""
+    if text == "null":
+        return None
+    quote = text[:1]
+    quoted = quote in ("'", '"') and len(text) > 1 and text.count(quote) == 2 and text.endswith(quote)
+    return text[1:-1] if quoted else text
 
-    Numbers stay text, since the option's type decides (a revision may look like a number), and so does what happens to
-    look like YAML, as prompts do ("a cat: asleep", "[trigger] asleep").
-    """
-    import yaml
 
+def _is_utf8(text: str) -> bool:
+    """Whether a word of the command line is text: Python keeps bytes that it cannot read as halves of characters."""
     try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError:
-        return text
-    structured = isinstance(value, (bool, list)) or (isinstance(value, dict) and text.lstrip().startswith("{"))
-    return value if structured or value is None else text.strip().strip("'\"")
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _read(recipe: str | Path, verb: str, overrides: Sequence[str]) -> dict[str, Any]:
@@ -194,19 +204,16 @@ def _adapter(spec: Mapping[str, Any] | None) -> dict[str, Any] | None:
     if spec is None:
         return None
     method = {key: value for key, value in spec.items() if key not in ("targets", "start")}
-    targets = spec.get("targets", "attention")
-    if not isinstance(targets, str) and not (isinstance(targets, (list, tuple)) and all(map(_is_text, targets))):
-        raise UserError(f"adapter.targets must be a preset, a pattern or a list of patterns, not {targets!r}")
+    try:
+        targets = convert(str | list[str], spec.get("targets", "attention"), "adapter.targets")
+    except UserError as error:
+        raise UserError(f"{error}: name a preset, a pattern or a list of patterns") from error
     options = _spelt_out("adapters", method, "adapter")
     start = spec.get("start")
     if start is not None and not isinstance(start, (str, Path)):
         raise UserError(f"adapter.start must be the adapter.safetensors of a run, not {start!r}")
     started = {} if start is None or start in ("", "none") else {"start": str(start)}
     return {"name": options.pop("name"), "targets": targets, **started, **options}
-
-
-def _is_text(value: Any) -> bool:
-    return isinstance(value, str)
 
 
 def _spelt_out(kind: str, spec: Mapping[str, Any], path: str) -> dict[str, Any]:

@@ -16,7 +16,9 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from visiontune.assemble.build import build
 from visiontune.assemble.folder import check_folder
+from visiontune.assemble.parts import passed_over
 from visiontune.config import Run
+from visiontune.data.inventory import inventory
 from visiontune.data.loader import BatchSampler
 from visiontune.data.prompts import PromptBatches
 from visiontune.training import optim, resume
@@ -35,6 +37,7 @@ class Estimate:
         device: where it was measured.
         samples: instance images; prior_samples: images of prior preservation.
         prompts: what an online objective draws, in place of images; guard_prompts: what its guards draw besides.
+        said: lines on what is used and what is not.
         trained: trained values; total: values of all the model's networks.
         layers: names of the adapted layers; empty in full fine-tuning.
         step_seconds: one optimiser step, with accumulation or its share of a rollout; steps: those of the whole run.
@@ -60,6 +63,7 @@ class Estimate:
     peak_bytes: int | None
     prompts: int | None = None
     guard_prompts: int = 0
+    said: tuple[str, ...] = ()
 
     @property
     def memory_bytes(self) -> int:
@@ -76,6 +80,7 @@ class Estimate:
         }
         lines = [
             f"data: {self._data()}",
+            *self.said,
             f"trainable: {self.trained:,} of {self.total:,} parameters ({self.trained / self.total:.2%})",
             *self._layer_lines(),
             f"time: {self.step_seconds:.3g} s/step on this {self.device}, {self._hours()} for {self.steps} steps",
@@ -123,8 +128,9 @@ def measure(run: Run) -> Estimate:
         UserError: whatever would stop the run itself before its first step.
     """
     check_folder(run)
+    said: list[str] = []
     with tempfile.TemporaryDirectory() as cache:
-        trainer = build(run, cache_dir=Path(cache), draw=_stand_ins, fill=False)
+        trainer = build(run, cache_dir=Path(cache), draw=_stand_ins, fill=False, say=said.append)
         resume.take_up(trainer)
         kept = Kept([*_tensors(trainer), *trainer.parameters.values()])
         with kept:
@@ -137,7 +143,7 @@ def measure(run: Run) -> Estimate:
         started = time.perf_counter()
         for step in range(count, 2 * count):
             _step(trainer, step)
-        return _estimate(run, trainer, kept.bytes, (time.perf_counter() - started) / count)
+        return _estimate(run, trainer, kept.bytes, (time.perf_counter() - started) / count, said)
 
 
 def _forward(trainer: Trainer) -> None:
@@ -149,7 +155,7 @@ def _forward(trainer: Trainer) -> None:
     trainer.objective.probe(trainer.precise, batch, trainer.lender.tools(0))
 
 
-def _estimate(run: Run, trainer: Trainer, activations: int, seconds: float) -> Estimate:
+def _estimate(run: Run, trainer: Trainer, activations: int, seconds: float, said: Sequence[str]) -> Estimate:
     cuda = trainer.accelerator.device.type == "cuda"
     trained = list(trainer.parameters.values())
     model = _tensors(trainer)
@@ -167,6 +173,7 @@ def _estimate(run: Run, trainer: Trainer, activations: int, seconds: float) -> E
         gradient_bytes=_bytes(trained),
         optimizer_bytes=_bytes(state) + (_bytes(trained) if run.train.ema is not None else 0),
         activation_bytes=activations,
+        said=(*_used(run, trainer), *said),
         peak_bytes=torch.cuda.max_memory_allocated() if cuda else None,
     )
 
@@ -178,6 +185,12 @@ def _counts(trainer: Trainer) -> dict[str, Any]:
         return {"samples": 0, "prior_samples": 0, "prompts": len(trainer.rows), "guard_prompts": held}
     assert isinstance(trainer.rows, BatchSampler)
     return {"samples": len(trainer.rows.rows), "prior_samples": len(trainer.rows.rows.prior)}
+
+
+def _used(run: Run, trainer: Trainer) -> list[str]:
+    """What the run uses of its data, and the layers that it passes over."""
+    data = inventory(trainer.rows.rows.samples, run.data) if isinstance(trainer.rows, BatchSampler) else []
+    return [*data, *passed_over(run, trainer.model)]
 
 
 def _step(trainer: Trainer, step: int) -> None:

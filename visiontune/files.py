@@ -59,11 +59,18 @@ def inside(folder: Path, name: str, where: str) -> Path:
     """The file that a list in ``folder`` names, which must lie in that folder; a link in it may lead elsewhere.
 
     Raises:
-        UserError: it lies elsewhere; the message starts with ``where``.
+        UserError: it lies elsewhere, or no file can have its name; the message starts with ``where``.
     """
     path = Path(name)
     if path.is_absolute() or ".." in path.parts:
         raise UserError(f"{where} names '{name}', which is outside of {folder}: put it there, and name it from there")
+    try:
+        os.stat(folder / path)
+    except (FileNotFoundError, NotADirectoryError):
+        pass  # what is not there is for others to report
+    except (OSError, ValueError) as error:  # too long for a name, a null byte, half of a character
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"{where} names '{ascii(name[:100])[1:-1]}', which no file can be called: {reason}") from error
     return folder / path
 
 

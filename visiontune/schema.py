@@ -21,6 +21,8 @@ from visiontune.errors import UserError
 
 T = TypeVar("T")
 
+# What a pair of brackets stands for in words: `[trigger]` is text wherever text is taken, and no list.
+SLOTS = ("trigger", "class")
 _BOOLEANS = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
 
 
@@ -44,8 +46,9 @@ def nearest(word: str, choices: Iterable[str]) -> str:
 def from_mapping(cls: type[T], data: Any, path: str = "") -> T:
     """Build the dataclass ``cls`` from ``data``, checking names and types recursively.
 
-    Text is read as a number where a number is expected (YAML reads ``1e-4`` as text). A ``ValueError`` or
-    :class:`UserError` of the dataclass's own ``__post_init__`` is reported with the path.
+    Text is read as a number where a number is expected (YAML reads ``1e-4`` as text), and as a list or a mapping where
+    one is (see :func:`structure`). A ``ValueError`` or :class:`UserError` of the dataclass's own ``__post_init__`` is
+    reported with the path.
 
     Args:
         cls: the dataclass.
@@ -55,6 +58,7 @@ def from_mapping(cls: type[T], data: Any, path: str = "") -> T:
     Raises:
         UserError: unknown or missing option, wrong type; the message starts with the dotted path.
     """
+    data = structure(data)
     shorthand = getattr(cls, "SHORTHAND", None)
     if shorthand and not isinstance(data, Mapping):
         data = {shorthand: data}
@@ -91,6 +95,7 @@ def convert(kind: Any, value: Any, path: str) -> Any:
     if dataclasses.is_dataclass(kind) and isinstance(kind, type):
         return value if isinstance(value, kind) else from_mapping(kind, value, path)
     container = origin or kind
+    value = structure(value, kind)
     if isinstance(container, type) and container is not str:
         if issubclass(container, Mapping):
             return _convert_mapping(args, value, path)
@@ -100,9 +105,11 @@ def convert(kind: Any, value: Any, path: str) -> Any:
 
 
 def _convert_union(kinds: tuple[Any, ...], value: Any, path: str) -> Any:
-    if value is None and type(None) in kinds:
+    if type(None) in kinds and (value is None or value == ""):
         return None
     rest = [k for k in kinds if k is not type(None)]
+    for kind in rest:
+        value = structure(value, kind, text=str in rest)
     exact = [k for k in rest if type(value) is (typing.get_origin(k) or k)]
     errors = []
     for kind in [*exact, *(k for k in rest if k not in exact)]:
@@ -114,6 +121,46 @@ def _convert_union(kinds: tuple[Any, ...], value: Any, path: str) -> Any:
     if len(rest) == 1 or exact or not str(errors[0]).startswith(f"{path} "):
         raise errors[0]
     raise UserError(f"{path} must be {type_name(Union[kinds])}, not {_shown(value)}")  # noqa: UP007
+
+
+def structure(value: Any, kind: Any = dict, text: bool = False) -> Any:
+    """The list or mapping that a text spells in YAML's ``[a, b]`` or ``{a: b}``, where ``kind`` is one; else ``value``.
+
+    Args:
+        value: anything; only text is read.
+        kind: the annotated type. Items of type ``str`` are texts as they stand, ``no`` and ``1`` too.
+        text: whether the text itself would do too. Then a list must be one of texts, and ``[trigger]`` is none.
+    """
+    if not isinstance(value, str):
+        return value
+    container, args = typing.get_origin(kind) or kind, typing.get_args(kind)
+    mapping = dataclasses.is_dataclass(kind) or (isinstance(container, type) and issubclass(container, Mapping))
+    sequence = isinstance(container, type) and issubclass(container, (list, tuple))
+    if not value.lstrip().startswith("{" if mapping else "[") or not (mapping or sequence):
+        return value
+    found = _yaml(value, verbatim=args[-1:] == (str,))
+    if not isinstance(found, dict if mapping else list):
+        return value
+    words = value.strip().strip("[]").lower() in SLOTS or not all(isinstance(item, str) for item in found)
+    return value if text and sequence and words else found
+
+
+def spelt(value: Any) -> Any:
+    """What a text spells where no type says it: a number, true or false, null, a list or mapping; else ``value``."""
+    if not isinstance(value, str):
+        return value
+    number = _number(value)
+    return _yaml(value) if number is None else number
+
+
+def _yaml(text: str, verbatim: bool = False) -> Any:
+    """What YAML reads in a text, with all scalars as they stand if ``verbatim``; the text where it is no YAML."""
+    import yaml
+
+    try:
+        return yaml.load(text, yaml.BaseLoader if verbatim else yaml.SafeLoader)
+    except (yaml.YAMLError, ValueError, RecursionError):
+        return text
 
 
 def _convert_literal(choices: tuple[Any, ...], value: Any, path: str) -> Any:

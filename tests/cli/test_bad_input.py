@@ -189,3 +189,15 @@ def test_the_installed_command_reports_without_a_traceback(tmp_path):
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 2
     assert done.stderr.startswith("visiontune: ") and done.stderr.count("\n") == 1
+
+
+def test_scores_cannot_be_written_over_a_folder(cli, photos, tmp_path, unchanged):
+    (tmp_path / "scores.json").mkdir()
+    with unchanged:
+        refused(cli("score", photos, "brightness", "--out", "scores.json"), "scores.json is a folder")
+
+
+@pytest.mark.parametrize("prompts", ["gone.csv", "gone.txt", "~nobody-is-called-so/a.txt", "a" * 300 + ".txt"])
+def test_a_list_of_prompts_that_is_not_there(cli, tiny_folder, prompts, unchanged):
+    with unchanged:
+        refused(cli("sample", f"model={tiny_folder}", f"prompts={prompts}", "out=o"), "prompts file")

@@ -174,6 +174,42 @@ def test_check_reports_the_cost_and_writes_nothing(cli, recipe, unchanged, words
         assert word in result.out
 
 
+def test_check_tells_what_it_uses_and_what_it_does_not(cli, recipe, photos, caplog):
+    (photos / "0.txt").unlink()
+    (photos / "notes.html").write_text("of a browser")
+    words = ["data.prompt=a circle", "data.ignore=notes.html"]
+    result = cli("check", recipe, *words)
+    assert result.code == 0, result.err
+    for line in ("columns: image 3 (3 .png)", "captions: 2 from .txt files, 1 from data.prompt", "ignored: notes.html"):
+        assert line in result.out.splitlines()
+    assert "1 of 3 pictures have no caption and get data.prompt: 0.png" in result.out
+    assert cli("train", recipe, *words).code == 0
+    assert "1 of 3 pictures have no caption" in caplog.text
+
+
+def test_captions_that_are_read_in_part_are_named_on_every_run(cli, recipe, photos, caplog):
+    (photos / "1.txt").write_text("a red circle " * 12)
+    lines = ["1 caption is longer than the 32 tokens", "1.png (38 tokens)", "preview.prompts[1]"]
+    words = ["preview.prompts=[a circle, " + "a blue circle " * 12 + "]"]
+    for name in ("first", "second"):  # the second reads the cache
+        caplog.clear()
+        assert cli("train", recipe, f"name={name}", *words).code == 0
+        said = [record.getMessage() for record in caplog.records if record.name.startswith("visiontune")]
+        assert len(said) == 2 and all(any(line in words for words in said) for line in lines)
+    caplog.clear()
+    result = cli("check", recipe, *words)
+    assert result.code == 0 and not caplog.records
+    assert all(line in result.out for line in lines)
+
+
+def test_sample_names_the_prompts_that_are_read_in_part(cli, tiny_folder, caplog):
+    Path("p.txt").write_text("a circle\n" + "a red circle " * 12)
+    words = [f"model={tiny_folder}", "prompts=p.txt", "steps=1", "device=cpu", "out=o"]
+    assert cli("sample", *words).code == 0
+    said = [record.getMessage() for record in caplog.records if record.name.startswith("visiontune")]
+    assert len(said) == 1 and "prompts[1] (38 tokens)" in said[0]
+
+
 def test_sample_uses_the_adapter_and_its_trigger_and_score_reads_the_folder(cli, recipe, tiny_folder):
     assert cli("train", recipe, "train.lr=0.1").code == 0
     words = ["model=" + str(tiny_folder), "prompts=a photo of a [trigger] circle", "steps=2", "seeds=2", "device=cpu"]

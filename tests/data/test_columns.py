@@ -209,7 +209,7 @@ def test_a_mask_must_have_the_shape_of_its_picture(photo, tmp_path):
 @pytest.mark.parametrize(
     ("name", "shown"),
     [
-        ("a.json", "a.json"),
+        ("b.json", "b.json"),
         ("b.heic", "b.heic"),
         ("more/b.png", "more/ (1 file)"),
         ("data/train/t.parquet", "data/ (1 file)"),

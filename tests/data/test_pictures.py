@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import io
+import struct
+import sys
+import zlib
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -75,6 +79,28 @@ def test_transparency_is_flattened_on_white():
     flat = pictures.upright_rgb(picture)
     assert flat.mode == "RGB"
     assert [flat.getpixel((x, 0)) for x in (0, 1)] == [(255, 255, 255), (200, 0, 0)]
+
+
+@pytest.mark.parametrize(
+    ("bits", "kind", "values", "clear", "expected"),
+    [
+        (16, 2, (65535, 32768, 256, 20000, 0, 65535), None, [(255, 128, 1), (78, 0, 255)]),
+        (16, 6, (65535, 32768, 256, 65535, 20000, 0, 65535, 0), None, [(255, 128, 1), (255, 255, 255)]),
+        (16, 4, (20000, 65535, 20000, 0), None, [(78, 78, 78), (255, 255, 255)]),
+        (8, 2, (9, 9, 9, 1, 2, 3), (1, 2, 3), [(9, 9, 9), (255, 255, 255)]),
+        (8, 0, (7, 100), (100,), [(7, 7, 7), (255, 255, 255)]),
+    ],
+)
+def test_colours_of_sixteen_bits_and_transparent_levels_of_png(tmp_path, bits, kind, values, clear, expected):
+    def chunk(name: bytes, content: bytes) -> bytes:
+        return struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
+
+    body = chunk(b"IHDR", struct.pack(">IIBBBBB", 2, 1, bits, kind, 0, 0, 0))
+    body += chunk(b"tRNS", struct.pack(f">{len(clear)}H", *clear)) if clear else b""
+    row = struct.pack(f">{len(values)}{'H' if bits == 16 else 'B'}", *values)
+    whole = b"\x89PNG\r\n\x1a\n" + body + chunk(b"IDAT", zlib.compress(b"\0" + row)) + chunk(b"IEND", b"")
+    (tmp_path / "a.png").write_bytes(whole)
+    assert [tuple(pixel) for pixel in np.asarray(pictures.read(tmp_path / "a.png"))[0].tolist()] == expected
 
 
 def test_palette_transparency_is_flattened_on_white(tmp_path):
@@ -196,6 +222,15 @@ def test_a_picture_that_this_pillow_cannot_decode_is_none(monkeypatch):
     pictures.suffixes.cache_clear()
     assert ".avif" not in pictures.suffixes() and ".webp" in pictures.suffixes()
     pictures.suffixes.cache_clear()
+
+
+def test_heif_is_opened_where_its_package_is_installed(monkeypatch):
+    opened = []
+    monkeypatch.setitem(sys.modules, "pillow_heif", SimpleNamespace(register_heif_opener=lambda: opened.append(1)))
+    pictures._open_heif()
+    assert opened == [1]
+    monkeypatch.setitem(sys.modules, "pillow_heif", None)
+    pictures._open_heif()
 
 
 @pytest.mark.parametrize("read", [pictures.read, pictures.read_mask, pictures.size])

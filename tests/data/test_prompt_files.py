@@ -27,6 +27,37 @@ def test_one_prompt_and_a_list() -> None:
     assert read_prompts(("x", "y")) == ["x", "y"]
 
 
+def test_a_line_ends_as_any_system_ends_it(tmp_path: Path) -> None:
+    (tmp_path / "P.TXT").write_bytes(b"a\rb\r\nc\n")
+    assert read_prompts(str(tmp_path / "P.TXT")) == ["a", "b", "c"]
+
+
+@pytest.mark.parametrize(
+    "prompt",
+    [
+        "~watercolour~ circle",
+        "~",
+        "a circle, " * 40 + "8k. sharp",
+        "a\0b.c",
+        "a table of sales.csv",
+        "a cat.Sharp",
+        "red/blue",
+        "two lines\nof.txt\nwords",
+    ],
+)
+def test_a_prompt_is_a_path_only_when_it_looks_like_one(prompt: str) -> None:
+    assert read_prompts(prompt) == [prompt]
+
+
+@pytest.mark.parametrize(
+    "name", ["gone.txt", "gone.TXT", "my prompts.jsonl", "gone.csv", "d/list.json", "gone.Parquet"]
+)
+def test_the_name_of_a_file_that_is_not_there_is_no_prompt(name: str) -> None:
+    with pytest.raises(UserError, match="there is no prompts file") as caught:
+        read_prompts(name)
+    assert name in str(caught.value) and "\n" not in str(caught.value)
+
+
 @pytest.mark.parametrize(
     ("name", "content", "words"),
     [
@@ -36,6 +67,11 @@ def test_one_prompt_and_a_list() -> None:
         ("p.jsonl", '{"prompt": "a"}\n{"prompt": ', "line 2 is not JSON"),
         ("p.jsonl", '{"caption": "a"}', 'line 1 must be a text or an object with "prompt"'),
         ("p.csv", "a", r"must end in \.txt or \.jsonl"),
+        ("my p.doc", "a", r"must end in \.txt or \.jsonl"),
+        ("p.txt", "a\0b", "null characters"),
+        ("p.jsonl", '{"prompt": "a", "n": %s}' % ("1" * 5000), "line 1 holds a number of too many digits"),
+        ("p.jsonl", '{"prompt": "a"}\n"\\ud800"', "line 2 holds half of a character"),
+        ("p.jsonl", "[" * 100_000, "line 1 nests too deep"),
     ],
 )
 def test_bad_files_are_refused_in_one_line(tmp_path: Path, name: str, content: str, words: str) -> None:

@@ -95,7 +95,7 @@ def test_a_parent_folder_points_to_the_folder_with_the_images(photo, tmp_path):
 
 def test_a_caption_that_is_not_utf8_is_refused_by_name(photo, tmp_path):
     photo("a.png").with_suffix(".txt").write_bytes("café".encode("latin-1"))
-    with pytest.raises(UserError, match=r"a\.txt is not UTF-8"):
+    with pytest.raises(UserError, match=r"a\.txt' is not UTF-8"):
         read(Config(root=str(tmp_path)))
 
 

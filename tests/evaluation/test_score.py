@@ -178,7 +178,7 @@ def test_pictures_and_captions_are_read_as_for_training(tmp_path: Path) -> None:
     scores = dict(zip([item.path.name for item in result.items], result.values["corner"], strict=True))
     assert scores == pytest.approx({"c.tga": 1, "clear.png": 11, "deep.tga.png": 11 * 78 / 255, "turned.png": 10})
     (tmp_path / "c.caption").write_bytes("café".encode("latin-1"))
-    with pytest.raises(UserError, match=r"c\.caption is not UTF-8 text"):
+    with pytest.raises(UserError, match=r"c\.caption' is not UTF-8 text"):
         score(tmp_path, REWARDS)
     (tmp_path / "c.caption").write_text("x")
     (tmp_path / "alone.txt").write_text("x")
@@ -204,3 +204,17 @@ def test_folders_that_cannot_be_scored_are_refused(tmp_path: Path) -> None:
         read_folder(tmp_path)
     with pytest.raises(UserError, match="no rewards"):
         score(tmp_path, {})
+
+
+def test_pictures_that_are_not_scored_are_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for name in ("a.png", "grid.png", "more/b.png"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        Image.new("RGB", (8, 8)).save(tmp_path / name)
+    (tmp_path / "a.txt").write_text("x")
+    assert [item.path.name for item in read_folder(tmp_path)] == ["a.png"]
+    assert "1 pictures" in caplog.text and "lie deeper, or are no files: more/b.png" in caplog.text
+    caplog.clear()
+    Image.new("RGB", (8, 8)).save(tmp_path / "c.png")
+    (tmp_path / "manifest.jsonl").write_text('{"file": "a.png", "prompt": "x"}\n')
+    assert [item.path.name for item in read_folder(tmp_path)] == ["a.png"]
+    assert "2 pictures" in caplog.text and "not in its manifest: c.png, more/b.png" in caplog.text

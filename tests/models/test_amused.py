@@ -130,7 +130,7 @@ def test_a_saved_pipeline_opens_as_the_family(model, tmp_path):
     model.pipe.save_pretrained(tmp_path)
     opened = models.load(str(tmp_path))
     assert (opened.family, opened.source) == ("amused", str(tmp_path))
-    assert (opened.resolution, opened.downsample, opened.max_tokens) == (16, 4, 32)
+    assert (opened.resolution, opened.downsample, opened.reader.limit) == (16, 4, 32)
     assert (opened.vocabulary, opened.mask_token) == (16, 17)
     for part in ("vae", "text", "denoiser"):
         assert opened.fingerprint(part) == model.fingerprint(part)

@@ -62,7 +62,7 @@ def test_a_folder_gives_the_model_that_was_saved(saved):
     for module in (model.vae, model.denoiser, *model.of("text").values()):
         assert not module.training
         assert not any(p.requires_grad for p in module.parameters())
-    assert (model.resolution, model.downsample, model.latent_channels, model.max_tokens) == (16, 2, 4, 32)
+    assert (model.resolution, model.downsample, model.latent_channels, model.reader.limit) == (16, 2, 4, 32)
 
 
 def test_the_folder_of_a_run_stands_for_the_model_in_it(folder):

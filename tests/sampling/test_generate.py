@@ -148,9 +148,10 @@ def _adapter(path: Path, seed: int = 0, **metadata: str) -> Path:
 def test_adapters_scale_trigger_and_retraining(folder: Path, finished: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     _adapter(run / "adapter.safetensors", trigger="sks", class_noun="circle")
-    first = {"adapter": str(run), "prompts": ["a [trigger] [class]"], "seeds": 1}
+    first = {"adapter": str(run), "prompts": ["a [Trigger] [class]"], "negative_prompt": "no [TRIGGER]", "seeds": 1}
     generate(_config(folder, tmp_path / "a", **first))
-    assert _rows(tmp_path / "a")[0]["prompt"] == "a sks circle"
+    row = _rows(tmp_path / "a")[0]
+    assert row["prompt"] == "a sks circle" and row["settings"]["negative_prompt"] == "no sks"
     generate(_config(folder, tmp_path / "plain", adapter=str(run)))
     generate(_config(folder, tmp_path / "zero", adapter=[str(run)], adapter_scale=0.0))
     images = {n: (tmp_path / n / "00000_seed0.png").read_bytes() for n in ("plain", "zero")}
@@ -160,7 +161,7 @@ def test_adapters_scale_trigger_and_retraining(folder: Path, finished: Path, tmp
     _adapter(run / "adapter.safetensors", seed=1)
     with pytest.raises(UserError, match="adapter was"):
         generate(_config(folder, tmp_path / "plain", adapter=str(run)))
-    with pytest.raises(UserError, match=r"a prompt has \[trigger\]"):
+    with pytest.raises(UserError, match=r"has \[Trigger\], and no word is known"):
         generate(_config(folder, tmp_path / "b", **first))
     with pytest.raises(UserError, match="there is no adapter"):
         generate(_config(folder, tmp_path / "b", adapter=str(tmp_path)))

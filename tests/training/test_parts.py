@@ -120,6 +120,12 @@ def test_bad_optimisers_are_named(options, message):
         optim.make_optimizer({"x": Parameter(torch.ones(1))}, TrainConfig(**options), {})
 
 
+def test_options_of_an_optimiser_may_be_text_as_a_command_line_and_yaml_have_them():
+    options = {"eps": "1e-6", "amsgrad": "true", "betas": "[0.5, 0.9]"}
+    made = optim.make_optimizer({"x": Parameter(torch.ones(1))}, TrainConfig(optimizer_options=options), {})
+    assert (made.defaults["eps"], made.defaults["amsgrad"], made.defaults["betas"]) == (1e-6, True, (0.5, 0.9))
+
+
 @pytest.mark.parametrize("with_adapter", [True, False])
 def test_the_text_encoder_has_its_own_learning_rate(tmp_path, with_adapter):
     model = tiny_model("sd")

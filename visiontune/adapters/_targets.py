@@ -52,19 +52,10 @@ def match(
     """
     known: dict[str, Sequence[str]] = {**PRESETS, **(presets or {})}
     words = [targets] if isinstance(targets, str) else list(targets)
-    modules = {
-        component: {name: module for name, module in named_layers(root) if name} for component, root in roots.items()
-    }
+    modules = _modules(roots)
     found: set[tuple[str, str]] = set()
     for word in words:
-        patterns = known.get(word, (word,))
-        hits = {
-            (component, name)
-            for pattern in patterns
-            for component, named in modules.items()
-            for name, module in named.items()
-            if _matches(pattern, component, name, module)
-        }
+        hits = _hits(known.get(word, (word,)), modules)
         usable = {hit for hit in hits if _usable(modules[hit[0]][hit[1]], supported)}
         if not usable:
             raise _nothing(word, hits, modules, supported, known)
@@ -76,6 +67,44 @@ def match(
         for name, layer in layers.items():
             check(roots[component], name, layer)
     return chosen
+
+
+def passed_over(
+    roots: Mapping[str, nn.Module],
+    targets: str | Sequence[str],
+    supported: tuple[type[nn.Module], ...],
+    presets: Mapping[str, Sequence[str]] | None = None,
+) -> dict[str, list[str]]:
+    """Layers with weights that ``targets`` name and the method cannot adapt, by their classes; see :func:`match`."""
+    known: dict[str, Sequence[str]] = {**PRESETS, **(presets or {})}
+    modules, found = _modules(roots), dict[str, list[str]]()
+    for word in [targets] if isinstance(targets, str) else targets:
+        for component, name in sorted(_hits(known.get(word, (word,)), modules)):
+            module = modules[component][name]
+            weighty = isinstance(module, tuple(_TYPES.values())) and module.weight is not None
+            if weighty and not isinstance(module, supported):
+                found.setdefault(_kind(module).__name__, []).append(f"{component}.{name}" if component else name)
+    return {kind: list(dict.fromkeys(names)) for kind, names in found.items()}
+
+
+def _modules(roots: Mapping[str, nn.Module]) -> dict[str, dict[str, nn.Module]]:
+    return {c: {name: module for name, module in named_layers(root) if name} for c, root in roots.items()}
+
+
+def _hits(patterns: Sequence[str], modules: Mapping[str, Mapping[str, nn.Module]]) -> set[tuple[str, str]]:
+    """Components and names of the modules that some pattern matches."""
+    return {
+        (component, name)
+        for pattern in patterns
+        for component, named in modules.items()
+        for name, module in named.items()
+        if _matches(pattern, component, name, module)
+    }
+
+
+def _kind(module: nn.Module) -> type:
+    """The class of a layer, under its adapters."""
+    return type(module).__mro__[2] if isinstance(module, Adapted) else type(module)
 
 
 def check(root: nn.Module, name: str, layer: nn.Module) -> None:
@@ -128,8 +157,7 @@ def _nothing(
     if hits:
         component, name = min(hits)
         module = modules[component][name]
-        kind = type(module).__mro__[2] if isinstance(module, Adapted) else type(module)
-        return UserError(f"target '{word}' matches '{name}', a {kind.__name__}; this method adapts {able}")
+        return UserError(f"target '{word}' matches '{name}', a {_kind(module).__name__}; this method adapts {able}")
     ends = {
         ".".join(parts[-n:])
         for named in modules.values()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from pathlib import Path
@@ -10,9 +11,11 @@ from typing import TYPE_CHECKING, Any
 
 from visiontune.assemble import folder, parts
 from visiontune.config import Run
+from visiontune.data.inventory import uncaptioned
 from visiontune.data.preflight import preflight
 from visiontune.data.readers import read
 from visiontune.errors import UserError
+from visiontune.outside import shown
 
 if TYPE_CHECKING:
     from visiontune.data.base import Sample
@@ -21,6 +24,8 @@ if TYPE_CHECKING:
     from visiontune.objectives.base import Objective
     from visiontune.training.home import Home
     from visiontune.training.loop import Trainer
+
+_log = logging.getLogger(__name__)
 
 
 def build(
@@ -31,6 +36,7 @@ def build(
     fill: bool = True,
     plan: bool = False,
     home: Home | None = None,
+    say: Callable[[str], None] = _log.warning,
 ) -> Trainer:
     """The trainer of a run; nothing is written outside ``cache_dir`` unless ``plan``.
 
@@ -41,6 +47,7 @@ def build(
         fill: encode all data now rather than when it is first drawn.
         plan: let the adapter look at the task; what it decides is kept in the run folder.
         home: the run folder, held.
+        say: is told of pictures without a caption among others, and of words that the model does not read.
     """
     # Words and data come before the model, which may take minutes to open.
     preview = dataclasses.replace(run.preview, prompts=[parts.in_words(run, p) for p in run.preview.prompts])
@@ -54,6 +61,7 @@ def build(
     from accelerate.utils import set_seed
 
     from visiontune.adapters._method import start_follows
+    from visiontune.models.words import lost
     from visiontune.training.devices import make_accelerator
     from visiontune.training.loop import Trainer
 
@@ -70,6 +78,9 @@ def build(
         )
     accelerator = make_accelerator(run.train, run.folder)
     model.to(accelerator.device)
+    for line in [*uncaptioned(found.samples), *lost(model, _texts(found, preview.prompts))]:
+        if accelerator.is_main_process:
+            say(line)
     rows = _rows(run, model, adapters, objective, found, accelerator, cache_dir, draw, fill)
     if plan and adapters is not None and adapters.plans:
         _plan(run, model, adapters, objective, rows, accelerator)
@@ -111,6 +122,16 @@ def _data(run: Run, objective: Objective) -> Data:
     samples = read(run.data, objective.needs.columns, objective.needs.optional)
     preflight(samples)
     return Data(samples=samples)
+
+
+def _texts(found: Data, previews: Sequence[str]) -> dict[str, list[tuple[str, str]]]:
+    """All that the model is to read, by kinds, with the names by which the user finds it."""
+    return {
+        "caption": [(sample.id, sample.caption) for sample in found.samples],
+        "prompt": [(f"'{shown(prompt)[:80]}'", prompt) for prompt in found.prompts],
+        "guards' prompt": [(f"'{shown(prompt)[:80]}'", prompt) for prompt in found.held],
+        "preview prompt": [(f"preview.prompts[{i}]", prompt) for i, prompt in enumerate(previews)],
+    }
 
 
 def _check(run: Run, objective: Objective, reward: Any) -> None:

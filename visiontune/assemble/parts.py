@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from visiontune import plugin
 from visiontune.adapters import read_header
 from visiontune.config import Run
-from visiontune.data.base import substitute
+from visiontune.data.base import listed, substitute
 from visiontune.errors import UserError
 
 if TYPE_CHECKING:
@@ -108,6 +108,22 @@ def attach_adapter(run: Run, model: Model) -> AdapterSet | None:
         return made
     except UserError as error:
         raise UserError(f"adapter: {error}") from error
+
+
+def passed_over(run: Run, model: Model) -> list[str]:
+    """Lines on the layers that ``adapter.targets`` name and the adapter does not take."""
+    if run.adapter is None:
+        return []
+    from visiontune.adapters import _targets
+
+    trained = model.names(run.train.parts)
+    method = plugin.load("adapters", run.adapter["name"])
+    layers = _targets.passed_over(model.of(*trained), run.adapter["targets"], method.LAYERS, model.presets(trained))
+    name = run.adapter["name"]
+    return [
+        f"passed over: {len(names)} {kind} that {name} does not adapt: {listed(names, 4)}"
+        for kind, names in layers.items()
+    ]
 
 
 def check_start(run: Run) -> None:

@@ -34,6 +34,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     if args.out and args.out.suffix not in (".json", ".csv"):
         raise UserError(f"scores are written to a .json or .csv file, not {args.out.name}")
+    if args.out and args.out.is_dir():
+        raise UserError(f"{args.out} is a folder: name a .json or .csv file to write")
     if not args.folder.is_dir():
         raise UserError(f"there is no folder {args.folder}")
     rewards = build(args.words)

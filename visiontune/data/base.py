@@ -12,12 +12,16 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 from visiontune.data import captions
 from visiontune.errors import UserError
-from visiontune.schema import option
+from visiontune.outside import shown
+from visiontune.schema import SLOTS, option
 
 if TYPE_CHECKING:
     from PIL import Image
 
+_SLOT = re.compile(rf"\[({'|'.join(SLOTS)})\]", re.IGNORECASE)
 DEFAULT_TRIGGER = "sks"
+# Where the caption of a picture comes from that has none of its own.
+DEFAULT_PROMPT = "data.prompt"
 # What [class] stands for until the user says what the pictures show.
 DEFAULT_CLASS = "object"
 
@@ -46,7 +50,9 @@ class Config:
         {},
         help="what image, mask, rejected ... are called in a table, in metadata.jsonl or as subfolders, if not so",
     )
-    caption_column: str = option("text", help="column of the captions, also in metadata.jsonl and metadata.csv")
+    caption_column: str = option(
+        captions.DEFAULT_KEY, help="column of the captions, also in metadata.jsonl, metadata.csv and .json files"
+    )
     ignore: list[str] | str = option(
         [], help="files, folders, keys and columns to leave out, by name or pattern; all: whatever nothing reads"
     )
@@ -133,7 +139,7 @@ class Sample:
         sources: pictures by the name of their column. ``image`` is what a model learns to draw; a pair has the worse
             picture as ``rejected``; ``mask`` says where the picture counts. The first is the main one, whose shape
             decides the bucket.
-        caption: its words, nothing left to substitute.
+        caption: its words, nothing left to substitute. caption_from: where they stood: a kind of file, a table.
         prior: whether it is a prior-preservation image (DreamBooth) rather than one of the user's own.
         weight: factor of its loss; prior samples carry the prior weight lambda.
     """
@@ -143,6 +149,7 @@ class Sample:
     caption: str
     prior: bool = False
     weight: float = 1.0
+    caption_from: str = DEFAULT_PROMPT
 
 
 def source(column: str, origin: Path | Callable[[], Image.Image]) -> Source:
@@ -150,22 +157,39 @@ def source(column: str, origin: Path | Callable[[], Image.Image]) -> Source:
     return Source(origin, "mask" if column == "mask" else "picture")
 
 
-def substitute(text: str, trigger: str, class_noun: str | None = None) -> str:
-    """Put the trigger word and the class noun in the place of ``[trigger]`` and ``[class]``.
+def substitute(
+    text: str, trigger: str | None, class_noun: str | None = None, *, mend: str = "set data.class_noun"
+) -> str:
+    """Put the trigger word and the class noun in the place of ``[trigger]`` and ``[class]``, in either case.
 
     Raises:
-        UserError: the text has ``[class]`` and there is no class noun.
+        UserError: the text has one of them and there is no word for it; the message ends with ``mend``.
     """
-    if class_noun is None and re.search(r"\[class\]", text, re.IGNORECASE):
-        raise UserError(f"'{text}' has [class] but no class noun is known: set data.class_noun")
-    words = {"trigger": trigger, "class": class_noun or ""}
-    return re.sub(r"\[(trigger|class)\]", lambda m: words[m[1].lower()], text, flags=re.IGNORECASE)
+    words = {"trigger": trigger, "class": class_noun}
+
+    def word(slot: re.Match[str]) -> str:
+        found = words[slot[1].lower()]
+        if found is None:
+            raise UserError(f"'{shown(text)}' has {slot[0]}, and no word is known for it: {mend}")
+        return found
+
+    return _SLOT.sub(word, text)
+
+
+def has_slots(text: str) -> bool:
+    """Whether :func:`substitute` would replace something."""
+    return _SLOT.search(text) is not None
 
 
 def listed(names: list[str], limit: int = 10) -> str:
     """Names for one line of a message: the first ten, and how many more there are."""
     more = f" and {len(names) - limit} more" if len(names) > limit else ""
     return ", ".join(names[:limit]) + more
+
+
+def default_from(place: str) -> str:
+    """``Sample.caption_from`` of a picture without a caption; ``place`` should have had it, or is empty."""
+    return f"{DEFAULT_PROMPT}, since {place} has none" if place else DEFAULT_PROMPT
 
 
 def words_of(caption: str | None, config: Config) -> str:

@@ -1,42 +1,82 @@
-"""The one way in which caption files are read: ``.txt`` or ``.caption`` files beside pictures."""
+"""The one way in which caption files are read: ``.txt``, ``.caption`` or ``.json`` files beside pictures."""
 
 from __future__ import annotations
 
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
+from visiontune import outside
 from visiontune.errors import UserError
 
 SUFFIXES = (".txt", ".caption")
+_OBJECT = ".json"
+# What a caption is called in tables and objects, and what others call it in an object.
+DEFAULT_KEY = "text"
+_OTHERS = ("caption", "prompt")
 
 
-def read_text(file: Path) -> str:
+def read_text(file: str | Path, what: str = "caption file") -> str:
     """The content of a UTF-8 file, without a byte-order mark.
 
     Raises:
-        UserError: it cannot be read, or is in another encoding.
+        UserError: it cannot be read, is in another encoding, or has null characters, as UTF-16 has.
     """
-    try:
-        return file.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{file} is not UTF-8 text: save it as UTF-8") from error
-    except OSError as error:
-        raise UserError(f"cannot read {file}: {error.strerror or error}") from error
+    text = outside.read_text(file, what)
+    if "\0" in text:
+        raise UserError(f"{what} '{outside.shown(str(file))}' has null characters: save it as UTF-8 text")
+    return text
 
 
-def in_folder(folder: Path) -> dict[str, Path]:
-    """The caption files that lie in a folder, by their names without the ending.
+def beside(files: Sequence[Path], stems: Collection[str]) -> dict[str, Path]:
+    """The caption files among those of a folder, by their names without the ending.
+
+    Args:
+        files: of one folder. stems: of its pictures, without which a ``.json`` file is no caption.
 
     Raises:
         UserError: two of them have one such name.
     """
     found: dict[str, Path] = {}
-    for file in sorted(folder.iterdir()):
-        if file.suffix.lower() in SUFFIXES and not file.name.startswith(".") and file.is_file():
+    for file in files:
+        kind = file.suffix.lower()
+        is_caption = kind in SUFFIXES or (kind == _OBJECT and file.stem in stems)
+        if is_caption and not file.name.startswith(".") and file.is_file():
             if file.stem in found:
-                raise UserError(f"{folder} has captions in {found[file.stem].name} and {file.name}: keep one of them")
+                names = f"{found[file.stem].name} and {file.name}"
+                raise UserError(
+                    f"{file.parent} has captions in {names}: keep one of them, or leave one kind out by "
+                    f"data.ignore='*{found[file.stem].suffix}'"
+                )
             found[file.stem] = file
     return found
+
+
+def read(file: Path, key: str) -> str | None:
+    """The caption in a file: its text, or what stands in a ``.json`` object.
+
+    Args:
+        key: of the object, which may call it ``caption`` or ``prompt`` where it has no ``text``.
+
+    Raises:
+        UserError: the file cannot be read, has no such key, or several that differ.
+    """
+    if file.suffix.lower() != _OBJECT:
+        return read_text(file)
+    value = outside.read_json(file, "caption file")
+    there = value if isinstance(value, dict) else {}
+    keys = (key, *_OTHERS) if key == DEFAULT_KEY and key not in there else (key,)
+    found = {name: there[name] for name in keys if name in there}
+    if not found:
+        wanted = " or ".join(f"'{name}'" for name in keys)
+        raise UserError(
+            f"{file} is no object with {wanted}: name the key of its caption by "
+            "data.caption_column, or leave it out by data.ignore='*.json'"
+        )
+    texts = {name: caption_text(text, str(file)) for name, text in found.items()}
+    if len(set(texts.values())) > 1:
+        raise UserError(f"{file} has {' and '.join(texts)}, which differ: choose one by data.caption_column")
+    return next(iter(texts.values()))
 
 
 def words(text: str) -> str:

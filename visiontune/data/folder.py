@@ -1,28 +1,23 @@
 """A folder of pictures, each with its caption, and further columns in subfolders or named by a table.
 
-Captions are ``.txt`` or ``.caption`` files beside the pictures, or the lines of ``metadata.jsonl`` or ``metadata.csv``.
+Captions are ``.txt``, ``.caption`` or ``.json`` files beside the pictures, or the lines of ``metadata.jsonl`` or
+``metadata.csv``.
 A column lies in the subfolder of its name, in files called as the pictures are, or is a key of the table. Whatever else
 lies there stops the run: what a user gives is read, or named.
 """
 
 from __future__ import annotations
 
-import csv
-import io
-import json
 import os
-from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
-from visiontune.data import captions
-from visiontune.data.base import Config, Sample, listed, source, words_of
+from visiontune.data import captions, metadata
+from visiontune.data.base import Config, Sample, default_from, listed, source, words_of
+from visiontune.data.metadata import Row
 from visiontune.errors import UserError
-from visiontune.files import inside
-from visiontune.schema import nearest
 
-TABLES = ("metadata.jsonl", "metadata.csv")
 # Subfolders that hold pictures where none lie beside them.
 _HOMES = {"image": ("chosen",)}
 # What an objective would have to need, by the name of a subfolder, key or column.
@@ -33,18 +28,10 @@ _DOCUMENTS = ("thumbs.db", "desktop.ini", "license", "license.txt", "dataset_inf
 
 
 @dataclass
-class _Row:
-    """One sample in the making: its caption, ``None`` where it has none, and its file of each column."""
-
-    caption: str | None
-    files: dict[str, Path] = field(default_factory=dict)
-
-
-@dataclass
 class _Listing:
     """What lies in the folder of the main column: rows by name, files that were read, and keys that nothing reads."""
 
-    rows: dict[str, _Row]
+    rows: dict[str, Row]
     used: set[Path]
     unread: list[tuple[str, str]]
 
@@ -67,6 +54,21 @@ def read_folder(
         UserError: no pictures, a column that is not there, two kinds of captions, captions that cannot be read, or
             something that would be left out.
     """
+    listing = _read(folder, config, columns, optional)
+    refuse_left_out(folder, listing.used, config, listing.unread)
+    return [
+        Sample(
+            id=name,
+            sources={column: source(column, file) for column, file in row.files.items()},
+            caption=words_of(row.caption, config),
+            caption_from=default_from(row.where) if row.caption is None else row.where,
+        )
+        for name, row in sorted(listing.rows.items())
+    ]
+
+
+def _read(folder: Path, config: Config, columns: Sequence[str], optional: Sequence[str]) -> _Listing:
+    """Rows with all their columns, the files that were read, and keys that nothing reads."""
     main, *others = columns
     home = _home(folder, main, config)
     listing = _list(home, folder, config, main, others, optional)
@@ -78,16 +80,7 @@ def read_folder(
     for name, row in rows.items():
         # Where other rows have a column, this one lacks a file, which preflight will miss.
         row.files = {c: row.files.get(c, folder / config.key(c) / name) for c in given}
-    used = {*listing.used, *(file for row in rows.values() for file in row.files.values())}
-    refuse_left_out(folder, used, config, listing.unread)
-    return [
-        Sample(
-            id=name,
-            sources={column: source(column, file) for column, file in row.files.items()},
-            caption=words_of(row.caption, config),
-        )
-        for name, row in sorted(rows.items())
-    ]
+    return replace(listing, used={*listing.used, *(file for row in rows.values() for file in row.files.values())})
 
 
 def captions_of(folder: Path, ignore: Sequence[str] = ()) -> dict[Path, str | None]:
@@ -130,12 +123,25 @@ def refuse_left_out(
     )
 
 
+def ignored(folder: Path, config: Config, columns: Sequence[str], used: Collection[Path] | None = None) -> list[str]:
+    """What lies in a folder and is left out because ``config`` says so, subfolders with the number of their files.
+
+    Args:
+        folder: of the dataset. columns: those that were read. used: what was read, if not by :func:`read_folder`.
+    """
+    if used is None:
+        used = _read(folder, config, columns, ()).used
+    everything = _left_in(folder, used, replace(config, ignore=[]))
+    kept = {} if config.ignores_all else _left_in(folder, used, config)
+    return [shown for name, shown in everything.items() if name not in kept]
+
+
 # ---------------------------------------------------------------------------------------------------- files
 
 
 def _home(folder: Path, main: str, config: Config) -> Path:
     """Where the main column lies: beside each other in the folder, or in a subfolder of its own."""
-    if not _pictures(folder) and _table_in(folder) is None:
+    if not _pictures(folder) and metadata.table_in(folder) is None:
         for name in (config.key(main), *_HOMES.get(main, ())):
             if (folder / name).is_dir() and not config.ignores(name):
                 return folder / name
@@ -146,28 +152,22 @@ def _list(
     home: Path, folder: Path, config: Config, main: str, others: Sequence[str], optional: Sequence[str]
 ) -> _Listing:
     """Pictures and captions of the main column's folder, and the columns that its table names."""
-    table = _table_in(home)
-    texts = {stem: f for stem, f in captions.in_folder(home).items() if not config.ignores(_name(f, folder))}
+    table = metadata.table_in(home)
     pictures = [f for f in _pictures(home) if not config.ignores(_name(f, folder))]
+    given = [f for f in sorted(home.iterdir()) if not config.ignores(_name(f, folder))]
+    texts = captions.beside(given, {f.stem for f in pictures})
     if table is None:
         if not pictures and not texts:
             raise UserError(_nothing_in(folder))
-        return _Listing(_beside(home, main, pictures, texts), {*pictures, *texts.values()}, [])
+        return _Listing(_beside(home, main, pictures, texts, config), {*pictures, *texts.values()}, [])
     both = [f.name for f in pictures if f.stem in texts]
     if both:
         kinds = " and ".join(sorted({texts[Path(name).stem].suffix for name in both}))
         raise UserError(f"{folder} has {table.name} and also {kinds} captions for {listed(both)}: keep one kind")
-    rows, unread = _table_rows(table, config, main, others, optional)
-    named = {file for row in rows.values() for file in row.files.values()} | _ignored_files(table, config)
-    rows |= {f.name: _Row(None, {main: f}) for f in pictures if f not in named}
+    rows, unread = metadata.rows(table, config, main, others, optional)
+    named = {file for row in rows.values() for file in row.files.values()} | metadata.ignored_files(table, config)
+    rows |= {f.name: Row(None, {main: f}) for f in pictures if f not in named}
     return _Listing(rows, {table, *pictures}, unread)
-
-
-def _table_in(folder: Path) -> Path | None:
-    found = [folder / name for name in TABLES if (folder / name).is_file()]
-    if len(found) > 1:
-        raise UserError(f"{folder} has {' and '.join(f.name for f in found)}: keep one of them")
-    return found[0] if found else None
 
 
 def _pictures(folder: Path) -> list[Path]:
@@ -180,18 +180,19 @@ def _name(file: Path, folder: Path) -> str:
     return file.relative_to(folder).as_posix()
 
 
-def _beside(home: Path, main: str, pictures: list[Path], texts: dict[str, Path]) -> dict[str, _Row]:
+def _beside(home: Path, main: str, pictures: list[Path], texts: dict[str, Path], config: Config) -> dict[str, Row]:
     """Rows of pictures with caption files, and of caption files without a picture."""
-    words = {stem: captions.read_text(file) for stem, file in texts.items()}
-    rows = {f.name: _Row(words.get(f.stem), {main: f}) for f in pictures}
+    words = {stem: captions.read(file, config.caption_column) for stem, file in texts.items()}
+    kinds = {stem: f"{file.suffix.lower()} files" for stem, file in texts.items()}
+    rows = {f.name: Row(words.get(f.stem), {main: f}, kinds.get(f.stem, "")) for f in pictures}
     for stem in texts.keys() - {f.stem for f in pictures}:
         # No picture has this stem, so the file named here does not exist.
-        rows[texts[stem].name] = _Row(words[stem], {main: home / f"{stem}.png"})
+        rows[texts[stem].name] = Row(words[stem], {main: home / f"{stem}.png"})
     return rows
 
 
 def _add_column(
-    place: Path, column: str, rows: dict[str, _Row], main: str, home: Path, config: Config, needed: bool
+    place: Path, column: str, rows: dict[str, Row], main: str, home: Path, config: Config, needed: bool
 ) -> None:
     """Give the rows their files of a subfolder; a file without a row gets one, without the file of its main column."""
     if not place.is_dir() or config.ignores(config.key(column)):
@@ -209,7 +210,7 @@ def _add_column(
     for stem, file in files.items():
         if stem not in taken:
             name = _name(file, place)
-            rows[f"{place.name}/{name}"] = _Row(None, {main: home / name, column: file})
+            rows[f"{place.name}/{name}"] = Row(None, {main: home / name, column: file})
 
 
 def _by_stem(folder: Path) -> dict[str, Path]:
@@ -265,81 +266,3 @@ def _nothing_in(folder: Path) -> str:
     inner = sorted({f.parent for f in folder.rglob("*") if is_picture(f)})
     hint = f"; there are images in {inner[0]}: set data.root to it" if inner else ""
     return f"no images in {folder} (looked for .png, .jpg and whatever else Pillow opens){hint}"
-
-
-# ---------------------------------------------------------------------------------------------------- tables
-
-
-def _table_rows(
-    file: Path, config: Config, main: str, others: Sequence[str], optional: Sequence[str]
-) -> tuple[dict[str, _Row], list[tuple[str, str]]]:
-    """Rows by the names of their main files, and the keys of pictures that nothing reads."""
-    from visiontune.data.pictures import is_picture
-
-    subfolders = {c for c in (*others, *optional) if (file.parent / config.key(c)).is_dir()}
-    lines = list(_lines(file))
-    given = {key for _, line in lines for key in line if not config.ignores(key)}
-    wanted = [c for c in (*others, *optional) if config.key(c) in given or (c in others and c not in subfolders)]
-    name_key = config.columns.get(main, "file_name")
-    known = {name_key, config.caption_column, *map(config.key, wanted)}
-    unread: dict[str, None] = {}
-    rows: dict[str, _Row] = {}
-    for where, line in lines:
-        name, caption = _main_of(where, line, name_key, config.caption_column)
-        if name in rows:
-            raise UserError(f"{where} captions {name} a second time: keep one line for it")
-        rows[name] = _Row(caption, {main: inside(file.parent, name, where)})
-        for column in wanted:
-            key = config.key(column)
-            if not isinstance(line.get(key), str):
-                near = "" if key in line else nearest(key, line)
-                raise UserError(f"{where} names no file as '{key}'{near} (data.columns.{column})")
-            rows[name].files[column] = inside(file.parent, line[key], where)
-        unread |= dict.fromkeys(
-            key
-            for key, value in line.items()
-            if key not in known and key in given and isinstance(value, str) and is_picture(Path(value))
-        )
-    return rows, [(key, file.name) for key in unread]
-
-
-def _main_of(where: str, line: dict[str, Any], name_key: str, words: str) -> tuple[str, str | None]:
-    if not isinstance(line.get(name_key), str):
-        raise UserError(f"{where} has no {name_key}: write {{'{name_key}': 'a.png', '{words}': '...'}}")
-    if words not in line:
-        raise UserError(f"{where} has no '{words}'{nearest(words, line)} (data.caption_column)")
-    return Path(line[name_key]).as_posix(), captions.caption_text(line[words], where)
-
-
-def _ignored_files(file: Path, config: Config) -> set[Path]:
-    """The files that the keys name which are to be left out."""
-    names = (value for _, line in _lines(file) for key, value in line.items() if config.ignores(key))
-    return {file.parent / name for name in names if isinstance(name, str)}
-
-
-def _lines(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The lines of a table as mappings, each with where it stands."""
-    text = captions.read_text(file)
-    if file.suffix == ".csv":
-        reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
-        try:
-            for row in reader:
-                where = f"{file} line {reader.line_num}"
-                if None in row:
-                    raise UserError(f"{where} has more cells than the first line: put texts with commas in quotes")
-                # CSV cannot tell an empty text from none.
-                yield where, {key: value or None for key, value in row.items()}
-        except csv.Error as error:
-            raise UserError(f"{file} line {reader.reader.line_num} is not CSV: {error}") from error
-        return
-    for number, written in enumerate(text.split("\n"), 1):
-        if not written.strip():
-            continue
-        where = f"{file} line {number}"
-        try:
-            line = json.loads(written)
-        except json.JSONDecodeError as error:
-            raise UserError(f"{where} is not JSON: {error.msg}") from error
-        if not isinstance(line, dict):
-            raise UserError(f"{where} is {type(line).__name__}, not an object: write {{'file_name': 'a.png', ...}}")
-        yield where, line

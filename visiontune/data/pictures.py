@@ -33,6 +33,18 @@ _TURNS = {
 _WIDTH, _LENGTH = 256, 257  # tags of a TIFF file: its size as it is stored
 
 
+def _open_heif() -> None:
+    """Have Pillow open HEIF where pillow-heif is installed."""
+    try:
+        import pillow_heif
+    except ImportError:
+        return
+    pillow_heif.register_heif_opener()
+
+
+_open_heif()
+
+
 @functools.cache
 def suffixes() -> tuple[str, ...]:
     """Endings of the picture files that the installed Pillow opens, with their dots, in lower case."""

@@ -11,7 +11,7 @@ from typing import Literal
 import numpy as np
 from PIL import Image
 
-from visiontune.data.base import DEFAULT_TRIGGER, Sample, source, substitute
+from visiontune.data.base import DEFAULT_PROMPT, DEFAULT_TRIGGER, Sample, source, substitute
 from visiontune.errors import UserError
 from visiontune.pocket.scenes import caption, sample_scene, stream, subject_scene
 from visiontune.pocket.world import STYLES, SUBJECTS, Scene, render
@@ -83,6 +83,7 @@ def samples(
             id=f"{name}/{i:04d}",
             sources={column: source(column, partial(_draw, scene, _style(spec, column))) for column in columns},
             caption=substitute(template.replace("{scene}", words), trigger, class_noun),
+            caption_from=DEFAULT_PROMPT if prompt else f"the dataset {name}",
         )
         for i, (scene, words) in enumerate(islice(_scenes(spec), spec.count))
     ]

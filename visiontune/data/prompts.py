@@ -11,7 +11,7 @@ import torch
 
 from visiontune.core import Batch
 from visiontune.data.base import Config, substitute
-from visiontune.data.prompt_files import SUFFIXES, read_prompts
+from visiontune.data.prompt_files import is_list, read_prompts
 from visiontune.data.readers import read
 from visiontune.errors import UserError
 
@@ -22,7 +22,7 @@ def read_data_prompts(config: Config) -> list[str]:
     Raises:
         UserError: no such file or dataset, an empty prompt, or in a file the same prompt twice.
     """
-    if config.root.endswith(SUFFIXES):
+    if is_list(config.root):
         words = read_prompts(config.root)
         return check_prompts([substitute(p, config.trigger, config.class_noun) for p in words], config.root)
     # Captions repeat where pictures do; as prompts they count once.

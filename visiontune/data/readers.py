@@ -14,9 +14,11 @@ from typing import ClassVar
 
 from visiontune import catalogue
 from visiontune.data.base import DEFAULT_CLASS, DEFAULT_TRIGGER, Config, Sample
-from visiontune.data.folder import TABLES, read_folder, refuse_left_out
+from visiontune.data.folder import ignored, read_folder, refuse_left_out
+from visiontune.data.metadata import TABLES
 from visiontune.data.table import read_table
 from visiontune.errors import UserError
+from visiontune.outside import shown
 from visiontune.schema import from_mapping, nearest, option
 
 
@@ -58,7 +60,7 @@ def read(config: Config, columns: Sequence[str] = ("image",), optional: Sequence
             f"data.columns.{unclaimed[0]} is of no use: the objective reads {', '.join([*columns, *optional])}; leave "
             "it out, or take an objective that needs it"
         )
-    path = Path(config.root).expanduser()
+    path = _place(config.root)
     if path.is_file() and path.suffix == ".parquet":
         return read_table(config, "parquet", columns, optional, data_files=str(path))
     if path.is_dir():
@@ -76,21 +78,45 @@ def read(config: Config, columns: Sequence[str] = ("image",), optional: Sequence
     return read_table(config, config.root, columns, optional, revision=config.revision)
 
 
-def _read_path(path: Path, config: Config, columns: Sequence[str], optional: Sequence[str]) -> list[Sample]:
-    from visiontune.data import pictures
+def _place(root: str) -> Path:
+    """The path that ``root`` is, where it is one. Raises UserError where no path can be called so."""
+    try:
+        path = Path(root).expanduser()
+        path.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        pass
+    except (OSError, ValueError, RuntimeError) as error:  # too long, a loop of links, a null byte, `~nobody`
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"data.root '{shown(root)}' cannot be a dataset: {reason}") from error
+    return path
 
-    if pictures.in_folder(path) or any((path / name).is_file() for name in TABLES):
-        return read_folder(path, config, columns, optional)
-    tables = [file for file in path.rglob("*.parquet") if not file.name.startswith(".")]
+
+def _read_path(path: Path, config: Config, columns: Sequence[str], optional: Sequence[str]) -> list[Sample]:
+    tables = _tables(path)
     if not tables:
         return read_folder(path, config, columns, optional)
     refuse_left_out(path, tables, config)
     return read_table(config, str(path), columns, optional)
 
 
+def _tables(folder: Path) -> list[Path]:
+    """The parquet files that a folder without pictures of its own holds."""
+    from visiontune.data import pictures
+
+    if pictures.in_folder(folder) or any((folder / name).is_file() for name in TABLES):
+        return []
+    return [file for file in folder.rglob("*.parquet") if not file.name.startswith(".")]
+
+
+def left_out(config: Config, columns: Sequence[str]) -> list[str]:
+    """What lies in the folder ``config.root`` and is not read because of ``config.ignore``; nothing of other roots."""
+    path = _place(config.root)
+    return ignored(path, config, columns, _tables(path) or None) if path.is_dir() else []
+
+
 def resolve(config: Config) -> Config:
     """The config with a catalogue dataset's prompt, trigger and class noun where it has none; elsewhere, a noun."""
-    if Path(config.root).expanduser().exists() or config.root not in catalogue.names("datasets"):
+    if _place(config.root).exists() or config.root not in catalogue.names("datasets"):
         return replace(config, class_noun=config.class_noun or DEFAULT_CLASS)
     spec = catalogue.load("datasets", config.root)
     trigger = config.trigger if config.trigger != DEFAULT_TRIGGER else spec.get("trigger", DEFAULT_TRIGGER)

@@ -9,7 +9,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from visiontune.data.base import Config, Sample, listed, source, words_of
+from visiontune.data.base import Config, Sample, default_from, listed, source, words_of
 from visiontune.data.captions import caption_text
 from visiontune.errors import UserError
 from visiontune.files import inside
@@ -38,10 +38,11 @@ def read_table(
         table = datasets.load_dataset(path, split=config.split, **options)
     except Exception as error:  # errors of the hub, of pyarrow and of its own come through the loader
         reason = " ".join(str(error).split())[:200]
-        raise UserError(
-            f"cannot load dataset {config.root} (split '{config.split}'): {type(error).__name__}: {reason}; check the"
-            " name and the network, or download it and give its folder"
-        ) from error
+        mend = "check the name and the network, or download it and give its folder"
+        if path == "parquet" or Path(path).exists():
+            mend = "give a whole parquet file with rows of that split"
+        what = f"cannot load dataset {config.root} (split '{config.split}')"
+        raise UserError(f"{what}: {type(error).__name__}: {reason}; {mend}") from error
     names = _names(table, config, columns, optional)
     text, has = config.caption_column, f"(it has {', '.join(table.column_names)})"
     if text not in table.column_names and not config.prompt:
@@ -49,6 +50,7 @@ def read_table(
             f"dataset {config.root} has no column '{text}' {has}: set data.caption_column, or data.prompt for one"
             " caption for all"
         )
+    column_words = f"column '{text}'" if text in table.column_names else ""
     words = table[text] if text in table.column_names else [None] * len(table)
     pictures = {}
     for column, name in names.items():
@@ -64,6 +66,7 @@ def read_table(
             id=f"{config.split}[{i}]",
             sources={c: source(c, partial(_picture, pictures[c], i, name, config)) for c, name in names.items()},
             caption=words_of(caption_text(caption, f"row {i} of {config.root}"), config),
+            caption_from=default_from(column_words) if caption is None else column_words,
         )
         for i, caption in enumerate(words)
     ]

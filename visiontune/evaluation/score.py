@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import logging
 import math
 import statistics
 import textwrap
@@ -18,12 +19,16 @@ from tqdm.auto import tqdm
 
 from visiontune import files
 from visiontune.data import pictures
+from visiontune.data.base import listed
 from visiontune.data.folder import captions_of
 from visiontune.errors import UserError
 from visiontune.ops.pixels import to_tensor
 from visiontune.rewards.base import Reward
 from visiontune.rewards.loading import load
 from visiontune.sampling import manifest
+
+_log = logging.getLogger(__name__)
+_SHEET = "grid.png"  # of the pictures, which `sample` draws beside them
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -208,12 +213,18 @@ def read_folder(folder: str | Path) -> list[Item]:
         items = [Item(path=folder / row["file"], prompt=row["prompt"], meta=row) for row in rows]
         _refuse([item.path.name for item in items if not item.path.is_file()], folder, "is in the manifest but absent")
     else:
-        found = captions_of(folder, ignore=["grid.png"])
+        found = captions_of(folder, ignore=[_SHEET])
         _refuse([path.name for path, words in found.items() if words is None], folder, "has no .txt with its prompt")
         _refuse([path.name for path in found if not path.is_file()], folder, "has a caption but is absent")
         items = [Item(path=path, prompt=words or "", meta={}) for path, words in found.items()]
     if not items:
         raise UserError(f"{folder} holds no images to score")
+    taken = {folder / _SHEET, *(item.path for item in items)}
+    others = (f.relative_to(folder) for f in folder.rglob("*") if pictures.is_picture(f) and f not in taken)
+    left = sorted(f.as_posix() for f in others if not any(part.startswith(".") for part in f.parts))
+    if left:
+        what = "are not in its manifest" if (folder / manifest.NAME).is_file() else "lie deeper, or are no files"
+        _log.warning("%d pictures of %s are not scored, since they %s: %s", len(left), folder, what, listed(left))
     return items
 
 

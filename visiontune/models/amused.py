@@ -48,7 +48,7 @@ class Amused(MaskedModel):
     def _embed(self, prompts: list[str]) -> Condition:
         encoder = self.pipe.text_encoder
         ids = self.pipe.tokenizer(
-            prompts, return_tensors="pt", padding="max_length", truncation=True, max_length=self.max_tokens
+            prompts, return_tensors="pt", padding="max_length", truncation=True, max_length=self.reader.limit
         ).input_ids
         found = encoder(ids.to(encoder.device), return_dict=True, output_hidden_states=True)
         return Condition(tokens=found.hidden_states[-2], pooled=found.text_embeds)

@@ -21,6 +21,7 @@ from visiontune.diffusion.guidance import CFG, Embedded, Guidance, classifier_fr
 from visiontune.errors import UserError
 from visiontune.models.base import Model, dtype_of, freeze
 from visiontune.models.sources import pretrained
+from visiontune.models.words import Reader, quiet
 
 # Stock pipelines refuse sizes that are no multiple of 8, even where the codec would take them.
 _LEAST_UNIT = 8
@@ -38,7 +39,7 @@ class PipelineModel(Model):
         pipe: the pipeline.
         downsample: pixels per latent along one side. unit: the sides of a picture are multiples of this.
         resolution: pixels per side the model was made for.
-        max_tokens: tokens per prompt, longer prompts are cut.
+        reader: knows how much of a prompt is read; longer ones are cut, and named once.
     """
 
     task = "text-to-image"
@@ -56,7 +57,7 @@ class PipelineModel(Model):
         freeze(self.networks().values())
         self.downsample = int(pipe.vae_scale_factor)
         self.unit = max(self.downsample, _LEAST_UNIT)
-        self.max_tokens = int(pipe.tokenizer.model_max_length)
+        self.reader = Reader(pipe.tokenizer, int(pipe.tokenizer.model_max_length))
         self._float32_codec: Any = None
 
     @classmethod
@@ -133,7 +134,8 @@ class PipelineModel(Model):
 
     def embed(self, prompts: Sequence[str]) -> Condition:
         """Encode prompts as the stock pipeline does; differentiable where a text encoder requires gradients."""
-        with self.autocast():
+        self.reader.say(prompts)
+        with self.autocast(), quiet():
             return self._embed(list(prompts)).to(self.device)
 
     @abstractmethod
@@ -206,11 +208,12 @@ class PipelineModel(Model):
             float32 [n, height, width, 3] in [0, 1]; clips have their frames as a second axis.
         """
         self.check_steps(steps)
+        self.reader.say([text for request in requests for text in (request.prompt, request.negative)])
         made, before, bar = self.sampler(sampler), self.pipe.scheduler, getattr(self.pipe, "_progress_bar_config", {})
         self.pipe.scheduler = made
         self.pipe.set_progress_bar_config(disable=True)
         try:
-            with self._present():
+            with self._present(), quiet():
                 return self._draw(requests, self.size(*(size or ())), steps, self._stock(guidance, requests))
         finally:
             self.pipe.scheduler = before

@@ -16,6 +16,7 @@ from visiontune.diffusion.schedule import calculate_mu
 from visiontune.errors import UserError
 from visiontune.models.base import Presets, require
 from visiontune.models.diffusion import DiffusionModel
+from visiontune.models.words import Reader
 
 _T5_TOKENS = 256
 _ATTENTION = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
@@ -53,6 +54,8 @@ class StableDiffusion3(DiffusionModel):
         complete = pipe.text_encoder is not None and pipe.text_encoder_2 is not None
         require(complete, self.source, "it lacks one of its two CLIP text encoders; only T5 may be left out")
         require(self.schedule.prediction == "flow", self.source, "its scheduler is not one of flow")
+        if pipe.text_encoder_3 is not None:
+            self.reader = Reader(pipe.tokenizer_3, _T5_TOKENS)
         self._patch = int(config.patch_size)
         self.unit = max(self.unit, self.downsample * self._patch)
         self.resolution = self.downsample * int(config.sample_size)

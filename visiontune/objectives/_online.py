@@ -41,7 +41,7 @@ class OnlineConfig:
 class SteppedConfig(OnlineConfig):
     """Options of a rollout of continuous latents."""
 
-    dynamics: Any = option("ddim", help="how the sampler steps: a name, or {name: ddim, eta: 1.0}")
+    dynamics: str | dict[str, Any] = option("ddim", help="how the sampler steps: a name, or {name: ddim, eta: 1.0}")
 
     def __post_init__(self) -> None:
         super().__post_init__()

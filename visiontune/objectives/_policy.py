@@ -44,7 +44,9 @@ class PolicyConfig(GroupConfig, SteppedConfig):
 
     steps: int = option(50, help="sampling steps of a rollout")
     cfg_scale: float = option(5.0, help="guidance of the rollout and of its replay; 1 for none, at half the cost")
-    dynamics: Any = option({"name": "ddim", "eta": 1.0}, help="how the sampler steps; it must add noise")
+    dynamics: str | dict[str, Any] = option(
+        {"name": "ddim", "eta": 1.0}, help="how the sampler steps; it must add noise"
+    )
     group: int = option(1, help="pictures of each prompt in a rollout; train.batch_size is a multiple of it")
     updates: int = option(1, help="optimiser steps into which the rows of a rollout are dealt")
     inner_epochs: int = option(1, help="times that a rollout is gone through")

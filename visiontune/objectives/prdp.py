@@ -48,7 +48,9 @@ class Config(GroupConfig, SteppedConfig):
     updates: int = option(4, help="K, optimiser steps for each rollout")
     steps: int = option(25, help="T, sampling steps of a rollout")
     cfg_scale: float = option(5.0, help="guidance of rollout and training; 1 for none")
-    dynamics: Any = option({"name": "ddim", "eta": 1.0}, help="how the sampler steps; it must add noise")
+    dynamics: str | dict[str, Any] = option(
+        {"name": "ddim", "eta": 1.0}, help="how the sampler steps; it must add noise"
+    )
     beta: float = option(3e-5, help="weight of the KL to the base, in units of the reward and of over_steps")
     clip: float | None = option(1e-4, help="how far rhat_t may move from the rollout's; null for no clipping")
     over_steps: Literal["mean", "sum"] = option(

@@ -29,7 +29,7 @@ from visiontune.schema import option
 class Config:
     """Options of MRC."""
 
-    reconstruct: Any = option(
+    reconstruct: str | dict[str, Any] | None = option(
         None, help="your .py file, or {name: file, **options}: its build(config) returns the function that renders"
     )
     rows: int = option(2, help="rows of views in an image")

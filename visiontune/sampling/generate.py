@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import logging
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -16,6 +18,7 @@ from tqdm.auto import tqdm
 from visiontune import files
 from visiontune.data.prompt_files import read_prompts
 from visiontune.errors import UserError
+from visiontune.models.words import lost
 from visiontune.sampling import manifest
 from visiontune.sampling.config import SampleConfig
 from visiontune.sampling.grid import grid
@@ -30,6 +33,7 @@ if TYPE_CHECKING:
 __all__ = ["generate", "images"]
 
 T = TypeVar("T")
+_log = logging.getLogger(__name__)
 _GRID_COLUMNS = 8
 
 
@@ -50,6 +54,7 @@ def generate(config: SampleConfig, model: PipelineModel | None = None) -> Path:
     """
     state = _processes(config.device)
     prompts = substituted(read_prompts(config.prompts), config)
+    config = replace(config, negative_prompt=substituted([config.negative_prompt], config)[0])
     jobs = manifest.plan(prompts, config.seed_list(), config.format)
     settings = _settings(config, model)
     out = Path(config.out).expanduser()
@@ -79,6 +84,10 @@ def _draw(
     if mine:
         hidden = not state.is_main_process
         with loaded(config, model, state) as ready, tqdm(total=todo, unit="image", disable=hidden) as bar:
+            named = [(f"prompts[{job.index}]", job.prompt) for job in {job.index: job for job in jobs}.values()]
+            for line in lost(ready, {"prompt": [*named, ("negative_prompt", config.negative_prompt)]}):
+                if state.is_main_process:
+                    _log.warning("%s", line)
             for batch in mine:
                 bar.update(_run(config, ready, batch, finished, settings, manifest.part(out, state.process_index)))
     state.wait_for_everyone()

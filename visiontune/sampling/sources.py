@@ -11,6 +11,7 @@ import torch
 from accelerate import PartialState
 
 from visiontune import adapters, models
+from visiontune.data.base import has_slots, substitute
 from visiontune.errors import UserError
 from visiontune.sampling.config import SampleConfig
 
@@ -42,18 +43,13 @@ def base_of(config: SampleConfig) -> str:
 
 def substituted(prompts: list[str], config: SampleConfig) -> list[str]:
     """Prompts with ``[trigger]`` and ``[class]`` replaced by the words that the first adapter was trained with."""
-    if not any(slot in prompt for prompt in prompts for slot in ("[trigger]", "[class]")):
+    if not any(map(has_slots, prompts)):
         return prompts
     header: dict[str, str] = {}
     for name in reversed(config.adapter_list()):
         header |= adapters.read_header(adapter_file(name))
-    words = {"[trigger]": header.get("trigger"), "[class]": header.get("class_noun")}
-    for slot, word in words.items():
-        if any(slot in prompt for prompt in prompts):
-            if not word:
-                raise UserError(f"a prompt has {slot}, but no adapter says what it stands for: write the word itself")
-            prompts = [prompt.replace(slot, word) for prompt in prompts]
-    return prompts
+    mend = "give an adapter that says what it stands for, or write the word itself"
+    return [substitute(prompt, header.get("trigger"), header.get("class_noun"), mend=mend) for prompt in prompts]
 
 
 @contextmanager

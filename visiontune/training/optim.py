@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import Parameter
 
 from visiontune.errors import UserError
-from visiontune.schema import nearest
+from visiontune.schema import nearest, spelt
 from visiontune.training.config import TrainConfig
 
 if TYPE_CHECKING:
@@ -112,11 +112,11 @@ def make_optimizer(
     if train.optimizer == "adafactor":
         options |= {"scale_parameter": False, "relative_step": False, "warmup_init": False}
     factory = _factory(train.optimizer)
-    matrix = _MATRIX_DEFAULTS.get(OPTIMIZERS.get(train.optimizer, train.optimizer), {}) | train.matrix_options
+    matrix = _MATRIX_DEFAULTS.get(OPTIMIZERS.get(train.optimizer, train.optimizer), {}) | _spelt(train.matrix_options)
     if matrix:
         groups = [part for group in groups for part in _split(group, matrix)]
     try:
-        made = factory([g for g in groups if g["params"]], lr=train.lr, **options | train.optimizer_options)
+        made = factory([g for g in groups if g["params"]], lr=train.lr, **options | _spelt(train.optimizer_options))
     except (TypeError, ValueError) as error:
         raise UserError(f"train.optimizer_options do not fit {train.optimizer}: {error}") from error
     # What torch's optimisers do not know in a group they pass over in silence.
@@ -124,6 +124,10 @@ def make_optimizer(
     if unread and _package(made) in _CLOSED:
         raise UserError(f"train.matrix_options.{unread[0]} is no option of {train.optimizer}: did you mean galore?")
     return made
+
+
+def _spelt(options: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: spelt(value) for name, value in options.items()}
 
 
 def _split(group: Mapping[str, Any], matrix: Mapping[str, Any]) -> list[dict[str, Any]]:

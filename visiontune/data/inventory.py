@@ -1,0 +1,42 @@
+"""What a run uses of the data that it was given, in lines for its reader."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+
+from visiontune.data.base import DEFAULT_PROMPT, Config, Sample, listed
+from visiontune.data.readers import left_out
+
+
+def inventory(samples: Sequence[Sample], config: Config) -> list[str]:
+    """Lines on the columns with their kinds of files, on where captions come from, and on what is ignored."""
+    own = [sample for sample in samples if not sample.prior]
+    if not own:
+        return []
+    kinds: dict[str, Counter[str]] = {}
+    for sample in own:
+        for column, source in sample.sources.items():
+            kinds.setdefault(column, Counter())[source.file.suffix.lower() if source.file else "no file"] += 1
+    columns = (f"{column} {count.total()} ({_counted(count)})" for column, count in kinds.items())
+    lines = [f"columns: {', '.join(columns)}", f"captions: {_origins(own)}"]
+    left = left_out(config, list(kinds))
+    return [*lines, f"ignored: {listed(left)}"] if left else lines
+
+
+def uncaptioned(samples: Sequence[Sample]) -> list[str]:
+    """A line on pictures that get ``data.prompt`` where others, or their table, have captions; or nothing."""
+    own = [sample for sample in samples if not sample.prior]
+    bare = [sample.id for sample in own if sample.caption_from.startswith(DEFAULT_PROMPT)]
+    if not bare or all(sample.caption_from == DEFAULT_PROMPT for sample in own):
+        return []
+    return [f"{len(bare)} of {len(own)} pictures have no caption and get {DEFAULT_PROMPT}: {listed(bare)}"]
+
+
+def _origins(samples: Sequence[Sample]) -> str:
+    counts = Counter(sample.caption_from for sample in samples)
+    return ", ".join(f"{count} from {origin}" for origin, count in counts.most_common())
+
+
+def _counted(counts: Counter[str]) -> str:
+    return ", ".join(f"{count} {kind}" for kind, count in counts.most_common())

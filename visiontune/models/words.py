@@ -1,0 +1,91 @@
+"""How many tokens of a prompt a pipeline reads, and what is said of the others."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from visiontune.outside import shown
+
+_log = logging.getLogger(__name__)
+_SHOWN = 10
+_CHUNK = 1024
+_ENDS = 3  # of T5, whose first token may be an empty word, and of CLIP, with its two marks
+# What diffusers and transformers say of a prompt that is cut, at every call and by the words that are lost alone.
+_THEIRS = ("input was truncated because", "sequence length is longer than the specified maximum")
+
+
+class Reader:
+    """The tokenizer that reads the most of a prompt, and how much that is.
+
+    Args:
+        tokenizer: of transformers.
+        limit: tokens that its encoder takes, those that mark beginning and end included.
+    """
+
+    def __init__(self, tokenizer: Any, limit: int) -> None:
+        self.tokenizer, self.limit = tokenizer, limit
+        self._known: set[str] = set()
+
+    def cut(self, prompts: Sequence[str]) -> dict[str, int]:
+        """The prompts that are longer than the limit, with the tokens that they have. They count as said."""
+        self._known.update(prompts)
+        new = [prompt for prompt in dict.fromkeys(prompts) if not self._short(prompt)]
+        found: dict[str, int] = {}
+        with quiet():
+            for start in range(0, len(new), _CHUNK):
+                chunk = new[start : start + _CHUNK]
+                found |= zip(chunk, map(len, self.tokenizer(chunk)["input_ids"]), strict=True)
+        return {prompt: count for prompt, count in found.items() if count > self.limit}
+
+    def _short(self, prompt: str) -> bool:
+        """Whether a prompt is read whole for certain: a token has a letter at least, but for those at the ends."""
+        return prompt.isascii() and len(prompt) <= self.limit - _ENDS
+
+    def lost(self, kind: str, named: Sequence[tuple[str, str]]) -> list[str]:
+        """One line on the texts that are cut, or none.
+
+        Args:
+            kind: what a text is, ``caption``. named: what it is called, and its words.
+        """
+        cut = self.cut([text for _, text in named])
+        names = [f"{name} ({cut[text]} tokens)" for name, text in named if text in cut]
+        if not names:
+            return []
+        more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+        some = f"1 {kind} is" if len(names) == 1 else f"{len(names)} {kind}s are"
+        return [
+            f"{some} longer than the {self.limit} tokens that the model reads, and the words after them are lost: "
+            f"{', '.join(names[:_SHOWN])}{more}"
+        ]
+
+    def say(self, prompts: Sequence[str]) -> None:
+        """Warn of prompts that are cut, once of each."""
+        new = dict.fromkeys(prompt for prompt in prompts if prompt not in self._known)
+        for line in self.lost("prompt", [(f"'{shown(prompt)[:80]}'", prompt) for prompt in new]):
+            _log.warning("%s", line)
+
+
+def lost(model: Any, texts: Mapping[str, Sequence[tuple[str, str]]]) -> list[str]:
+    """What is said of texts that a model reads in part: :meth:`Reader.lost` of each kind; nothing without a reader."""
+    reader = getattr(model, "reader", None)
+    return [] if reader is None else [line for kind, named in texts.items() for line in reader.lost(kind, named)]
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """The libraries' own words on prompts that are cut left out for a while."""
+    handlers = [handler for name in ("diffusers", "transformers") for handler in logging.getLogger(name).handlers]
+    for handler in handlers:
+        handler.addFilter(_new_to_us)
+    try:
+        yield
+    finally:
+        for handler in handlers:
+            handler.removeFilter(_new_to_us)
+
+
+def _new_to_us(record: logging.LogRecord) -> bool:
+    return not any(words in record.getMessage() for words in _THEIRS)
