@@ -26,7 +26,6 @@ MAY_IMPORT = {
     "errors": set(),
     "outside": {"errors"},
     "files": {"errors"},
-    "outside": {"errors"},
     "schema": {"errors"},
     "plugin": {"errors", "schema"},
     "catalogue": {"errors", "outside", "schema"},
