@@ -209,8 +209,8 @@ def _keep_base(config: Config, name: str, layer: Any) -> None:
     if base.home.moved():
         options = {key: value for key, value in config.options.items() if "init" in key} or "its defaults"
         raise UserError(
-            f"PEFT's '{config.method}' with {options} moves the base's own weights ('{name}') when it starts, so its file "
-            "would fit no base: take another start"
+            f"PEFT's '{config.method}' with {options} moves the base's own weights ('{name}') when it starts, so its "
+            "file would fit no base: take another start"
         )
     base.home = Precise(base.home.layer)
     base.lie_on(base.home)

@@ -170,8 +170,8 @@ def _decompose(delta: Tensor, lengths: Tensor, weight: Tensor) -> Tensor:
     shape = [-1 if d == kept else 1 for d in range(w.dim())]
     if lengths.numel() != w.shape[kept]:
         raise RuntimeError
-    norm = v.norm(dim=[d for d in range(w.dim()) if d != kept], keepdim=True).clamp_min(torch.finfo(w.dtype).tiny)
-    return lengths.double().view(shape) / norm * v - w
+    norm = torch.linalg.vector_norm(v, dim=[d for d in range(w.dim()) if d != kept], keepdim=True)
+    return lengths.double().view(shape) / norm.clamp_min(torch.finfo(w.dtype).tiny) * v - w
 
 
 def _of_rows(lengths: Tensor, weight: Tensor) -> bool:
@@ -199,7 +199,7 @@ def _take(left: dict[str, Tensor], part: str, what: str) -> Tensor:
 
 
 def _shaped(value: Tensor, weight: Tensor, rows: int | None = None) -> Tensor:
-    """``value`` in the shape of ``weight``, or with so many rows; a kernel may be flat, one of a single place left out."""
+    """``value`` in the shape of ``weight``, or with so many rows; its kernel may be flat, or left out where it is 1x1."""
     shape = weight.shape if rows is None else torch.Size((rows, *weight.shape[1:]))
     flat = value.dim() == 2 or len(shape) == 2
     if value.shape == shape or (flat and len(value) == shape[0] and value[0].numel() == shape[1:].numel()):

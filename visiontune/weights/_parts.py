@@ -128,7 +128,7 @@ def _without_adapter(key: str) -> tuple[str, str]:
 
 
 def _find(stem: str, find: Find) -> str | None:
-    stem = stem.removeprefix("base_model.model.").replace(".processor.", ".")
+    stem = stem.replace("base_model.model.", "", 1).replace(".processor.", ".", 1)
     head, _, last = stem.removesuffix("_lora").rpartition(".")
     old = [f"{head}.{now}" for now in _OLD.get(last, ())]
     return next((layer for name in (stem, *old) if (layer := find(name))), None)

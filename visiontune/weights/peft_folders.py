@@ -98,10 +98,11 @@ def _read_oft(
             )
         # PEFT's radius has no factor b^2.
         common |= {"coft": True, "eps": radius / max(sizes.values()) ** 2}
-    fixed = oft.Config(block_size=max(sizes.values()), **common)
-    counted = oft.Config(n_blocks=int(config.get("r") or 0) or None, **common)
+    count = int(config.get("r") or 0)
+    options = [oft.Config(n_blocks=count, **common)] if count > 0 else []
+    options.append(oft.Config(block_size=max(sizes.values()), **common))
     inputs = {layer: fan_in(module) for layer, module in _modules(modules).items() if layer in sizes}
-    own = next((c for c in (fixed, counted) if all(_size(c, n, inputs[n]) == b for n, b in sizes.items())), None)
+    own = next((c for c in options if all(_size(c, n, inputs[n]) == b for n, b in sizes.items())), None)
     if own is None:
         raise UserError(
             f"{file}: PEFT's layers have blocks of {_listed(sizes.values())}, which neither one size nor one number of "
