@@ -1,4 +1,4 @@
-"""What other tools' files hold comes in exactly, judged by PEFT's layers and by each format's formula; the rest is named."""
+"""What other tools' files hold comes in exactly, by PEFT's layers and each format's formula; the rest is named."""
 
 from __future__ import annotations
 
@@ -161,7 +161,7 @@ def test_peft_folders_of_both_versions_of_transformers(level, tmp_path):
         assert not torch.allclose(tiny_pipe().text_encoder(ids)[0], expected, atol=1e-3)
 
 
-# ---------------------------------------------------------------------------------------------- changes of whole weights
+# --------------------------------------------------------------------------------------------- changes of whole weights
 
 LYCORIS = {
     "loha": LoHaConfig(r=2, alpha=3, target_modules=ALL),
@@ -279,7 +279,7 @@ def test_bundled_embeddings_are_set_aside_and_said(tmp_path):
         read(tmp_path, emb)
 
 
-# ------------------------------------------------------------------------------------------------------- what is refused
+# ------------------------------------------------------------------------------------------------------ what is refused
 
 DOWN, UP = "lora_unet_one.lora_down.weight", "lora_unet_one.lora_up.weight"
 GOOD = {DOWN: drawn(2, 12), UP: drawn(8, 2)}
@@ -354,7 +354,7 @@ def test_a_pipe_is_not_read_for_ever(tmp_path):
         read_lora(tmp_path / "pipe.safetensors", {"unet": Net()})
 
 
-# ------------------------------------------------------------------------------------- the names of the joint projection
+# ------------------------------------------------------------------------------------ the names of the joint projection
 
 
 def test_the_joint_weight_of_an_attention_comes_back(tmp_path):

@@ -1,4 +1,4 @@
-"""Every option of the installed PEFT is read, known to be harmless, or refused by name; and starts that move the base."""
+"""Every option of the installed PEFT is read, known to be harmless, or refused by name; starts that move the base."""
 
 from __future__ import annotations
 

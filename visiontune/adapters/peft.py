@@ -189,7 +189,7 @@ def _tuner(config: Config, host: nn.Module, targets: list[str]) -> nn.Module:
         AttributeError,
         ImportError,
         LookupError,
-        NotImplementedError,
+        RuntimeError,
         TypeError,
         ValueError,
     ) as error:

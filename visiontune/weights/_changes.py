@@ -199,7 +199,7 @@ def _take(left: dict[str, Tensor], part: str, what: str) -> Tensor:
 
 
 def _shaped(value: Tensor, weight: Tensor, rows: int | None = None) -> Tensor:
-    """``value`` in the shape of ``weight``, or with so many rows; its kernel may be flat, or left out where it is 1x1."""
+    """``value`` in the shape of ``weight``, or with so many rows; its kernel may be flat, or left out if 1x1."""
     shape = weight.shape if rows is None else torch.Size((rows, *weight.shape[1:]))
     flat = value.dim() == 2 or len(shape) == 2
     if value.shape == shape or (flat and len(value) == shape[0] and value[0].numel() == shape[1:].numel()):
