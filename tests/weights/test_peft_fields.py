@@ -11,6 +11,7 @@ import pytest
 import torch
 from contracts.declared import turned
 from peft import BOFTConfig, LoraConfig, OFTConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from peft.utils.other import get_pattern_key
 from safetensors.torch import save_file
 from torch import nn
 
@@ -170,6 +171,9 @@ def test_block_sizes_are_pefts_or_refused(tmp_path):
     changed(tmp_path / "a", coft=True)
     with pytest.raises(UserError, match="blocks of 8, 12 and COFT's bound"):
         read_peft(tmp_path / "a", {"unet": mine})
+    changed(tmp_path / "a", coft=True, eps=-1.0)
+    with pytest.raises(UserError, match=r"coft and eps=-1\.0 turns nothing"):
+        read_peft(tmp_path / "a", {"unet": mine})
     changed(tmp_path / "a", coft=False, use_cayley_neumann=True, num_cayley_neumann_terms=2)
     with pytest.raises(UserError, match="num_cayley_neumann_terms=2 has no counterpart"):
         read_peft(tmp_path / "a", {"unet": mine})
@@ -190,7 +194,15 @@ READ = [(m, name, rule.kind) for m, table in TABLES.items() for name, rule in ta
 
 @pytest.mark.parametrize(("method", "name", "kind"), READ)
 def test_what_is_read_must_be_of_its_kind(method, name, kind):
-    for value in ("x" if kind != "text" else 3, [1], float("nan"), float("inf"), {"a": "x"}, 10**40):
+    for value in (
+        "x" if kind != "text" else 3,
+        [1],
+        None if kind != "numbers by name" else 3,
+        float("nan"),
+        float("inf"),
+        {"a": "x"},
+        10**40,
+    ):
         with pytest.raises(UserError, match=f"here: PEFT's option {name}=.* should be {kind}"):
             peft_fields.check({name: value}, method, "here")
 
@@ -274,11 +286,28 @@ def test_a_broken_header_is_one_line(text, message, tmp_path):
     assert len(str(caught.value)) < 600
 
 
-def test_a_pattern_that_does_not_come_to_an_end_is_refused():
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize(
+    ("pattern", "message"),
+    [
+        (r"(x|x|xx)+(x|xx|x)+(x|xx)+y.*\1", "takes too long to match"),
+        ("(" * 40 + "x" + "+)" * 40 + "y", "nests deeper than names of layers do"),
+        ("x*" * 1000, "is longer or nests deeper"),
+    ],
+)
+def test_a_pattern_that_does_not_come_to_an_end_is_refused(pattern, message):
     begun = time.monotonic()
-    with pytest.raises(UserError, match="takes too long to match"):
-        peft_fields.matches(r"(x|x|xx)+(x|xx|x)+(x|xx)+y.*\1", "x" * 400, "here")
-    assert time.monotonic() - begun < 10
+    with pytest.raises(UserError, match=message):
+        peft_fields.matches(pattern, "x" * 400, "here")
+    assert time.monotonic() - begun < 20
+
+
+@pytest.mark.parametrize(
+    "pattern", ["q_proj", r"^model.decoder.layers.0.*q_proj", "layers.0.q_proj", "(q|k)_proj", "k_proj"]
+)
+def test_patterns_match_as_in_peft(pattern):
+    name = "model.decoder.layers.0.encoder_attn.q_proj"
+    assert peft_fields.matches(pattern, name, "here") == (get_pattern_key([pattern], name) == pattern)
 
 
 @pytest.mark.parametrize(

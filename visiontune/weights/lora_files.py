@@ -74,6 +74,10 @@ def read_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     if not tensors:
         raise UserError(f"{path} holds no tensors")
     for key, value in tensors.items():
+        if value.is_complex() or not (value.is_floating_point() or value.numel() == 1):
+            raise UserError(
+                f"{path}: '{shown(key)}' is of {value.dtype}, as no part of an adapter is: copy the file again"
+            )
         if not value.float().isfinite().all():
             raise UserError(f"{path}: '{shown(key)}' has values that are not finite: the training of it failed")
     return tensors, header
@@ -122,10 +126,20 @@ def changes(
             change = change_of(own, weight, strength, stems[layer].startswith("oft_"))
         except Misfit as error:
             raise UserError(f"{path}: '{layer}' {error}") from error
+        if not _finite(change):
+            raise UserError(f"{path}: '{layer}' has a change that is too large for a number: the training of it failed")
         # Of embeddings and of several groups, tools have factors of other shapes than visiontune.
         plain = isinstance(layers[layer], nn.Linear) or getattr(layers[layer], "groups", 0) == 1
         result[layer] = change if plain else dense(change, weight)
     return result
+
+
+def _finite(change: Factors | Dense) -> bool:
+    """Whether the weight's change has a number in every place, of factors whatever their product may be."""
+    if isinstance(change, Dense):
+        return all(value is None or bool(value.isfinite().all()) for value in change)
+    most = change.rank * float(change.up.abs().max()) * float(change.down.abs().max())
+    return most < torch.finfo(torch.float32).max
 
 
 def _bare(layers: Iterable[str]) -> dict[str, str]:

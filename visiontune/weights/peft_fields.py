@@ -8,6 +8,7 @@ moved base only. Each method has one table, and an option that is in none is ref
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -17,6 +18,8 @@ import regex
 from visiontune.errors import UserError
 from visiontune.outside import shown
 
+# Of a pattern; what an expression takes to compile doubles with each level.
+_LONGEST, _DEEPEST = 1000, 8
 _MERGE = "merge the adapter in PEFT (merge_and_unload) and use that model"
 _CONVERT = (
     "the start moved the base's weights; let PEFT make a plain LoRA of it by "
@@ -138,7 +141,7 @@ def check(config: Mapping[str, Any], method: str, where: str) -> None:
         said = f"{where}: PEFT's option {shown(f'{name}={value!r}')}"
         match TABLES[method].get(name):
             case Read(kind):
-                if value is not None and not _is(kind, value):
+                if not _is(kind, value):
                     raise UserError(f"{said} should be {kind}: copy the adapter again")
             case Refused(why, mend, fine):
                 if value and value not in fine:
@@ -158,6 +161,8 @@ def matches(pattern: str, layer: str, where: str) -> bool:
         UserError: it is no regular expression, or one that does not come to an end.
     """
     said = f"{where}: PEFT's pattern '{shown(pattern)}'"
+    if len(pattern) > _LONGEST or _depth(pattern) > _DEEPEST:
+        raise UserError(f"{said} is longer or nests deeper than names of layers do: write the layer's name instead")
     try:
         # The expression is the file's, and can be one that Python's own matcher would work on for ever.
         return bool(_compiled(pattern).fullmatch(layer, timeout=1.0))
@@ -165,6 +170,10 @@ def matches(pattern: str, layer: str, where: str) -> bool:
         raise UserError(f"{said} is no regular expression ({error}): save the adapter again") from error
     except TimeoutError as error:
         raise UserError(f"{said} takes too long to match '{layer}': write the layer's name instead") from error
+
+
+def _depth(pattern: str) -> int:
+    return max(itertools.accumulate({"(": 1, ")": -1}.get(c, 0) for c in pattern), default=0)
 
 
 @functools.lru_cache(maxsize=1024)
@@ -176,7 +185,7 @@ def _is(kind: str, value: Any) -> bool:
     if kind == "yes or no":
         return isinstance(value, bool)
     if kind == "numbers by name":
-        return isinstance(value, dict) and all(_is("number", one) for one in value.values())
+        return not value or (isinstance(value, dict) and all(_is("number", one) for one in value.values()))
     if kind == "text":
         return isinstance(value, str)
     plain = isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e9

@@ -33,6 +33,8 @@ from visiontune.weights.lora_files import attach_changes, changes, read_tensors
 
 PREFIX = "base_model.model."
 Tensors = dict[str, Tensor]
+# More make no difference in float32, and a file could ask for any number.
+_MOST_TERMS = 1000
 
 
 def read_peft(folder: str | Path, modules: Mapping[str, nn.Module], name: str = "default") -> AdapterSet:
@@ -75,10 +77,10 @@ def _read_oft(
     file: Path, config: Mapping[str, Any], tensors: Tensors, modules: Mapping[str, nn.Module], name: str
 ) -> AdapterSet:
     series, values, sizes = bool(config.get("use_cayley_neumann")), Tensors(), dict[str, int]()
-    terms = int(config.get("num_cayley_neumann_terms") or 5)
-    if series and terms < 3:
+    terms = int(config.get("num_cayley_neumann_terms", 5))
+    if series and not 3 <= terms <= _MOST_TERMS:
         raise UserError(f"{file}: OFT with num_cayley_neumann_terms={terms} has no counterpart here: merge it in PEFT")
-    radius = float(config.get("eps") or 6e-5) if config.get("coft") else None
+    radius = _radius(file, config)
     for layer, _, value in _layers(file, tensors, modules, {".oft_R.weight": 2}):
         sizes[layer] = b = (math.isqrt(8 * value.shape[1] + 1) + 1) // 2
         if not value.numel() or b * (b - 1) // 2 != value.shape[1]:
@@ -88,7 +90,7 @@ def _read_oft(
     common: dict[str, Any] = {
         "block_share": bool(config.get("block_share")),
         "cayley": "neumann" if series else "exact",
-        "terms": max(terms, 3),
+        "terms": terms if series else 5,
     }
     if radius is not None:
         if len(set(sizes.values())) > 1:
@@ -109,6 +111,16 @@ def _read_oft(
             "blocks gives here: merge it in PEFT, or give the model that it was trained on"
         )
     return _attach(file, modules, own, values, name)
+
+
+def _radius(file: Path, config: Mapping[str, Any]) -> float | None:
+    """PEFT's eps where the rotations are bounded."""
+    if not config.get("coft"):
+        return None
+    eps = float(config.get("eps", 6e-5))
+    if eps <= 0:
+        raise UserError(f"{file}: OFT with coft and eps={eps} turns nothing: train it with a positive eps")
+    return eps
 
 
 def _size(config: oft.Config, layer: str, inputs: int) -> int:
