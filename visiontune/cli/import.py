@@ -3,9 +3,9 @@
   visiontune import downloaded.safetensors runs/lora.safetensors --model stable-diffusion-v1-5/stable-diffusion-v1-5
   visiontune import peft_folder runs/oft.safetensors --model pocket/sd
 
-Files are LoRA, DoRA, LoHa, LoKr, OFT or differences of weights as diffusers, PEFT, kohya's scripts, LyCORIS or visiontune
-write them; folders are those of PEFT, with LoRA, OFT or BOFT. What cannot be read exactly is refused by name
-(docs/export.md).
+Files are LoRA, DoRA, LoHa, LoKr, OFT or differences of weights as diffusers, PEFT, kohya's scripts, LyCORIS or
+visiontune write them; folders are those of PEFT, with LoRA, OFT or BOFT. What cannot be read exactly is refused by
+name.
 """
 
 from __future__ import annotations

@@ -102,7 +102,12 @@ def changes(
     Raises:
         UserError: see :func:`read_lora`.
     """
-    layers = {f"{c}.{n}": m for c, module in modules.items() for n, m in named_layers(module) if isinstance(m, LAYERS)}
+    layers = {
+        f"{component}.{name}": layer
+        for component, module in modules.items()
+        for name, layer in named_layers(module)
+        if isinstance(layer, LAYERS) and layer.weight is not None
+    }
     mend = "give the model that it was trained on"
     if type(keys) is Keys and any(key.startswith("lora_") for key in tensors):
         mend = f"kohya's names of layers are not known for the family '{keys.family}': give a file in diffusers' names"
@@ -121,7 +126,7 @@ def changes(
     result: dict[str, Factors | Dense] = {}
     for layer, own in parts.items():
         strength = _strength(configs.get(layer.partition(".")[0], {}), (stems[layer], layer), str(path))
-        weight = weight_of(layers[layer])
+        weight = _base(layers[layer])
         try:
             change = change_of(own, weight, strength, stems[layer].startswith("oft_"))
         except Misfit as error:
@@ -132,6 +137,11 @@ def changes(
         plain = isinstance(layers[layer], nn.Linear) or getattr(layers[layer], "groups", 0) == 1
         result[layer] = change if plain else dense(change, weight)
     return result
+
+
+def _base(layer: nn.Module) -> Tensor:
+    """The weight where files are read, which need not be where the model lies."""
+    return weight_of(layer).detach().cpu()
 
 
 def _finite(change: Factors | Dense) -> bool:
@@ -175,7 +185,7 @@ def _attach_factors(factors: Mapping[str, Factors], modules: Mapping[str, nn.Mod
         own[f"{layer}.down"].zero_()[: len(down)] = down
         own[f"{layer}.up"].zero_()[:, : len(down)] = up
         if dora:
-            base = weight_of(made.layer(layer))
+            base = _base(made.layer(layer))
             if lengths is None:
                 lengths = row_lengths(base.double() + (up.double() @ down.double().flatten(1)).view_as(base))
             own[f"{layer}.gain"].copy_(lengths - row_lengths(base))
@@ -188,7 +198,7 @@ def _attach_dense(found: Changes, modules: Mapping[str, nn.Module], name: str) -
     made = adapters.attach(modules, "dense", targets=list(found), name=name, biases=biases)
     own = made.tensors()
     for layer, change in found.items():
-        weight, bias = dense(change, weight_of(made.layer(layer)))
+        weight, bias = dense(change, _base(made.layer(layer)))
         if weight is not None:
             own[f"{layer}.change"].copy_(weight)
         if bias is not None:
