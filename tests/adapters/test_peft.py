@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import typing
+
+import peft
 import pytest
 import torch
 from contracts.declared import Declared
@@ -118,10 +121,51 @@ def test_it_lies_on_top_of_other_sets() -> None:
         assert not torch.allclose(model[0](X), expected, atol=1e-3)
 
 
+# Every start of PEFT's LoRA, by whether it moves the base's weights.
+STARTS: dict[str | bool, bool] = {True: False, False: False, "gaussian": False, "eva": False, "orthogonal": False}
+STARTS |= {"mica": False, "lora_ga": False, "pissa": True, "pissa_niter_4": True, "olora": True, "loftq": True}
+
+
+@pytest.mark.filterwarnings("ignore:`init_lora_weights` is")
+@pytest.mark.parametrize("start", STARTS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_no_start_of_pefts_moves_the_base(start: str | bool, dtype: torch.dtype, tmp_path) -> None:
+    model, base = net().to(dtype), net().to(dtype)
+    options = {"r": 2, "init_lora_weights": start}
+    if start == "loftq":
+        options["loftq_config"] = {"loftq_bits": 4, "loftq_iter": 1}
+    if STARTS[start]:
+        refusal = rf"with .*{start}.* moves the base's own weights \('0'\) when it starts"
+        if start == "loftq" and not torch.cuda.is_available():
+            refusal = "cannot put its 'Lora' on linear layers of these sizes: .*NVIDIA"  # PEFT makes it on CUDA only
+        with pytest.raises(UserError, match=refusal):
+            attach({"unet": model}, "peft", targets=["0", "2"], method="Lora", options=options)
+    else:
+        bridge = attach({"unet": model}, "peft", targets=["0", "2"], method="Lora", options=options)
+        moved(bridge)
+        assert not torch.equal(model(X.to(dtype)), base(X.to(dtype)))
+        with bridge.disable():
+            assert torch.equal(model(X.to(dtype)), base(X.to(dtype)))
+        other = net().to(dtype)
+        load({"unet": other}, bridge.save(tmp_path / "a.safetensors"))
+        assert torch.equal(other(X.to(dtype)), model.eval()(X.to(dtype)))
+    for key, value in base.state_dict().items():
+        assert torch.equal(model.state_dict()[key], value)
+
+
+def test_the_starts_are_all_that_peft_offers() -> None:
+    """As its configuration's own annotation has them; corda needs statistics that the bridge does not collect."""
+    kinds = typing.get_args(typing.get_type_hints(peft.LoraConfig)["init_lora_weights"])
+    offered = {word for kind in kinds for word in typing.get_args(kind)}
+    assert "pissa" in offered
+    assert offered - {"pissa_niter_[number of iters]", "corda"} <= STARTS.keys()
+
+
 @pytest.mark.parametrize(
     ("method", "options", "message"),
     [
         ("LoHaha", {}, "no method 'LoHaha'; did you mean 'loha'"),
+        ("Lora", {"r": 2, "init_lora_weights": "corda"}, "cannot put its 'Lora' on linear layers of these sizes"),
         ("LoHa", {"rank": 2}, "adapter.options.rank is not an option of PEFT's LoHaConfig"),
         ("LoHa", {"target_modules": ["0"]}, "adapter.options.target_modules is not an option"),
         ("AdaLora", {}, "AdaLoraConfig refuses its options"),

@@ -146,8 +146,8 @@ def test_what_import_refuses(cli, adapter, tmp_path, tiny_folder) -> None:
         (("nowhere", "a.safetensors"), "there is no nowhere"),
         ((path, "a.bin"), "an adapter is a .safetensors file"),
         ((path, path), "exists: name another output"),
-        ((path, "a.safetensors"), "keys belong to no layer of this model"),
-        ((tiny_folder, "a.safetensors"), "no readable adapter_config.json"),
+        ((path, "a.safetensors"), "is an adapter of visiontune already"),
+        ((tiny_folder, "a.safetensors"), "there is no adapter_config.json of PEFT's folder"),
         ((tiny_folder, "a.safetensors", "--component", "transformer"), "has no component 'transformer'"),
     ):
         result = cli("import", *words, "--model", tiny_folder)

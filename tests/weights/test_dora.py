@@ -12,7 +12,6 @@ from tiny import tiny_pipe
 from torch import nn
 
 from visiontune.adapters import attach
-from visiontune.errors import UserError
 from visiontune.weights.export import export
 from visiontune.weights.keys import keys_of
 from visiontune.weights.lora_files import read_lora
@@ -114,22 +113,36 @@ def test_a_rank_asks_for_a_plain_lora(tmp_path):
     assert not any("dora" in key for key in load_file(tmp_path / "plain.safetensors"))
 
 
-def test_layers_without_lengths_stay_plain_lora_and_scaled_inputs_are_refused(tmp_path):
-    rng = torch.Generator().manual_seed(3)
+def two(rng):
+    """A network of two layers and a kohya file's factors of both, the first square."""
     net = nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 4))
     tensors = {}
     for name, layer in net.named_children():
         tensors[f"lora_unet_{name}.lora_down.weight"] = torch.randn(2, layer.in_features, generator=rng)
         tensors[f"lora_unet_{name}.lora_up.weight"] = torch.randn(layer.out_features, 2, generator=rng)
+    return net, tensors
+
+
+def test_layers_without_lengths_stay_plain_lora(tmp_path):
+    rng = torch.Generator().manual_seed(3)
+    net, tensors = two(rng)
     tensors["lora_unet_0.dora_scale"] = torch.rand(6, 1, generator=rng) + 1
     save_file(tensors, tmp_path / "a.safetensors")
     adapters = read_lora(tmp_path / "a.safetensors", {"unet": net}, keys_of("sd", {"unet": net}))
+    assert adapters.method == "lora"
     change = tensors["lora_unet_1.lora_up.weight"] @ tensors["lora_unet_1.lora_down.weight"]
     torch.testing.assert_close(adapters.weight("unet.1"), net[1].weight + change)
     torch.testing.assert_close(adapters.weight("unet.0").norm(dim=1, keepdim=True), tensors["lora_unet_0.dora_scale"])
-    adapters.detach()
-    tensors["lora_unet_0.dora_scale"] = torch.ones(1, 6)
+
+
+def test_lengths_of_columns_become_a_whole_change(tmp_path):
+    """LyCORIS without ``wd_on_out``: each input's column of W + BA gets the length of the file."""
+    rng = torch.Generator().manual_seed(3)
+    net, tensors = two(rng)
+    scale = tensors["lora_unet_0.dora_scale"] = torch.rand(1, 6, generator=rng) + 1
     save_file(tensors, tmp_path / "b.safetensors")
-    with pytest.raises(UserError, match=r"the DoRA of 'unet\.0' scales inputs"):
-        read_lora(tmp_path / "b.safetensors", {"unet": net}, keys_of("sd", {"unet": net}))
-    assert type(net[0]) is nn.Linear
+    adapters = read_lora(tmp_path / "b.safetensors", {"unet": net}, keys_of("sd", {"unet": net}))
+    v = net[0].weight + tensors["lora_unet_0.lora_up.weight"] @ tensors["lora_unet_0.lora_down.weight"]
+    torch.testing.assert_close(adapters.weight("unet.0"), scale * v / v.norm(dim=0, keepdim=True))
+    change = tensors["lora_unet_1.lora_up.weight"] @ tensors["lora_unet_1.lora_down.weight"]
+    torch.testing.assert_close(adapters.weight("unet.1"), net[1].weight + change)

@@ -126,17 +126,11 @@ def test_what_pefts_formats_cannot_hold_is_refused(tmp_path):
 
 
 def test_unreadable_folders_are_refused(tmp_path):
-    with pytest.raises(UserError, match="no readable adapter_config"):
+    with pytest.raises(UserError, match=r"there is no adapter_config\.json of PEFT's folder"):
         read_peft(tmp_path, {"unet": Net()})
     get_peft_model(Net(), peft.VeraConfig(target_modules=["one"])).save_pretrained(str(tmp_path / "vera"))
     with pytest.raises(UserError, match="holds PEFT's VERA; readable are LORA, OFT, BOFT"):
         read_peft(tmp_path / "vera", {"unet": Net()})
-    biased = get_peft_model(Net(), LoraConfig(r=2, bias="lora_only", target_modules=["one"]))
-    biased.save_pretrained(str(tmp_path / "biased"))
-    net = Net()
-    with pytest.raises(UserError, match="is no part of a LoRA or DoRA"):
-        read_peft(tmp_path / "biased", {"unet": net})
-    torch.testing.assert_close(net(X), Net()(X), rtol=0, atol=0)
 
 
 # ---------------------------------------------------------------------------------------------------- LoRA files
@@ -205,14 +199,14 @@ def test_one_unmatched_key_is_an_error_and_leaves_the_model_alone(tmp_path):
             **good, "unet.three.lora_A.weight": torch.ones(2, 16)
         },
         "'unet.one' has no up factor": {"unet.one.lora_A.weight": torch.ones(2, 16)},
-        r"factor of shape \(2, 12\)": {**good, "unet.one.lora_A.weight": torch.ones(2, 12)},
+        r"shape \(2, 12\), the model's weight \(24, 16\)": {**good, "unet.one.lora_A.weight": torch.ones(2, 12)},
     }  # fmt: skip
     for message, tensors in cases.items():
         save_file(tensors, tmp_path / "bad.safetensors")
         with pytest.raises(UserError, match=message):
             read_lora(tmp_path / "bad.safetensors", {"unet": net})
         assert type(net.one) is nn.Linear
-    with pytest.raises(UserError, match="there is no file"):
+    with pytest.raises(UserError, match=r"there is no file '.*absent"):
         read_lora(tmp_path / "absent.safetensors", {"unet": net})
     (tmp_path / "text.safetensors").write_text("no weights")
     with pytest.raises(UserError, match="is no safetensors file"):

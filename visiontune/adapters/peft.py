@@ -76,7 +76,8 @@ class StandIn(nn.Linear):
         nn.Module.__init__(self)
         self.in_features, self.out_features = layer.in_features, layer.out_features
         # PEFT makes its tensors in the dtype that it finds here.
-        self._beneath: Any = Precise(layer)
+        self.home: Any = Offered(layer)
+        self._beneath: Any = self.home
 
     weight = property(lambda self: self._beneath.weight())
     bias = property(lambda self: self._beneath.bias())
@@ -104,6 +105,32 @@ class Precise:
 
     def bias(self) -> Tensor | None:
         return None if self.layer.bias is None else self.layer.bias.to(**self.place)
+
+
+class Offered(Precise):
+    """The same while PEFT makes its layers, in copies, since some of its starts move what they find (PiSSA, OLoRA)."""
+
+    def __init__(self, layer: nn.Linear) -> None:
+        super().__init__(layer)
+        self._copies: dict[str, nn.Parameter] = {}
+
+    def weight(self) -> Tensor:
+        return self._copy("weight")
+
+    def bias(self) -> Tensor | None:
+        return None if self.layer.bias is None else self._copy("bias")
+
+    def _copy(self, name: str) -> Tensor:
+        if name not in self._copies:
+            value = getattr(self.layer, name).detach().to(**self.place, copy=True)
+            self._copies[name] = nn.Parameter(value, requires_grad=False)
+        return self._copies[name]
+
+    def moved(self) -> bool:
+        """Whether a copy is no longer what it was made of."""
+        return any(
+            not torch.equal(copied, getattr(self.layer, name).to(**self.place)) for name, copied in self._copies.items()
+        )
 
 
 class Alone:
@@ -139,6 +166,8 @@ class Bridge(Method):
         names = {layer: f"layer{i}_" for i, layer in enumerate(layers)}
         host = Host({name: StandIn(layers[layer]) for layer, name in names.items()})
         tuner = _tuner(config, host, list(names.values()))
+        for layer, name in names.items():
+            _keep_base(config, layer, host[name])
         place = masters(next(iter(layers.values())))
         for tensor in (*tuner.parameters(), *tuner.buffers()):
             if tensor.is_floating_point():
@@ -160,12 +189,31 @@ def _tuner(config: Config, host: nn.Module, targets: list[str]) -> nn.Module:
         AttributeError,
         ImportError,
         LookupError,
-        NotImplementedError,
+        RuntimeError,
         TypeError,
         ValueError,
     ) as error:
         reason = str(error).partition("\n")[0]
         raise UserError(f"PEFT cannot put its '{config.method}' on linear layers of these sizes: {reason}") from error
+
+
+def _keep_base(config: Config, name: str, layer: Any) -> None:
+    """Let the layer lie on the base itself, or refuse a start that would have moved it.
+
+    Raises:
+        UserError: PEFT changed the weight that it was shown.
+    """
+    base = layer.get_base_layer() if hasattr(layer, "get_base_layer") else None
+    if not isinstance(base, StandIn):
+        raise UserError(f"PEFT's '{config.method}' does not adapt linear layers")
+    if base.home.moved():
+        options = {key: value for key, value in config.options.items() if "init" in key} or "its defaults"
+        raise UserError(
+            f"PEFT's '{config.method}' with {options} moves the base's own weights ('{name}') when it starts, so its "
+            "file would fit no base: take another start"
+        )
+    base.home = Precise(base.home.layer)
+    base.lie_on(base.home)
 
 
 @torch.no_grad()
@@ -193,10 +241,8 @@ class Bridged(Adapter):
     """One of PEFT's layers."""
 
     def __init__(self, config: Config, layer: Any) -> None:
-        base = layer.get_base_layer() if hasattr(layer, "get_base_layer") else None
-        if not isinstance(base, StandIn):
-            raise UserError(f"PEFT's '{config.method}' does not adapt linear layers")
-        self.layer, self.stand_in, self.home = layer, base, base._beneath
+        base: StandIn = layer.get_base_layer()
+        self.layer, self.stand_in, self.home = layer, base, base.home
         self._random = any("dropout" in name and bool(value) for name, value in config.options.items())
 
     @property

@@ -3,8 +3,9 @@
   visiontune import downloaded.safetensors runs/lora.safetensors --model stable-diffusion-v1-5/stable-diffusion-v1-5
   visiontune import peft_folder runs/oft.safetensors --model pocket/sd
 
-Files are LoRA as diffusers, PEFT or kohya's scripts write it; folders are those of PEFT, with LoRA, OFT or BOFT. A key
-that belongs to no layer of the model is an error.
+Files are LoRA, DoRA, LoHa, LoKr, OFT or differences of weights as diffusers, PEFT, kohya's scripts, LyCORIS or
+visiontune write them; folders are those of PEFT, with LoRA, OFT or BOFT. What cannot be read exactly is refused by
+name.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from visiontune.errors import UserError
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("source", type=Path, help="a .safetensors file with LoRA, or a folder that PEFT saved")
+    parser.add_argument("source", type=Path, help="a .safetensors file with an adapter, or a folder that PEFT saved")
     parser.add_argument("out", type=Path, help="the .safetensors file to write")
     parser.add_argument("--model", required=True, help="the base it was trained on: pocket/sd, a folder, or a Hub id")
     parser.add_argument("--component", default="unet", help="what a folder belongs to (default: %(default)s)")

@@ -1,16 +1,17 @@
-"""LoRA files of other tools: diffusers, PEFT, kohya's scripts and what writes like them.
+"""Adapter files of other tools: LoRA, DoRA and what changes whole weights.
 
 Factors of any rank, strength and layer become one LoRA set, whose rank is the greatest of them; smaller ones are padded
 with zeros, and the strengths ``alpha / rank`` are folded into the second factor, so the change is the file's own. Where
-a layer has lengths of rows (DoRA), the set is one of DoRA; layers without them keep those that their factors give.
+a layer has lengths of rows (DoRA), the set is one of DoRA; layers without them keep those that their factors give. A
+file with any layer that is more than that (LoHa, LoKr, OFT, differences of weights, biases) becomes a ``dense`` set.
 """
 
 from __future__ import annotations
 
-import json
+import functools
 import math
-import re
-from collections.abc import Mapping
+import warnings
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,24 +23,24 @@ from torch import Tensor, nn
 from visiontune import adapters
 from visiontune.adapters import AdapterSet
 from visiontune.adapters._attention import named_layers
-from visiontune.adapters.lora import LAYERS, row_lengths
+from visiontune.adapters._quantised import weight_of
+from visiontune.adapters.dense import LAYERS
+from visiontune.adapters.lora import row_lengths
 from visiontune.errors import UserError
+from visiontune.outside import parse_json, regular, shown
+from visiontune.weights import peft_fields
+from visiontune.weights._changes import Dense, Misfit, Strength, change_of, dense
 from visiontune.weights._factors import Factors
+from visiontune.weights._parts import places
 from visiontune.weights.keys import Keys
 
-_ENDINGS = {
-    "down": (".lora_A.weight", ".lora_down.weight", ".lora.down.weight"),
-    "up": (".lora_B.weight", ".lora_up.weight", ".lora.up.weight"),
-    "alpha": (".alpha",),
-    "lengths": (".lora_magnitude_vector", ".lora_magnitude_vector.weight"),  # PEFT's
-    "dora_scale": (".dora_scale",),  # LyCORIS's
-}
+Changes = Mapping[str, Factors | Dense]
 
 
 def read_lora(
     path: str | Path, modules: Mapping[str, nn.Module], keys: Keys | None = None, name: str = "default"
 ) -> AdapterSet:
-    """Attach the LoRA of a file.
+    """Attach the adapter of a file.
 
     Args:
         path: a ``.safetensors`` file whose keys name layers as diffusers and PEFT do, or as ``keys`` says.
@@ -48,139 +49,191 @@ def read_lora(
         name: see :func:`visiontune.adapters.attach`.
 
     Raises:
-        UserError: the file cannot be read, a key belongs to no layer, a layer lacks a factor, or a shape does not fit.
+        UserError: the file cannot be read or is of another format, a key belongs to no layer, a layer lacks a part, a
+            shape does not fit, a value is not finite, or its header says what cannot be read.
     """
-    tensors = read_tensors(path)
-    layers = [f"{c}.{n}" for c, module in modules.items() for n, m in named_layers(module) if isinstance(m, LAYERS)]
-    return attach_lora(_factors(tensors, (keys or Keys()).names(layers), path), modules, name, path)
+    tensors, header = read_tensors(path)
+    if "visiontune_format" in header:
+        raise UserError(f"{path} is an adapter of visiontune already: use it as it is")
+    return attach_changes(changes(path, tensors, modules, keys or Keys(), _configs(path, header)), modules, name)
 
 
-def read_tensors(path: str | Path) -> dict[str, Tensor]:
-    """The tensors of a safetensors file, or one line that says what is wrong with it."""
-    try:
-        return load_file(path)
-    except FileNotFoundError as error:
-        raise UserError(f"there is no file {path}") from error
-    except SafetensorError as error:
-        raise UserError(f"{path} is no safetensors file ({error}): convert it, or copy it again") from error
-
-
-def attach_lora(
-    factors: Mapping[str, Factors], modules: Mapping[str, nn.Module], name: str, path: str | Path
-) -> AdapterSet:
-    """A LoRA or DoRA set with the factors of each layer.
+def read_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors of a safetensors file and what its header says beside them.
 
     Raises:
-        UserError: ``path`` does not fit a layer.
+        UserError: it is no such file, or holds values that are not finite.
     """
-    rank = max(given.down.shape[0] for given in factors.values())
-    dora = any(given.lengths is not None for given in factors.values())
-    used = {component: module for component, module in modules.items() if _has(component, factors)}
-    made = adapters.attach(used, "lora", targets=list(factors), name=name, rank=rank, dora=dora)
-    own = made.tensors()
+    file = regular(path)
     try:
-        for layer, (down, up, lengths) in factors.items():
-            _fill(own[f"{layer}.down"], down, 0, layer, path)
-            _fill(own[f"{layer}.up"], up, 1, layer, path)
-            if dora:
-                base = made.layer(layer).weight
-                if lengths is None:
-                    lengths = row_lengths(base.double() + (up.double() @ down.double().flatten(1)).view_as(base))
-                _fill(own[f"{layer}.gain"], lengths - row_lengths(base), 0, layer, path)
-    except UserError:
-        made.detach()
-        raise
+        tensors = load_file(file)
+        with safe_open(file, "pt") as opened:
+            header = dict(opened.metadata() or {})
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path} is no safetensors file ({error}): convert it, or copy it again") from error
+    if not tensors:
+        raise UserError(f"{path} holds no tensors")
+    for key, value in tensors.items():
+        if value.is_complex() or not (value.is_floating_point() or value.numel() == 1):
+            raise UserError(
+                f"{path}: '{shown(key)}' is of {value.dtype}, as no part of an adapter is: copy the file again"
+            )
+        if not value.float().isfinite().all():
+            raise UserError(f"{path}: '{shown(key)}' has values that are not finite: the training of it failed")
+    return tensors, header
+
+
+def changes(
+    path: str | Path,
+    tensors: Mapping[str, Tensor],
+    modules: Mapping[str, nn.Module],
+    keys: Keys,
+    configs: Mapping[str, Mapping[str, Any]],
+) -> Changes:
+    """The change of each layer that a file has.
+
+    Args:
+        path: for messages.
+        tensors: by the file's keys.
+        modules: component -> module.
+        keys: what the file may call their layers.
+        configs: component -> PEFT's options, checked; empty where nothing is said.
+
+    Raises:
+        UserError: see :func:`read_lora`.
+    """
+    layers = {
+        f"{component}.{name}": layer
+        for component, module in modules.items()
+        for name, layer in named_layers(module)
+        if isinstance(layer, LAYERS) and layer.weight is not None
+    }
+    mend = "give the model that it was trained on"
+    if type(keys) is Keys and any(key.startswith("lora_") for key in tensors):
+        mend = f"kohya's names of layers are not known for the family '{keys.family}': give a file in diffusers' names"
+    names = _bare(layers) | keys.names(layers)
+    found, bundled = places(path, tensors, functools.partial(_named, names), mend)
+    parts: dict[str, dict[str, Tensor]] = {}
+    stems: dict[str, str] = {}
+    for key, place in found.items():
+        parts.setdefault(place.layer, {})[place.part] = tensors[key].float()
+        stems[place.layer] = place.stem
+    if not parts:
+        raise UserError(f"{path} changes no layer")
+    if bundled:
+        named = ", ".join(map(shown, bundled))
+        warnings.warn(f"{path}: the embeddings bundled with it are left out: {named}", stacklevel=3)
+    result: dict[str, Factors | Dense] = {}
+    for layer, own in parts.items():
+        strength = _strength(configs.get(layer.partition(".")[0], {}), (stems[layer], layer), str(path))
+        weight = _base(layers[layer])
+        try:
+            change = change_of(own, weight, strength, stems[layer].startswith("oft_"))
+        except Misfit as error:
+            raise UserError(f"{path}: '{layer}' {error}") from error
+        if not _finite(change):
+            raise UserError(f"{path}: '{layer}' has a change that is too large for a number: the training of it failed")
+        # Of embeddings and of several groups, tools have factors of other shapes than visiontune.
+        plain = isinstance(layers[layer], nn.Linear) or getattr(layers[layer], "groups", 0) == 1
+        result[layer] = change if plain else dense(change, weight)
+    return result
+
+
+def _base(layer: nn.Module) -> Tensor:
+    """The weight where files are read, which need not be where the model lies."""
+    return weight_of(layer).detach().cpu()
+
+
+def _finite(change: Factors | Dense) -> bool:
+    """Whether the weight's change has a number in every place, of factors whatever their product may be."""
+    if isinstance(change, Dense):
+        return all(value is None or bool(value.isfinite().all()) for value in change)
+    most = change.rank * float(change.up.abs().max()) * float(change.down.abs().max())
+    return most < torch.finfo(torch.float32).max
+
+
+def _bare(layers: Iterable[str]) -> dict[str, str]:
+    """Layers by their names without the component, as diffusers' first files have them, where that is clear."""
+    named: dict[str, list[str]] = {}
+    for layer in layers:
+        named.setdefault(layer.partition(".")[2], []).append(layer)
+    return {name: found[0] for name, found in named.items() if len(found) == 1}
+
+
+def _named(names: Mapping[str, str], stem: str) -> str | None:
+    """The layer that a name means; files that have Stability's or kohya's names may have dots in them."""
+    return names.get(stem) or names.get(stem.replace(".", "_"))
+
+
+def attach_changes(found: Changes, modules: Mapping[str, nn.Module], name: str) -> AdapterSet:
+    """A LoRA, DoRA or dense set with the change of each layer, in evaluation mode."""
+    used = {c: module for c, module in modules.items() if any(layer.startswith(f"{c}.") for layer in found)}
+    factors = {layer: change for layer, change in found.items() if isinstance(change, Factors)}
+    attach = _attach_factors if len(factors) == len(found) else _attach_dense
+    made = attach(found, used, name)  # type: ignore[arg-type]
     made.refresh()
     return made.eval()
 
 
 @torch.no_grad()
-def _fill(own: Tensor, given: Tensor, dim: int, layer: str, path: str | Path) -> None:
-    """Copy into the first rows (``dim`` 0) or columns (1), as many as the given rank."""
-    rank = given.shape[dim]
-    corner = own.narrow(dim, 0, rank) if given.dim() == own.dim() else own
-    if corner.shape != given.shape:
-        raise UserError(
-            f"{path}: '{layer}' has a factor of shape {tuple(given.shape)}, the model takes {tuple(own.shape)}: "
-            "load it into the model it was trained on"
-        )
-    own.zero_()
-    corner.copy_(given)
+def _attach_factors(factors: Mapping[str, Factors], modules: Mapping[str, nn.Module], name: str) -> AdapterSet:
+    rank = max(given.rank for given in factors.values())
+    dora = any(given.lengths is not None for given in factors.values())
+    made = adapters.attach(modules, "lora", targets=list(factors), name=name, rank=rank, dora=dora)
+    own = made.tensors()
+    for layer, (down, up, lengths) in factors.items():
+        own[f"{layer}.down"].zero_()[: len(down)] = down
+        own[f"{layer}.up"].zero_()[:, : len(down)] = up
+        if dora:
+            base = _base(made.layer(layer))
+            if lengths is None:
+                lengths = row_lengths(base.double() + (up.double() @ down.double().flatten(1)).view_as(base))
+            own[f"{layer}.gain"].copy_(lengths - row_lengths(base))
+    return made
 
 
-def _has(component: str, factors: Mapping[str, Factors]) -> bool:
-    return any(layer.startswith(f"{component}.") for layer in factors)
+@torch.no_grad()
+def _attach_dense(found: Changes, modules: Mapping[str, nn.Module], name: str) -> AdapterSet:
+    biases = any(isinstance(change, Dense) and change.bias is not None for change in found.values())
+    made = adapters.attach(modules, "dense", targets=list(found), name=name, biases=biases)
+    own = made.tensors()
+    for layer, change in found.items():
+        weight, bias = dense(change, _base(made.layer(layer)))
+        if weight is not None:
+            own[f"{layer}.change"].copy_(weight)
+        if bias is not None:
+            shift = own.get(f"{layer}.shift")
+            if shift is None or shift.shape != bias.shape:
+                made.detach()
+                raise UserError(f"'{layer}' has a change of its bias that the model's layer does not take")
+            shift.copy_(bias)
+    return made
 
 
-def _factors(tensors: Mapping[str, Tensor], names: Mapping[str, str], path: str | Path) -> dict[str, Factors]:
-    halves: dict[str, dict[str, Tensor]] = {}
-    unknown = []
-    for key, value in tensors.items():
-        part, stem = split_key(key)
-        layer = names.get(stem.removeprefix("base_model.model.")) if part else None
-        if layer is None:
-            unknown.append(key)
-        else:
-            halves.setdefault(layer, {})[part] = value
-    if unknown:
-        raise UserError(
-            f"{path}: {len(unknown)} of {len(tensors)} keys belong to no layer of this model, such as '{unknown[0]}': "
-            "give the model that it was trained on"
-        )
-    if not halves:
-        raise UserError(f"{path} holds no tensors")
-    configs = _configs(path)
-    return {
-        layer: pair_up(layer, parts, path, configs.get(layer.partition(".")[0], {})) for layer, parts in halves.items()
-    }
+def _strength(config: Mapping[str, Any], names: tuple[str, ...], path: str) -> Strength:
+    """PEFT's ``alpha / r`` of a layer; 1 where nothing is said."""
+
+    def strength(rank: int) -> float:
+        if not config:
+            return 1.0
+        patterns = config.get("alpha_pattern") or {}
+        own = next((p for p in patterns if any(peft_fields.matches(p, n.partition(".")[2], path) for n in names)), None)
+        alpha = patterns[own] if own is not None else config.get("lora_alpha", 8)  # PEFT's default
+        return float(alpha) / (math.sqrt(rank) if config.get("use_rslora") else rank)
+
+    return strength
 
 
-def split_key(key: str) -> tuple[str, str]:
-    """Which part of a layer's LoRA a key is (empty: none that is known), and what is left of the name."""
-    for part, endings in _ENDINGS.items():
-        for ending in endings:
-            if key.endswith(ending):
-                return part, key.removesuffix(ending)
-    return "", key
-
-
-def pair_up(layer: str, parts: Mapping[str, Tensor], path: str | Path, config: Mapping[str, Any]) -> Factors:
-    """The factors of a layer, the second one with the strength that the file or PEFT's ``config`` gives it.
-
-    Raises:
-        UserError: a factor is missing, or the lengths are those of the weight's columns.
-    """
-    for part in ("down", "up"):
-        if part not in parts:
-            raise UserError(f"{path}: '{layer}' has no {part} factor: copy the file again")
-    down, up = parts["down"].float(), parts["up"].float()
-    rank = down.shape[0]
-    alpha = float(parts["alpha"]) if "alpha" in parts else _alpha(layer.partition(".")[2], config, rank)
-    strength = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
-    lengths = parts.get("lengths")
-    if "dora_scale" in parts:
-        lengths = parts["dora_scale"]
-        if len(lengths) != len(up):
-            raise UserError(
-                f"{path}: the DoRA of '{layer}' scales inputs (LyCORIS without wd_on_out), which has no counterpart "
-                "here: merge it with the tool that trained it"
-            )
-    return Factors(down, strength * up.flatten(1), None if lengths is None else lengths.double().flatten())
-
-
-def _alpha(layer: str, config: Mapping[str, Any], rank: int) -> float:
-    """PEFT's alpha of a layer; where nothing is said it is the rank."""
-    patterns = config.get("alpha_pattern") or {}
-    own = next((pattern for pattern in patterns if re.fullmatch(rf"(.*\.)?({pattern})", layer)), None)
-    return float(patterns[own] if own else config.get("lora_alpha") or rank)
-
-
-def _configs(path: str | Path) -> dict[str, dict[str, Any]]:
-    """PEFT's config of each component, as diffusers writes it into the header of its files: ``unet.lora_alpha`` ..."""
-    with safe_open(path, "pt") as file:
-        flat = json.loads((file.metadata() or {}).get("lora_adapter_metadata", "{}"))
+def _configs(path: str | Path, header: Mapping[str, str]) -> dict[str, dict[str, Any]]:
+    """PEFT's options of each component, as diffusers writes them into a file's header: ``unet.lora_alpha`` ..."""
+    where = f"the header of {path} (lora_adapter_metadata)"
+    flat = parse_json(header.get("lora_adapter_metadata", "{}"), where)
+    if not isinstance(flat, dict):
+        raise UserError(f"{where} is no mapping of PEFT's options: save the adapter again")
     configs: dict[str, dict[str, Any]] = {}
     for key, value in flat.items():
         component, _, option = key.partition(".")
         configs.setdefault(component, {})[option] = value
+    for component, config in configs.items():
+        peft_fields.check(config, "LORA", f"{where}, {shown(component)}")
     return configs

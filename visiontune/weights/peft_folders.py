@@ -13,9 +13,8 @@ They are written by :mod:`visiontune.weights.formats.peft`.
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +22,19 @@ from torch import Tensor, nn
 
 from visiontune import adapters
 from visiontune.adapters import AdapterSet, boft, oft
+from visiontune.adapters._attention import named_layers
 from visiontune.adapters._cayley import packed
+from visiontune.adapters._layers import fan_in
 from visiontune.errors import UserError
-from visiontune.weights.lora_files import attach_lora, pair_up, read_tensors, split_key
+from visiontune.outside import read_json, shown
+from visiontune.weights import peft_fields
+from visiontune.weights.keys import Keys
+from visiontune.weights.lora_files import attach_changes, changes, read_tensors
 
 PREFIX = "base_model.model."
 Tensors = dict[str, Tensor]
+# More make no difference in float32, and a file could ask for any number.
+_MOST_TERMS = 1000
 
 
 def read_peft(folder: str | Path, modules: Mapping[str, nn.Module], name: str = "default") -> AdapterSet:
@@ -40,74 +46,151 @@ def read_peft(folder: str | Path, modules: Mapping[str, nn.Module], name: str = 
         name: see :func:`visiontune.adapters.attach`.
 
     Raises:
-        UserError: no such folder, another method, a key without its layer, or what visiontune's method cannot be.
+        UserError: no such folder, another method, an option or a key that is not read, or what visiontune's method
+            cannot be.
     """
     folder = Path(folder)
-    try:
-        config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{folder} has no readable adapter_config.json: give a folder that PEFT saved") from error
+    where = folder / "adapter_config.json"
+    config = read_json(where, "adapter_config.json of PEFT's folder")
+    if not isinstance(config, dict):
+        raise UserError(f"{where} is no mapping of PEFT's options: give a folder that PEFT saved")
     readers = {"LORA": _read_lora, "OFT": _read_oft, "BOFT": _read_boft}
     kind = config.get("peft_type")
-    if kind not in readers:
-        raise UserError(f"{folder} holds PEFT's {kind}; readable are {', '.join(readers)}; the bridge trains any")
+    if not isinstance(kind, str) or kind not in readers:
+        said = shown(str(kind))
+        raise UserError(f"{folder} holds PEFT's {said}; readable are {', '.join(readers)}; the bridge trains any")
+    peft_fields.check(config, kind, str(where))
     file = folder / "adapter_model.safetensors"
     component, module = next(iter(modules.items()))
-    tensors = {}
-    for key, value in read_tensors(file).items():
-        layer = key.removeprefix(PREFIX)
-        tensors[f"{component}.{layer}"] = value.float()
+    tensors = {f"{component}.{key.removeprefix(PREFIX)}": value.float() for key, value in read_tensors(file)[0].items()}
     return readers[kind](file, config, tensors, {component: module}, name)
 
 
 def _read_lora(
     file: Path, config: Mapping[str, Any], tensors: Tensors, modules: Mapping[str, nn.Module], name: str
 ) -> AdapterSet:
-    halves: dict[str, dict[str, Tensor]] = {}
-    for key, value in tensors.items():
-        part, layer = split_key(key)
-        if not part:
-            raise UserError(f"{file}: '{key}' is no part of a LoRA or DoRA: merge it in PEFT")
-        halves.setdefault(layer, {})[part] = value
-    factors = {layer: pair_up(layer, parts, file, config) for layer, parts in halves.items()}
-    return attach_lora(factors, modules, name, file)
+    found = changes(file, tensors, modules, Keys(modules=modules), {component: config for component in modules})
+    return attach_changes(found, modules, name)
 
 
 def _read_oft(
     file: Path, config: Mapping[str, Any], tensors: Tensors, modules: Mapping[str, nn.Module], name: str
 ) -> AdapterSet:
-    series = bool(config.get("use_cayley_neumann"))
-    rows = {_layer(file, key, ".oft_R.weight"): value for key, value in tensors.items()}
-    sizes = {layer: math.isqrt(8 * v.shape[1] + 1) // 2 + 1 for layer, v in rows.items()}
-    own = oft.Config(
-        block_size=max(sizes.values()),
-        block_share=bool(config.get("block_share")),
-        cayley="neumann" if series else "exact",
-        terms=int(config.get("num_cayley_neumann_terms", 5)),
-    )
-    values = {f"{layer}.v": v if series else -v for layer, v in rows.items()}
+    series, values, sizes = bool(config.get("use_cayley_neumann")), Tensors(), dict[str, int]()
+    terms = int(config.get("num_cayley_neumann_terms", 5))
+    if series and not 3 <= terms <= _MOST_TERMS:
+        raise UserError(f"{file}: OFT with num_cayley_neumann_terms={terms} has no counterpart here: merge it in PEFT")
+    radius = _radius(file, config)
+    for layer, _, value in _layers(file, tensors, modules, {".oft_R.weight": 2}):
+        sizes[layer] = b = (math.isqrt(8 * value.shape[1] + 1) + 1) // 2
+        if not value.numel() or b * (b - 1) // 2 != value.shape[1]:
+            raise UserError(f"{file}: '{layer}' has rotations of shape {tuple(value.shape)}: copy the adapter again")
+        value = value if radius is None else _projected(value, radius)
+        values[f"{layer}.v"] = value if series else -value
+    common: dict[str, Any] = {
+        "block_share": bool(config.get("block_share")),
+        "cayley": "neumann" if series else "exact",
+        "terms": terms if series else 5,
+    }
+    if radius is not None:
+        if len(set(sizes.values())) > 1:
+            raise UserError(
+                f"{file}: its layers have blocks of {_listed(sizes.values())} and COFT's bound, which differs by size "
+                "here: merge it in PEFT"
+            )
+        # PEFT's radius has no factor b^2.
+        common |= {"coft": True, "eps": radius / max(sizes.values()) ** 2}
+    count = int(config.get("r") or 0)
+    options = [oft.Config(n_blocks=count, **common)] if count > 0 else []
+    options.append(oft.Config(block_size=max(sizes.values()), **common))
+    inputs = {layer: fan_in(module) for layer, module in _modules(modules).items() if layer in sizes}
+    own = next((c for c in options if all(_size(c, n, inputs[n]) == b for n, b in sizes.items())), None)
+    if own is None:
+        raise UserError(
+            f"{file}: PEFT's layers have blocks of {_listed(sizes.values())}, which neither one size nor one number of "
+            "blocks gives here: merge it in PEFT, or give the model that it was trained on"
+        )
     return _attach(file, modules, own, values, name)
+
+
+def _radius(file: Path, config: Mapping[str, Any]) -> float | None:
+    """PEFT's eps where the rotations are bounded."""
+    if not config.get("coft"):
+        return None
+    eps = float(config.get("eps", 6e-5))
+    if eps <= 0:
+        raise UserError(f"{file}: OFT with coft and eps={eps} turns nothing: train it with a positive eps")
+    return eps
+
+
+def _size(config: oft.Config, layer: str, inputs: int) -> int:
+    try:
+        return oft.block_size(config, layer, inputs)
+    except UserError:
+        return 0
+
+
+def _listed(numbers: Any) -> str:
+    return ", ".join(map(str, sorted(set(numbers))))
+
+
+def _projected(v: Tensor, radius: float) -> Tensor:
+    """What PEFT's COFT makes of a layer's blocks [r, b (b - 1) / 2] before it turns anything."""
+    norm = 2**0.5 * v.norm(dim=1, keepdim=True)
+    return v * (radius / len(v) ** 0.5 / norm.clamp_min(1e-30)).clamp_max(1)
 
 
 def _read_boft(
     file: Path, config: Mapping[str, Any], tensors: Tensors, modules: Mapping[str, nn.Module], name: str
 ) -> AdapterSet:
-    values, shapes = {}, set()
-    for key, value in tensors.items():
-        if key.endswith(".boft_s"):
-            values[f"{_layer(file, key, '.boft_s')}.gain"] = value.flatten() - 1
+    values, shapes = Tensors(), dict[str, tuple[int, int]]()
+    for layer, part, value in _layers(file, tensors, modules, {".boft_R": 4, ".boft_s": 2}):
+        if part == ".boft_s":
+            values[f"{layer}.gain"] = value.flatten() - 1
             continue
-        layer, blocks = _layer(file, key, ".boft_R"), value.flatten(0, 1)
-        values[f"{layer}.v"] = -packed(blocks) / 2
-        shapes.add((blocks.shape[-1], len(value)))
-    own = boft.Config(block_size=max(b for b, _ in shapes), factors=max(m for _, m in shapes), rescale=True)
+        if value.shape[2] != value.shape[3] or not value.numel():
+            raise UserError(f"{file}: '{layer}' has rotations of shape {tuple(value.shape)}: copy the adapter again")
+        values[f"{layer}.v"] = -packed(value.flatten(0, 1)) / 2
+        shapes[layer] = (value.shape[-1], len(value))
+    if not shapes:
+        raise UserError(f"{file} has no rotations: copy the adapter again")
+    b, m = (max(pair[i] for pair in shapes.values()) for i in (0, 1))
+    if b % 2:
+        raise UserError(f"{file}: PEFT's BOFT has blocks of {b}, visiontune's are even: merge it in PEFT")
+    own = boft.Config(block_size=b, factors=m, rescale=True)
+    inputs = {layer: fan_in(module) for layer, module in _modules(modules).items() if layer in shapes}
+    if any(inputs[layer] % 2 or boft.shape(own, layer, inputs[layer]) != shape for layer, shape in shapes.items()):
+        raise UserError(
+            f"{file}: PEFT's layers have blocks of {_listed(b for b, _ in shapes.values())}, which one size does not "
+            "give here: merge it in PEFT, or give the model that it was trained on"
+        )
     return _attach(file, modules, own, values, name)
 
 
-def _layer(file: Path, key: str, ending: str) -> str:
-    if not key.endswith(ending):
-        raise UserError(f"{file}: '{key}' is not '<layer>{ending}': merge the adapter in PEFT")
-    return key.removesuffix(ending)
+def _modules(modules: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
+    return {
+        f"{component}.{name}": layer
+        for component, module in modules.items()
+        for name, layer in named_layers(module)
+        if isinstance(layer, oft.LAYERS)
+    }
+
+
+def _layers(
+    file: Path, tensors: Tensors, modules: Mapping[str, nn.Module], endings: Mapping[str, int]
+) -> Iterator[tuple[str, str, Tensor]]:
+    """Layer, ending and tensor of each key; ``endings`` have the number of dimensions that a tensor must have."""
+    names = Keys(modules=modules).names(_modules(modules))
+    for key, value in tensors.items():
+        ending = next((ending for ending in endings if key.endswith(ending)), None)
+        if ending is None:
+            raise UserError(f"{file}: '{shown(key)}' is not '<layer>{next(iter(endings))}': merge the adapter in PEFT")
+        layer = names.get(key.removesuffix(ending))
+        if layer is None:
+            raise UserError(f"{file}: '{shown(key)}' belongs to no layer: give the model that it was trained on")
+        if value.dim() != endings[ending]:
+            raise UserError(f"{file}: '{shown(key)}' has shape {tuple(value.shape)}: copy the adapter again")
+        yield layer, ending, value
 
 
 def _attach(file: Path, modules: Mapping[str, nn.Module], config: Any, values: Tensors, name: str) -> AdapterSet:

@@ -53,9 +53,13 @@ class Keys:
         )
 
     def names(self, layers: Iterable[str]) -> dict[str, str]:
-        """Every name that a file may use for one of the layers -> the layer."""
+        """Every name that a file may use for one of the layers -> the layer.
+
+        CLIP's text encoders have the level ``text_model`` under one version of transformers and not under another.
+        """
         layers = list(layers)
-        return {layer: layer for layer in layers} | {self.public(layer): layer for layer in layers}
+        short = {layer.replace(".text_model.", ".", 1): layer for layer in layers if layer.startswith("text_encoder")}
+        return short | {self.public(layer): layer for layer in layers} | {layer: layer for layer in layers}
 
 
 def keys_of(family: str, modules: Mapping[str, nn.Module]) -> Keys:

@@ -13,10 +13,14 @@ from typing import Any, ClassVar
 from visiontune.errors import UserError
 from visiontune.weights import keys
 
-# What files put in front of a component's layers: encoders are numbered where there are two, and by some tools always.
+# What files put in front of a component's layers, dots apart: kohya's scripts number encoders where there are two, and
+# some tools always; others have diffusers' or ComfyUI's own prefixes before names of any kind.
 _READ: tuple[dict[str, str], ...] = (
     {"unet": "lora_unet", "text_encoder": "lora_te"},
-    {"text_encoder": "lora_te1", "text_encoder_2": "lora_te2"},
+    {"unet": "oft_unet", "text_encoder": "lora_te1", "text_encoder_2": "lora_te2"},
+    {"unet": "unet", "text_encoder": "text_encoder", "text_encoder_2": "text_encoder_2"},
+    {"unet": "diffusion_model", "text_encoder": "text_encoders_clip_l_transformer"},
+    {"unet": "model_diffusion_model", "text_encoder_2": "text_encoders_clip_g_transformer"},
 )
 _OUTSIDE = {
     "conv_in": "input_blocks.0.0",
