@@ -39,11 +39,11 @@ def test_a_merged_model_is_a_plain_diffusers_folder(cli, adapter, tmp_path) -> N
 
 
 @pytest.mark.parametrize("kind", ["diffusers", "kohya"])
-def test_a_lora_file_says_what_it_leaves_out(cli, adapter, tmp_path, kind, tiny_folder) -> None:
+def test_a_lora_file_says_how_far_it_is_off(cli, adapter, tmp_path, kind, tiny_folder) -> None:
     path, weights = adapter
     result = cli("export", path, "lora.safetensors", "--format", kind, "--scale", 0.5, "--dtype", "fp32")
     assert result.code == 0
-    assert "leaves out 0.00%" in result.out
+    assert "off by 0.00%" in result.out
     pipe = StableDiffusionPipeline.from_pretrained(tiny_folder)
     pipe.load_lora_weights(str(tmp_path), weight_name="lora.safetensors")
     pipe.fuse_lora()
@@ -52,7 +52,7 @@ def test_a_lora_file_says_what_it_leaves_out(cli, adapter, tmp_path, kind, tiny_
         torch.testing.assert_close(p.detach(), weights[name], rtol=1e-3, atol=1e-5)
     thin = cli("export", path, "thin.safetensors", "--format", kind, "--rank", 1)
     assert "ranks 1 to 1" in thin.out
-    assert "leaves out 0.00%" not in thin.out
+    assert "off by 0.00%" not in thin.out
 
 
 def test_a_downloaded_adapter_has_no_code_run_unless_it_is_trusted(cli, adapter, tmp_path) -> None:

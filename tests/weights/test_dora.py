@@ -64,7 +64,7 @@ def test_diffusers_loads_an_exported_dora_and_draws_the_same(scale, tmp_path):
     pipe, adapters = adapted(scale)
     done = export(adapters, tmp_path / "dora.safetensors", "diffusers", dtype=torch.float32)
     assert done.dora
-    assert done.worst == 0
+    assert done.worst < 1e-6
     fresh = tiny_pipe()
     fresh.load_lora_weights(str(tmp_path), weight_name="dora.safetensors")
     torch.testing.assert_close(output(fresh), output(pipe), rtol=1e-4, atol=1e-5)
