@@ -104,6 +104,8 @@ def _convert_union(kinds: tuple[Any, ...], value: Any, path: str) -> Any:
         return None
     rest = [k for k in kinds if k is not type(None)]
     exact = [k for k in rest if type(value) is (typing.get_origin(k) or k)]
+    if isinstance(value, Mapping):
+        exact += [k for k in rest if dataclasses.is_dataclass(k)]
     errors = []
     for kind in [*exact, *(k for k in rest if k not in exact)]:
         try:

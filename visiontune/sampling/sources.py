@@ -36,7 +36,7 @@ def base_of(config: SampleConfig) -> str:
     if config.model is not None:
         return config.model
     first = config.adapter_list()[:1]
-    trained_on = adapters.read_header(adapter_file(first[0])).get("base_model") if first else None
+    trained_on = adapters.read_header(adapter_file(first[0].file)).get("base_model") if first else None
     return trained_on or "pocket/sd"
 
 
@@ -45,8 +45,8 @@ def substituted(prompts: list[str], config: SampleConfig) -> list[str]:
     if not any(slot in prompt for prompt in prompts for slot in ("[trigger]", "[class]")):
         return prompts
     header: dict[str, str] = {}
-    for name in reversed(config.adapter_list()):
-        header |= adapters.read_header(adapter_file(name))
+    for one in reversed(config.adapter_list()):
+        header |= adapters.read_header(adapter_file(one.file))
     words = {"[trigger]": header.get("trigger"), "[class]": header.get("class_noun")}
     for slot, word in words.items():
         if any(slot in prompt for prompt in prompts):
@@ -68,9 +68,9 @@ def loaded(config: SampleConfig, model: PipelineModel | None, state: PartialStat
         model = models.load(base_of(config), dtype=dtype, revision=config.revision, device=device, fetch=named)
     sets = []
     try:
-        for i, name in enumerate(config.adapter_list()):
-            sets.append(adapters.load(model.networks(), adapter_file(name), name=f"sample{i}", trust=config.trust))
-            sets[-1].scale = config.adapter_scale
+        for i, one in enumerate(config.adapter_list()):
+            sets.append(adapters.load(model.networks(), adapter_file(one.file), name=f"sample{i}", trust=config.trust))
+            sets[-1].scale = config.adapter_scale * one.scale
         yield model
     finally:
         for adapter_set in reversed(sets):

@@ -44,8 +44,15 @@ class Changes:
         return name.endswith("in_proj") and any(name in found.fused for found in self.sets)
 
     def change(self, name: str) -> tuple[Tensor, Tensor | None]:
-        """What is added to the base's weight and bias (none: nothing), in float32 or wider."""
-        return change(self.layer(name), self._entries(name))
+        """What is added to the base's weight and bias (none: nothing), in float32 or wider.
+
+        A product of factors is formed apart from the base, beside which it may be too small for float32.
+        """
+        weight, bias = change(self.layer(name), self._entries(name))
+        if factors := self.low_rank(name):
+            down, up = (factor.double() for factor in factors)
+            weight = (up @ down.flatten(1)).view_as(weight)
+        return weight, bias
 
     def moves_bias(self, name: str) -> bool:
         """Whether anything is added to the bias."""

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from visiontune.adapters._header import called
+from visiontune.files import public_name
 
 if TYPE_CHECKING:
     from visiontune.weights.export import Exported, Job
@@ -66,20 +68,6 @@ def of_file(done: Exported, job: Job, kind: str) -> dict[str, str]:
     if "x" in (size := facts.get("modelspec.resolution", "")):
         facts["ss_resolution"] = f"({size.partition(',')[0].replace('x', ', ')})"
     return {key: str(value) for key, value in facts.items() if value}
-
-
-def called(method: str, config: Any) -> str:
-    """A method's name, or that of the variant that an option makes of it: ``dora`` of ``lora``, ``coft`` of ``oft``."""
-    for variant in ("dora", "coft"):
-        if config.get(variant) if isinstance(config, Mapping) else getattr(config, variant, False):
-            return variant
-    return method
-
-
-def public_name(source: str) -> str:
-    """A model's name without the place on this machine: a folder's own name."""
-    path = Path(source).expanduser()
-    return path.name if path.is_absolute() or path.exists() else source
 
 
 def _named(header: Mapping[str, Any]) -> dict[str, str]:
