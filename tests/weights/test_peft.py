@@ -137,13 +137,17 @@ def test_a_rank_makes_a_lora_of_any_method(tmp_path):
     assert done.worst < 1e-5 and set(done.ranks.values()) == {16}
 
 
-def test_butterflies_that_peft_does_not_compute_are_said(tmp_path):
-    """Without its CUDA extension PEFT sets the number of factors to one, and does not refuse the file."""
-    for factors, said in ((1, False), (2, True)):
-        net = Net()
+def test_butterflies_that_peft_may_not_load_are_said(tmp_path, monkeypatch):
+    """Without its CUDA extension PEFT sets the number of factors to one, whatever the folder has."""
+    monkeypatch.setattr("peft.tuners.boft.layer.get_fbd_cuda", lambda: None)
+    for factors in (1, 2):
+        net, out = Net(), tmp_path / str(factors)
         adapters = turned(attach({"unet": net}, "boft", targets=LINEAR, block_size=4, factors=factors), 0.3)
-        done = export(adapters, tmp_path / str(factors), "peft", dtype=torch.float32)
-        assert any("CUDA extension" in note for note in done.notes) is said
+        done = export(adapters, out, "peft", dtype=torch.float32)
+        assert any("CUDA extension" in note for note in done.notes) is (factors == 2)
+    PeftModel.from_pretrained(Net(), str(tmp_path / "1"))
+    with pytest.raises(RuntimeError, match="size mismatch"):
+        PeftModel.from_pretrained(Net(), str(tmp_path / "2"))
 
 
 def test_ranks_may_differ_from_layer_to_layer(tmp_path):

@@ -26,8 +26,8 @@ if TYPE_CHECKING:
 
 FOLDER = True
 _BUTTERFLY = (
-    "PEFT computes BOFT of several factors only where its CUDA extension builds; elsewhere it takes the first factor "
-    "alone, without a word: there use --rank (a LoRA) or another format"
+    "PEFT loads BOFT of several factors only where its CUDA extension builds, and elsewhere stops at a size mismatch: "
+    "there use --rank (a LoRA) or another format"
 )
 
 
