@@ -146,6 +146,7 @@ def test_what_export_refuses(cli, adapter, tmp_path) -> None:
         (("export", path, "a.safetensors", "--rank", 2, "--format", "diff"), "leave --rank out"),
         (("export", path, "a.safetensors", "--component", "unet"), "leave --component out"),
         (("export", path, "a.safetensors", "--scale", 1, "--scale", 2), "2 --scale for 1 adapters"),
+        (("export", path, "a.safetensors", "--scale", "nan"), "--scale must be a finite number, not nan"),
     ):
         result = cli(*words)
         assert result.code == 2

@@ -14,6 +14,7 @@ from tiny import tiny_model
 from torch import nn
 
 from visiontune.adapters import attach
+from visiontune.errors import UserError
 from visiontune.weights import metadata
 from visiontune.weights.export import export
 from visiontune.weights.keys import keys_of
@@ -137,6 +138,15 @@ def test_a_difference_too_small_for_its_format_is_said(tmp_path):
         assert done.worst == pytest.approx(float((saved.double() - wanted).norm() / wanted.norm()), rel=1e-3, abs=1e-12)
         assert (done.worst > 0.05) is bad
         assert any("too coarse" in note for note in done.notes) is bad
+
+
+def test_what_a_format_has_no_number_for_is_not_written(tmp_path):
+    _, adapters = small(size=1e6, rank=3)
+    common = {"dtype": torch.float16, "keys": keys_of("sd", {})}
+    with pytest.raises(UserError, match=r"'lora_unet_0\.diff' is not finite in float16: write it by --dtype fp32"):
+        export(adapters, tmp_path / "a.safetensors", "diff", **common)
+    assert not list(tmp_path.iterdir())
+    assert export(adapters, tmp_path / "a.safetensors", "diffusers", **common).worst < 1e-3
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])

@@ -37,7 +37,7 @@ def comfyui(model, kind):
     unet, ldm, stems = model.networks()["unet"], ldm_names(model.networks()["unet"]), set()
     for name in weighted(unet):
         stems |= {f"lora_unet_{ldm[name].replace('.', '_')}"} if name in ldm else set()
-        stems |= {f"lora_unet_{name.replace('.', '_')}", f"unet.{name}"}
+        stems.add(f"lora_unet_{name.replace('.', '_')}")
     for number, (component, encoder) in enumerate(FAMILIES[kind].items(), 1):
         for name in weighted(model.networks()[component]):
             full = name if name.startswith(("text_model.", "text_projection")) else f"text_model.{name}"
@@ -118,6 +118,23 @@ def test_comfyui_has_a_place_for_every_difference(kind, tmp_path):
     assert {stem for key in saved if (stem := key.rpartition(".")[0])} == set(keys.comfy(found.layers).values())
     back = keys.names(found.layers)
     assert all(back[stem] == layer for layer, stem in keys.comfy(found.layers).items())
+
+
+@pytest.mark.parametrize("method", list(declared()))
+def test_every_methods_files_have_a_place(method, tmp_path):
+    model, found = adapted("sd", method, "attention", **declared()[method].options, **declared()[method].export_options)
+    keys, known, written = keys_of("sd", model.networks()), comfyui(model, "sd"), 0
+    for kind, rank in (("kohya", 2), ("diff", None)):
+        try:
+            export(found, tmp_path / f"{kind}.safetensors", kind, dtype=torch.float32, keys=keys, rank=rank)
+        except UserError as error:
+            assert "export as" in str(error) or "got a bias that the base's layer does not have" in str(error)
+            continue
+        for key in load_file(tmp_path / f"{kind}.safetensors"):
+            stem, _, part = key.partition(".") if kind == "kohya" else key.rpartition(".")
+            assert stem in known and part in (FACTORS if kind == "kohya" else ("diff", "diff_b")), key
+            written += 1
+    assert written or method == "ssf"
 
 
 def test_bitfit_writes_its_biases_and_no_zeros(tmp_path):

@@ -13,6 +13,7 @@ folder with LoRA, OFT or BOFT of one component, as they are. Several adapters be
 from __future__ import annotations
 
 import argparse
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -97,6 +98,9 @@ def _check(args: argparse.Namespace) -> None:
 def _scales(args: argparse.Namespace) -> list[float]:
     """A strength for each adapter."""
     given, count = args.scale or [1.0], len(args.adapter)
+    for scale in given:
+        if not math.isfinite(scale):
+            raise UserError(f"--scale must be a finite number, not {scale}")
     if len(given) not in (1, count):
         raise UserError(f"{len(given)} --scale for {count} adapters: give one for all, or one for each")
     return given * count if len(given) == 1 else given

@@ -132,12 +132,16 @@ def save_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[st
     """Write a ``.safetensors`` file, whole or not at all; equal ones are equal files.
 
     Raises:
-        UserError: there is nothing to write.
+        UserError: there is nothing to write, or a number that is none in the format of its tensor.
     """
     if not tensors:
         raise UserError(
             "the adapter changes nothing at this strength, so there is nothing to write: give another scale"
         )
+    for key, value in tensors.items():
+        if not value.isfinite().all():
+            name = str(value.dtype).removeprefix("torch.")
+            raise UserError(f"'{key}' is not finite in {name}: write it by --dtype fp32, or lower --scale")
     written = {key: value.cpu().contiguous() for key, value in tensors.items()}
     with atomic_write(path) as temporary:
         save_file(written, temporary, {"format": "pt", **metadata})
