@@ -74,6 +74,12 @@ def inside(folder: Path, name: str, where: str) -> Path:
     return folder / path
 
 
+def public_name(source: str) -> str:
+    """What a model or folder may be called in files that others get: a folder's own name, without its place."""
+    path = Path(source).expanduser()
+    return path.name if path.is_absolute() or path.exists() else source
+
+
 def write_text(path: str | Path, text: str) -> None:
     """Write UTF-8 text atomically."""
     with atomic_write(path) as temporary:

@@ -111,6 +111,8 @@ def _convert_union(kinds: tuple[Any, ...], value: Any, path: str) -> Any:
     for kind in rest:
         value = structure(value, kind, text=str in rest)
     exact = [k for k in rest if type(value) is (typing.get_origin(k) or k)]
+    if isinstance(value, Mapping):
+        exact += [k for k in rest if dataclasses.is_dataclass(k)]
     errors = []
     for kind in [*exact, *(k for k in rest if k not in exact)]:
         try:

@@ -8,10 +8,12 @@ import huggingface_hub
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tiny import tiny_model
 
 from visiontune.adapters import attach, load, read_header
+from visiontune.models.sd import StableDiffusion
 
 
 @pytest.fixture
@@ -39,11 +41,11 @@ def test_a_merged_model_is_a_plain_diffusers_folder(cli, adapter, tmp_path) -> N
 
 
 @pytest.mark.parametrize("kind", ["diffusers", "kohya"])
-def test_a_lora_file_says_what_it_leaves_out(cli, adapter, tmp_path, kind, tiny_folder) -> None:
+def test_a_lora_file_says_how_far_it_is_off(cli, adapter, tmp_path, kind, tiny_folder) -> None:
     path, weights = adapter
     result = cli("export", path, "lora.safetensors", "--format", kind, "--scale", 0.5, "--dtype", "fp32")
     assert result.code == 0
-    assert "leaves out 0.00%" in result.out
+    assert "off by 0.00%" in result.out
     pipe = StableDiffusionPipeline.from_pretrained(tiny_folder)
     pipe.load_lora_weights(str(tmp_path), weight_name="lora.safetensors")
     pipe.fuse_lora()
@@ -52,7 +54,50 @@ def test_a_lora_file_says_what_it_leaves_out(cli, adapter, tmp_path, kind, tiny_
         torch.testing.assert_close(p.detach(), weights[name], rtol=1e-3, atol=1e-5)
     thin = cli("export", path, "thin.safetensors", "--format", kind, "--rank", 1)
     assert "ranks 1 to 1" in thin.out
-    assert "leaves out 0.00%" not in thin.out
+    assert "off by 0.00%" not in thin.out
+
+
+def moved(model, method, path, seed, targets="attention", **options):
+    """A file of an adapter that has moved; the model is left without it."""
+    made = attach({"unet": model.denoiser}, method, targets=targets, **options)
+    with torch.no_grad():
+        for p in made.parameters():
+            p.add_(0.3 * torch.randn(p.shape, generator=torch.Generator().manual_seed(seed)))
+    made.save(path)
+    made.detach()
+    return path
+
+
+@pytest.mark.parametrize(("second", "targets"), [("lora", "attention"), ("oft", ["to_q", "conv1"])])
+@pytest.mark.parametrize("kind", ["diffusers", "kohya", "diff", "merged"])
+def test_several_adapters_become_what_they_are_together(cli, tmp_path, tiny_folder, second, targets, kind) -> None:
+    """Where both change a layer, the second acts on what the first made of it."""
+    model = tiny_model()
+    one = moved(model, "lora", tmp_path / "one.safetensors", 0, rank=2)
+    options = {"rank": 3} if second == "lora" else {"block_size": 4}
+    two = moved(model, second, tmp_path / "two.safetensors", 1, targets, **options)
+    for i, (file, scale) in enumerate(((one, 0.7), (two, -0.4))):
+        load(model.networks(), file, name=str(i)).scale = scale
+    out = "out" if kind == "merged" else "out.safetensors"
+    words = ("--scale", 0.7, "--scale", -0.4, "--format", kind, "--dtype", "fp32", "--model", tiny_folder)
+    result = cli("export", one, two, out, *words)
+    assert result.code == 0, result.err
+    pipe = StableDiffusionPipeline.from_pretrained(tmp_path / out if kind == "merged" else tiny_folder)
+    if kind == "diff":
+        for name, value in load_file(tmp_path / out).items():
+            layer = next(n for n, _ in pipe.unet.named_modules() if f"lora_unet_{n.replace('.', '_')}.diff" == name)
+            pipe.unet.get_submodule(layer).weight.data += value
+    elif kind != "merged":
+        pipe.load_lora_weights(str(tmp_path), weight_name=out)
+        assert json.loads(header(tmp_path / out)["visiontune.adapters"])[1] == {"method": second, "scale": -0.4}
+    other = StableDiffusion(pipe)
+    torch.testing.assert_close(unet_output(other), unet_output(model), rtol=1e-4, atol=2e-5)
+    assert not torch.allclose(unet_output(tiny_model()), unet_output(model), atol=1e-3)
+
+
+def header(path) -> dict:
+    with safe_open(path, "pt") as file:
+        return file.metadata()
 
 
 def test_a_downloaded_adapter_has_no_code_run_unless_it_is_trusted(cli, adapter, tmp_path) -> None:
@@ -98,12 +143,30 @@ def test_what_export_refuses(cli, adapter, tmp_path) -> None:
         (("export", path, "a.bin"), "diffusers is written to a .safetensors file"),
         (("export", path, path), "exists: name another output"),
         (("export", path, "a.safetensors", "--rank", 0), "--rank must be at least 1"),
+        (("export", path, "a.safetensors", "--rank", 2, "--format", "diff"), "leave --rank out"),
+        (("export", path, "a.safetensors", "--component", "unet"), "leave --component out"),
+        (("export", path, "a.safetensors", "--scale", 1, "--scale", 2), "2 --scale for 1 adapters"),
+        (("export", path, "a.safetensors", "--scale", "nan"), "--scale must be a finite number, not nan"),
     ):
         result = cli(*words)
         assert result.code == 2
         assert message in result.err
         assert result.err.count("\n") == 1
     assert sorted(tmp_path.iterdir()) == before
+
+
+def test_a_peft_folder_is_for_a_component(cli, tmp_path, tiny_folder) -> None:
+    model = tiny_model()
+    adapters = attach(model.of("unet", "text_encoder"), "lora", targets=["to_q", "q_proj"], rank=2)
+    path = adapters.save(tmp_path / "adapter.safetensors", {"base_model": str(tiny_folder)})
+    words = ("export", path, "folder", "--format", "peft")
+    refused = cli(*words)
+    assert refused.code == 2 and "holds one component (--component), not text_encoder, unet: export as" in refused.err
+    assert "has no component 'vae'; it has text_encoder, unet" in cli(*words, "--component", "vae").err
+    done = cli(*words, "--component", "unet")
+    assert done.code == 0 and "not written: text_encoder; each needs a folder of its own" in done.out
+    kept = json.loads((tmp_path / "folder" / "adapter_config.json").read_text())["target_modules"]
+    assert kept and all(f"unet.{name}" in adapters.layers for name in kept)
 
 
 def test_an_adapter_without_a_base_needs_one(cli, tmp_path, tiny_folder) -> None:

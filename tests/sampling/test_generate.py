@@ -20,6 +20,7 @@ from tiny import save_tiny, tiny_model
 from visiontune import adapters
 from visiontune.errors import UserError
 from visiontune.files import Lock
+from visiontune.models import load as load_model
 from visiontune.sampling import generate as module
 from visiontune.sampling.config import SampleConfig
 from visiontune.sampling.generate import generate
@@ -165,6 +166,39 @@ def test_adapters_scale_trigger_and_retraining(folder: Path, finished: Path, tmp
         generate(_config(folder, tmp_path / "b", **first))
     with pytest.raises(UserError, match="there is no adapter"):
         generate(_config(folder, tmp_path / "b", adapter=str(tmp_path)))
+
+
+def test_adapters_with_strengths_of_their_own_draw_as_in_python(folder: Path, tmp_path: Path) -> None:
+    files = [_adapter(tmp_path / f"{seed}.safetensors", seed) for seed in (0, 1)]
+    given = [{"file": str(files[0]), "scale": 0.7}, {"file": str(files[1]), "scale": -0.4}]
+    one = {"prompts": PROMPTS[:1], "seeds": 1}
+    generate(_config(folder, tmp_path / "both", adapter=given, **one))
+    model = load_model(str(folder))
+    for i, (file, scale) in enumerate(zip(files, (0.7, -0.4), strict=True)):
+        adapters.load(model.networks(), file, name=str(i)).scale = scale
+    expected = module.images(model, PROMPTS[0], 0, steps=2)[0]
+    with Image.open(tmp_path / "both" / "00000_seed0.png") as read:
+        np.testing.assert_array_equal(np.asarray(read), expected)
+    recorded = _rows(tmp_path / "both")[0]["settings"]["adapter"]
+    assert [(row["file"], row["scale"]) for row in recorded] == [(str(files[0]), 0.7), (str(files[1]), -0.4)]
+    with pytest.raises(UserError, match=r"adapter was .*0\.7.* and is .*0\.8"):
+        generate(_config(folder, tmp_path / "both", adapter=[{**given[0], "scale": 0.8}, given[1]], **one))
+    pictures = {(tmp_path / "both" / "00000_seed0.png").read_bytes()}
+    for name, adapter, more in (
+        ("ones", [str(file) for file in files], {}),
+        ("one", {"file": str(files[0]), "scale": 0.7}, {}),
+        ("half", given, {"adapter_scale": 0.5}),
+    ):
+        generate(_config(folder, tmp_path / name, adapter=adapter, **more, **one))
+        pictures.add((tmp_path / name / "00000_seed0.png").read_bytes())
+    assert len(pictures) == 4
+    assert "scale" not in _rows(tmp_path / "ones")[0]["settings"]["adapter"][0]
+    for wrong, message in (
+        ({"scale": 1.0}, "adapter.file is missing"),
+        ([{"file": "a", "size": 2}], "size is not an option"),
+    ):
+        with pytest.raises(UserError, match=message):
+            _config(folder, tmp_path, adapter=wrong)
 
 
 def test_without_a_model_an_adapter_is_drawn_with_on_the_one_it_was_trained_on(folder: Path, tmp_path: Path) -> None:

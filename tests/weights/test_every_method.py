@@ -69,10 +69,11 @@ def test_as_a_difference(method, tmp_path):
     export(adapters, tmp_path / "a.safetensors", "diff", dtype=torch.float32, keys=keys_of("sd", {}))
     saved, fresh = load_file(tmp_path / "a.safetensors"), tiny_pipe()
     plain = output(fresh)
-    prefixes = {"unet": "lora_unet_", "text_encoder": "lora_te_text_model_"}
     with torch.no_grad():
         for layer, component in LAYERS.items():
-            stem = prefixes[component] + layer.replace(".", "_")
+            stem = f"text_encoders.clip_l.transformer.text_model.{layer}"
+            if component == "unet":
+                stem = f"lora_unet_{layer.replace('.', '_')}"
             target = getattr(fresh, component).get_submodule(layer)
             if f"{stem}.diff" in saved:
                 target.weight += saved.pop(f"{stem}.diff")

@@ -113,9 +113,12 @@ from visiontune.weights.export import Exported
 
 FOLDER = False
 
-def write(adapters, path, job):
-    path.write_text("\\n".join(job.keys.public(layer) for layer in adapters.layers))
-    return Exported(path, f"{len(adapters.layers)} lines of rank {job.rank}")
+def check(changes, job):
+    pass
+
+def write(changes, path, job):
+    path.write_text("\\n".join(job.keys.public(layer) for layer in changes.layers))
+    return Exported(path, f"{len(changes.layers)} lines of rank {job.rank}")
 '''
 
 

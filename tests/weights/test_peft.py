@@ -43,6 +43,9 @@ CASES = {
     "oft": ("oft", {"block_size": 8}, LINEAR),
     "oft, series": ("oft", {"block_size": 4, "cayley": "neumann", "terms": 6}, LINEAR),
     "oft, shared": ("oft", {"block_size": 8, "block_share": True}, LINEAR),
+    "oft, blocks": ("oft", {"n_blocks": 4}, LINEAR),
+    "oft, shared blocks": ("oft", {"n_blocks": 2, "block_share": True}, LINEAR),
+    "nlora": ("nlora", {"rank": 3}, LINEAR),
     "oft, 1x1": ("oft", {"block_size": 8}, ["point"]),
     "boft": ("boft", {"block_size": 4, "factors": 1}, LINEAR),
     "boft, rescaled": ("boft", {"block_size": 4, "factors": 1, "rescale": True}, LINEAR),
@@ -120,9 +123,74 @@ def test_what_pefts_formats_cannot_hold_is_refused(tmp_path):
             attach({"unet": Net()}, "oft", targets=LINEAR, block_size=16), tmp_path / "a", "peft", dtype=torch.float32
         )
     groups = nn.Sequential(nn.Conv2d(4, 4, 3, groups=2))
-    with pytest.raises(UserError, match="no plain LoRA"):
+    with pytest.raises(UserError, match=r"no format for 'lora' on 'unet\.0'"):
         export(attach({"unet": groups}, "lora", targets=["0"], dora=True), tmp_path / "a", "peft", dtype=torch.float32)
     assert not (tmp_path / "a").exists()
+
+
+def test_a_rank_makes_a_lora_of_any_method(tmp_path):
+    net = Net()
+    adapters = turned(attach({"unet": net}, "oft", targets=LINEAR, block_size=8), 0.1)
+    done = export(adapters, tmp_path / "folder", "peft", dtype=torch.float32, rank=16)
+    theirs = PeftModel.from_pretrained(Net(), str(tmp_path / "folder")).eval()
+    torch.testing.assert_close(theirs(X), net(X), rtol=1e-4, atol=1e-5)
+    assert done.worst < 1e-5 and set(done.ranks.values()) == {16}
+
+
+def test_butterflies_that_peft_may_not_load_are_said(tmp_path, monkeypatch):
+    """Without its CUDA extension PEFT sets the number of factors to one, whatever the folder has."""
+    monkeypatch.setattr("peft.tuners.boft.layer.get_fbd_cuda", lambda: None)
+    for factors in (1, 2):
+        net, out = Net(), tmp_path / str(factors)
+        adapters = turned(attach({"unet": net}, "boft", targets=LINEAR, block_size=4, factors=factors), 0.3)
+        done = export(adapters, out, "peft", dtype=torch.float32)
+        assert any("CUDA extension" in note for note in done.notes) is (factors == 2)
+    PeftModel.from_pretrained(Net(), str(tmp_path / "1"))
+    with pytest.raises(RuntimeError, match="size mismatch"):
+        PeftModel.from_pretrained(Net(), str(tmp_path / "2"))
+
+
+def test_ranks_may_differ_from_layer_to_layer(tmp_path):
+    net = Net()
+    one = turned(attach({"unet": net}, "lora", targets=["one", "two"], rank=3, alpha=5.0, name="one"), 0.1)
+    two = turned(attach({"unet": net}, "lora", targets=["two"], rank=2, name="two"), 0.1)
+    two.scale = -0.4
+    done = export([one, two], tmp_path / "folder", "peft", dtype=torch.float32)
+    assert done.ranks == {"unet.one": 3, "unet.two": 5}
+    theirs = PeftModel.from_pretrained(Net(), str(tmp_path / "folder")).eval()
+    torch.testing.assert_close(theirs(X), net(X), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", ["sd", "sdxl"])
+def test_folders_of_text_encoders_act_whatever_the_version_of_transformers(family, tmp_path):
+    """Before 5 CLIP's layers lie a level deeper, under `text_model`; PEFT leaves out what it finds no layer for."""
+    for component in ("text_encoder", "text_encoder_2")[: 1 + (family == "sdxl")]:
+        pipe, fresh, ids = tiny_pipe(family), tiny_pipe(family), torch.arange(8)[None]
+        module = getattr(pipe, component)
+        adapters = turned(attach({component: module}, "lora", targets=["q_proj", "fc1"], rank=2))
+        out, keys = tmp_path / component, keys_of(family, {component: module})
+        export(adapters, out, "peft", dtype=torch.float32, keys=keys)
+        now = PeftModel.from_pretrained(getattr(fresh, component), str(out)).eval()
+        torch.testing.assert_close(now(ids)[0], module(ids)[0], rtol=1e-4, atol=1e-5)
+        deep = Deep(getattr(tiny_pipe(family), component))
+        before = PeftModel.from_pretrained(deep, str(out)).eval()
+        torch.testing.assert_close(before(ids)[0], module(ids)[0], rtol=1e-4, atol=1e-5)
+        plain = getattr(tiny_pipe(family), component)
+        assert not torch.allclose(plain(ids)[0], module(ids)[0], atol=1e-2)
+        assert set(read_peft(out, {component: plain}).layers) == set(adapters.layers)
+        torch.testing.assert_close(plain(ids)[0], module(ids)[0], rtol=1e-4, atol=1e-5)
+
+
+class Deep(nn.Module):
+    """A text encoder as before transformers 5."""
+
+    def __init__(self, encoder):
+        super().__init__()
+        self.text_model = getattr(encoder, "text_model", encoder)
+        self.whole = None if self.text_model is encoder else [encoder]
+
+    def forward(self, ids):
+        return (self.whole[0] if self.whole else self.text_model)(ids)
 
 
 def test_unreadable_folders_are_refused(tmp_path):

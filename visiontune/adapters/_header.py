@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,17 @@ def sort_header(path: Path) -> None:
         sorted_ = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
         file.seek(8)
         file.write(sorted_.ljust(length))
+
+
+def called(method: str, config: Any) -> str:
+    """A method's name, or that of the variant that an option of its ``config`` makes of it.
+
+    ``dora`` of ``lora``, ``coft`` of ``oft``.
+    """
+    for variant in ("dora", "coft"):
+        if config.get(variant) if isinstance(config, Mapping) else getattr(config, variant, False):
+            return variant
+    return method
 
 
 def read_header(path: str | Path) -> dict[str, Any]:

@@ -145,6 +145,25 @@ def entries_of(layer: nn.Module) -> list[Entry]:
     return layer.__dict__.get("entries", []) if isinstance(layer, Adapted) else []
 
 
+@torch.no_grad()
+def change(layer: Any, entries: Sequence[Entry]) -> tuple[Tensor, Tensor | None]:
+    """What some adapters of a layer, each on top of those before it, add to the frozen weight and bias.
+
+    Returns:
+        In float32 or wider; ``None`` for a bias that stays as it is. A layer without one gets it whole.
+    """
+    frozen, bias = weight_of(layer), getattr(layer, "bias", None)
+    base = frozen.to(torch.promote_types(frozen.dtype, torch.float32))
+    before = None if bias is None else bias.to(base)
+    weight, moved = base, before
+    for entry in entries:
+        weight = entry.adapter.weight(weight, entry.owner.scale)
+        moved = entry.adapter.bias(moved, entry.owner.scale)
+    if moved is before or moved is None:
+        return weight - base, None
+    return weight - base, moved if before is None else moved - before
+
+
 def run(layer: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """The output of a layer with another weight and bias of the same shapes."""
     if isinstance(layer, nn.Linear):

@@ -112,18 +112,10 @@ class AdapterSet(nn.Module):
         """The bias likewise; ``None`` where there is none."""
         return self._up_to_here(layer).bias()
 
-    @torch.no_grad()
     def change(self, layer: str) -> tuple[Tensor, Tensor | None]:
         """What this set alone adds to the base's weight and bias (``None``: nothing), in float32 or wider."""
-        base, adapter = self._layers[layer], self._adapters[layer]
-        weight, bias = _quantised.weight_of(base), getattr(base, "bias", None)
-        assert isinstance(weight, Tensor)
-        high = weight.to(torch.promote_types(weight.dtype, torch.float32))
-        precise = None if bias is None else bias.to(high)
-        moved = adapter.bias(precise, self._scale)
-        if moved is not None and moved is not precise:
-            moved = moved if precise is None else moved - precise
-        return adapter.weight(high, self._scale) - high, None if moved is precise else moved
+        base = self._layers[layer]
+        return _layers.change(base, [entry for entry in _layers.entries_of(base) if entry.owner is self])
 
     def low_rank(self, layer: str) -> tuple[Tensor, Tensor] | None:
         """The same change of the weight as two factors, where the method has them; see :meth:`Adapter.low_rank`."""

@@ -149,6 +149,7 @@ def metadata(run: Run) -> dict[str, str]:
         "class_noun": run.data.class_noun,
         "prompt": in_words(run, run.data.prompt) if run.data.prompt else None,
         "objective": run.objective["name"],
+        "resolution": str(run.data.resolution) if run.data.resolution else None,
         "start": (run.adapter or {}).get("start"),
         "modelspec.title": run.name,
         "modelspec.trigger_phrase": run.data.trigger,

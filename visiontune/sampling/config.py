@@ -3,13 +3,23 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 from visiontune.errors import UserError
 from visiontune.schema import option
 
 Scheduler = Literal["model", "ddim", "euler", "dpm++", "unipc"]
 Format = Literal["png", "webp"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdapterConfig:
+    """An adapter and how much it acts; a bare value is the file."""
+
+    SHORTHAND: ClassVar[str] = "file"
+
+    file: str = option(help="adapter.safetensors or run folder")
+    scale: float = option(1.0, help="strength of this one, times adapter_scale")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,8 +34,10 @@ class SampleConfig:
     revision: str | None = option(None, help="branch, tag or commit of a Hub model")
     dtype: Literal["fp32", "bf16", "fp16"] = option("fp32", help="number format of the weights")
     device: str = option("auto", help="auto, cpu, cuda, cuda:1, mps")
-    adapter: str | list[str] | None = option(None, help="adapter file or run folder, or a list of them")
-    adapter_scale: float = option(1.0, help="strength of the adapters; 0 is the base model")
+    adapter: str | AdapterConfig | list[str | AdapterConfig] | None = option(
+        None, help="adapter file or run folder, {file: ..., scale: 0.7}, or a list of them, each on top of those before"
+    )
+    adapter_scale: float = option(1.0, help="strength of all adapters; 0 is the base model")
     trust: list[str] = option(
         [],
         help="methods from outside the package whose code an adapter file may have run: [mypackage.mymethod, mine.py]",
@@ -56,8 +68,8 @@ class SampleConfig:
             return list(range(self.seeds))
         return list(dict.fromkeys(self.seeds))
 
-    def adapter_list(self) -> list[str]:
-        """The adapters as a list."""
-        if self.adapter is None:
-            return []
-        return [self.adapter] if isinstance(self.adapter, str) else list(self.adapter)
+    def adapter_list(self) -> list[AdapterConfig]:
+        """The adapters as a list, the lowest first."""
+        given = self.adapter if isinstance(self.adapter, list) else [self.adapter]
+        named = [AdapterConfig(file=one) if isinstance(one, str) else one for one in given]
+        return [one for one in named if one is not None]

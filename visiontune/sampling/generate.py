@@ -20,7 +20,7 @@ from visiontune.data.prompt_files import read_prompts
 from visiontune.errors import UserError
 from visiontune.models.words import lost
 from visiontune.sampling import manifest
-from visiontune.sampling.config import SampleConfig
+from visiontune.sampling.config import AdapterConfig, SampleConfig
 from visiontune.sampling.grid import grid
 from visiontune.sampling.manifest import Job
 from visiontune.sampling.pipeline import images
@@ -178,14 +178,13 @@ def _on_main(state: PartialState, action: Callable[[], T]) -> T:
 
 def _settings(config: SampleConfig, model: PipelineModel | None) -> dict[str, Any]:
     """What decides how the images look (batch size, device and processes do not)."""
-    adapters = [(name, hashlib.sha256(adapter_file(name).read_bytes()).hexdigest()) for name in config.adapter_list()]
     source = model.source if model else base_of(config)
     return {
         "model": source,
         "model_files": None if model else _stamp(Path(source).expanduser()),
         "revision": config.revision,
         "dtype": config.dtype,
-        "adapter": [{"file": name, "sha256": digest[:16]} for name, digest in adapters],
+        "adapter": [_adapter(one) for one in config.adapter_list()],
         "adapter_scale": config.adapter_scale,
         "steps": config.steps,
         "cfg_scale": config.cfg_scale,
@@ -195,6 +194,13 @@ def _settings(config: SampleConfig, model: PipelineModel | None) -> dict[str, An
         "width": config.width,
         "format": config.format,
     }
+
+
+def _adapter(one: AdapterConfig) -> dict[str, Any]:
+    digest = hashlib.sha256(adapter_file(one.file).read_bytes()).hexdigest()
+    # Folders that were begun without strengths go on.
+    scale = {} if one.scale == 1 else {"scale": one.scale}
+    return {"file": one.file, "sha256": digest[:16], **scale}
 
 
 def _stamp(folder: Path) -> str | None:

@@ -37,7 +37,7 @@ def base_of(config: SampleConfig) -> str:
     if config.model is not None:
         return config.model
     first = config.adapter_list()[:1]
-    trained_on = adapters.read_header(adapter_file(first[0])).get("base_model") if first else None
+    trained_on = adapters.read_header(adapter_file(first[0].file)).get("base_model") if first else None
     return trained_on or "pocket/sd"
 
 
@@ -46,8 +46,8 @@ def substituted(prompts: list[str], config: SampleConfig) -> list[str]:
     if not any(map(has_slots, prompts)):
         return prompts
     header: dict[str, str] = {}
-    for name in reversed(config.adapter_list()):
-        header |= adapters.read_header(adapter_file(name))
+    for one in reversed(config.adapter_list()):
+        header |= adapters.read_header(adapter_file(one.file))
     mend = "give an adapter that says what it stands for, or write the word itself"
     return [substitute(prompt, header.get("trigger"), header.get("class_noun"), mend=mend) for prompt in prompts]
 
@@ -64,9 +64,9 @@ def loaded(config: SampleConfig, model: PipelineModel | None, state: PartialStat
         model = models.load(base_of(config), dtype=dtype, revision=config.revision, device=device, fetch=named)
     sets = []
     try:
-        for i, name in enumerate(config.adapter_list()):
-            sets.append(adapters.load(model.networks(), adapter_file(name), name=f"sample{i}", trust=config.trust))
-            sets[-1].scale = config.adapter_scale
+        for i, one in enumerate(config.adapter_list()):
+            sets.append(adapters.load(model.networks(), adapter_file(one.file), name=f"sample{i}", trust=config.trust))
+            sets[-1].scale = config.adapter_scale * one.scale
         yield model
     finally:
         for adapter_set in reversed(sets):

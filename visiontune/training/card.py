@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from visiontune.files import write_text
+from visiontune.files import public_name, write_text
 from visiontune.training.config import PreviewConfig, TrainConfig
 from visiontune.training.preview import card_images
 
@@ -26,8 +26,8 @@ def write(
 
     Args:
         out: the run folder.
-        source: the base model. task: what the Hub calls what it does.
-        method: the adapter method; ``None`` after full fine-tuning.
+        source: the base model, of which a folder is called by its own name. task: what the Hub calls what it does.
+        method: what the adapter is called; ``None`` after full fine-tuning.
         train: the run's training options.
         preview: its prompts become the card's widget, with the newest preview of each.
         facts: rows of the table of what was trained.
@@ -36,7 +36,8 @@ def write(
     from huggingface_hub import ModelCardData
 
     data = ModelCardData(
-        base_model=source,
+        # The Hub takes names of its own models alone.
+        base_model=source if public_name(source) == source else None,
         library_name="visiontune",
         pipeline_tag=task,
         tags=[task, "visiontune", *([method] if method else ["full-fine-tuning"])],
@@ -57,7 +58,7 @@ def _body(
     metadata: Mapping[str, str],
 ) -> str:
     what = f"A {method} adapter for" if method else "A full fine-tune of"
-    lines = [f"# {out.name}", "", f"{what} `{source}`, trained with visiontune.", ""]
+    lines = [f"# {out.name}", "", f"{what} `{public_name(source)}`, trained with visiontune.", ""]
     if metadata.get("trigger"):
         lines += [f"The trained subject answers to `{metadata['trigger']}`.", ""]
     rows = {

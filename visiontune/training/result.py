@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from visiontune.adapters._header import called
 from visiontune.files import atomic_write
 from visiontune.training import card, checkpoint, home, preview
 
@@ -28,7 +29,7 @@ def write(run: Trainer, facts: Mapping[str, str]) -> None:
         run.out,
         source=run.model.source,
         task=run.model.task,
-        method=run.adapters.method if run.adapters is not None else None,
+        method=None if run.adapters is None else called(run.adapters.method, run.adapters.config),
         train=run.train,
         preview=run.preview,
         facts={"trained parameters": trained, **facts},

@@ -62,7 +62,13 @@ def read_peft(folder: str | Path, modules: Mapping[str, nn.Module], name: str = 
     peft_fields.check(config, kind, str(where))
     file = folder / "adapter_model.safetensors"
     component, module = next(iter(modules.items()))
-    tensors = {f"{component}.{key.removeprefix(PREFIX)}": value.float() for key, value in read_tensors(file)[0].items()}
+    tensors = {}
+    for key, value in read_tensors(file)[0].items():
+        layer = key.removeprefix(PREFIX)
+        if not hasattr(module, "text_model"):
+            # A level of text encoders that transformers 5 has dropped; visiontune writes both.
+            layer = layer.removeprefix("text_model.")
+        tensors[f"{component}.{layer}"] = value.float()
     return readers[kind](file, config, tensors, {component: module}, name)
 
 
@@ -198,7 +204,7 @@ def _attach(file: Path, modules: Mapping[str, nn.Module], config: Any, values: T
     made = adapters.attach(modules, config, targets=layers, name=name)
     try:
         for layer in made.layers:
-            refuse_kernel(layer, made.weight(layer))
+            refuse_kernel(layer, made.weight(layer), ": merge it in PEFT")
         made.fill(file, values)
     except UserError:
         made.detach()
@@ -206,7 +212,7 @@ def _attach(file: Path, modules: Mapping[str, nn.Module], config: Any, values: T
     return made.eval()
 
 
-def refuse_kernel(layer: str, weight: Tensor) -> None:
-    """Refuse a convolution with a kernel."""
+def refuse_kernel(layer: str, weight: Tensor, mend: str = "") -> None:
+    """Refuse a convolution with a kernel; the line ends with the ``mend``."""
     if weight[0, 0].numel() > 1:
-        raise UserError(f"PEFT does not rotate the weight of a convolution with a kernel, as '{layer}': export a diff")
+        raise UserError(f"PEFT does not rotate the weight of a convolution with a kernel, as '{layer}'{mend}")

@@ -3,9 +3,10 @@
 A file ``<format>.py`` defines
 
 - ``FOLDER``: whether a folder is written, otherwise a ``.safetensors`` file;
-- ``write(adapters, path, job)``: which writes the change of an attached set as the
-  :class:`~visiontune.weights.export.Job` says, whole or not at all, and returns what it wrote
-  (:class:`~visiontune.weights.export.Exported`).
+- ``check(changes, job)``: which raises a :class:`~visiontune.errors.UserError` where the format cannot hold the
+  :class:`~visiontune.weights._sets.Changes` of attached sets, without a mend: the formats that can are asked for;
+- ``write(changes, path, job)``: which writes what was checked as the :class:`~visiontune.weights.export.Job` says,
+  whole or not at all, and returns what it wrote (:class:`~visiontune.weights.export.Exported`).
 """
 
 from __future__ import annotations

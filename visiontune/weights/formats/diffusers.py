@@ -3,27 +3,36 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor
 
 from visiontune.errors import UserError
-from visiontune.weights._factors import Factors, write_factors
+from visiontune.weights._sets import Changes
+from visiontune.weights._factors import Factors, check_factored, factored, save_tensors
 from visiontune.weights.export import Exported, Job
-
-if TYPE_CHECKING:
-    from visiontune.adapters import AdapterSet
+from visiontune.weights.metadata import of_file
 
 FOLDER = False
 
 
-def write(adapters: AdapterSet, path: Path, job: Job) -> Exported:
-    _refuse_unread(adapters, getattr(job.model, "pipe", None))
-    names = {layer: job.keys.public(layer) for layer in adapters.layers}
-    return write_factors(adapters, path, job, "diffusers", names, tensors_of)
+def check(changes: Changes, job: Job) -> None:
+    _refuse_unread(changes, getattr(job.model, "pipe", None))
+    check_factored(changes, "diffusers")
 
 
-def _refuse_unread(adapters: AdapterSet, pipe: Any) -> None:
+def write(changes: Changes, path: Path, job: Job) -> Exported:
+    done, written = factored(changes, job, path)
+    tensors = dict[str, Tensor]()
+    for layer, factors in written.items():
+        # Text encoders are loaded by transformers, which takes names of parameters; PEFT leaves their end out.
+        ending = ".weight" if layer.startswith("text_encoder") else ""
+        tensors |= tensors_of(job.keys.public(layer), factors, ending)
+    save_tensors(tensors, path, of_file(done, job, "diffusers"))
+    return done
+
+
+def _refuse_unread(changes: Changes, pipe: Any) -> None:
     """Refuse layers of parts that the pipeline's ``load_lora_weights`` leaves out without a word.
 
     Raises:
@@ -31,17 +40,17 @@ def _refuse_unread(adapters: AdapterSet, pipe: Any) -> None:
     """
     if not hasattr(pipe, "_lora_loadable_modules"):
         return
-    for layer in adapters.layers:
+    for layer in changes.layers:
         part = layer.partition(".")[0]
         if part not in pipe._lora_loadable_modules:
-            raise UserError(f"{type(pipe).__name__} loads no LoRA of its {part}, which this adapter has: export merged")
+            raise UserError(f"{type(pipe).__name__} loads no LoRA of its {part}, which this adapter has")
 
 
-def tensors_of(name: str, factors: Factors) -> dict[str, Tensor]:
+def tensors_of(name: str, factors: Factors, ending: str = "") -> dict[str, Tensor]:
     """``lora_A``, ``lora_B``; PEFT holds the lengths of a convolution's rows as channels of its output."""
     found = {f"{name}.lora_A.weight": factors.down, f"{name}.lora_B.weight": factors.shaped_up()}
     if factors.lengths is not None:
         kernel = factors.down.dim() - 2
         lengths = factors.lengths.view(1, -1, *[1] * kernel) if kernel else factors.lengths
-        found[f"{name}.lora_magnitude_vector"] = lengths
+        found[f"{name}.lora_magnitude_vector{ending}"] = lengths
     return found

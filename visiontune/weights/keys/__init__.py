@@ -34,6 +34,14 @@ class Keys:
     def __init__(self, family: str = "unknown", modules: Mapping[str, nn.Module] | None = None) -> None:
         self.family, self.modules = family, dict(modules or {})
 
+    def described(self, prediction: str | None) -> tuple[str, str]:
+        """The architecture as ModelSpec calls it, and the base's version as kohya's scripts do: the family's own name.
+
+        Args:
+            prediction: what the model's network predicts, such as ``v``.
+        """
+        return self.family, self.family
+
     def public(self, layer: str) -> str:
         """The layer's name in published files, in which text encoders keep a level that transformers 5 has dropped."""
         component, _, rest = layer.partition(".")
@@ -47,10 +55,15 @@ class Keys:
         Raises:
             UserError: they have no names for the family, or for the component of a layer.
         """
-        raise UserError(
-            f"kohya's scripts have no names for the layers of the family '{self.family}': export as diffusers, peft or "
-            "merged"
-        )
+        raise UserError(f"kohya's scripts have no names for the layers of the family '{self.family}'")
+
+    def comfy(self, layers: Iterable[str]) -> dict[str, str]:
+        """What ComfyUI calls each of the layers, norms and embeddings too: kohya's names where a family says no other.
+
+        Raises:
+            UserError: it has no names for the family, or for the component of a layer.
+        """
+        return self.kohya(layers)
 
     def names(self, layers: Iterable[str]) -> dict[str, str]:
         """Every name that a file may use for one of the layers -> the layer.

@@ -46,6 +46,17 @@ class Keys(keys.Keys):
 
     PREFIXES: ClassVar[dict[str, str]] = {"unet": "lora_unet", "text_encoder": "lora_te"}
 
+    @property
+    def encoders(self) -> Mapping[str, str]:
+        """What ComfyUI calls the text encoders: by the width, Stable Diffusion 2 has another than 1."""
+        config = getattr(self.modules.get("text_encoder"), "config", None)
+        return {"text_encoder": "clip_h" if getattr(config, "hidden_size", None) == 1024 else "clip_l"}
+
+    def described(self, prediction: str | None) -> tuple[str, str]:
+        if self.encoders["text_encoder"] == "clip_l":
+            return "stable-diffusion-v1", "sd_v1"
+        return ("stable-diffusion-v2-768-v", "sd_v2_v") if prediction == "v" else ("stable-diffusion-v2-512", "sd_v2")
+
     def unet_names(self) -> Mapping[str, str]:
         """What kohya's scripts call layers of the UNet, where it is not diffusers' name."""
         return {}
@@ -55,8 +66,17 @@ class Keys(keys.Keys):
         for layer in layers:
             if layer.partition(".")[0] not in self.PREFIXES:
                 known = ", ".join(self.PREFIXES)
-                raise UserError(f"'{layer}' belongs to no component that kohya's format knows: {known}")
+                raise UserError(f"'{layer}' belongs to no component that kohya's format knows ({known})")
         return self._flat(layers, self.PREFIXES, self.unet_names())
+
+    def comfy(self, layers: Iterable[str]) -> dict[str, str]:
+        """Text encoders by keys of the state dict: of kohya's names ComfyUI has those of attention and MLP alone."""
+        return {layer: self._generic(layer) or name for layer, name in self.kohya(layers).items()}
+
+    def _generic(self, layer: str) -> str | None:
+        component, _, rest = self.public(layer).partition(".")
+        encoder = self.encoders.get(component)
+        return encoder and f"text_encoders.{encoder}.transformer.{rest}"
 
     def names(self, layers: Iterable[str]) -> dict[str, str]:
         layers = list(layers)
@@ -64,7 +84,7 @@ class Keys(keys.Keys):
         for prefixes in _READ:
             for unet in ({}, ldm):
                 found |= {name: layer for layer, name in self._flat(layers, prefixes, unet).items()}
-        return found
+        return found | {name: layer for layer in layers if (name := self._generic(layer))}
 
     def _flat(self, layers: list[str], prefixes: Mapping[str, str], unet: Mapping[str, str]) -> dict[str, str]:
         """The layers whose component has a prefix, under it."""
