@@ -6,8 +6,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from tiny_training import tiny_trainer
 
-from tests.tiny_training import tiny_trainer
 from visiontune.assemble import parts
 from visiontune.core import Loss
 from visiontune.errors import UserError

@@ -152,6 +152,25 @@ def score(tools: Tools, images: Tensor, batch: Batch) -> dict[str, Tensor]:
     return {"reward": rewards, **{f"reward/{name}": value.to(rewards) for name, value in terms.items()}}
 
 
+def require_precise(moved: Tensor, clip: float, updates: int) -> None:
+    """Refuse to use a rollout more than once where rounding, and not training, decides what is clipped.
+
+    Args:
+        moved: how far rounding alone moves log-probabilities, of any shape.
+        clip: how far they may move. updates: for how many the rollout serves.
+
+    Raises:
+        UserError: in what precision it could be.
+    """
+    size = float(moved.double().square().mean().sqrt())
+    if not size <= clip:
+        raise UserError(
+            f"the rollout serves {updates} updates, and rounding moves log-probabilities by {size:.2g} between them, "
+            f"more than objective.clip={clip:g}: set train.precision=no and model.dtype=fp32, use each rollout once "
+            "(objective.updates=1, and inner_epochs), or raise clip"
+        )
+
+
 def reward_terms(tools: Tools, scores: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """For the logs: means over the rows of all processes of what :func:`score` gave, and the reward's deviation."""
     everyone = {name: tools.gather(values.detach()) for name, values in scores.items()}

@@ -26,11 +26,11 @@ import torch
 from torch import Tensor
 
 from visiontune.core import Batch, Loss
-from visiontune.diffusion.replay import backpropagate_scores, reference, replay
+from visiontune.diffusion.replay import backpropagate_scores, reference, replay, rounding
 from visiontune.diffusion.trajectory import Trajectory
 from visiontune.errors import UserError
 from visiontune.objectives._draw import draw_scored
-from visiontune.objectives._online import GroupConfig, Stepped, SteppedConfig
+from visiontune.objectives._online import GroupConfig, Stepped, SteppedConfig, require_precise
 from visiontune.objectives.base import Needs, Tools
 from visiontune.schema import option
 
@@ -109,6 +109,10 @@ class PRDP(Stepped):
     likelihoods = True
     config: Config
 
+    def __init__(self, config: Config) -> None:
+        super().__init__(config)
+        self._precise = self.updates == 1
+
     @property
     def needs(self) -> Needs:
         return replace(super().needs, text=False, reference=True)
@@ -129,6 +133,9 @@ class PRDP(Stepped):
             now = torch.cat([replay(model, t) for t in collected.trajectories])
         if part == 0:
             self._require_start(now, collected)
+        if self.config.clip is not None and not self._precise:
+            require_precise(rounding(model, collected.trajectories[0]), self.config.clip, self.updates)
+            self._precise = True
         found = (now - collected.base, collected.old - collected.base, collected.rewards, collected.prompts)
         implied, old, rewards, prompts = (tools.gather(value).cpu() for value in found)
         # A step's clip range may be 1e-9 of the rewards' difference over beta.
