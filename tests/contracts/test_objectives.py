@@ -335,6 +335,24 @@ def test_bfloat16_stays_finite_and_near(case, tmp_path):
     assert torch.cosine_similarity(flat(found), flat(rounded), dim=0) > 0.9
 
 
+class Rounded(Scored):
+    """All pictures score the same, but for rounding."""
+
+    def score(self, images, prompts, meta):
+        return 1e-7 * super().score(images, prompts, meta)
+
+
+@where(lambda case: case.has("reward_noise"))
+def test_rewards_that_differ_by_rounding_alone_move_nothing(case, tmp_path):
+    def moves(**options):
+        run = trainer(case, tmp_path, adapter=False, moved=False, reward=Rounded(), objective=case.objective(**options))
+        return any(value.any() for value in gradients(run)[1].values())
+
+    assert moves(reward_noise=0.0)
+    # DiffusionNFT pulls the model towards what it drew, good or not.
+    assert case.name == "nft" or not moves()
+
+
 @where(lambda case: case.has("clip"))
 def test_a_rollout_is_used_once_where_rounding_is_more_than_the_clip(case, tmp_path):
     def begin(**options):

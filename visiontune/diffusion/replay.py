@@ -119,7 +119,11 @@ def rounding(model: Sampled, trajectory: Trajectory, steps: Steps = None, rows: 
     for step in chosen_steps(trajectory, steps):
         x, target = latent(part, step, model.device), latent(part, step + 1, model.device)
         mean, std = chain.step(step, x)
-        moved = mean + rounding_of(lambda value, step=step: chain.step(step, value)[0], x, mean)
+
+        def mean_at(value: Tensor, step: int = step) -> Tensor:
+            return chain.step(step, value)[0]
+
+        moved = mean + rounding_of(mean_at, x, mean)
         found.append(log_prob(target, moved, std, part.reduce) - log_prob(target, mean, std, part.reduce))
     return torch.stack(found, dim=1)
 

@@ -207,7 +207,7 @@ class UniGRPO(Rollouts):
     def advantages(self, own: dict[str, Tensor], prompts: Tensor, tools: Tools) -> tuple[Tensor, dict[str, Tensor]]:
         """Advantages ``[b]`` of this process's rows against those of their prompts on all processes, and terms."""
         everyone = tools.gather(prompts.to(own["reward"].device)).cpu()
-        found = group_advantages(tools.gather(own["reward"]).cpu().double(), everyone)
+        found = group_advantages(tools.gather(own["reward"]).cpu().double(), everyone, noise=self.config.reward_noise)
         terms = {**reward_terms(tools, own), "flat_prompts": flat_share(found, everyone)}
         return found[tools.rank * len(prompts) :][: len(prompts)], terms
 
