@@ -212,7 +212,9 @@ class Trainer:
             self.schedule.step()
             if self.adapters is not None:
                 self.adapters.after_step((step + 1) / self.train.steps, self.optimizer)
-            self.average.update()
+            if self.average.decay is not None:
+                with optim.evaluated(self.optimizer, self.average.parameters):
+                    self.average.update()
         self.optimizer.zero_grad()
 
     # -- after a step -------------------------------------------------------------------------------------------
@@ -271,9 +273,9 @@ class Trainer:
 
     @contextmanager
     def looking(self) -> Iterator[None]:
-        """The model as its user will have it: averaged weights, evaluation mode, no gradients."""
+        """The model as its user will have it: the optimiser's result, averaged, in evaluation mode, no gradients."""
         self.rows.close()  # what works ahead may use the networks that drawing moves
-        with self.average.applied(), torch.no_grad():
+        with optim.evaluated(self.optimizer, self.average.parameters), self.average.applied(), torch.no_grad():
             # Adapters keep what they computed from their parameters until the mode is switched.
             self.step_module.eval()
             yield
