@@ -26,7 +26,8 @@ class TwoModes(torch.optim.Optimizer):
             if group["train_mode"] != mode:
                 for p in group["params"]:
                     if "z" in self.state[p]:
-                        p.lerp_(self.state[p]["z"], weight(group["beta"]))
+                        share = weight(group["beta"])
+                        p.copy_(p * (1 - share) + self.state[p]["z"] * share)  # which rounds, there and back
                 group["train_mode"] = mode
 
     def eval(self):
