@@ -98,3 +98,58 @@ def test_a_module_whose_config_is_no_set_of_options_is_not_called(tmp_path):
         file.write_text(body)
         with pytest.raises(UserError, match="defines no Config"):
             plugin.configure("rewards", str(file), "reward")
+
+
+HEAD = "from dataclasses import dataclass\n\n@dataclass\nclass Config: ...\n\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("raise RuntimeError('boom')", r"when it is imported, raised RuntimeError: boom \(mine.py, line 1\)"),
+        ("exit()", r"when it is imported, called exit\(\) \(mine.py, line 1\)"),
+        ("\n\ndef (:", r"raised SyntaxError: invalid syntax \(mine.py, line 3\)"),
+        ("a = 1\0", r"raised SyntaxError: .*null bytes"),
+        ("raise GeneratorExit", r"raised GeneratorExit \(mine.py, line 1\)"),
+        (HEAD + "Config = Config()\ndef build(config): ...", "defines no Config"),
+        (HEAD.replace("@dataclass\n", "") + "def build(config): ...", "defines no Config"),
+        (HEAD, "defines no Config"),
+        (HEAD + "build = 3", "defines no Config"),
+        (HEAD.replace(" ...", "\n    a: 'Nope' = 1\n") + "def build(config): ...", "name 'Nope' is not defined"),
+        (HEAD.replace(" ...", "\n    def __post_init__(self): 1 / 0") + "def build(config): ...", "line 5"),
+        (
+            HEAD + "def build(config):\n    raise ValueError('a\\nb')",
+            r"build\(config\) raised ValueError: a b \(mine.py",
+        ),
+        (HEAD + "def build(config):\n    import sys\n    sys.exit('so')", r"called exit\(so\) \(mine.py, line 8\)"),
+        (HEAD + "def build():\n    return 1", r"build\(\) takes 0 positional"),
+        (HEAD + "def build(config):\n    return build(config)", "raised RecursionError"),
+        (
+            HEAD + "class E(Exception):\n    def __str__(self): 1 / 0\ndef build(config):\n    raise E",
+            r"raised E \(mine",
+        ),
+    ],
+)
+def test_whatever_code_from_outside_raises_is_one_line(tmp_path, text, words):
+    (tmp_path / "mine.py").write_text(text)
+    with pytest.raises(UserError, match=words) as error:
+        module, config = plugin.configure("rewards", str(tmp_path / "mine.py"), "reward")
+        plugin.build(module, config, "reward")
+    assert "\n" not in str(error.value) and str(error.value).startswith("reward")
+
+
+@pytest.mark.parametrize("name", [".foo", "...", "a..b", "a.b c", "a.1"])
+def test_what_cannot_name_a_module_is_not_imported(name):
+    with pytest.raises(UserError, match="is no name of a module"):
+        plugin.load("rewards", name)
+
+
+def test_an_interruption_passes_through_code_from_outside(tmp_path):
+    (tmp_path / "mine.py").write_text("raise KeyboardInterrupt")
+    with pytest.raises(KeyboardInterrupt):
+        plugin.load("rewards", str(tmp_path / "mine.py"))
+
+
+def test_our_own_code_raises_what_it_raises():
+    with pytest.raises(ZeroDivisionError), plugin.guarded(plugin.load, "load"):
+        1 / 0  # noqa: B018

@@ -3,26 +3,32 @@
 A plug-in of a kind (``adapters``, ``objectives``, ``rewards``) is a module ``visiontune/<kind>/<name>.py`` that defines
 ``Config`` (see :mod:`visiontune.schema`) and ``build(config, ...)``. A dotted path or a ``.py`` file admits one from
 outside the package, which runs its code: such a name comes from the person who runs visiontune, never from a file that
-was read (:func:`permitted`).
+was read (:func:`permitted`). Whatever that code raises is said in one line (:func:`guarded`).
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import importlib
 import importlib.util
+import inspect
 import re
 import sys
-from collections.abc import Mapping, Sequence
+import traceback
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from types import ModuleType
+from types import FunctionType, ModuleType
 from typing import Any
 
-from visiontune import schema
+from visiontune import outside, schema
 from visiontune.errors import UserError
 
 _PACKAGE = Path(__file__).parent
 _NOT_METHODS = ("base", "stack")
+# Modules of .py files are called this and the file's stem.
+_FILES = "visiontune_plugin_"
 _DEFINES_CONFIG = re.compile(r"^(class Config\b|Config\b.*=)", re.MULTILINE)
 
 
@@ -80,12 +86,18 @@ def permitted(kind: str, name: Any, trust: Sequence[str], where: str) -> str:
 
 
 def _import(dotted: str) -> ModuleType:
+    if not all(part.isidentifier() for part in dotted.split(".")):
+        raise UserError(f"'{outside.shown(dotted)}' is no name of a module: write mypackage.mymethod, or a .py file")
     try:
-        return importlib.import_module(dotted)
-    except ModuleNotFoundError as error:
-        if error.name and f"{dotted}.".startswith(f"{error.name}."):
-            raise UserError(f"there is no module '{error.name}': install it or correct '{dotted}'") from error
-        raise _needs(dotted, error) from error
+        with guarded(dotted, f"'{dotted}', when it is imported,"):
+            return importlib.import_module(dotted)
+    except UserError as error:
+        lacking = error.__cause__
+        if not isinstance(lacking, ModuleNotFoundError) or not lacking.name:
+            raise
+        if f"{dotted}.".startswith(f"{lacking.name}."):
+            raise UserError(f"there is no module '{lacking.name}': install it or correct '{dotted}'") from lacking
+        raise _needs(dotted, lacking) from lacking
 
 
 def _needs(method: str, error: ModuleNotFoundError) -> UserError:
@@ -93,10 +105,8 @@ def _needs(method: str, error: ModuleNotFoundError) -> UserError:
 
 
 def _load_file(name: str) -> ModuleType:
-    file = Path(name).expanduser()
-    if not file.is_file():
-        raise UserError(f"there is no file '{name}'")
-    module_name = f"visiontune_plugin_{file.stem}"
+    file = outside.regular(name)
+    module_name = f"{_FILES}{file.stem}"
     spec = importlib.util.spec_from_file_location(module_name, file)
     if spec is None or spec.loader is None:
         raise UserError(f"'{name}' cannot be imported as Python")
@@ -104,9 +114,12 @@ def _load_file(name: str) -> ModuleType:
     # Dataclasses look their module up by name while they are being defined.
     sys.modules[module_name] = module
     try:
-        spec.loader.exec_module(module)
-    except ModuleNotFoundError as error:
-        raise _needs(name, error) from error
+        with guarded(module, f"'{name}', when it is imported,"):
+            spec.loader.exec_module(module)
+    except UserError as error:
+        if isinstance(error.__cause__, ModuleNotFoundError) and error.__cause__.name:
+            raise _needs(name, error.__cause__) from error.__cause__
+        raise
     return module
 
 
@@ -131,8 +144,111 @@ def configure(kind: str, spec: str | Mapping[str, Any], path: str) -> tuple[Modu
         module = load(kind, name)
     except UserError as error:
         raise UserError(f"{path}.name: {error}") from error
-    if not dataclasses.is_dataclass(getattr(module, "Config", None)) or not callable(getattr(module, "build", None)):
+    method = getattr(module, "Config", None)
+    # An instance of a dataclass passes for one, too.
+    if not (isinstance(method, type) and dataclasses.is_dataclass(method) and callable(getattr(module, "build", None))):
         raise UserError(
             f"{path}.name: '{name}' defines no Config (a dataclass) with a build, so it is not one of the {kind}"
         )
-    return module, schema.from_mapping(module.Config, {k: v for k, v in options.items() if k != "name"}, path)
+    with guarded(module, f"{path}: Config of '{name}'"):
+        return module, schema.from_mapping(method, {k: v for k, v in options.items() if k != "name"}, path)
+
+
+def build(module: ModuleType, config: Any, path: str) -> Any:
+    """What the ``build`` of a method makes of ``config``; both come from :func:`configure`, and so does ``path``.
+
+    Raises:
+        UserError: the method is from outside the package, and raised anything.
+    """
+    with guarded(module, f"{path}: build(config)"):
+        return module.build(config)
+
+
+# ------------------------------------------------------------------------------------------- code from outside
+
+
+def is_own(code: Any) -> bool:
+    """Whether a module (or its name), a class, a function or an object is visiontune's own."""
+    name = (
+        code if isinstance(code, str) else getattr(code, "__name__" if isinstance(code, ModuleType) else "__module__")
+    )
+    return str(name).partition(".")[0] == __name__.partition(".")[0]
+
+
+@contextmanager
+def guarded(code: Any, call: str) -> Iterator[None]:
+    """Say in one line what code from outside raised in the block, be it ``exit()``; our own may raise what it likes.
+
+    An interruption passes, and so does what already is a line for the user. ``os._exit`` ends the process unseen.
+
+    Args:
+        code: what is run there: a module or its name, a class, a function, an object.
+        call: whose it is and which call of it, which begins the message.
+
+    Raises:
+        UserError: names the call, the error, and the line of the code's file that led to it.
+    """
+    try:
+        yield
+    except (UserError, KeyboardInterrupt):
+        raise
+    except BaseException as error:
+        if is_own(code):
+            raise
+        raise UserError(f"{call} {_complaint(error)}{_place(error, code)}") from error
+
+
+def guard_methods(cls: type, names: Sequence[str], kind: str) -> None:
+    """Have those of ``names`` that a class from outside defines, functions or properties, run :func:`guarded`."""
+    for name in names if not is_own(cls) else ():
+        found = vars(cls).get(name)
+        call = f"{kind} '{cls.__module__.removeprefix(_FILES)}', {name},"
+        if isinstance(found, property) and found.fget is not None:
+            setattr(cls, name, property(_guarding(found.fget, call)))
+        elif isinstance(found, FunctionType):
+            setattr(cls, name, _guarding(found, call))
+
+
+def _guarding(function: Callable[..., Any], call: str) -> Callable[..., Any]:
+    @functools.wraps(function)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        with guarded(function, call):
+            return function(*args, **kwargs)
+
+    return run
+
+
+def _complaint(error: BaseException) -> str:
+    if isinstance(error, SystemExit):
+        return f"called exit({'' if error.code is None else outside.shown(str(error.code))})"
+    try:
+        words = " ".join(str(error.msg if isinstance(error, SyntaxError) else error).split())
+    except Exception:
+        words = ""
+    kind = type(error).__name__
+    return f"raised {kind}: {outside.shown(words)}" if words else f"raised {kind}"
+
+
+def _place(error: BaseException, code: Any) -> str:
+    """The file and the line of ``code`` that an error came by; where it was defined, if it did not come to run."""
+    frames = [
+        frame
+        for frame in traceback.extract_tb(error.__traceback__)
+        if not frame.filename.startswith((str(_PACKAGE), "<frozen"))
+    ]
+    file = _file(code) or next((frame.filename for frame in frames), "")
+    line = next((frame.lineno for frame in reversed(frames) if frame.filename == file), None)
+    if isinstance(error, SyntaxError) and error.filename:
+        file, line = error.filename, error.lineno
+    elif line is None and hasattr(code, "__code__"):
+        line = code.__code__.co_firstlineno
+    return (f" ({Path(file).name}, line {line})" if line else f" ({Path(file).name})") if file else ""
+
+
+def _file(code: Any) -> str | None:
+    for kind in (code, type(code)):
+        try:
+            return inspect.getfile(kind)
+        except (TypeError, OSError):
+            continue
+    return None

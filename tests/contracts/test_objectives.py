@@ -72,6 +72,10 @@ class Case:
         cheap = {key: value for key, value in CHEAP.items() if key in names}
         return module.build(module.Config(**{**cheap, **dict(self.options), **changes}))
 
+    def once(self):
+        """The objective, with each rollout used once, as a reduced precision asks for."""
+        return self.objective(**({"updates": 1} if self.has("updates") else {}))
+
     @property
     def needs(self):
         return self.objective().needs
@@ -321,12 +325,43 @@ def test_the_gradient_of_a_rollout_is_the_mean_over_its_groups(case, tmp_path):
 def test_bfloat16_stays_finite_and_near(case, tmp_path):
     """At the start and with rewards that do not round: small differences are multiplied by thousands elsewhere."""
     options = {"adapter": False, "moved": False, "reward": Even()}
-    exact, rough = (trainer(case, tmp_path, precision=precision, **options) for precision in ("no", "bf16"))
+    exact, rough = (
+        trainer(case, tmp_path, objective=case.once(), precision=precision, **options) for precision in ("no", "bf16")
+    )
     (loss, found), (other, rounded) = gradients(exact), gradients(rough)
     assert other.isfinite() and other.dtype == torch.float32
     assert all(value.dtype == torch.float32 and value.isfinite().all() for value in rounded.values())
     torch.testing.assert_close(other, loss, rtol=0.05, atol=0.05)
     assert torch.cosine_similarity(flat(found), flat(rounded), dim=0) > 0.9
+
+
+class Rounded(Scored):
+    """All pictures score the same, but for rounding."""
+
+    def score(self, images, prompts, meta):
+        return 1e-7 * super().score(images, prompts, meta)
+
+
+@where(lambda case: case.has("reward_noise"))
+def test_rewards_that_differ_by_rounding_alone_move_nothing(case, tmp_path):
+    def moves(**options):
+        run = trainer(case, tmp_path, adapter=False, moved=False, reward=Rounded(), objective=case.objective(**options))
+        return any(value.any() for value in gradients(run)[1].values())
+
+    assert moves(reward_noise=0.0)
+    # DiffusionNFT pulls the model towards what it drew, good or not.
+    assert case.name == "nft" or not moves()
+
+
+@where(lambda case: case.has("clip"))
+def test_a_rollout_is_used_once_where_rounding_is_more_than_the_clip(case, tmp_path):
+    def begin(**options):
+        gradients(trainer(case, tmp_path, objective=case.objective(**options), precision="bf16"))
+
+    begin(clip=1e3)
+    begin(clip=1e-9, updates=1)
+    with pytest.raises(UserError, match=r"rounding moves log-probabilities by .* more than objective.clip=1e-09"):
+        begin(clip=1e-9)
 
 
 @with_data
@@ -385,7 +420,8 @@ def test_without_an_adapter_the_base_is_the_model_of_the_start(case, precision, 
     """Also after a resume, and against a second model that nothing is swapped in."""
 
     def run(**train):
-        return trainer(case, tmp_path, adapter=False, moved=False, checkpoint_every=2, precision=precision, **train)
+        options = {"adapter": False, "moved": False, "checkpoint_every": 2, "precision": precision}
+        return trainer(case, tmp_path, objective=case.once(), **options, **train)
 
     start = TOYS[case.toy]()
     interrupt(run(), 2)

@@ -13,8 +13,9 @@ from tiny_rollout import SD, TinyModel, prompts, rolled, start
 
 from visiontune.adapters import attach
 from visiontune.diffusion.dynamics import CPS, DDIM, DDPM, DanceSDE, FlowSDE
-from visiontune.diffusion.replay import backpropagate_scores, micro_batches, reference, replay, revisit
+from visiontune.diffusion.replay import backpropagate_scores, micro_batches, reference, replay, revisit, rounding
 from visiontune.diffusion.schedule import Schedule
+from visiontune.diffusion.trajectory import Keep, Start, rollout
 from visiontune.diffusion.transition import gaussian_kl, log_prob
 
 STEPS = 5
@@ -205,3 +206,24 @@ def test_what_cannot_be_scored_is_refused():
         replay(model, made, steps=[4])
     with pytest.raises(ValueError, match=r"sample it with Keep\(history=True\)"):
         replay(model, replace(made, latents=None))
+
+
+@pytest.mark.parametrize("cfg_scale", [1.0, 5.0])
+def test_rounding_is_found_before_other_weights_show_it(cfg_scale):
+    """What bfloat16 adds to the way of the log-probabilities when the weights move, and float32 does not."""
+    model = tiny_model("sd")
+    rough = model.at(torch.bfloat16)
+    with torch.no_grad():
+        cond, uncond = model.embed(["a", "b c", "d", "e f g"]), model.unconditional(4)
+        options = {"guidance": model.guidance(cfg_scale), "chain": 6, "dynamics": DDIM(eta=1.0)}
+        noise = Start(generator=[torch.Generator().manual_seed(i) for i in range(4)])
+        made = rollout(rough, cond, uncond=uncond, start=noise, keep=Keep(log_probs=True), **options)
+        foreseen, exact = rounding(rough, made), rounding(model, made)
+        before = [replay(one, made) for one in (rough, model)]
+        for index, parameter in enumerate(model.main.parameters()):
+            rng = torch.Generator().manual_seed(index)
+            parameter.add_(1e-3 * torch.randn(parameter.shape, generator=rng) * parameter.square().mean().sqrt())
+        ways = [replay(one, made) - old for one, old in zip((rough, model), before, strict=True)]
+    found = (ways[0] - ways[1]).square().mean().sqrt()
+    assert found / 3 < foreseen.square().mean().sqrt() < 3 * found
+    assert exact.abs().max() < foreseen.abs().max() / 500

@@ -99,9 +99,10 @@ def test_a_reward_that_fails_on_some_images_loses_no_other_score(tmp_path: Path)
     assert sorted(result.complaints()) == [
         "no score of 'nan' for 1 of 4 images; first 2.png: reward 'nan' is not finite "
         "for 1 of 1 images (first: image 0)",
-        "no score of 'picky' for 1 of 4 images; first 0.png: ValueError: too red for me",
-        "no score of 'wrong' for 4 of 4 images; first 0.png: reward 'wrong' returned shape [1, 8, 8]; "
-        "it must be one score an image, [1]",
+        "no score of 'picky' for 1 of 4 images; first 0.png: reward 'picky', called with (images, prompts, "
+        "meta), raised ValueError: too red for me (test_score.py, line 82)",
+        "no score of 'wrong' for 4 of 4 images; first 0.png: reward 'wrong' returned shape [2, 8, 8]; "
+        "it must be one score an image, [2]",
     ]
     assert result.summary()["picky"]["images"] == 3 and result.summary()["picky"]["max"] == pytest.approx(0.4)
     written = json.loads(result.write(tmp_path / "s.json").read_text())

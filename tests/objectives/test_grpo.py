@@ -10,8 +10,9 @@ from tiny_training import TinyModel
 
 from visiontune import adapters
 from visiontune.diffusion.dynamics import make_dynamics
+from visiontune.diffusion.schedule import Schedule
 from visiontune.diffusion.trajectory import Start, Window, rollout
-from visiontune.diffusion.transition import transition
+from visiontune.diffusion.transition import gaussian_kl, transition
 from visiontune.objectives import grpo
 
 SDE = ("flow-sde", "dance-sde", "cps")
@@ -145,3 +146,19 @@ def test_a_run_with_an_adapter_compares_with_the_model_without_it(tmp_path, meth
 def test_wrong_options_are_refused(wrong, message):
     with pytest.raises(ValueError, match=message):
         objective(**wrong)
+
+
+@pytest.mark.parametrize(("shift", "weakest", "strongest"), [(1.0, 10.0, 10.0), (3.0, 4.0, 28.0)])
+def test_the_divergence_is_that_of_flow_grpos_code_over_the_length_of_the_step(shift, weakest, strongest):
+    """As the page of the objective says, which gives a beta by it."""
+    schedule = Schedule.flow(shift=shift)
+    t, t_next = schedule.timesteps(10)
+    sigma, sigma_next = (schedule.levels(when, 1)[1] for when in (t, t_next))
+    alpha = torch.where(sigma < 1, 1 - sigma, 1 - sigma_next)
+    without_length = 0.7**2 * sigma / alpha
+    mean, std = transition(schedule, torch.ones(10, 2), torch.zeros(10, 2), t, t_next, make_dynamics("flow-sde"))
+    base, _ = transition(schedule, torch.zeros(10, 2), torch.zeros(10, 2), t, t_next, make_dynamics("flow-sde"))
+    theirs = (mean - base).square().mean(1) / (2 * without_length)
+    ratio = gaussian_kl(mean, base, std) / theirs
+    torch.testing.assert_close(ratio.double(), 1 / (sigma - sigma_next), rtol=1e-4, atol=0)
+    assert (float(ratio.min()), float(ratio[:-1].max())) == pytest.approx((weakest, strongest), rel=1e-3)

@@ -14,7 +14,7 @@ from visiontune.diffusion.replay import backpropagate_scores, replay, revisit
 from visiontune.diffusion.transition import gaussian_kl
 from visiontune.errors import UserError
 from visiontune.objectives import ddpo, grpo
-from visiontune.objectives._advantages import extremes, flat_share, group_advantages, tracked_advantages
+from visiontune.objectives._advantages import extremes, flat_share, group_advantages, standardised, tracked_advantages
 from visiontune.objectives._policy import clipped_surrogate
 from visiontune.rewards.base import FunctionReward, Reward
 
@@ -52,6 +52,21 @@ def test_rewards_that_are_all_equal_teach_nothing(level):
     assert not group_advantages(values, prompts, True).any()
     assert not tracked_advantages(values, prompts, {}, 8, 2).any()
     assert flat_share(group_advantages(values, prompts), prompts) == 1
+
+
+def test_rewards_that_differ_by_rounding_around_zero_teach_nothing():
+    values = torch.tensor([6e-8, -6e-8, 0.0, 0.0], dtype=torch.float64)
+    prompts = torch.zeros(4, dtype=torch.long)
+    spread = torch.cat([values, torch.tensor([0.0, 1.0])]), torch.cat([prompts, torch.ones(2, dtype=torch.long)])
+    assert not group_advantages(values, prompts).any()
+    assert group_advantages(*spread, True).tolist() == [0, 0, 0, 0, *group_advantages(*spread, True)[4:].tolist()]
+    assert not tracked_advantages(values, prompts, {}, 8, 2).any()
+    assert not standardised(values, values.mean(), values.std()).any()
+    # Whoever has a reward of that size says so.
+    assert float(group_advantages(values, prompts, noise=0.0)[0]) == pytest.approx(2**0.5)
+    small = objective(reward_noise=1e-9).normalise(values, prompts, "reward", tools_of())
+    assert float(small.max()) == pytest.approx(2**0.5)
+    assert not objective().normalise(values, prompts, "reward", tools_of()).any()
 
 
 def test_the_tracker_takes_over_once_a_prompt_has_enough():

@@ -5,8 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 
-from visiontune.ops.pixels import to_tensor, to_uint8
+from visiontune.ops.pixels import Framing, to_tensor, to_uint8
 
 EVERY = np.arange(256, dtype=np.uint8)
 
@@ -34,3 +35,19 @@ def test_a_picture_is_read_whatever_its_strides():
 def test_floats_are_rounded_and_clamped():
     values = torch.tensor([-0.1, 0.0, 0.4 / 255, 0.6 / 255, 1.0, 1.2]).view(1, 1, 1, 6).expand(1, 3, 1, 6)
     assert to_uint8(values)[0, 0, :, 0].tolist() == [0, 0, 0, 1, 255, 255]
+
+
+def test_what_is_resized_stays_in_range_and_keeps_the_gradient_of_saturated_pixels():
+    picture = torch.zeros(1, 3, 12, 12, dtype=torch.float64)
+    picture[..., 4:8, 3:9] = 1
+    for size in (7, 31):
+        images = (1.1 * picture).requires_grad_()
+        resized = Framing(size=size, crop=size)(images)
+        plain = F.interpolate(images, (size, size), mode="bicubic", antialias=True, align_corners=False)
+        assert plain.min() < -0.01 and plain.max() > 1.1
+        assert resized.min() >= -1e-12 and resized.max() <= 1 + 1e-12
+        weights = torch.randn(resized.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+        (found,), (expected,) = (torch.autograd.grad((weights * x).sum(), images) for x in (resized, plain))
+        torch.testing.assert_close(found, expected)
+    # What is not resized is left as it is.
+    assert torch.equal(Framing(size=12, crop=12)(1.1 * picture.float()), 1.1 * picture.float())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -42,8 +43,9 @@ def test_transformers_score_equals_the_reference_path(clip_folder: Path, size: t
     torch.testing.assert_close(score, expected, atol=1e-5 if exact else 1e-2, rtol=0)
 
 
-def _same_to_a_few_grey_levels(got: torch.Tensor, expected: torch.Tensor, std: float) -> None:
-    torch.testing.assert_close(got, expected, atol=3 / 255 / std, rtol=0)
+def _same_to_a_grey_level(got: torch.Tensor, expected: torch.Tensor, std: float) -> None:
+    """The libraries round to bytes twice on the way."""
+    torch.testing.assert_close(got, expected, atol=1.25 / 255 / std, rtol=0)
 
 
 def _striped(height: int, width: int) -> np.ndarray:
@@ -53,16 +55,33 @@ def _striped(height: int, width: int) -> np.ndarray:
     return picture
 
 
+def _disc(height: int, width: int) -> np.ndarray:
+    """Hard edges, at which bicubic filters overshoot."""
+    y, x = np.ogrid[-1 : 1 : 1j * height, -1 : 1 : 1j * width]
+    return np.where((x**2 + y**2 < 0.4)[..., None], 255, 0).astype(np.uint8).repeat(3, -1)
+
+
+def _chequers(height: int, width: int) -> np.ndarray:
+    y, x = np.ogrid[:height, :width]
+    return ((y // 5 + x // 7) % 2 * 255).astype(np.uint8)[..., None].repeat(3, -1)
+
+
 # At 97x41 the rest of the crop is odd, and the libraries disagree on where to cut.
 SIZES = [(32, 32), (60, 100), (97, 41), (301, 200)]
+# Pillow 13 resizes what is higher than wide in another order than before, and than torchvision, which shows at edges.
+PICTURES = [(_striped, size) for size in SIZES] + [
+    (paint, size) for paint in (_disc, _chequers) for size in [(32, 32), (60, 100), (64, 64), (23, 31)]
+]
 
 
-@pytest.mark.parametrize("size", SIZES)
-def test_transformers_preprocessing_equals_the_reference(clip_folder: Path, size: tuple[int, int]) -> None:
-    picture = _striped(*size)
+@pytest.mark.parametrize(("paint", "size"), PICTURES)
+def test_transformers_preprocessing_equals_the_reference(
+    clip_folder: Path, paint: Callable[..., np.ndarray], size: tuple[int, int]
+) -> None:
+    picture = paint(*size)
     processor = CLIPImageProcessorPil(size={"shortest_edge": 32}, crop_size=32)
     expected = processor(Image.fromarray(picture), return_tensors="pt")["pixel_values"]
-    _same_to_a_few_grey_levels(load_clip(str(clip_folder)).preprocess(to_tensor(picture[None])), expected, 0.26)
+    _same_to_a_grey_level(load_clip(str(clip_folder)).preprocess(to_tensor(picture[None])), expected, 0.26)
 
 
 def test_scores_do_not_depend_on_the_batch_and_depend_on_the_prompt(clip_folder: Path) -> None:
@@ -133,12 +152,14 @@ def test_open_clip_score_equals_the_reference_path(open_clip_folder: Path, size:
     torch.testing.assert_close(score, (image * text).sum(-1), atol=1e-5 if exact else 1e-2, rtol=0)
 
 
-@pytest.mark.parametrize("size", SIZES)
-def test_open_clip_preprocessing_equals_the_reference(open_clip_folder: Path, size: tuple[int, int]) -> None:
-    picture = _striped(*size)
+@pytest.mark.parametrize(("paint", "size"), PICTURES)
+def test_open_clip_preprocessing_equals_the_reference(
+    open_clip_folder: Path, paint: Callable[..., np.ndarray], size: tuple[int, int]
+) -> None:
+    picture = paint(*size)
     _, reference = open_clip.create_model_from_pretrained(f"local-dir:{open_clip_folder}")
     expected = reference(Image.fromarray(picture))[None]
-    _same_to_a_few_grey_levels(load_clip(str(open_clip_folder)).preprocess(to_tensor(picture[None])), expected, 0.2)
+    _same_to_a_grey_level(load_clip(str(open_clip_folder)).preprocess(to_tensor(picture[None])), expected, 0.2)
 
 
 def test_missing_weights_are_a_user_error(

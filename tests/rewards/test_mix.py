@@ -115,3 +115,33 @@ def test_a_groupwise_term_makes_the_mix_groupwise_and_twins_are_told_apart() -> 
 def test_bad_terms_are_refused(terms: list, words: str) -> None:
     with pytest.raises(UserError, match=words):
         _mix(*terms)
+
+
+OUTSIDE = """
+from dataclasses import dataclass
+
+@dataclass
+class Config: ...
+
+def build(config):
+    def score(images, prompts, meta):
+        {0}
+    score.differentiable = True
+    return score
+"""
+
+
+def test_a_term_from_outside_has_its_gradient_and_leaves_the_pictures_to_the_next(tmp_path) -> None:
+    (tmp_path / "blue.py").write_text(OUTSIDE.format("return [image[2].mean() for image in images.mul_(0.5)]"))
+    images = IMAGES.clone().requires_grad_()
+    mix = _mix({"reward": str(tmp_path / "blue.py"), "weight": 100}, RED)
+    mix(images, PROMPTS).sum().backward()
+    torch.testing.assert_close(images.grad[0].mean((1, 2)) * 256, torch.tensor([1.0, 0.0, 50.0]))
+    torch.testing.assert_close(mix.terms["color"], IMAGES[:, 0].mean((1, 2)))
+    assert torch.equal(images, IMAGES)
+
+
+def test_a_term_without_the_gradient_that_it_promises_is_named(tmp_path) -> None:
+    (tmp_path / "liar.py").write_text(OUTSIDE.format("return images.detach().mean((1, 2, 3))"))
+    with pytest.raises(UserError, match=r"reward '.*liar\.py' says that it is differentiable"):
+        _mix(str(tmp_path / "liar.py"), RED)(IMAGES.clone().requires_grad_(), PROMPTS)

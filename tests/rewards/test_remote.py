@@ -137,6 +137,9 @@ def test_a_server_that_is_not_there_is_named(server: Server) -> None:
         ({"scores": [1.0]}, "must answer 5 numbers"),
         ({"scores": [1.0, 2.0, None, 3.0, 4.0]}, "must answer 5 numbers"),
         ({"scores": ["1"] * 5}, "must answer 5 numbers"),
+        (b"[" * 100_000, "did not answer"),
+        (b'{"scores": [' + b"1" * 5000 + b"]}", "did not answer"),
+        (b'{"scores": [1, 2, 3, 4, ' + b"1" * 400 + b"]}", "too large for a score"),
         (b'{"scores": [1, 2, NaN, 3, 4]}', r"not finite for 1 of 5 images \(first: image 2\)"),
     ],
 )
@@ -144,6 +147,29 @@ def test_bad_answers_are_refused(server: Server, body: object, words: str) -> No
     server.reply = lambda request: (200, body)
     with pytest.raises(UserError, match=words):
         _reward(server)(IMAGES, PROMPTS)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"url": "http://"}, "url names no host"),
+        ({"url": "http://h:99999/x"}, "url names no host, or a port"),
+        ({"url": "http://h:abc/x"}, "url names no host, or a port"),
+        ({"url": f"http://{'a' * 300}/"}, "url names no host"),
+        ({"url": "http://a..b/"}, "url names no host"),
+        ({"url": "http://h/a b"}, "url holds"),
+        ({"url": "http://h/\u20ac"}, "url holds"),
+        ({"url": "http://h/?q=${PHRASE}"}, "url holds"),
+        ({"url": "http://h/", "headers": {"X": "${PHRASE}"}}, "headers.X holds"),
+        ({"url": "http://h/", "headers": {"A B": "${PLAIN}"}}, "'A B' is no name of a header"),
+    ],
+)
+def test_what_http_cannot_carry_is_refused_before_anything_is_drawn(monkeypatch, options: dict, words: str) -> None:
+    monkeypatch.setenv("PHRASE", "secret \u20ac")
+    monkeypatch.setenv("PLAIN", "secret")
+    with pytest.raises(UserError, match=words) as error:
+        load({"name": "remote", **options})
+    assert "secret" not in str(error.value)
 
 
 def test_options_are_checked() -> None:

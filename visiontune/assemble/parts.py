@@ -20,9 +20,21 @@ if TYPE_CHECKING:
 
 
 def open_objective(run: Run) -> Objective:
-    """The run's objective."""
+    """The run's objective.
+
+    Raises:
+        UserError: it is unknown, an option does not fit, or its module builds something else.
+    """
+    from visiontune.objectives.base import Needs, Objective
+
     module, config = plugin.configure("objectives", run.objective, "objective")
-    return module.build(config)
+    built = plugin.build(module, config, "objective")
+    if not isinstance(built, Objective) or not isinstance(built.needs, Needs):
+        raise UserError(
+            f"objective '{run.objective['name']}' built a {type(built).__name__}: its build(config) must return a "
+            "Supervised or Online of visiontune.objectives.base, whose needs are Needs"
+        )
+    return built
 
 
 def load_reward(run: Run, objective: Objective) -> Any:

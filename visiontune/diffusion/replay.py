@@ -6,7 +6,7 @@ batch shape and precision the log-probabilities come out as they were stored, so
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 
 import torch
@@ -16,6 +16,9 @@ from torch.utils.checkpoint import checkpoint as torch_checkpoint
 from visiontune.core import Condition
 from visiontune.diffusion.trajectory import Sampled, Stepper, Trajectory
 from visiontune.diffusion.transition import log_prob
+
+# A quarter of bfloat16's step: enough to round anew, and small enough for what is of second order.
+_NUDGE = 2.0**-10
 
 Rows = slice | Tensor | None
 Steps = int | Sequence[int] | Tensor | None
@@ -102,6 +105,39 @@ def replay(
         mean, std = revisit(model, part, step, cond=cond, uncond=uncond, checkpoint=checkpoint)
         scores.append(log_prob(latent(part, step + 1, model.device), mean, std, trajectory.reduce))
     return torch.stack(scores, dim=1)
+
+
+@torch.no_grad()
+def rounding(model: Sampled, trajectory: Trajectory, steps: Steps = None, rows: Rows = None) -> Tensor:
+    """How far rounding alone moves log-probabilities once the weights have changed: a sample [n, k] of it.
+
+    Args:
+        model, trajectory, steps, rows: as in `replay`, in the precision that is asked about.
+    """
+    part = trajectory if rows is None else trajectory[rows]
+    chain, found = stepper(model, part), []
+    for step in chosen_steps(trajectory, steps):
+        x, target = latent(part, step, model.device), latent(part, step + 1, model.device)
+        mean, std = chain.step(step, x)
+
+        def mean_at(value: Tensor, step: int = step) -> Tensor:
+            return chain.step(step, value)[0]
+
+        moved = mean + rounding_of(mean_at, x, mean)
+        found.append(log_prob(target, moved, std, part.reduce) - log_prob(target, mean, std, part.reduce))
+    return torch.stack(found, dim=1)
+
+
+def rounding_of(compute: Callable[[Tensor], Tensor], x: Tensor, value: Tensor) -> Tensor:
+    """A sample of what rounding does to `value`, which is `compute(x)`, from one set of weights to another.
+
+    The same weights round in the same way; others, however close, anew. So does another input: the second difference
+    over x - d, x and x + d has no part of first order in d, and is the rounding of three calls.
+    """
+    noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(0)).to(x)
+    d = _NUDGE * noise * x.square().mean().sqrt()
+    # The difference of two calls has sqrt(2) of the rounding of one, this one sqrt(6) of it.
+    return (compute(x + d) + compute(x - d) - 2 * value) / 3**0.5
 
 
 @torch.no_grad()

@@ -23,7 +23,7 @@ from visiontune.data.base import listed
 from visiontune.data.folder import captions_of
 from visiontune.errors import UserError
 from visiontune.ops.pixels import to_tensor
-from visiontune.rewards.base import Reward
+from visiontune.rewards.base import Reward, WrongAnswer
 from visiontune.rewards.loading import load
 from visiontune.sampling import manifest
 
@@ -168,7 +168,7 @@ def _score_images(scores: Scores, name: str, reward: Reward, indices: list[int],
         result = reward(images, [item.prompt for item in batch], [item.meta for item in batch])
     # A user's reward may raise anything, and hours of other scores must outlive it.
     except Exception as error:
-        if len(indices) > 1 and not reward.groupwise:
+        if len(indices) > 1 and not reward.groupwise and not isinstance(error, WrongAnswer):
             for k, i in enumerate(indices):
                 _score_images(scores, name, reward, [i], images[k : k + 1])
             return

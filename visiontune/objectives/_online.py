@@ -14,6 +14,7 @@ from visiontune.diffusion.dynamics import make_dynamics
 from visiontune.diffusion.guidance import Guidance, guided
 from visiontune.diffusion.replay import micro_batches
 from visiontune.errors import UserError
+from visiontune.objectives._advantages import NOISE
 from visiontune.objectives.base import Needs, Online, Tools, continuous, draws_clips
 from visiontune.schema import option
 
@@ -56,6 +57,7 @@ class GroupConfig(OnlineConfig):
 
     group: int = option(8, help="pictures of each prompt, which are compared with each other")
     updates: int = option(1, help="optimiser steps for each rollout")
+    reward_noise: float = option(NOISE, help="difference up to which rewards count as equal; so does rounding of them")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -64,6 +66,8 @@ class GroupConfig(OnlineConfig):
             raise ValueError(f"group must be at least {self.fewest}{needed}")
         if self.updates < 1:
             raise ValueError("updates must be at least 1")
+        if not 0 <= self.reward_noise < float("inf"):
+            raise ValueError("reward_noise must be 0 or more")
 
 
 class Rollouts(Online):
@@ -150,6 +154,25 @@ def score(tools: Tools, images: Tensor, batch: Batch) -> dict[str, Tensor]:
     rewards = tools.reward(images, batch.prompts, meta)
     terms = getattr(tools.reward, "terms", {})
     return {"reward": rewards, **{f"reward/{name}": value.to(rewards) for name, value in terms.items()}}
+
+
+def require_precise(moved: Tensor, clip: float, updates: int) -> None:
+    """Refuse to use a rollout more than once where rounding, and not training, decides what is clipped.
+
+    Args:
+        moved: how far rounding alone moves log-probabilities, of any shape.
+        clip: how far they may move. updates: for how many the rollout serves.
+
+    Raises:
+        UserError: in what precision it could be.
+    """
+    size = float(moved.double().square().mean().sqrt())
+    if not size <= clip:
+        raise UserError(
+            f"the rollout serves {updates} updates, and rounding moves log-probabilities by {size:.2g} between them, "
+            f"more than objective.clip={clip:g}: set train.precision=no and model.dtype=fp32, use each rollout once "
+            "(objective.updates=1, and inner_epochs), or raise clip"
+        )
 
 
 def reward_terms(tools: Tools, scores: Mapping[str, Tensor]) -> dict[str, Tensor]:

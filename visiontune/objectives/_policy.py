@@ -22,13 +22,13 @@ from torch import Tensor
 
 from visiontune.core import Batch, Condition, Loss
 from visiontune.diffusion.pathwise import gradient_of, into_conditions, leaf_of
-from visiontune.diffusion.replay import latent, replay, revisit
+from visiontune.diffusion.replay import latent, replay, revisit, rounding
 from visiontune.diffusion.trajectory import Trajectory
 from visiontune.diffusion.transition import gaussian_kl, log_prob
 from visiontune.errors import UserError
 from visiontune.objectives._advantages import extremes, flat_share
 from visiontune.objectives._draw import draw, score_latents
-from visiontune.objectives._online import GroupConfig, Stepped, SteppedConfig, conditions
+from visiontune.objectives._online import GroupConfig, Stepped, SteppedConfig, conditions, require_precise
 from visiontune.objectives.base import Needs, Tools
 from visiontune.schema import option
 
@@ -138,6 +138,7 @@ class Policy(Stepped):
     def __init__(self, config: PolicyConfig) -> None:
         super().__init__(config)
         self.updates = config.updates * config.inner_epochs
+        self._precise = self.updates == 1
 
     @property
     def needs(self) -> Needs:
@@ -272,6 +273,10 @@ class Policy(Stepped):
         for chunk in collected.pieces[int(order[turn])]:
             steps = self.timesteps(chunk, epoch, tools)
             weight = 1 / (collected.rows * steps.shape[1])
+            if not self._precise:
+                # Once in a run: the precision stays, and so does what the trained steps round to.
+                require_precise(rounding(model, chunk.trajectory), self.config.clip, self.updates)
+                self._precise = True
             matrices = self.gradients(model, chunk, steps, weight, part == 0, tools)
             found["loss"].append(weight * matrices["loss"].sum())
             found["clip_fraction"].append(len(chunk) / collected.rows * matrices["clipped"].float().mean())

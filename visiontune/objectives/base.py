@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
+from visiontune import plugin
 from visiontune.core import Batch, Condition, Loss
 from visiontune.errors import UserError
 
@@ -104,6 +105,9 @@ class Tools:
         return generator(self.seed, "shared", self.index, *key)
 
 
+_CALLS = ("needs", "check", "check_reward", "check_text", "prepare", "setup", "probe", "loss", "collect", "update")
+
+
 class Objective(ABC):
     """One way to train.
 
@@ -116,6 +120,10 @@ class Objective(ABC):
     config: Any
     group: int = 1
     updates: int = 1
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        plugin.guard_methods(cls, _CALLS, "objective")
 
     @property
     @abstractmethod
@@ -202,6 +210,22 @@ class Online(Objective):
     @abstractmethod
     def update(self, model: Any, collected: Any, part: int, tools: Tools) -> Loss:
         """Add the gradients of one optimiser step, number ``part`` of the rollout's; the loss is detached."""
+
+
+def check_loss(found: Any, objective: Objective) -> Loss:
+    """What an objective returned, if it is a :class:`Loss` that can train.
+
+    Raises:
+        UserError: it is something else, its total is no single number, or one that was to be differentiated cannot be.
+    """
+    kind = type(objective).__module__
+    if not isinstance(found, Loss) or not isinstance(found.total, Tensor) or found.total.numel() != 1:
+        raise UserError(f"objective '{kind}' returned a {type(found).__name__}, not a Loss whose total is one number")
+    if not objective.needs.online and torch.is_grad_enabled() and not found.total.requires_grad:
+        raise UserError(
+            f"objective '{kind}' returned a loss that no gradient can be taken of: compute it by torch alone"
+        )
+    return found
 
 
 def continuous(model: Any) -> None:

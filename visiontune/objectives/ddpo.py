@@ -56,6 +56,6 @@ class DDPO(Policy):
 
     def normalise(self, values: Tensor, prompts: Tensor, name: str, tools: Tools) -> Tensor:
         if not self.config.tracker:
-            return standardised(values, values.mean(), values.std(unbiased=False))
-        seen = tools.state.setdefault(name, {})
-        return tracked_advantages(values, prompts, seen, self.config.tracker, self.config.min_count)
+            return standardised(values, values.mean(), values.std(unbiased=False), self.config.reward_noise)
+        seen, config = tools.state.setdefault(name, {}), self.config
+        return tracked_advantages(values, prompts, seen, config.tracker, config.min_count, config.reward_noise)

@@ -16,6 +16,7 @@ from torch import Tensor
 from visiontune.core import Batch, Condition, Loss
 from visiontune.diffusion.replay import micro_batches
 from visiontune.objectives import diffusion_dpo
+from visiontune.objectives._advantages import indistinct
 from visiontune.objectives._draw import draw_scored, same_prompt
 from visiontune.objectives._online import GroupConfig, Stepped, SteppedConfig
 from visiontune.objectives.base import Needs, Tools
@@ -89,6 +90,7 @@ class OnlineDPO(Stepped):
         grouped = own.view(-1, config.group)
         best, worst = first + grouped.argmax(1), first + grouped.argmin(1)
         gap = grouped.amax(1) - grouped.amin(1)
+        gap = torch.where(gap > indistinct(grouped.amax(1), config.reward_noise), gap, 0)
         gaps = tools.gather(gap)
         pairs = (gaps > 0).sum().clamp(min=1)
         return Collected(

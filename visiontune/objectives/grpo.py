@@ -3,10 +3,11 @@
     A_i = (r_i - mean_group) / std_group
 
 Flow-GRPO (Liu et al., 2025, arXiv 2505.05470) adds the exact divergence of each step from the base to the loss
-(``beta``) and may divide by the deviation of the whole rollout (``std: global``). DanceGRPO (Xue et al., 2025, arXiv
-2505.07818) starts the pictures of a group from the same noise, trains on a random share of the steps, and may keep the
-best and worst of a larger group alone. Any dynamics with noise will do: ``ddim`` with eta 1 for models that predict
-eps, v or x_0; ``flow-sde``, ``dance-sde`` or ``cps`` for flow.
+(``beta``; its code leaves the length of the step out of it: docs/objectives/grpo.md) and may divide by the deviation of
+the whole rollout (``std: global``). DanceGRPO (Xue et al., 2025, arXiv 2505.07818) starts the pictures of a group from
+the same noise, trains on a random share of the steps, and may keep the best and worst of a larger group alone. Any
+dynamics with noise will do: ``ddim`` with eta 1 for models that predict eps, v or x_0; ``flow-sde``, ``dance-sde`` or
+``cps`` for flow.
 """
 
 from __future__ import annotations
@@ -32,7 +33,10 @@ class Config(PolicyConfig):
     cfg_scale: float = option(4.5, help="guidance of the rollout and of its replay; 1 for none, at half the cost")
     group: int = option(8, help="pictures of each prompt, which are compared with each other")
     std: Literal["group", "global"] = option("group", help="deviation that advantages are divided by")
-    beta: float = option(0.0, help="weight of the exact divergence of a step from the base (mean over latent values)")
+    beta: float = option(
+        0.0,
+        help="weight of a step's exact divergence from the base, by mean; Flow-GRPO's code: its beta over the steps",
+    )
     same_noise: bool = option(False, help="start the pictures of a group from the same noise")
     best_of: int | None = option(None, help="train on so many of each group, half the best and half the worst")
     last_step: bool = option(False, help="train on the last step too")
@@ -61,4 +65,4 @@ class GRPO(Policy):
         self.last, self.shared_start = config.last_step, config.same_noise
 
     def normalise(self, values: Tensor, prompts: Tensor, name: str, tools: Tools) -> Tensor:
-        return group_advantages(values, prompts, self.config.std == "global")
+        return group_advantages(values, prompts, self.config.std == "global", self.config.reward_noise)

@@ -117,7 +117,8 @@ class NFT(Stepped):
         with old_policy(tools):
             trajectories, own, terms = draw_scored(self, model, batch, tools)
         rewards, prompts = tools.gather(own), tools.gather(batch.data["prompt"])
-        advantages = group_advantages(rewards.cpu().double(), prompts.cpu(), global_std=True).to(rewards)
+        noise = config.reward_noise
+        advantages = group_advantages(rewards.cpu().double(), prompts.cpu(), global_std=True, noise=noise).to(rewards)
         good = (advantages / (2 * config.advantage_range) + 0.5).clamp(0, 1)
         same = prompts[:, None] == prompts[None]
         flat = (same & (rewards[:, None] != rewards[None])).sum(1) == 0

@@ -26,11 +26,12 @@ import torch
 from torch import Tensor
 
 from visiontune.core import Batch, Loss
-from visiontune.diffusion.replay import backpropagate_scores, reference, replay
+from visiontune.diffusion.replay import backpropagate_scores, reference, replay, rounding
 from visiontune.diffusion.trajectory import Trajectory
 from visiontune.errors import UserError
+from visiontune.objectives._advantages import NOISE, indistinct
 from visiontune.objectives._draw import draw_scored
-from visiontune.objectives._online import GroupConfig, Stepped, SteppedConfig
+from visiontune.objectives._online import GroupConfig, Stepped, SteppedConfig, require_precise
 from visiontune.objectives.base import Needs, Tools
 from visiontune.schema import option
 
@@ -90,9 +91,9 @@ class Collected:
     terms: dict[str, Tensor]
 
 
-def matched(rewards: Tensor, prompts: Tensor) -> Tensor:
-    """Pairs (a, b) of one prompt with r^a > r^b, bool ``[b, b]``."""
-    return (prompts[:, None] == prompts[None]) & (rewards[:, None] > rewards[None])
+def matched(rewards: Tensor, prompts: Tensor, noise: float = NOISE) -> Tensor:
+    """Pairs (a, b) of one prompt with r^a > r^b by more than rounding, bool ``[b, b]``."""
+    return (prompts[:, None] == prompts[None]) & (rewards[:, None] - rewards[None] > indistinct(rewards, noise))
 
 
 def errors(implied: Tensor, rewards: Tensor, beta: float) -> Tensor:
@@ -110,6 +111,10 @@ class PRDP(Stepped):
 
     likelihoods = True
     config: Config
+
+    def __init__(self, config: Config) -> None:
+        super().__init__(config)
+        self._precise = self.updates == 1
 
     @property
     def needs(self) -> Needs:
@@ -131,6 +136,9 @@ class PRDP(Stepped):
             now = torch.cat([replay(model, t) for t in collected.trajectories])
         if part == 0:
             self._require_start(now, collected)
+        if self.config.clip is not None and not self._precise:
+            require_precise(rounding(model, collected.trajectories[0]), self.config.clip, self.updates)
+            self._precise = True
         found = (now - collected.base, collected.old - collected.base, collected.rewards, collected.prompts)
         implied, old, rewards, prompts = (tools.gather(value).cpu() for value in found)
         # A step's clip range may be 1e-9 of the rewards' difference over beta.
@@ -154,7 +162,7 @@ class PRDP(Stepped):
         Args:
             implied, old: ``[b, k]`` rhat_t, now and when it was drawn. rewards, prompts: ``[b]``.
         """
-        beta, pairs = self.config.beta, matched(rewards, prompts)
+        beta, pairs = self.config.beta, matched(rewards, prompts, self.config.reward_noise)
         worst = errors(self._over_steps(implied), rewards, beta)
         if self.config.clip is not None:
             near = implied.clamp(old - self.config.clip, old + self.config.clip)
@@ -173,7 +181,7 @@ class PRDP(Stepped):
             "agreement": torch.where(spread > 0, (given * true).sum() / spread, 0),
             "kl": implied.sum(1).mean(),
             "clipped": ((implied - old).abs() > clip).to(rewards).mean(),
-            "ties": ((same & (rewards[:, None] == rewards[None])).sum() - len(rewards)) / pairs,
+            "ties": (others.sum() - 2 * matched(rewards, prompts, self.config.reward_noise).sum()) / pairs,
         }
 
     def _over_steps(self, implied: Tensor) -> Tensor:

@@ -24,11 +24,12 @@ import torch
 from torch import Tensor
 
 from visiontune.core import Batch, Condition, Loss
+from visiontune.diffusion.replay import rounding_of
 from visiontune.diffusion.unmask import guided_logits, unmask
 from visiontune.errors import UserError
 from visiontune.objectives._advantages import flat_share, group_advantages
 from visiontune.objectives._draw import score_latents
-from visiontune.objectives._online import GroupConfig, Rollouts, conditions, parts_of, reward_terms
+from visiontune.objectives._online import GroupConfig, Rollouts, conditions, parts_of, require_precise, reward_terms
 from visiontune.objectives._policy import clipped_surrogate
 from visiontune.objectives.base import Needs, Tools
 from visiontune.schema import option
@@ -142,6 +143,10 @@ class UniGRPO(Rollouts):
 
     config: Config
 
+    def __init__(self, config: Config) -> None:
+        super().__init__(config)
+        self._precise = self.updates == 1
+
     @property
     def needs(self) -> Needs:
         return replace(super().needs, text=False, reference=self.config.beta > 0)
@@ -202,7 +207,7 @@ class UniGRPO(Rollouts):
     def advantages(self, own: dict[str, Tensor], prompts: Tensor, tools: Tools) -> tuple[Tensor, dict[str, Tensor]]:
         """Advantages ``[b]`` of this process's rows against those of their prompts on all processes, and terms."""
         everyone = tools.gather(prompts.to(own["reward"].device)).cpu()
-        found = group_advantages(tools.gather(own["reward"]).cpu().double(), everyone)
+        found = group_advantages(tools.gather(own["reward"]).cpu().double(), everyone, noise=self.config.reward_noise)
         terms = {**reward_terms(tools, own), "flat_prompts": flat_share(found, everyone)}
         return found[tools.rank * len(prompts) :][: len(prompts)], terms
 
@@ -289,6 +294,10 @@ class UniGRPO(Rollouts):
             now = torch.where(hidden, of_drawn(everything, chunk.tokens), old)
             if part == 0:
                 self.require_ratio_one((now - old)[hidden])
+            if not self._precise:
+                moved = self.rounding(model, chunk, hidden, now.detach(), shape)
+                require_precise(moved[hidden], self.config.clip, self.updates)
+                self._precise = True
             loss, clipped = clipped_surrogate(now, old, chunk.advantages, self.config.clip)
             kl = torch.zeros_like(loss)
             if base is not None:
@@ -297,6 +306,16 @@ class UniGRPO(Rollouts):
             (tools.scale * total).backward()
             masked = hidden.to(now).mean(1).sum() / len(masks)
             yield torch.stack([total, (weight * kl).sum(), (weight * clipped).sum(), masked]).detach()
+
+    @torch.no_grad()
+    def rounding(self, model: MaskedModel, chunk: Chunk, hidden: Tensor, now: Tensor, shape: tuple[int, int]) -> Tensor:
+        """How far rounding alone moves the log-probabilities ``now`` of the drawn tokens, ``[m, n]``."""
+
+        def compute(words: Tensor) -> Tensor:
+            cond = replace(chunk.cond, tokens=words)
+            return of_drawn(self.log_probs(model, chunk.tokens, hidden, cond, chunk.uncond, shape), chunk.tokens)
+
+        return rounding_of(compute, chunk.cond.tokens, now)
 
     def divergence(self, now: Tensor, base: Tensor, tokens: Tensor) -> Tensor:
         """From the base, ``[m, n]``, of distributions ``[m, n, v]`` of the tokens ``[m, n]``."""

@@ -40,13 +40,19 @@ class Framing:
     """torchvision rounds the offset of the crop where transformers cuts it off."""
 
     def __call__(self, images: Tensor) -> Tensor:
-        """``[b, 3, h, w]`` -> ``[b, 3, crop, crop]``, antialiased, differentiable and not clamped."""
+        """``[b, 3, h, w]`` -> ``[b, 3, crop, crop]``, antialiased and differentiable.
+
+        Bicubic filters overshoot at edges. What is resized is brought into [0, 1] after each direction, as libraries do
+        that resize bytes, with the gradient of what was not: a clamp would stop it where pictures are white or black.
+        """
         height, width = images.shape[-2:]
         target = self._target(height, width)
         # Half precision would round the resampling; float64 is kept for exact gradients.
         images = images if images.dtype == torch.float64 else images.float()
-        if target != (height, width):
-            images = F.interpolate(images, target, mode=self.filter, antialias=True, align_corners=False)
+        for size in ((height, target[1]), target):
+            if images.shape[-2:] != size:
+                images = F.interpolate(images, size, mode=self.filter, antialias=True, align_corners=False)
+                images = images + (images.clamp(0, 1) - images).detach()
         if self.fit == "longest":
             rest = [self.crop - side for side in target]
             images = F.pad(images, (rest[1] // 2, rest[1] - rest[1] // 2, rest[0] // 2, rest[0] - rest[0] // 2))

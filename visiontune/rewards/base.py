@@ -1,11 +1,12 @@
 """What a reward is, and the checks around every call of one.
 
 A reward module has a ``Config`` and ``build(config)``, which returns a :class:`Reward` or any function of the same
-arguments. Higher is better.
+arguments. Higher is better. One from outside the package is given copies, so that it cannot change what others see.
 """
 
 from __future__ import annotations
 
+import copy
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
@@ -14,12 +15,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from visiontune import plugin
 from visiontune.errors import UserError
 
 Meta = Sequence[Mapping[str, Any]] | None
 
 # Decoded images overshoot [0, 1] a little and must keep their gradient; [-1, 1] and [0, 255] overshoot a lot.
 _SLACK = 0.3
+
+
+class WrongAnswer(UserError):
+    """What a reward returned are no scores, whatever the images: it is the reward that has to be mended."""
 
 
 class Reward(ABC):
@@ -38,6 +44,8 @@ class Reward(ABC):
     """Raw scores ``[b]`` of the latest call by term, for a reward that is made of others."""
     weights: Mapping[str, float] = MappingProxyType({})
     """Factor of each term, by the same names."""
+    _reached: bool = False
+    """Whether a gradient of it was seen to reach the pixels."""
 
     @abstractmethod
     def score(self, images: Tensor, prompts: Sequence[str], meta: Meta) -> Tensor:
@@ -55,12 +63,32 @@ class Reward(ABC):
             ``float32 [b]`` on the images' device, finite; with a graph where the reward is differentiable.
 
         Raises:
-            UserError: wrong shape or value range going in; wrong shape, or a number that is not finite, coming out.
+            UserError: wrong shape or value range going in; wrong shape, or a number that is not finite, coming out; a
+                reward from outside raised anything, or calls itself differentiable and is not.
         """
         check_images(images, prompts, self.name, self.clips)
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.differentiable):
-            scores = self.score(images, prompts, meta)
-        return check_scores(scores, images, self.name)
+            if plugin.is_own(self._code):
+                return check_scores(self.score(images, prompts, meta), images, self.name)
+            seen = images.clone()
+            pixels = seen.grad_fn  # of the copy: whatever is done to it in place is done after this
+            with plugin.guarded(self._code, f"reward '{self.name}', called with (images, prompts, meta),"):
+                answer = self.score(seen, list(prompts), copy.deepcopy(meta))
+                scores = check_scores(answer, images, self.name)
+        if pixels is not None and not self._reached:
+            if not _leads_to(scores.grad_fn, pixels):
+                raise WrongAnswer(
+                    f"reward '{self.name}' says that it is differentiable, but no gradient of its scores reaches the "
+                    "images: compute them from images by torch alone (no detach, item, numpy or bytes), or leave "
+                    "differentiable out"
+                )
+            self._reached = True
+        return scores
+
+    @property
+    def _code(self) -> Any:
+        """What runs when images are scored."""
+        return type(self)
 
 
 class FunctionReward(Reward):
@@ -75,6 +103,10 @@ class FunctionReward(Reward):
 
     def score(self, images: Tensor, prompts: Sequence[str], meta: Meta) -> Tensor:
         return self.function(images, prompts, meta)
+
+    @property
+    def _code(self) -> Any:
+        return self.function
 
 
 def as_reward(built: Any, name: str) -> Reward:
@@ -104,17 +136,52 @@ def check_images(images: Tensor, prompts: Sequence[str], name: str, clips: bool 
 
 
 def check_scores(scores: Any, images: Tensor, name: str) -> Tensor:
-    """Scores as ``float32 [b]`` on the images' device, or :class:`UserError`."""
+    """Scores as ``float32 [b]`` on the images' device, with their graph.
+
+    Args:
+        scores: a tensor, or numbers or tensors of one number each in a sequence or an array.
+        images: what was scored. name: the reward's.
+
+    Raises:
+        WrongAnswer: they are something else, or not one number an image.
+        UserError: one is not finite.
+    """
     if not isinstance(scores, Tensor):
         try:
-            scores = torch.as_tensor(scores)
+            scores = _stacked(scores)
         except (TypeError, ValueError, RuntimeError) as error:
-            raise UserError(f"reward '{name}' returned a {type(scores).__name__}, not a tensor of scores") from error
+            raise WrongAnswer(f"reward '{name}' returned a {type(scores).__name__}, not a tensor of scores") from error
+    if scores.is_complex() or scores.is_quantized or scores.layout != torch.strided or scores.is_meta:
+        raise WrongAnswer(
+            f"reward '{name}' returned a tensor of {scores.dtype}, {scores.layout}, on {scores.device}: scores must be "
+            "real numbers in a dense tensor"
+        )
     if scores.shape != (len(images),):
-        raise UserError(
+        raise WrongAnswer(
             f"reward '{name}' returned shape {list(scores.shape)}; it must be one score an image, [{len(images)}]"
         )
+    scores = scores.to(images.device, torch.float32)
     bad = (~torch.isfinite(scores.detach())).nonzero().flatten().tolist()
     if bad:
         raise UserError(f"reward '{name}' is not finite for {len(bad)} of {len(images)} images (first: image {bad[0]})")
-    return scores.to(images.device, torch.float32)
+    return scores
+
+
+def _stacked(scores: Any) -> Tensor:
+    """A sequence of numbers as a tensor; that of tensors keeps their graphs, which ``torch.as_tensor`` would cut."""
+    if isinstance(scores, list | tuple) and any(isinstance(score, Tensor) for score in scores):
+        return torch.stack([torch.as_tensor(score).reshape(()) for score in scores])
+    return torch.as_tensor(scores)
+
+
+def _leads_to(start: Any, goal: Any) -> bool:
+    """Whether a gradient goes from one node of the graph to another."""
+    seen, ahead = set(), [start]
+    while ahead:
+        node = ahead.pop()
+        if node is goal:
+            return True
+        if node is not None and node not in seen:
+            seen.add(node)
+            ahead += [follower for follower, _ in node.next_functions]
+    return False

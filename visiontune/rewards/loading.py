@@ -25,7 +25,7 @@ def load(spec: str | Mapping[str, Any], path: str = "reward", name: str | None =
     """
     module, config = plugin.configure("rewards", resolve(spec), path)
     called = spec if isinstance(spec, str) else str(spec["name"])
-    return as_reward(module.build(config), name or called)
+    return as_reward(plugin.build(module, config, path), name or called)
 
 
 def resolve(spec: str | Mapping[str, Any]) -> str | Mapping[str, Any]:

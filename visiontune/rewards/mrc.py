@@ -55,7 +55,7 @@ def build(config: Config) -> Mrc:
     if config.reconstruct is None:
         raise UserError("MRC needs the network that reconstructs: set reconstruct: FILE.py")
     module, own = plugin.configure("rewards", config.reconstruct, "reconstruct")
-    return Mrc(config, module.build(own))
+    return Mrc(config, plugin.build(module, own, "reconstruct"))
 
 
 class Mrc(Reward):
@@ -70,9 +70,11 @@ class Mrc(Reward):
 
     def score(self, images: Tensor, prompts: Sequence[str], meta: Meta) -> Tensor:
         views = self._views(images)
-        renders = self.reconstruct(views, meta)
-        if renders.shape != views.shape:
-            raise UserError(f"reconstruct returned {list(renders.shape)} for views {list(views.shape)}")
+        with plugin.guarded(self.reconstruct, "reconstruct(views, meta)"):
+            renders = self.reconstruct(views.clone(), meta)
+        if not isinstance(renders, Tensor) or renders.shape != views.shape:
+            found = list(renders.shape) if isinstance(renders, Tensor) else f"a {type(renders).__name__}"
+            raise UserError(f"reconstruct returned {found} for views {list(views.shape)}")
         objects = (views < self.config.background).any(2)
         scores = [self._consistency(*parts) for parts in zip(views, renders, objects, strict=True)]
         return torch.stack(scores)
@@ -96,7 +98,8 @@ class Mrc(Reward):
                 [resized_crop(x, *box, size, InterpolationMode.BICUBIC, antialias=True) for x in (view, render)]
             )
         one, other = (torch.stack(half) for half in zip(*pairs, strict=True))
-        return -self.distance(one, other).mean()
+        with plugin.guarded(self.distance, "the distance of reconstruct"):
+            return -self.distance(one, other).mean()
 
 
 def square_box(inside: Tensor, margin: int) -> tuple[int, int, int, int]:

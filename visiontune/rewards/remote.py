@@ -31,6 +31,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from visiontune import outside
 from visiontune.errors import UserError
 from visiontune.ops.pixels import to_uint8
 from visiontune.rewards.base import Meta, Reward
@@ -81,9 +82,27 @@ def build(config: Config) -> Remote:
     if not config.url:
         raise UserError("the reward remote needs a server: set url: http://HOST:PORT/PATH")
     for name, text in {"url": config.url, **{f"headers.{key}": value for key, value in config.headers.items()}}.items():
-        if not _resolved(text, name).isprintable():
-            raise UserError(f"{name} holds a line break or another character that HTTP has no place for")
+        told = _resolved(text, name)
+        if not (told.isprintable() and told.isascii()) or (name == "url" and " " in told):
+            raise UserError(
+                f"{name} holds a line break, a letter beyond ASCII or another character that HTTP has no place for"
+            )
+    for key in config.headers:
+        if not re.fullmatch(r"[\w!#$%&'*+.^`|~-]+", key):
+            raise UserError(f"headers: {key!r} is no name of a header")
+    _check_host(_resolved(config.url, "url"))
     return Remote(config)
+
+
+def _check_host(url: str) -> None:
+    """Raises UserError where an address names no host and port; it is not shown, since it may hold a secret."""
+    try:
+        parts = urlsplit(url)
+        found = bool(parts.hostname and parts.hostname.encode("idna")) and parts.port != 0
+    except ValueError:
+        found = False
+    if not found:
+        raise UserError("url names no host, or a port that there cannot be: write http://HOST:PORT/PATH")
 
 
 def _is_named(text: str) -> bool:
@@ -126,13 +145,16 @@ class Remote(Reward):
         body = json.dumps({"images": pictures, "prompts": prompts, "meta": meta}, default=str).encode()
         answer = self._post(body)
         try:
-            scores = json.loads(answer)["scores"]
-        except (ValueError, KeyError, TypeError) as error:
+            scores = outside.parse_json(answer, "the answer")["scores"]
+        except (UserError, KeyError, TypeError) as error:
             raise UserError(f'{self._server} did not answer {{"scores": [...]}} but {_short(answer)}') from error
         numbers = isinstance(scores, list) and all(type(score) in (int, float) for score in scores)
         if not numbers or len(scores) != len(pictures):
             raise UserError(f"{self._server} must answer {len(pictures)} numbers, not {_short(json.dumps(scores))}")
-        return scores
+        try:
+            return [float(score) for score in scores]
+        except OverflowError as error:
+            raise UserError(f"{self._server} answered a number that is too large for a score") from error
 
     def _post(self, body: bytes) -> bytes:
         for attempt in range(self.config.retries + 1):
@@ -149,7 +171,8 @@ class Remote(Reward):
                     raise UserError(f"{self._server} refused the request: {trouble}") from error
             except (OSError, HTTPException) as error:
                 reason = getattr(error, "reason", error)
-                trouble = "timed out" if isinstance(reason, TimeoutError) else str(reason) or type(error).__name__
+                words = " ".join(str(reason).split()) or type(error).__name__
+                trouble = "timed out" if isinstance(reason, TimeoutError) else outside.shown(words)
             if attempt < self.config.retries:
                 _log.warning(
                     "%s failed (%s), attempt %d of %d", self._server, trouble, attempt + 1, self.config.retries + 1

@@ -13,7 +13,7 @@ from torch.nn import Parameter
 from visiontune.core import Loss
 from visiontune.errors import UserError
 from visiontune.objectives._old import swapped
-from visiontune.objectives.base import Objective, Tools, generator
+from visiontune.objectives.base import Objective, Tools, check_loss, generator
 from visiontune.training.config import TrainConfig
 from visiontune.training.step import Rows
 
@@ -130,7 +130,7 @@ class OnlineSteps:
             batch = self.rows.batch(index).to(self.lender.accelerator.device)
             with torch.no_grad():
                 self._held = (index, self.objective.collect(self.model, batch, tools))
-        loss = self.objective.update(self.model, self._held[1], part, tools)
+        loss = check_loss(self.objective.update(self.model, self._held[1], part, tools), self.objective)
         self._average()
         return loss
 

@@ -108,7 +108,7 @@ class Trainer:
         self.schedule = optim.make_schedule(optimizer, train)
         self._rates = list(self.schedule.base_lrs)
         self.meter, self.average = Meter(), Average(list(self.parameters.values()), train.ema)
-        self.stateful = self._stateful(reward)
+        self.stateful, self.idle = self._stateful(reward), trouble.Idle()
 
     def _stateful(self, reward: Any) -> dict[str, Any]:
         """What a checkpoint carries besides weights, each part with torch's `state_dict` and `load_state_dict`."""
@@ -163,9 +163,10 @@ class Trainer:
         """One optimiser step; returns its loss, averaged over accumulated batches and processes."""
         accelerator, started = self.accelerator, time.perf_counter()
         set_seed(seed_of(self.seed, "step", step, accelerator.process_index) % 2**32)
-        total = self._gradients(step)
+        total, terms = self._gradients(step)
         if self.adapters is not None:
             self.adapters.before_step(step, 1.0 if accelerator.scaler is None else accelerator.scaler.get_scale())
+        self.idle.check(self, step, terms)
         norm = None
         if self.train.max_grad_norm is not None:
             norm = accelerator.clip_grad_norm_(list(self.parameters.values()), self.train.max_grad_norm)
@@ -179,12 +180,12 @@ class Trainer:
             self._note({"grad_norm": norm})
         return float(total)
 
-    def _gradients(self, step: int) -> Tensor:
-        """Leave a step's gradients in ``.grad``; its loss on this process."""
+    def _gradients(self, step: int) -> tuple[Tensor, Mapping[str, Tensor]]:
+        """Leave a step's gradients in ``.grad``; its loss on this process, and what the last batch logs."""
         if self.online_steps is not None:
             loss = self.online_steps.step(step)
             self._note(loss.terms)
-            return loss.total
+            return loss.total, loss.terms
         total = torch.zeros((), device=self.accelerator.device)
         for part in range(self.train.accumulate):
             with self.accelerator.accumulate(self.step_module):
@@ -192,7 +193,7 @@ class Trainer:
                 self.accelerator.backward(loss.total)
                 total += loss.total.detach() / self.train.accumulate
                 self._note(loss.terms)
-        return total
+        return total, loss.terms
 
     def _note(self, values: Mapping[str, Tensor]) -> None:
         self.meter.add(values)
@@ -212,7 +213,9 @@ class Trainer:
             self.schedule.step()
             if self.adapters is not None:
                 self.adapters.after_step((step + 1) / self.train.steps, self.optimizer)
-            self.average.update()
+            if self.average.decay is not None:
+                with optim.evaluated(self.optimizer, self.average.parameters):
+                    self.average.update()
         self.optimizer.zero_grad()
 
     # -- after a step -------------------------------------------------------------------------------------------
@@ -271,9 +274,9 @@ class Trainer:
 
     @contextmanager
     def looking(self) -> Iterator[None]:
-        """The model as its user will have it: averaged weights, evaluation mode, no gradients."""
+        """The model as its user will have it: the optimiser's result, averaged, in evaluation mode, no gradients."""
         self.rows.close()  # what works ahead may use the networks that drawing moves
-        with self.average.applied(), torch.no_grad():
+        with optim.evaluated(self.optimizer, self.average.parameters), self.average.applied(), torch.no_grad():
             # Adapters keep what they computed from their parameters until the mode is switched.
             self.step_module.eval()
             yield

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import Parameter
 
+from visiontune import plugin
 from visiontune.errors import UserError
 from visiontune.schema import nearest, spelt
 from visiontune.training.config import TrainConfig
@@ -96,6 +99,8 @@ def make_optimizer(
 ) -> torch.optim.Optimizer:
     """The optimiser over ``chosen``, in groups by :func:`rates`; a network without a rate has ``train.lr``.
 
+    An optimiser of two modes is in that of training.
+
     With ``train.matrix_options``, weights of two dimensions and the others are in groups of their own.
 
     Raises:
@@ -106,28 +111,71 @@ def make_optimizer(
         group, rate = rates.get(network_of(name), ("", train.lr))
         of_group.setdefault(group, {"params": [], "lr": rate})["params"].append(parameter)
     groups = list(of_group.values())
-    options: dict[str, Any] = {"weight_decay": train.weight_decay}
+    factory = _factory(train.optimizer)
+    options: dict[str, Any] = _decay(factory, train)
     if train.optimizer == "adamw":
         options["betas"] = train.betas
     if train.optimizer == "adafactor":
         options |= {"scale_parameter": False, "relative_step": False, "warmup_init": False}
-    factory = _factory(train.optimizer)
     matrix = _MATRIX_DEFAULTS.get(OPTIMIZERS.get(train.optimizer, train.optimizer), {}) | _spelt(train.matrix_options)
     if matrix:
         groups = [part for group in groups for part in _split(group, matrix)]
     try:
-        made = factory([g for g in groups if g["params"]], lr=train.lr, **options | _spelt(train.optimizer_options))
+        with plugin.guarded(factory, f"train.optimizer '{train.optimizer}', when it is made,"):
+            made = factory([g for g in groups if g["params"]], lr=train.lr, **options | _spelt(train.optimizer_options))
     except (TypeError, ValueError) as error:
         raise UserError(f"train.optimizer_options do not fit {train.optimizer}: {error}") from error
     # What torch's optimisers do not know in a group they pass over in silence.
     unread = [name for name in matrix if name not in made.defaults]
     if unread and _package(made) in _CLOSED:
         raise UserError(f"train.matrix_options.{unread[0]} is no option of {train.optimizer}: did you mean galore?")
+    if two_modes(made):
+        made.train()
     return made
 
 
 def _spelt(options: Mapping[str, Any]) -> dict[str, Any]:
     return {name: spelt(value) for name, value in options.items()}
+
+
+def _decay(factory: Any, train: TrainConfig) -> dict[str, Any]:
+    """``weight_decay`` for an optimiser that has one.
+
+    Raises:
+        UserError: it has none, and the run asks for another than the default; its steps want a closure.
+    """
+    if any(p.default is p.empty for p in list(inspect.signature(factory.step).parameters.values())[1:]):
+        raise UserError(f"train.optimizer '{train.optimizer}' computes the loss anew in a step, which no run does")
+    takes = inspect.signature(factory).parameters.values()
+    if any(p.name == "weight_decay" or p.kind is p.VAR_KEYWORD for p in takes):
+        return {"weight_decay": train.weight_decay}
+    if train.weight_decay not in (0.0, TrainConfig.weight_decay):
+        raise UserError(f"train.weight_decay: optimizer '{train.optimizer}' has none; set it to 0")
+    return {}
+
+
+def two_modes(optimizer: Any) -> bool:
+    """Whether an optimiser holds other weights while it trains than those that are its result (schedule-free ones)."""
+    return all(callable(getattr(optimizer, mode, None)) for mode in ("train", "eval"))
+
+
+@contextmanager
+def evaluated(optimizer: Any, parameters: Sequence[Tensor]) -> Iterator[None]:
+    """Inside the block the weights that an optimiser of two modes gives; afterwards those it trains, bit for bit."""
+    own = raw(optimizer)
+    if not two_modes(own):
+        yield
+        return
+    # There and back rounds, and a run that is looked at must go on like one that is not.
+    aside = [p.detach().to("cpu", copy=True) for p in parameters]
+    own.eval()
+    try:
+        yield
+    finally:
+        own.train()
+        with torch.no_grad():
+            for parameter, value in zip(parameters, aside, strict=True):
+                parameter.copy_(value)
 
 
 def _split(group: Mapping[str, Any], matrix: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -137,8 +185,13 @@ def _split(group: Mapping[str, Any], matrix: Mapping[str, Any]) -> list[dict[str
     return [{**group, "params": flat, **matrix}, {**group, "params": rest}]
 
 
+def raw(optimizer: Any) -> Any:
+    """The optimiser, without what accelerate has put around it."""
+    return getattr(optimizer, "optimizer", optimizer)
+
+
 def _package(optimizer: Any) -> str:
-    return type(getattr(optimizer, "optimizer", optimizer)).__module__.partition(".")[0]
+    return type(raw(optimizer)).__module__.partition(".")[0]
 
 
 def state_package(optimizer: Any) -> str | None:
@@ -166,12 +219,14 @@ def _factory(name: str) -> Any:
     if not module:
         raise UserError(f"train.optimizer '{name}' is unknown{nearest(name, OPTIMIZERS)}")
     try:
-        found = getattr(importlib.import_module(module), attribute)
-    except ModuleNotFoundError as error:
-        extra = ": pip install 'visiontune[galore]'" if error.name == "pytorch_optimizer" else ""
-        raise UserError(f"train.optimizer '{name}' needs '{error.name}', which is not installed{extra}") from error
-    except (ImportError, AttributeError) as error:
-        raise UserError(f"train.optimizer '{name}' cannot be loaded: {error}") from error
+        with plugin.guarded(f"optimizer {name}", f"train.optimizer '{name}' cannot be loaded: its module"):
+            found = getattr(importlib.import_module(module), attribute)
+    except UserError as error:
+        lacking = error.__cause__
+        if not isinstance(lacking, ModuleNotFoundError):
+            raise
+        extra = ": pip install 'visiontune[galore]'" if lacking.name == "pytorch_optimizer" else ""
+        raise UserError(f"train.optimizer '{name}' needs '{lacking.name}', which is not installed{extra}") from lacking
     # It is called with the weights: nothing else that a dotted path leads to may be.
     if not (isinstance(found, type) and issubclass(found, torch.optim.Optimizer)):
         raise UserError(f"train.optimizer '{name}' is no optimiser: name a subclass of torch.optim.Optimizer")

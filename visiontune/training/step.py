@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from torch import nn
 
 from visiontune.core import Batch, Loss
-from visiontune.objectives.base import Tools
+from visiontune.objectives.base import Tools, check_loss
 
 if TYPE_CHECKING:
     from visiontune.models.base import Model
@@ -40,4 +40,4 @@ class Step(nn.Module):
             self.adapters = adapters
 
     def forward(self, batch: Batch, tools: Tools) -> Loss:
-        return self.objective.loss(self._model[0], batch, tools)
+        return check_loss(self.objective.loss(self._model[0], batch, tools), self.objective)

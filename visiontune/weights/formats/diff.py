@@ -6,8 +6,8 @@ from pathlib import Path
 
 from torch import Tensor
 
-from visiontune.weights._sets import Changes
 from visiontune.weights._factors import save_tensors
+from visiontune.weights._sets import Changes
 from visiontune.weights.export import Exported, Job, check_biases, off_by, rounded
 from visiontune.weights.metadata import of_file
 

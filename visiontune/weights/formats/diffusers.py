@@ -8,8 +8,8 @@ from typing import Any
 from torch import Tensor
 
 from visiontune.errors import UserError
-from visiontune.weights._sets import Changes
 from visiontune.weights._factors import Factors, check_factored, factored, save_tensors
+from visiontune.weights._sets import Changes
 from visiontune.weights.export import Exported, Job
 from visiontune.weights.metadata import of_file
 

@@ -8,8 +8,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from visiontune.weights._sets import Changes
 from visiontune.weights._factors import Factors, check_factored, factored, save_tensors
+from visiontune.weights._sets import Changes
 from visiontune.weights.export import Exported, Job
 from visiontune.weights.metadata import of_file
 

@@ -14,8 +14,8 @@ from visiontune.adapters import AdapterSet
 from visiontune.adapters._cayley import skew
 from visiontune.errors import UserError
 from visiontune.files import atomic_write
-from visiontune.weights._sets import Changes
 from visiontune.weights._factors import check_factored, factored, save_tensors
+from visiontune.weights._sets import Changes
 from visiontune.weights.export import Exported, Job, off_by
 from visiontune.weights.formats.diffusers import tensors_of
 from visiontune.weights.metadata import of_file
