@@ -7,6 +7,7 @@ A recipe is a mapping with ``verb`` (``train`` or ``sample``) and ``description`
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,7 +49,7 @@ class Run:
 
     name: str = option(help="name of the run; it writes to <out>/<name>")
     out: str = option("runs", help="folder that holds the runs")
-    seed: int = option(0, help="seed of everything random in the run")
+    seed: int = option(0, least=0, greatest=2**32 - 1, help="seed of everything random in the run")
     description: str = option("", help="one line for the catalogue and the model card")
     model: ModelConfig = option(ModelConfig(), help="the base model")
     adapter: dict[str, Any] | None = option(
@@ -80,7 +81,7 @@ class RewardSpec:
     description: str = option("", help="one line for the catalogue's table")
     options: dict[str, Any] = option({}, help="options of the module")
     licence: str = option(help="licence of the model's weights")
-    range: tuple[float, float] = option(help="least and greatest score")
+    range: tuple[float, float] = option(least=-math.inf, greatest=math.inf, help="least and greatest score")
     differentiable: bool = option(help="whether gradients reach the pixels")
 
 

@@ -64,7 +64,7 @@ def test_an_image_without_a_caption(cli, recipe, photos, unchanged):
         ("adapter=lorra", ("adapter.name", "'lorra'", "did you mean 'lora'?")),
         ("objective=denoisin", ("objective.name", "did you mean 'denoising'?")),
         ("train.steps=many", ("train.steps must be a whole number", "'many'")),
-        ("train.steps=0", ("train: steps must be 1 or more",)),
+        ("train.steps=0", ("train.steps must be a whole number from 1 to", "not '0'")),
         ("train.schedule=cosin", ("train.schedule", "did you mean 'cosine'?")),
         ("adapter.targets=to_qq", ("adapter: target 'to_qq' matches no layer", "did you mean 'to_q'?")),
         ("name=../elsewhere", ("name '../elsewhere'",)),
