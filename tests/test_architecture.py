@@ -19,7 +19,7 @@ from visiontune import catalogue
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "visiontune"
 
-GROUND = {"errors", "files", "outside", "ranges", "schema", "plugin", "catalogue"}
+GROUND = {"errors", "files", "outside", "ranges", "schema", "yaml_text", "plugin", "catalogue"}
 LIBRARY = {"core", "diffusion", "models", "adapters", "objectives", "rewards", "data", "ops"}
 # What a module, or the modules of a folder, may import from the package. A longer name wins over a shorter one.
 MAY_IMPORT = {
@@ -28,8 +28,9 @@ MAY_IMPORT = {
     "outside": {"errors"},
     "ranges": {"errors"},
     "schema": {"errors", "ranges"},
+    "yaml_text": {"errors", "outside"},
     "plugin": {"errors", "outside", "schema"},
-    "catalogue": {"errors", "outside", "schema"},
+    "catalogue": {"errors", "outside", "schema", "yaml_text"},
     "core": {"errors", "files", "schema"},
     "ops": {"errors", "core"},
     "diffusion": {"errors", "files", "schema", "core"},

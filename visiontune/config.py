@@ -8,21 +8,26 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-from visiontune import catalogue, plugin
+from visiontune import catalogue, outside, plugin
 from visiontune.data.base import Config as DataConfig
 from visiontune.data.readers import resolve
 from visiontune.errors import UserError
+from visiontune.outside import shown
 from visiontune.sampling.config import SampleConfig
 from visiontune.schema import from_mapping, option
 from visiontune.training.config import GuardsConfig, PreviewConfig, TrainConfig
+from visiontune.yaml_text import parse_yaml
 
 Dtype = Literal["fp32", "bf16", "fp16"]
 
+# More dots than the path of any option has.
+_DEEPEST = 20
 # The option that a bare value of a section stands for: `adapter: oft` is `adapter: {name: oft}`.
 _SHORTHANDS = {"model": "source", "data": "root", "adapter": "name", "objective": "name", "reward": "name"}
 
@@ -120,8 +125,9 @@ def parse_run(content: Mapping[str, Any]) -> Run:
         if isinstance(content.get(section), str):
             content[section] = {"name": content[section]}
     run = from_mapping(Run, content)
-    if not run.name or Path(run.name).is_absolute() or ".." in Path(run.name).parts:
+    if not Path(run.name).parts or Path(run.name).is_absolute() or ".." in Path(run.name).parts:
         raise UserError(f"name '{run.name}' cannot be a folder inside '{run.out}': give a plain name")
+    outside.target(Path(run.out) / run.name, "the run's folder (out and name)")
     if run.model.quantize and run.adapter is None:
         raise UserError("model.quantize keeps weights frozen, and adapter=none trains them all: choose an adapter")
     objective = _spelt_out("objectives", run.objective, "objective")
@@ -132,7 +138,9 @@ def load_sample(recipe: str | Path, overrides: Sequence[str] = ()) -> SampleConf
     """Read and validate a sampling recipe; arguments and errors are those of :func:`load_run`."""
     content = _read(recipe, "sample", overrides)
     content.pop("description", None)
-    return from_mapping(SampleConfig, content)
+    config = from_mapping(SampleConfig, content)
+    outside.target(config.out, "the folder (out)")
+    return config
 
 
 def load_reward_spec(name: str) -> RewardSpec:
@@ -152,8 +160,8 @@ def apply(content: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any
     for override in overrides:
         path, equals, text = override.partition("=")
         keys = path.strip().split(".")
-        if not equals or not all(keys):
-            raise UserError(f"'{override}' is not an override: write option=value, e.g. train.steps=200")
+        if not equals or not all(keys) or len(keys) > _DEEPEST:
+            raise UserError(f"'{shown(override)}' is not an override: write option=value, e.g. train.steps=200")
         section = result
         for key in keys[:-1]:
             inner = section.get(key)
@@ -171,20 +179,19 @@ def _value(text: str) -> Any:
     Numbers stay text, since the option's type decides (a revision may look like a number), and so does what happens to
     look like YAML, as prompts do ("a cat: asleep", "[trigger] asleep").
     """
-    import yaml
-
+    text = text.strip()
     try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError:
+        value = parse_yaml(text, "this")
+    except UserError:
         return text
-    structured = isinstance(value, (bool, list)) or (isinstance(value, dict) and text.lstrip().startswith("{"))
-    return value if structured or value is None else text.strip().strip("'\"")
+    structured = isinstance(value, (bool, list)) or (isinstance(value, dict) and text.startswith("{"))
+    quoted = isinstance(value, str) and text[0] in "'\""
+    return value if structured or quoted or value is None else text
 
 
 def _read(recipe: str | Path, verb: str, overrides: Sequence[str]) -> dict[str, Any]:
-    is_path = Path(recipe).suffix in (".yaml", ".yml") or Path(recipe).is_file()
-    path = Path(recipe).expanduser() if is_path else catalogue.find("pipelines", str(recipe))
-    content = catalogue.read_recipe(path)
+    is_path = Path(recipe).suffix in (".yaml", ".yml") or os.path.isfile(recipe)
+    content = catalogue.read_recipe(recipe if is_path else catalogue.find("pipelines", str(recipe)))
     for_verb = content.pop("verb", "train")
     if for_verb != verb:
         raise UserError(f"{recipe} is a recipe for another verb: run `visiontune {for_verb} {recipe}`")

@@ -124,7 +124,7 @@ def test_an_adapter_file_that_is_missing_or_something_else(cli, tiny_folder, tmp
 
 def test_a_recipe_that_is_missing_misspelt_or_for_another_verb(cli, recipe, unchanged):
     with unchanged:
-        refused(cli("train", "nowhere.yaml"), "nowhere.yaml", "No such file")
+        refused(cli("train", "nowhere.yaml"), "there is no recipe 'nowhere.yaml'")
         refused(cli("train", "personalise/lorra"), "did you mean 'personalise/lora'?")
         refused(cli("train", "sample/prompts"), "visiontune sample sample/prompts")
         refused(cli("train"), "name a recipe")

@@ -15,6 +15,7 @@ import argparse
 from pathlib import Path
 
 from visiontune.errors import UserError
+from visiontune.ranges import argument
 from visiontune.weights import formats
 
 DTYPES = {"fp16": "float16", "bf16": "bfloat16", "fp32": "float32"}
@@ -24,8 +25,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("adapter", help="an adapter.safetensors, or the folder of a finished run")
     parser.add_argument("out", type=Path, help="the file (.safetensors) to write; for merged and peft a folder")
     parser.add_argument("--format", choices=formats.names(), default="diffusers", help="default: %(default)s")
-    parser.add_argument("--rank", type=int, help="of the approximation of what is no plain LoRA; default: in full")
-    parser.add_argument("--scale", type=float, default=1.0, help="strength that is written (default: %(default)s)")
+    parser.add_argument(
+        "--rank",
+        type=argument(int, least=1, greatest=16384),
+        help="of the approximation of what is no plain LoRA; default: in full",
+    )
+    strength = argument(float, least=-100, greatest=100)
+    parser.add_argument("--scale", type=strength, default=1.0, help="strength that is written (default: %(default)s)")
     parser.add_argument("--dtype", choices=DTYPES, default="fp16", help="of the written tensors (default: %(default)s)")
     parser.add_argument(
         "--trust", action="append", default=[], metavar="METHOD", help="method from outside that the file may name"
@@ -36,8 +42,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     if args.out.exists():
         raise UserError(f"{args.out} exists: name another output, or remove it")
-    if args.rank is not None and args.rank < 1:
-        raise UserError(f"--rank must be at least 1, not {args.rank}")
     if not formats.load(args.format).FOLDER and args.out.suffix != ".safetensors":
         raise UserError(f"{args.format} is written to a .safetensors file, not {args.out.name}")
     import torch
