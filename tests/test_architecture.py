@@ -32,7 +32,7 @@ MAY_IMPORT = {
     "plugin": {"errors", "outside", "schema"},
     "catalogue": {"errors", "outside", "schema", "yaml_text"},
     "core": {"errors", "files", "schema"},
-    "ops": {"errors", "core"},
+    "ops": {"errors", "outside", "core"},
     "diffusion": {"errors", "files", "schema", "core"},
     "models": {"errors", "files", "schema", "core", "ops", "diffusion"},
     "adapters": {"errors", "files", "schema", "plugin", "core", "ops"},

@@ -184,9 +184,11 @@ def _value(text: str) -> Any:
         value = parse_yaml(text, "this")
     except UserError:
         return text
-    structured = isinstance(value, (bool, list)) or (isinstance(value, dict) and text.startswith("{"))
-    quoted = isinstance(value, str) and text[0] in "'\""
-    return value if structured or quoted or value is None else text
+    if isinstance(value, (list, dict)):
+        return value if text.startswith(("[", "{")) else text
+    if value is None:
+        return text if text.startswith("#") else None
+    return value if isinstance(value, bool) or (isinstance(value, str) and text[0] in "'\"") else text
 
 
 def _read(recipe: str | Path, verb: str, overrides: Sequence[str]) -> dict[str, Any]:

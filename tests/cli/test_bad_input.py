@@ -79,6 +79,33 @@ def test_options(cli, recipe, unchanged, override, words):
         refused(cli("train", recipe, override, *more), *words)
 
 
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("data.resolution=2048", ("data.resolution: 2048x2048", "16384 times the 16x16", "at most 64 times")),
+        ("objective={name: dreambooth, prior_steps: 1001}", ("objective.prior_steps: 1001 sampling steps",)),
+        ("preview={prompts: [a], steps: 1001}", ("preview.steps: 1001 sampling steps", "1000")),
+    ],
+)
+def test_products_that_the_model_cannot_do(cli, recipe, override, words):
+    refused(cli("train", recipe, override), *words)
+
+
+def test_samples_that_the_model_cannot_do(cli, tiny_folder, monkeypatch):
+    words = ["sample", f"model={tiny_folder}", "prompts=a circle", "out=o", "device=cpu"]
+    refused(cli(*words, "height=2048", "width=2048"), "16384 times the 16x16", "at most 64 times")
+    refused(cli(*words, "steps=1001"), "1001 sampling steps", "1000")
+    monkeypatch.setattr("visiontune.models.pipeline._MOST_PIXELS", 3 * 16**2)
+    refused(cli(*words, "seeds=4"), "a batch of 4 pictures of 16x16 has 1024 pixels", "smaller batch_size")
+    assert cli(*words, "seeds=4", "batch_size=3", "steps=1").code == 0
+
+
+def test_very_many_pictures_are_said_first(cli, tiny_folder, monkeypatch):
+    monkeypatch.setattr("visiontune.sampling.generate._MANY", 1)
+    with pytest.warns(UserWarning, match="1 prompts and 2 seeds make 2 pictures of 1 steps each"):
+        cli("sample", f"model={tiny_folder}", "prompts=a circle", "out=o", "device=cpu", "seeds=2", "steps=1")
+
+
 def test_a_hub_id_that_cannot_be_reached(cli, recipe, monkeypatch, unchanged):
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
     with unchanged:

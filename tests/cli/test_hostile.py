@@ -135,6 +135,8 @@ LONG = "a" * 300
         (("copy", "personalise/lora", "a\0b"), "is no name of"),
         (("copy", "personalise/lora", LONG), "name of more than 220 bytes"),
         (("copy", "personalise/lora", "~nosuchuser/x"), "is no name of"),
+        (("train", "personalise/lora", "train.steps=5", "train.warmup=6"), "warmup=6 is longer than steps=5"),
+        (("train", "personalise/lora", "preview.seeds=[1, 1]"), "preview: seeds must differ"),
         (("demo", "--out", "f/x"), "a file stands in its path"),
         (("demo", "--out", LONG), "name of more than 220 bytes"),
         (("score", LONG, "brightness"), "no folder"),
@@ -160,6 +162,23 @@ def test_names_and_files_that_cannot_be(cli, tmp_path, unchanged, words, message
     else:
         with unchanged:
             refused(cli(*words), message)
+
+
+@pytest.mark.parametrize("name", ["mps", "xpu", "xla", "hpu", "meta", "vulkan", "privateuseone", "cpu:3", "foo", ""])
+def test_devices_that_are_not_there(cli, unchanged, tmp_path, name):
+    (tmp_path / "p").mkdir()
+    with unchanged:
+        refused(cli("sample", "prompts=a", "out=o", f"device={name or chr(39) * 2}"), "device", "cpu")
+        refused(cli("score", "p", "brightness", "--device", name), "--device", "cpu")
+        refused(cli("train", "personalise/lora", f"train.device={name or chr(39) * 2}"), "train.device", "cpu")
+
+
+@pytest.mark.parametrize("seeds", ["300000000", "100000000000000", "1000001", "500001"])
+def test_more_pictures_than_a_folder_holds(cli, unchanged, seeds):
+    with unchanged:
+        refused(
+            cli("sample", "prompts=[a, b]", "out=o", f"seeds={seeds}", "device=cpu"), "2 prompts and", "of one folder"
+        )
 
 
 @pytest.mark.parametrize(

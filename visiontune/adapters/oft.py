@@ -93,6 +93,13 @@ class OFT(Method):
 
     def __init__(self, config: Config, layers: Mapping[str, nn.Module]) -> None:
         sizes = {name: block_size(config, name, fan_in(layer)) for name, layer in layers.items()}
+        smaller = [name for name, b in sizes.items() if config.n_blocks is None and b < config.block_size]
+        if smaller:
+            warnings.warn(
+                f"{len(smaller)} layers have smaller blocks than adapter.block_size={config.block_size} "
+                f"('{smaller[0]}': {sizes[smaller[0]]}), the largest that divide their inputs",
+                stacklevel=2,
+            )
         shapes = {n: (b, 1 if config.block_share else blocks(layers[n], b)) for n, b in sizes.items()}
         banks, where = make_banks(layers, shapes, config.terms if config.cayley == "neumann" else 0)
         gains = nn.ParameterList(new_gain(layer) for layer in layers.values() if config.rescale)

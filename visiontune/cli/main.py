@@ -115,5 +115,5 @@ def _report(error: BaseException) -> int:
 
 
 def _complain(message: str, status: int = 2) -> int:
-    print(f"visiontune: {message}", file=sys.stderr)
+    print(f"visiontune: {' '.join(message.splitlines())}", file=sys.stderr)
     return status

@@ -42,6 +42,9 @@ def run(args: argparse.Namespace) -> None:
         target(args.out, "the file (--out)")
     if not os.path.isdir(args.folder):
         raise UserError(f"there is no folder {shown(str(args.folder))}")
+    from visiontune.ops.devices import check_device
+
+    check_device(args.device, "--device")
     rewards = build(args.words)
     from visiontune.evaluation.score import score
 

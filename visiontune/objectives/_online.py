@@ -29,7 +29,7 @@ class OnlineConfig:
     steps: int = option(25, least=1, greatest=100_000, help="sampling steps of a rollout")
     cfg_scale: float = option(4.0, least=-1000, greatest=1000, help="guidance of the rollout; 1 for none")
     micro_batch: int | None = option(
-        None, least=1, greatest=65536, help="pictures drawn and differentiated at once; null for all"
+        None, least=1, greatest=4096, help="pictures drawn and differentiated at once; null for all"
     )
 
 
@@ -47,7 +47,7 @@ class SteppedConfig(OnlineConfig):
 class GroupConfig(OnlineConfig):
     """Options of objectives that score several pictures of each prompt, and may use a rollout more than once."""
 
-    group: int = option(8, least=2, greatest=65536, help="pictures of each prompt, which are compared with each other")
+    group: int = option(8, least=2, greatest=4096, help="pictures of each prompt, which are compared with each other")
     updates: int = option(1, least=1, greatest=65536, help="optimiser steps for each rollout")
 
 

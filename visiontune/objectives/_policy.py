@@ -46,7 +46,7 @@ class PolicyConfig(GroupConfig, SteppedConfig):
     )
     dynamics: Any = option({"name": "ddim", "eta": 1.0}, help="how the sampler steps; it must add noise")
     group: int = option(
-        1, least=1, greatest=65536, help="pictures of each prompt in a rollout; train.batch_size is a multiple of it"
+        1, least=1, greatest=4096, help="pictures of each prompt in a rollout; train.batch_size is a multiple of it"
     )
     updates: int = option(1, least=1, greatest=65536, help="optimiser steps into which the rows of a rollout are dealt")
     inner_epochs: int = option(1, least=1, greatest=1000, help="times that a rollout is gone through")
@@ -59,7 +59,7 @@ class PolicyConfig(GroupConfig, SteppedConfig):
     advantage_clip: float = option(5.0, above=0, greatest=1e6, help="greatest advantage")
     per_reward: bool = option(False, help="normalise each term of a reward mix by itself, then add by their weights")
     micro_batch: int | None = option(
-        None, least=1, greatest=65536, help="pictures drawn and replayed at once; null for all of an update"
+        None, least=1, greatest=4096, help="pictures drawn and replayed at once; null for all of an update"
     )
 
 

@@ -43,7 +43,7 @@ class Config(denoising.Config):
     prior_steps: int = option(25, least=1, greatest=100_000, help="sampling steps per class image")
     prior_cfg_scale: float = option(4.0, least=-1000, greatest=1000, help="guidance scale of the class images")
     prior_batch_size: int = option(
-        8, least=1, greatest=65536, help="class images sampled at once; has no effect on the images"
+        8, least=1, greatest=4096, help="class images sampled at once; has no effect on the images"
     )
 
     def __post_init__(self) -> None:

@@ -50,7 +50,7 @@ class Config:
 
     url: str = option("", help="where images are posted, http://host:port/path; ${NAME} is a variable; required")
     format: Literal["png", "webp"] = option("png", help="lossless file format of the images")
-    batch_size: int = option(16, least=1, greatest=65536, help="images a request")
+    batch_size: int = option(16, least=1, greatest=4096, help="images a request")
     timeout: float = option(60.0, above=0, greatest=86400, help="seconds that a request may take in all")
     retries: int = option(3, least=0, greatest=1000, help="further attempts when a request fails or the server is busy")
     backoff: float = option(

@@ -41,7 +41,7 @@ class SampleConfig:
     )
     negative_prompt: str = option("", help="prompt of the unconditional branch")
     scheduler: Scheduler = option("model", help="sampler; model is the one that the model came with")
-    batch_size: int = option(8, least=1, greatest=65536, help="images a batch; changes them by rounding only")
+    batch_size: int = option(8, least=1, greatest=4096, help="images a batch; changes them by rounding only")
     height: int | None = option(
         None, least=8, greatest=16384, multiple=8, help="pixels; the model's own resolution when left out"
     )
@@ -49,11 +49,16 @@ class SampleConfig:
         None, least=8, greatest=16384, multiple=8, help="pixels; the model's own resolution when left out"
     )
     format: Format = option("png", help="png, or lossless webp: smaller, and much faster to write")
-    grid: int = option(64, least=0, greatest=10_000, help="largest number of images shown in grid.png; 0 for no grid")
+    grid: int = option(64, least=0, greatest=4096, help="largest number of images shown in grid.png; 0 for no grid")
 
     def __post_init__(self) -> None:
-        if not self.seed_list():
+        if not self.seed_count:
             raise UserError("seeds names no seed: give a count of at least 1 or a list of seeds")
+
+    @property
+    def seed_count(self) -> int:
+        """How many seeds there are."""
+        return self.seeds if isinstance(self.seeds, int) else len(set(self.seeds))
 
     def seed_list(self) -> list[int]:
         """The seeds themselves, each once, in the order given."""

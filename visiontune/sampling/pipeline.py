@@ -81,6 +81,7 @@ def images(
         raise UserError(f"model '{model.source}' ({model.family}) draws no pictures: take one that does")
     requests = [Request(prompt=p, seed=s, negative=negative_prompt) for p, s in pair(prompts, seeds)]
     size, parts = model.size(height, width), []
+    model.check_batch(min(batch_size, len(requests)), *size)
     with _evaluating(model), tqdm(total=len(requests), unit="image", disable=not progress) as bar:
         for start in range(0, len(requests), batch_size):
             batch = requests[start : start + batch_size]

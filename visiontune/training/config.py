@@ -22,7 +22,7 @@ class TrainConfig:
 
     steps: int = option(1000, least=1, greatest=1_000_000_000, help="optimiser steps in the whole run")
     batch_size: int = option(
-        4, least=1, greatest=65536, help="instance rows per step and process; prior rows come on top"
+        4, least=1, greatest=4096, help="instance rows per step and process; prior rows come on top"
     )
     accumulate: int = option(
         1, least=1, greatest=1_000_000, help="batches whose gradients are averaged into one optimiser step"
@@ -73,6 +73,8 @@ class TrainConfig:
     device: Literal["auto", "cpu"] = option("auto", help="auto is the accelerator if there is one; cpu never uses it")
 
     def __post_init__(self) -> None:
+        if self.warmup > self.steps:
+            raise ValueError(f"warmup={self.warmup} is longer than steps={self.steps}: the rate would never be reached")
         if self.parts is not None and not self.parts:
             raise ValueError("parts leaves nothing to train: name a network or a role, or set it to null")
 
@@ -91,11 +93,13 @@ class PreviewConfig:
     )
     steps: int = option(25, least=1, greatest=100_000, help="sampling steps")
     cfg_scale: float = option(4.0, least=-1000, greatest=1000, help="guidance scale")
-    batch_size: int = option(4, least=1, greatest=65536, help="images drawn at once")
+    batch_size: int = option(4, least=1, greatest=4096, help="images drawn at once")
 
     def __post_init__(self) -> None:
         if self.prompts and not self.seeds:
             raise ValueError("seeds names none: give one, or set prompts to []")
+        if len(set(self.seeds)) < len(self.seeds):
+            raise ValueError("seeds must differ")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,7 +128,7 @@ class GuardsConfig:
     )
     steps: int | None = option(None, least=1, greatest=100_000, help="sampling steps; null for the objective's")
     cfg_scale: float | None = option(None, least=-1000, greatest=1000, help="guidance scale; null for the objective's")
-    batch_size: int = option(8, least=1, greatest=65536, help="pictures drawn and scored at once")
+    batch_size: int = option(8, least=1, greatest=4096, help="pictures drawn and scored at once")
     reward: str | dict[str, Any] | None = option(
         None, help="another reward than the trained one, with its options as in reward:; null for none"
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import typing
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import Parameter
 
 from visiontune.errors import UserError
-from visiontune.schema import nearest
+from visiontune.schema import convert, nearest
 from visiontune.training.config import TrainConfig
 
 if TYPE_CHECKING:
@@ -112,11 +113,12 @@ def make_optimizer(
     if train.optimizer == "adafactor":
         options |= {"scale_parameter": False, "relative_step": False, "warmup_init": False}
     factory = _factory(train.optimizer)
+    given = _typed(factory, train.optimizer_options)
     matrix = _MATRIX_DEFAULTS.get(OPTIMIZERS.get(train.optimizer, train.optimizer), {}) | train.matrix_options
     if matrix:
         groups = [part for group in groups for part in _split(group, matrix)]
     try:
-        made = factory([g for g in groups if g["params"]], lr=train.lr, **options | train.optimizer_options)
+        made = factory([g for g in groups if g["params"]], lr=train.lr, **options | given)
     except (TypeError, ValueError) as error:
         raise UserError(f"train.optimizer_options do not fit {train.optimizer}: {error}") from error
     # What torch's optimisers do not know in a group they pass over in silence.
@@ -124,6 +126,20 @@ def make_optimizer(
     if unread and _package(made) in _CLOSED:
         raise UserError(f"train.matrix_options.{unread[0]} is no option of {train.optimizer}: did you mean galore?")
     return made
+
+
+def _typed(factory: type, options: Mapping[str, Any]) -> dict[str, Any]:
+    """Options of an optimiser as the types that its signature says, where it says some: torch looks at few of them.
+
+    Raises:
+        UserError: naming the option that is of another type.
+    """
+    try:
+        hints = typing.get_type_hints(factory.__init__)  # type: ignore[misc]
+    except (NameError, TypeError):
+        return dict(options)
+    typed = {name: value for name, value in options.items() if name in hints}
+    return dict(options) | {n: convert(hints[n], value, f"train.optimizer_options.{n}") for n, value in typed.items()}
 
 
 def _split(group: Mapping[str, Any], matrix: Mapping[str, Any]) -> list[dict[str, Any]]:
