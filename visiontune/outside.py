@@ -62,7 +62,10 @@ def target(path: str | Path, what: str = "file") -> Path:
     except FileNotFoundError:
         pass
     except NotADirectoryError as error:
-        raise UserError(f"{what} '{shown(given)}' cannot be: a file stands in its path, choose another") from error
+        file = next(above for above in place.parents if above.is_file())
+        raise UserError(
+            f"{shown(str(file))} is a file: choose another place than '{shown(given)}' for {what}"
+        ) from error
     except OSError as error:
         raise UserError(f"{what} '{shown(given)}' cannot be: {error.strerror or error}, choose another") from error
     except (ValueError, RuntimeError) as error:

@@ -22,6 +22,7 @@ from visiontune.ranges import OutOfRange, Range, read_number
 
 T = TypeVar("T")
 
+_LONGEST = 10.0**50
 _BOOLEANS = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
 
 
@@ -80,7 +81,7 @@ def from_mapping(cls: type[T], data: Any, path: str = "") -> T:
         if key in renamed:
             raise UserError(f"{_join(path, key)} is now {_join(path, renamed[key])}")
         if key not in fields:
-            raise UserError(f"{_join(path, key)} is not an option of {label(cls)}{nearest(str(key), fields)}")
+            raise UserError(f"{_join(path, key)} is not an option of {label(cls)}{nearest(_join('', key), fields)}")
     for name, field in fields.items():
         if name not in data and field.default is MISSING and field.default_factory is MISSING:
             raise UserError(f"{_join(path, name)} is missing: {field.metadata.get('help', 'it has no default')}")
@@ -123,6 +124,7 @@ def _check_free(value: Any, path: str) -> None:
     """Numbers and texts in what has no type of its own: what no option can have is no part of one either."""
     if isinstance(value, Mapping):
         for key, item in value.items():
+            _check_free(key, f"the key {shown(key)} of {path}")
             _check_free(item, _join(path, key))
     elif isinstance(value, (list, tuple)):
         for i, item in enumerate(value):
@@ -180,8 +182,9 @@ def _convert_literal(choices: tuple[Any, ...], value: Any, path: str) -> Any:
 def _convert_mapping(args: tuple[Any, ...], value: Any, path: str, within: Range) -> dict[Any, Any]:
     if not isinstance(value, Mapping):
         raise UserError(f"{path} must be a mapping, not {shown(value)}")
-    kind = args[1] if len(args) == 2 else Any
-    return {key: convert(kind, item, _join(path, key), within) for key, item in value.items()}
+    key_kind, kind = args if len(args) == 2 else (Any, Any)
+    named = {convert(key_kind, key, f"the key {shown(key)} of {path}"): item for key, item in value.items()}
+    return {key: convert(kind, item, _join(path, key), within) for key, item in named.items()}
 
 
 def _convert_sequence(
@@ -201,7 +204,8 @@ def _convert_sequence(
 
 def _convert_scalar(kind: Any, value: Any, path: str, within: Range) -> Any:
     if kind is str and isinstance(value, (int, float)) and not isinstance(value, bool):
-        return str(value)
+        # A number of thousands of digits has no text, and stays one, which is refused.
+        value = str(value) if abs(value) < _LONGEST else value
     if kind is bool and isinstance(value, str):
         value = _BOOLEANS.get(value.lower(), value)
     if isinstance(value, str) and kind in (str, Path):
@@ -272,7 +276,8 @@ def label(cls: Any) -> str:
 
 
 def _join(path: str, key: Any) -> str:
-    return f"{path}.{key}" if path else str(key)
+    name = key if isinstance(key, str) else shown(key)
+    return f"{path}.{name}" if path else name
 
 
 def shown(value: Any) -> str:

@@ -95,7 +95,7 @@ def test_samples_that_the_model_cannot_do(cli, tiny_folder, monkeypatch):
     words = ["sample", f"model={tiny_folder}", "prompts=a circle", "out=o", "device=cpu"]
     refused(cli(*words, "height=2048", "width=2048"), "16384 times the 16x16", "at most 64 times")
     refused(cli(*words, "steps=1001"), "1001 sampling steps", "1000")
-    monkeypatch.setattr("visiontune.models.pipeline._MOST_PIXELS", 3 * 16**2)
+    monkeypatch.setattr("visiontune.sampling.pipeline._MOST_PIXELS", 3 * 16**2)
     refused(cli(*words, "seeds=4"), "a batch of 4 pictures of 16x16 has 1024 pixels", "smaller batch_size")
     assert cli(*words, "seeds=4", "batch_size=3", "steps=1").code == 0
 

@@ -128,8 +128,10 @@ def _check_sizes(run: Run, model: Any, objective: Objective) -> None:
     Raises:
         UserError: it names the option.
     """
-    if not hasattr(model, "check_batch"):
+    if not hasattr(model, "check_area"):
         return
+    from visiontune.sampling.pipeline import check_batch
+
     options: Any = getattr(objective, "config", None)
     steps = {name: getattr(options, name) for name in ("steps", "prior_steps") if hasattr(options, name)}
     for name, count in steps.items():
@@ -140,7 +142,7 @@ def _check_sizes(run: Run, model: Any, objective: Objective) -> None:
         model.check_area(side, side)
     with _named("train.batch_size"):
         rows = min(getattr(options, "micro_batch", None) or run.train.batch_size, run.train.batch_size)
-        model.check_batch(rows, side, side)
+        check_batch(rows, side, side)
 
 
 @contextmanager

@@ -89,7 +89,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except OSError as error:
         if error.errno is None:
             return _report(error)
-        return _complain(f"{shown(str(error.filename or 'cannot read or write'))}: {error.strerror}")
+        # Of a file that takes another's place, the other is what the user knows.
+        name = error.filename2 or error.filename or "cannot read or write"
+        return _complain(f"{shown(str(name))}: {error.strerror}")
     except (Exception, SystemExit, GeneratorExit) as error:
         # Code of a user may call exit(), which must not look like success.
         return _report(error)

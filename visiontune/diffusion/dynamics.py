@@ -224,8 +224,12 @@ def make_dynamics(spec: str | Mapping[str, Any] | Dynamics, path: str = "dynamic
     """
     if isinstance(spec, Dynamics):
         return spec
+    if not isinstance(spec, (str, Mapping)):
+        raise UserError(
+            f"{path} must be a name, or a mapping such as {{name: ddim, eta: 1.0}}, not {schema.shown(spec)}"
+        )
     options = {"name": spec} if isinstance(spec, str) else dict(spec)
     name = options.pop("name", None)
-    if name not in DYNAMICS:
-        raise UserError(f"{path}.name: '{name}' is not a dynamics{schema.nearest(str(name), DYNAMICS)}")
+    if not isinstance(name, str) or name not in DYNAMICS:
+        raise UserError(f"{path}.name: {schema.shown(name)} is not a dynamics{schema.nearest(str(name), DYNAMICS)}")
     return schema.from_mapping(DYNAMICS[name], options, path)

@@ -26,8 +26,6 @@ from visiontune.models.sources import pretrained
 _LEAST_UNIT = 8
 # Beyond eight times as long sides a picture is not what was meant, and one step may take hours.
 _MOST_AREA = 64
-# 256 pictures of 1024x1024: what is computed from the pixels is many times as large.
-_MOST_PIXELS = 2**28
 
 
 class PipelineModel(Model):
@@ -189,19 +187,6 @@ class PipelineModel(Model):
             raise UserError(
                 f"{height}x{width} pixels are {times:.0f} times the {self.resolution}x{self.resolution} that the model "
                 f"was made for, and its attention takes {times**2:.0f} times as long: take at most {_MOST_AREA} times"
-            )
-
-    def check_batch(self, rows: int, height: int, width: int) -> None:
-        """Refuse a batch that no memory holds.
-
-        Raises:
-            UserError: naming how large it is.
-        """
-        pixels = rows * height * width
-        if pixels > _MOST_PIXELS:
-            raise UserError(
-                f"a batch of {rows} pictures of {height}x{width} has {pixels} pixels, which alone are "
-                f"{pixels * 12 / 2**30:.1f} GiB: take a smaller batch_size, or smaller pictures"
             )
 
     def check_steps(self, steps: int) -> None:
