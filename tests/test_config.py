@@ -33,8 +33,9 @@ def test_overrides(override, expected):
 
 
 def test_bytes_that_are_no_text_are_refused():
-    with pytest.raises(UserError, match=r"data\.prompt is 'caf\\udce9', which is not UTF-8") as caught:
-        config.apply(MINIMAL, [f"data.prompt={os.fsdecode('café'.encode('latin-1'))}"])
+    content = config.apply(MINIMAL, [f"data.prompt={os.fsdecode('café'.encode('latin-1'))}"])
+    with pytest.raises(UserError, match=r"data\.prompt is not UTF-8 text, see 'caf\\udce9'") as caught:
+        config.parse_run(content)
     str(caught.value).encode()
 
 
@@ -150,14 +151,17 @@ def test_no_adapter_means_full_fine_tuning(adapter):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"adapter": {"name": "lora", "rank": "wide"}}, "adapter.rank must be a whole number, not 'wide'"),
+        (
+            {"adapter": {"name": "lora", "rank": "wide"}},
+            "adapter.rank must be a whole number from 1",
+        ),
         ({"adapter": {"name": "lora", "targets": {"a": 1}}}, "adapter.targets must be text or a list of texts"),
         ({"adapter": {"rank": 2}}, "adapter.name is missing"),
         ({"adapter": 5}, "adapter must be a mapping"),
         ({"objective": {"name": "denoising", "gamma": 1}}, "objective.gamma is not an option of denoising"),
         ({"data": {"root": "photos", "caption_dropout": 2}}, "data"),
         ({"model": {"source": "a", "dtype": "fp64"}}, "model.dtype cannot be 'fp64'"),
-        ({"preview": {"every": 0}}, "preview: every"),
+        ({"preview": {"every": 0}}, "preview.every must be a whole number from 1"),
         ({"name": ""}, "name ''"),
         ({"name": "/tmp/a"}, "name '/tmp/a'"),
     ],

@@ -64,7 +64,7 @@ def test_a_file_and_a_dotted_path_are_methods_too(tmp_path, monkeypatch):
             {"name": "denoising", "snr_gama": 5},
             "here.snr_gama is not an option of denoising; did you mean 'snr_gamma'?",
         ),
-        ({"name": "denoising", "snr_gamma": -1}, "here: snr_gamma must be above 0"),
+        ({"name": "denoising", "snr_gamma": -1}, "here.snr_gamma must be a number above 0"),
         ({"snr_gamma": 5}, "here.name is missing"),
         (["denoising"], "here must be a name or a mapping"),
         ("no_such_package.method", "here.name: there is no module 'no_such_package'"),

@@ -10,7 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from visiontune.errors import UserError
+from visiontune.outside import regular
 from visiontune.schema import nearest
+from visiontune.yaml_text import read_yaml
 
 KINDS = ("pipelines", "rewards", "datasets")
 _NOUNS = {"pipelines": "a recipe of the catalogue", "rewards": "a reward spec", "datasets": "a catalogue dataset"}
@@ -58,7 +60,7 @@ def read_recipe(path: str | Path) -> dict[str, Any]:
         UserError: as for :func:`read_yaml`, or recipes that extend each other.
     """
     layers, seen = [], list[Path]()
-    path = Path(path)
+    path = regular(path, "recipe")
     while True:
         if path.resolve() in seen:
             raise UserError(f"{path} extends itself: take `extends` out of one of {', '.join(p.name for p in seen)}")
@@ -68,7 +70,10 @@ def read_recipe(path: str | Path) -> dict[str, Any]:
         layers.append(content)
         if below is None:
             break
-        path = path.parent / str(below) if str(below).endswith((".yaml", ".yml")) else find("pipelines", str(below))
+        if not isinstance(below, str):
+            raise UserError(f"{path} extends no recipe: name one, or a .yaml file, by `extends`")
+        path = path.parent / below if below.endswith((".yaml", ".yml")) else find("pipelines", below)
+        path = regular(path, "recipe")
     whole: dict[str, Any] = {}
     for content in reversed(layers):
         whole = _put_on(whole, content)
@@ -83,45 +88,3 @@ def _put_on(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any
         if isinstance(old, dict) and isinstance(value, dict) and value.get("name") in (None, old.get("name")):
             merged[key] = _put_on(old, value)
     return merged
-
-
-def read_yaml(path: str | Path) -> dict[str, Any]:
-    """Read a YAML file that holds a mapping.
-
-    Raises:
-        UserError: missing or unreadable file, invalid YAML (with line and column), an option given twice, no mapping.
-    """
-    import yaml
-
-    path = Path(path)
-    try:
-        content = yaml.load(path.read_text(encoding="utf-8"), Loader=_loader())
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}") from error
-    except yaml.MarkedYAMLError as error:
-        mark = error.problem_mark
-        where = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
-        raise UserError(f"{path} is not valid YAML: {where}{error.problem}") from error
-    except yaml.YAMLError as error:
-        raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(content, dict):
-        raise UserError(f"{path} must hold options (name: value), not {type(content).__name__}")
-    return content
-
-
-def _loader() -> type:
-    """PyYAML's safe loader, except that a key given twice is an error: the first would silently be lost."""
-    import yaml
-
-    class Loader(yaml.SafeLoader):
-        def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
-            seen: set[str] = set()
-            for key, _ in node.value:
-                name = str(key.value)
-                if name in seen:
-                    problem = f"the option '{name}' is given twice"
-                    raise yaml.constructor.ConstructorError(None, None, problem, key.start_mark)
-                seen.add(name)
-            return super().construct_mapping(node, deep)
-
-    return Loader

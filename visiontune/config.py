@@ -7,12 +7,14 @@ A recipe is a mapping with ``verb`` (``train`` or ``sample``) and ``description`
 from __future__ import annotations
 
 import dataclasses
+import math
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-from visiontune import catalogue, plugin
+from visiontune import catalogue, outside, plugin
 from visiontune.data.base import Config as DataConfig
 from visiontune.data.readers import resolve
 from visiontune.errors import UserError
@@ -23,6 +25,8 @@ from visiontune.training.config import GuardsConfig, PreviewConfig, TrainConfig
 
 Dtype = Literal["fp32", "bf16", "fp16"]
 
+# More dots than the path of any option has.
+_DEEPEST = 20
 # The option that a bare value of a section stands for: `adapter: oft` is `adapter: {name: oft}`.
 _SHORTHANDS = {"model": "source", "data": "root", "adapter": "name", "objective": "name", "reward": "name"}
 
@@ -49,7 +53,7 @@ class Run:
 
     name: str = option(help="name of the run; it writes to <out>/<name>")
     out: str = option("runs", help="folder that holds the runs")
-    seed: int = option(0, help="seed of everything random in the run")
+    seed: int = option(0, least=0, greatest=2**32 - 1, help="seed of everything random in the run")
     description: str = option("", help="one line for the catalogue and the model card")
     model: ModelConfig = option(ModelConfig(), help="the base model")
     adapter: dict[str, Any] | None = option(
@@ -81,7 +85,7 @@ class RewardSpec:
     description: str = option("", help="one line for the catalogue's table")
     options: dict[str, Any] = option({}, help="options of the module")
     licence: str = option(help="licence of the model's weights")
-    range: tuple[float, float] = option(help="least and greatest score")
+    range: tuple[float, float] = option(least=-math.inf, greatest=math.inf, help="least and greatest score")
     differentiable: bool = option(help="whether gradients reach the pixels")
 
 
@@ -120,8 +124,9 @@ def parse_run(content: Mapping[str, Any]) -> Run:
         if isinstance(content.get(section), str):
             content[section] = {"name": content[section]}
     run = from_mapping(Run, content)
-    if not run.name or Path(run.name).is_absolute() or ".." in Path(run.name).parts:
+    if not Path(run.name).parts or Path(run.name).is_absolute() or ".." in Path(run.name).parts:
         raise UserError(f"name '{run.name}' cannot be a folder inside '{run.out}': give a plain name")
+    outside.target(Path(run.out) / run.name, "the run's folder (out and name)")
     if run.model.quantize and run.adapter is None:
         raise UserError("model.quantize keeps weights frozen, and adapter=none trains them all: choose an adapter")
     objective = _spelt_out("objectives", run.objective, "objective")
@@ -132,7 +137,9 @@ def load_sample(recipe: str | Path, overrides: Sequence[str] = ()) -> SampleConf
     """Read and validate a sampling recipe; arguments and errors are those of :func:`load_run`."""
     content = _read(recipe, "sample", overrides)
     content.pop("description", None)
-    return from_mapping(SampleConfig, content)
+    config = from_mapping(SampleConfig, content)
+    outside.target(config.out, "the folder (out)")
+    return config
 
 
 def load_reward_spec(name: str) -> RewardSpec:
@@ -155,10 +162,8 @@ def apply(content: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any
     for override in overrides:
         path, equals, text = override.partition("=")
         keys = path.strip().split(".")
-        if not equals or not all(keys):
+        if not equals or not all(keys) or len(keys) > _DEEPEST:
             raise UserError(f"'{shown(override)}' is not an override: write option=value, e.g. train.steps=200")
-        if not _is_utf8(text):
-            raise UserError(f"{shown(path)} is '{shown(text)}', which is not UTF-8: write it as UTF-8")
         section = result
         for key in keys[:-1]:
             inner = structure(section.get(key))
@@ -181,19 +186,9 @@ def _value(text: str) -> str | None:
     return text[1:-1] if quoted else text
 
 
-def _is_utf8(text: str) -> bool:
-    """Whether a word of the command line is text: Python keeps bytes that it cannot read as halves of characters."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
-
-
 def _read(recipe: str | Path, verb: str, overrides: Sequence[str]) -> dict[str, Any]:
-    is_path = Path(recipe).suffix in (".yaml", ".yml") or Path(recipe).is_file()
-    path = Path(recipe).expanduser() if is_path else catalogue.find("pipelines", str(recipe))
-    content = catalogue.read_recipe(path)
+    is_path = Path(recipe).suffix in (".yaml", ".yml") or os.path.isfile(recipe)
+    content = catalogue.read_recipe(recipe if is_path else catalogue.find("pipelines", str(recipe)))
     for_verb = content.pop("verb", "train")
     if for_verb != verb:
         raise UserError(f"{recipe} is a recipe for another verb: run `visiontune {for_verb} {recipe}`")

@@ -12,6 +12,8 @@ from visiontune.errors import UserError
 
 # Longer than any list of prompts, table of rows or recipe that a person has.
 MOST_BYTES = 1 << 30
+# File systems take 255; a file has a longer name while it is written.
+LONGEST_NAME = 220
 
 
 def regular(path: str | Path, what: str = "file") -> Path:
@@ -39,6 +41,36 @@ def regular(path: str | Path, what: str = "file") -> Path:
         kind = "a folder" if stat.S_ISDIR(mode) else "a pipe or a device"
         raise UserError(f"{what} '{shown(given)}' is {kind}: name a file")
     return file
+
+
+def target(path: str | Path, what: str = "file") -> Path:
+    """``path`` with ``~`` put in, where a file or folder can come to lie; nothing is made.
+
+    Args:
+        path: as the user gave it.
+        what: what is to be there, for messages.
+
+    Raises:
+        UserError: no file can have such a name, or what stands above it is no folder.
+    """
+    given = os.fspath(path)
+    try:
+        place = Path(given).expanduser()
+        if any(len(os.fsencode(part)) > LONGEST_NAME for part in place.parts):
+            raise UserError(f"{what} '{shown(given)}' has a name of more than {LONGEST_NAME} bytes: take a shorter one")
+        os.stat(place)
+    except FileNotFoundError:
+        pass
+    except NotADirectoryError as error:
+        file = next(above for above in place.parents if above.is_file())
+        raise UserError(
+            f"{shown(str(file))} is a file: choose another place than '{shown(given)}' for {what}"
+        ) from error
+    except OSError as error:
+        raise UserError(f"{what} '{shown(given)}' cannot be: {error.strerror or error}, choose another") from error
+    except (ValueError, RuntimeError) as error:
+        raise UserError(f"'{shown(given)}' is no name of {what}: {error}") from error
+    return place
 
 
 def read_bytes(path: str | Path, what: str = "file", most: int = MOST_BYTES) -> bytes:

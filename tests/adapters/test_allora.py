@@ -91,7 +91,7 @@ def test_a_step_that_was_skipped_leaves_nothing_to_stretch() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"eta": 0.0}, "eta must be positive"),
+        ({"eta": 0.0}, "eta must be a number above 0"),
         *(
             ({name: value}, "do not go with rows that set their own rate")
             for name, value in {"dropout": 0.1, "alpha": 3.0, "rslora": True, "dora": True}.items()

@@ -122,5 +122,5 @@ def test_the_round_is_part_of_the_state():
 
 
 def test_bad_rounds_are_refused():
-    with pytest.raises(UserError, match="rounds must be 0 or more"):
+    with pytest.raises(UserError, match="rounds must be a whole number from 0"):
         attach({"unet": net()}, "dense", targets=TARGETS, rounds=-1)

@@ -169,9 +169,9 @@ def test_it_learns_what_a_lora_learns() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"equivalent_rank": 5}, "equivalent_rank must be at least 1 and at most rank"),
-        ({"shards": 0}, "shards must be at least 1"),
-        ({"private": 1.0}, r"private must be in \[0, 1\)"),
+        ({"equivalent_rank": 5}, "equivalent_rank must be at most rank"),
+        ({"shards": 0}, "shards must be a whole number from 1"),
+        ({"private": 1.0}, "private must be a number of at least 0 and below 1"),
     ],
 )
 def test_what_cannot_be_is_refused(options: dict, message: str) -> None:

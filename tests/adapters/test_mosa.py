@@ -92,7 +92,7 @@ def test_a_checkpoint_draws_the_same_expert_again():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"experts": 0}, "experts must be at least 1"),
+        ({"experts": 0}, "experts must be a whole number from 1"),
         ({"experts": 100}, "'0' has 28 entries to split, fewer than adapter.experts=100"),
         ({"dora": True}, "dora does not go with split factors"),
     ],

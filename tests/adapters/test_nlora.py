@@ -145,8 +145,8 @@ def test_a_rounded_base_starts_from_the_saved_rows(tmp_path) -> None:
 @pytest.mark.parametrize(
     ("layer", "options", "message"),
     [
-        (nn.Linear(4, 4), {"rank": 0}, "rank must be at least 1"),
-        (nn.Linear(4, 4), {"rcond": 1.0}, r"rcond must be in \[0, 1\)"),
+        (nn.Linear(4, 4), {"rank": 0}, "rank must be a whole number from 1"),
+        (nn.Linear(4, 4), {"rcond": 1.0}, "rcond must be a number of at least 0 and below 1"),
         (nn.utils.skip_init(nn.Linear, 4, 4), {}, "the weight of 'layer' is zero"),
     ],
 )

@@ -319,6 +319,15 @@ def test_block_size(layer: nn.Module, config: dict, b: int) -> None:
     assert v.shape[1] == b * (b - 1) // 2
 
 
+def test_smaller_blocks_than_asked_for_are_said() -> None:
+    with pytest.warns(UserWarning, match=r"1 layers have smaller blocks than adapter\.block_size=7 \('layer': 4\)"):
+        _attach(nn.Linear(64, 2), block_size=7)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        _attach(nn.Linear(64, 2), block_size=8)
+        _attach(nn.Linear(64, 2), n_blocks=16)
+
+
 @pytest.mark.parametrize(
     ("layer", "config", "message"),
     [

@@ -197,7 +197,7 @@ def test_rounding_in_training_beats_rounding_afterwards():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"rank": 3}, "rank must be even"),
+        ({"rank": 3}, "rank must be a whole number from 2 to 16384 and divisible by 2"),
         ({"bits": 3}, "bits cannot be 3"),
         ({"loss": "l2"}, "loss cannot be 'l2'"),
     ],

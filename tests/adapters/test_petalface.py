@@ -293,8 +293,8 @@ def test_two_loras_fit_what_one_cannot():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"timesteps": 0}, "timesteps must be above 0"),
-        ({"dropout": 1.0}, r"dropout must be in \[0, 1\)"),
+        ({"timesteps": 0}, "timesteps must be a number above 0"),
+        ({"dropout": 1.0}, "dropout must be a number of at least 0 and below 1"),
         ({"gate": "quality"}, "gate cannot be 'quality'"),
     ],
 )

@@ -109,7 +109,7 @@ def test_spoilt_weights_are_found():
 
 @pytest.mark.parametrize(
     ("options", "message"),
-    [({"initial": 1e-3}, "initial must be above threshold"), ({"norm": -1.0}, "norm must be 0 or more")],
+    [({"initial": 1e-3}, "initial must be above threshold"), ({"norm": -1.0}, "norm must be a number from 0")],
 )
 def test_impossible_options_are_refused(options, message):
     with pytest.raises(UserError, match=message):

@@ -417,13 +417,13 @@ def test_a_layer_without_a_part_in_the_loss_is_named():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"budget": 0.0}, "budget must be in"),
-        ({"budget": 1.1}, "budget must be in"),
-        ({"gain": -0.1}, "gain and level"),
-        ({"level": -1}, "gain and level"),
+        ({"budget": 0.0}, "budget must be a number above 0"),
+        ({"budget": 1.1}, "budget must be a number above 0"),
+        ({"gain": -0.1}, "gain"),
+        ({"level": -1}, "level"),
         ({"probe_steps": 0}, "probe_steps"),
         ({"probe_lr": 0.0}, "probe_lr"),
-        ({"batches": 1}, "batches must be at least 2"),
+        ({"batches": 1}, "batches must be a whole number from 2"),
     ],
 )
 def test_bad_options_are_refused(options, message):

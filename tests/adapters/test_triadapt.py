@@ -217,10 +217,10 @@ def test_growths_are_spread_over_their_part_of_the_run() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"start_rank": 5}, "budget at least start_rank"),
+        ({"start_rank": 5}, "budget must be at least start_rank"),
         ({"budget": 7}, "max_rank at least budget"),
-        ({"growths": 0}, "growths must be at least 1"),
-        ({"grow_from": 0.7}, "in this order"),
+        ({"growths": 0}, "growths must be a whole number from 1"),
+        ({"grow_from": 0.7}, "grow_from must be at most grow_until"),
     ],
 )
 def test_what_cannot_be_is_refused(options: dict, message: str) -> None:

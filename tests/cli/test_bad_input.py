@@ -64,7 +64,7 @@ def test_an_image_without_a_caption(cli, recipe, photos, unchanged):
         ("adapter=lorra", ("adapter.name", "'lorra'", "did you mean 'lora'?")),
         ("objective=denoisin", ("objective.name", "did you mean 'denoising'?")),
         ("train.steps=many", ("train.steps must be a whole number", "'many'")),
-        ("train.steps=0", ("train: steps must be 1 or more",)),
+        ("train.steps=0", ("train.steps must be a whole number from 1 to", "not '0'")),
         ("train.schedule=cosin", ("train.schedule", "did you mean 'cosine'?")),
         ("adapter.targets=to_qq", ("adapter: target 'to_qq' matches no layer", "did you mean 'to_q'?")),
         ("name=../elsewhere", ("name '../elsewhere'",)),
@@ -77,6 +77,33 @@ def test_options(cli, recipe, unchanged, override, words):
     more = ["preview.prompts=['a [class]']"] if "class_noun" in override else []
     with unchanged:
         refused(cli("train", recipe, override, *more), *words)
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("data.resolution=2048", ("data.resolution: 2048x2048", "16384 times the 16x16", "at most 64 times")),
+        ("objective={name: dreambooth, prior_steps: 1001}", ("objective.prior_steps: 1001 sampling steps",)),
+        ("preview={prompts: [a], steps: 1001}", ("preview.steps: 1001 sampling steps", "1000")),
+    ],
+)
+def test_products_that_the_model_cannot_do(cli, recipe, override, words):
+    refused(cli("train", recipe, override), *words)
+
+
+def test_samples_that_the_model_cannot_do(cli, tiny_folder, monkeypatch):
+    words = ["sample", f"model={tiny_folder}", "prompts=a circle", "out=o", "device=cpu"]
+    refused(cli(*words, "height=2048", "width=2048"), "16384 times the 16x16", "at most 64 times")
+    refused(cli(*words, "steps=1001"), "1001 sampling steps", "1000")
+    monkeypatch.setattr("visiontune.sampling.pipeline._MOST_PIXELS", 3 * 16**2)
+    refused(cli(*words, "seeds=4"), "a batch of 4 pictures of 16x16 has 1024 pixels", "smaller batch_size")
+    assert cli(*words, "seeds=4", "batch_size=3", "steps=1").code == 0
+
+
+def test_very_many_pictures_are_said_first(cli, tiny_folder, monkeypatch):
+    monkeypatch.setattr("visiontune.sampling.generate._MANY", 1)
+    with pytest.warns(UserWarning, match="1 prompts and 2 seeds make 2 pictures of 1 steps each"):
+        cli("sample", f"model={tiny_folder}", "prompts=a circle", "out=o", "device=cpu", "seeds=2", "steps=1")
 
 
 def test_a_hub_id_that_cannot_be_reached(cli, recipe, monkeypatch, unchanged):
@@ -124,7 +151,7 @@ def test_an_adapter_file_that_is_missing_or_something_else(cli, tiny_folder, tmp
 
 def test_a_recipe_that_is_missing_misspelt_or_for_another_verb(cli, recipe, unchanged):
     with unchanged:
-        refused(cli("train", "nowhere.yaml"), "nowhere.yaml", "No such file")
+        refused(cli("train", "nowhere.yaml"), "there is no recipe 'nowhere.yaml'")
         refused(cli("train", "personalise/lorra"), "did you mean 'personalise/lora'?")
         refused(cli("train", "sample/prompts"), "visiontune sample sample/prompts")
         refused(cli("train"), "name a recipe")

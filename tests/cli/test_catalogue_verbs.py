@@ -47,7 +47,7 @@ def test_show_prints_every_option_of_every_method_with_its_help(cli, kind):
 
 def test_show_prints_the_sections_of_a_recipe(cli):
     out = cli("show", "train").out
-    assert "steps: a whole number; default 1000" in out
+    assert "steps: a whole number from 1 to 1000000000; default 1000" in out
     assert "prompts: text or a list of texts\n" in cli("show", "sample").out
 
 

@@ -142,11 +142,14 @@ def test_what_export_refuses(cli, adapter, tmp_path) -> None:
         (("export", "nowhere", "a.safetensors"), "there is no adapter nowhere"),
         (("export", path, "a.bin"), "diffusers is written to a .safetensors file"),
         (("export", path, path), "exists: name another output"),
-        (("export", path, "a.safetensors", "--rank", 0), "--rank must be at least 1"),
+        (
+            ("export", path, "a.safetensors", "--rank", 0),
+            "argument --rank: must be a whole number from 1 to 16384, not '0'",
+        ),
         (("export", path, "a.safetensors", "--rank", 2, "--format", "diff"), "leave --rank out"),
         (("export", path, "a.safetensors", "--component", "unet"), "leave --component out"),
         (("export", path, "a.safetensors", "--scale", 1, "--scale", 2), "2 --scale for 1 adapters"),
-        (("export", path, "a.safetensors", "--scale", "nan"), "--scale must be a finite number, not nan"),
+        (("export", path, "a.safetensors", "--scale", "nan"), "argument --scale: must be a number from -100 to 100"),
     ):
         result = cli(*words)
         assert result.code == 2

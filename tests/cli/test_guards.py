@@ -76,7 +76,7 @@ def test_guards_can_be_turned_off(cli, recipe):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["guards.diversity_min=2"], "guards: diversity_min must be between 0 and 1, not 2"),
+        (["guards.diversity_min=2"], "guards.diversity_min must be a number above 0 and below 1, not '2'"),
         (["guards.diversty_min=1"], "guards.diversty_min is not an option of guards; did you mean 'diversity_min'"),
         (["guards.holdout=8"], "guards.holdout=8 leaves none of 8 prompts"),
         (["guards.reward=redniss"], "redniss"),

@@ -65,7 +65,8 @@ def test_a_run_that_failed_before_its_first_checkpoint_leaves_its_name_free(cli,
         assert not Path("runs/tiny").exists()
     late = [
         "train.optimizer=sgd",
-        "train.lr=1e30",
+        "train.lr=100",
+        "train.weight_decay=100",
         "train.max_grad_norm=null",
         "train.checkpoint_every=9",
         "train.steps=9",

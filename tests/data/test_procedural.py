@@ -60,7 +60,7 @@ def test_a_style_set_draws_its_style_and_puts_the_scene_into_the_caption():
         ({"world": "subject", "subject": "bumbel", "caption": "x"}, "did you mean 'bumble'"),
         ({"world": "subject", "subject": "bumble"}, "needs a caption"),
         ({"world": "style", "style": "hatch"}, "did you mean 'hatched'"),
-        ({"world": "scenes", "count": 0}, "at least 1"),
+        ({"world": "scenes", "count": 0}, "count must be a whole number from 1"),
         ({"world": "moon"}, "world cannot be 'moon'"),
     ],
 )

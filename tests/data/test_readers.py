@@ -10,6 +10,7 @@ from PIL import Image
 from visiontune.data.base import Config, Sample, substitute
 from visiontune.data.readers import read, resolve
 from visiontune.errors import UserError
+from visiontune.schema import from_mapping
 
 
 def captions(samples: list[Sample]) -> dict[str, str]:
@@ -302,4 +303,4 @@ def test_a_misspelt_option_of_a_catalogue_entry_is_refused(monkeypatch):
 )
 def test_options_that_cannot_work_are_refused(options, message):
     with pytest.raises(UserError, match=message):
-        Config(root="x", **options)
+        from_mapping(Config, {"root": "x", **options})

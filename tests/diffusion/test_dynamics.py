@@ -196,9 +196,9 @@ def test_recipes_name_dynamics():
         make_dynamics("flow_sde", "objective.dynamics")
     with pytest.raises(UserError, match=r"dynamics.etta is not an option of .*; did you mean 'eta'"):
         make_dynamics({"name": "ddim", "etta": 1})
-    with pytest.raises(UserError, match="eta must not be negative"):
+    with pytest.raises(UserError, match="eta must be a number from 0 to 10, not -1"):
         make_dynamics({"name": "dance-sde", "eta": -1})
-    with pytest.raises(UserError, match="eta must be between 0 and 1"):
+    with pytest.raises(UserError, match=r"eta must be a number from 0 to 1, not 1\.5"):
         make_dynamics({"name": "cps", "eta": 1.5})
 
 

@@ -18,6 +18,7 @@ from visiontune.errors import UserError
 from visiontune.objectives._online import conditions, pixels, score
 from visiontune.objectives.alignprop import Config, build
 from visiontune.objectives.base import Tools, generator
+from visiontune.schema import from_mapping
 
 STEPS = 4
 PROMPTS = ["a red cat", "a dog", "two birds in a tree", "a blue fish"]
@@ -348,8 +349,8 @@ def test_what_the_refusal_advises_is_taken(options, scheduler):
     ],
 )
 def test_impossible_options(options):
-    with pytest.raises(ValueError):
-        Config(**options)
+    with pytest.raises(UserError):
+        from_mapping(Config, options)
 
 
 def test_an_unknown_dynamics_is_named():

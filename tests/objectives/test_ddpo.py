@@ -9,13 +9,17 @@ from tiny_training import PREDICTIONS, TinyModel
 
 from visiontune.diffusion.replay import replay
 from visiontune.diffusion.schedule import Schedule
+from visiontune.errors import UserError
 from visiontune.objectives import ddpo
 from visiontune.objectives._advantages import tracked_advantages
+from visiontune.schema import from_mapping
 from visiontune.training import checkpoint
 
 
 def objective(**options):
-    return ddpo.build(ddpo.Config(**{"steps": 4, "cfg_scale": 1.0, "dynamics": "flow-sde", "group": 2} | options))
+    return ddpo.build(
+        from_mapping(ddpo.Config, {"steps": 4, "cfg_scale": 1.0, "dynamics": "flow-sde", "group": 2} | options)
+    )
 
 
 def test_the_log_ratio_with_the_base_is_taken_off_the_advantage():
@@ -110,13 +114,13 @@ def test_the_reward_rises(tmp_path):
         ({"min_count": 40}, "min_count must be at most tracker"),
         ({"kl_penalty": -1.0}, "kl_penalty"),
         ({"timestep_fraction": 0.0}, "timestep_fraction"),
-        ({"updates": 0}, "updates must be at least 1"),
+        ({"updates": 0}, "updates must be a whole number from 1"),
         ({"clip": 0.0}, "clip"),
         ({"micro_batch": 0}, "micro_batch"),
     ],
 )
 def test_wrong_options_are_refused(wrong, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(UserError, match=message):
         objective(**wrong)
 
 

@@ -9,6 +9,7 @@ from visiontune.errors import UserError
 from visiontune.objectives import alignprop, ddpo, dpo_online, grpo, nft, prdp
 from visiontune.rewards.base import as_reward
 from visiontune.rewards.mix import Mix, Term
+from visiontune.schema import from_mapping
 
 KEEPING = [prdp, nft, dpo_online]
 
@@ -53,13 +54,13 @@ def test_objectives_that_keep_conditions_refuse_to_train_text_encoders(kind):
 @pytest.mark.parametrize("kind", [alignprop, ddpo, grpo, *KEEPING])
 @pytest.mark.parametrize("wrong", [{"steps": 0}, {"micro_batch": 0}])
 def test_a_rollout_needs_steps_and_pictures(kind, wrong):
-    with pytest.raises(ValueError, match=f"{next(iter(wrong))} must be at least 1"):
-        kind.Config(**wrong)
+    with pytest.raises(UserError, match=f"{next(iter(wrong))} must be a whole number from 1"):
+        from_mapping(kind.Config, wrong)
 
 
 @pytest.mark.parametrize("kind", [grpo, *KEEPING])
 def test_a_group_is_compared_with_itself(kind):
-    with pytest.raises(ValueError, match="group must be at least 2"):
-        kind.Config(group=1)
-    with pytest.raises(ValueError, match="updates must be at least 1"):
-        kind.Config(updates=0)
+    with pytest.raises(UserError, match="group must be a whole number from 2"):
+        from_mapping(kind.Config, {"group": 1})
+    with pytest.raises(UserError, match="updates must be a whole number from 1"):
+        from_mapping(kind.Config, {"updates": 0})

@@ -13,13 +13,17 @@ from visiontune.diffusion.dynamics import make_dynamics
 from visiontune.diffusion.schedule import Schedule
 from visiontune.diffusion.trajectory import Start, Window, rollout
 from visiontune.diffusion.transition import gaussian_kl, transition
+from visiontune.errors import UserError
 from visiontune.objectives import grpo
+from visiontune.schema import from_mapping
 
 SDE = ("flow-sde", "dance-sde", "cps")
 
 
 def objective(**options):
-    return grpo.build(grpo.Config(**{"steps": 5, "cfg_scale": 1.0, "dynamics": "flow-sde", "group": 4} | options))
+    return grpo.build(
+        from_mapping(grpo.Config, {"steps": 5, "cfg_scale": 1.0, "dynamics": "flow-sde", "group": 4} | options)
+    )
 
 
 @pytest.mark.parametrize("dynamics", SDE)
@@ -141,10 +145,10 @@ def test_a_run_with_an_adapter_compares_with_the_model_without_it(tmp_path, meth
 
 @pytest.mark.parametrize(
     ("wrong", "message"),
-    [({"group": 1}, "group must be at least 2"), ({"best_of": 5}, "best_of"), ({"beta": -0.1}, "beta")],
+    [({"group": 1}, "group must be a whole number from 2"), ({"best_of": 5}, "best_of"), ({"beta": -0.1}, "beta")],
 )
 def test_wrong_options_are_refused(wrong, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(UserError, match=message):
         objective(**wrong)
 
 

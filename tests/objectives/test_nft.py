@@ -19,6 +19,7 @@ from visiontune.objectives._old import follow, old_policy
 from visiontune.objectives.base import Tools
 from visiontune.objectives.nft import Config, build, implicit
 from visiontune.rewards.base import as_reward
+from visiontune.schema import from_mapping
 from visiontune.training.config import TrainConfig
 from visiontune.training.loop import Trainer
 
@@ -397,5 +398,5 @@ def test_what_cannot_work_is_refused():
     with pytest.raises(UserError, match="for flow models"):
         build(Config(dynamics="flow-ode")).check(model, object())
     for wrong in ({"group": 1}, {"timestep_count": 11}, {"beta": 0}, {"decay_max": 2}):
-        with pytest.raises(ValueError, match=next(iter(wrong))):
-            Config(**wrong)
+        with pytest.raises(UserError, match=next(iter(wrong))):
+            from_mapping(Config, wrong)

@@ -17,6 +17,7 @@ from visiontune.diffusion.guidance import classifier_free
 from visiontune.errors import UserError
 from visiontune.objectives import unigrpo
 from visiontune.objectives._policy import clipped_surrogate
+from visiontune.schema import from_mapping
 
 SIDE, VOCABULARY = 3, 5
 TOKENS = SIDE * SIDE
@@ -86,7 +87,7 @@ def seeded(seed):
 
 def objective(**options):
     given = {"group": 4, "updates": 3, "steps": 4, "cfg_scale": 1.0, "masks": 1, "beta": 0.0}
-    return unigrpo.build(unigrpo.Config(**given | options))
+    return unigrpo.build(from_mapping(unigrpo.Config, given | options))
 
 
 def move(model, by=0.3, seed=1):
@@ -398,7 +399,7 @@ class TestRefusals:
     @pytest.mark.parametrize(
         ("wrong", "message"),
         [
-            ({"group": 1}, "group must be at least 2"),
+            ({"group": 1}, "group must be a whole number from 2"),
             ({"masks": 3, "coupled": True}, "even"),
             ({"ratio_min": 1.5}, "ratio_min"),
             ({"clip": 0.0}, "clip"),
@@ -408,7 +409,7 @@ class TestRefusals:
         ],
     )
     def test_wrong_options(self, wrong, message):
-        with pytest.raises(ValueError, match=message):
+        with pytest.raises(UserError, match=message):
             objective(**wrong)
 
 

@@ -108,7 +108,7 @@ def test_a_groupwise_term_makes_the_mix_groupwise_and_twins_are_told_apart() -> 
         ([{"reward": "mix", "options": {"terms": [{"reward": "jpeg", "normalise": "running"}]}}], "itself a mix"),
         (["brightnes"], r"terms\[0\]\.name.*did you mean 'brightness'"),
         ([{"reward": "brightness", "std": 2}], "where normalise is declared"),
-        ([{"reward": "brightness", "normalise": "declared", "std": 0}], "std must be positive"),
+        ([{"reward": "brightness", "normalise": "declared", "std": 0}], r"std must be a number above 0"),
         ([{"reward": "color", "options": {"colour": "red"}}], "did you mean 'color'"),
     ],
 )

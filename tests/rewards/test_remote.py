@@ -177,7 +177,7 @@ def test_options_are_checked() -> None:
         load("remote")
     with pytest.raises(UserError, match="http"):
         load({"name": "remote", "url": "localhost:80"})
-    with pytest.raises(UserError, match="batch_size and timeout"):
+    with pytest.raises(UserError, match="batch_size must be a whole number from 1"):
         load({"name": "remote", "url": "http://h", "batch_size": 0})
 
 

@@ -55,7 +55,7 @@ def test_channel_is_the_mean_of_one_channel() -> None:
         ({"color": "gren"}, "did you mean 'green'"),
         ({"color": "1 2 3"}, "three numbers in"),
         ({"color": "yellow", "measure": "channel"}, "red, green or blue"),
-        ({"width": 0}, "width must be positive"),
+        ({"width": 0}, "width must be a number above 0"),
     ],
 )
 def test_bad_colours_are_refused(options: dict, words: str) -> None:
@@ -73,7 +73,7 @@ def test_jpeg_is_the_size_of_the_file_in_kilobytes() -> None:
     white = torch.ones_like(NOISE)
     assert small(white, [""]) > small(NOISE, [""])
     assert load({"name": "jpeg", "quality": 20, "goal": "incompressible"})(NOISE, [""]) < large(NOISE, [""])
-    with pytest.raises(UserError, match="between 1 and 95"):
+    with pytest.raises(UserError, match="from 1 to 95"):
         load({"name": "jpeg", "quality": 100})
 
 

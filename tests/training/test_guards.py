@@ -22,6 +22,7 @@ from visiontune.objectives import alignprop, denoising
 from visiontune.objectives._online import OnlineConfig, Rollouts
 from visiontune.objectives.base import Needs
 from visiontune.rewards.base import as_reward
+from visiontune.schema import from_mapping
 from visiontune.training import checkpoint, measures
 from visiontune.training.config import GuardsConfig
 from visiontune.training.guards import Guard, bounds, check
@@ -183,13 +184,13 @@ def test_a_reward_falls_by_its_spread_whatever_its_size():
 @pytest.mark.parametrize(
     ("options", "word"),
     [
-        ({"every": 0}, "1 or more"),
-        ({"seeds": []}, "a seed"),
+        ({"every": 0}, "every must be a whole number from 1"),
+        ({"seeds": []}, "seeds names none"),
         ({"seeds": [0]}, "diversity is measured between seeds"),
         ({"seeds": [1, 1]}, "differ"),
-        ({"lr_factor": 1.0}, "lr_factor must be between 0 and 1"),
+        ({"lr_factor": 1.0}, "lr_factor must be a number above 0 and below 1"),
         ({"diversity_min": 1.5}, "diversity_min"),
-        ({"high_frequency_factor": 0.5}, "high_frequency_factor must be between 1"),
+        ({"high_frequency_factor": 0.5}, "high_frequency_factor must be a number above 1"),
         ({"high_frequency_from": 0.5}, "high_frequency_from"),
         ({"blank_max": 0.0}, "blank_max"),
         ({"distance_max": 2.0}, "distance_max"),
@@ -198,8 +199,8 @@ def test_a_reward_falls_by_its_spread_whatever_its_size():
     ],
 )
 def test_options_out_of_range_are_refused(options, word):
-    with pytest.raises(ValueError, match=word):
-        GuardsConfig(**options)
+    with pytest.raises(UserError, match=f"guards.*{word}"):
+        from_mapping(GuardsConfig, options, "guards")
 
 
 def test_held_out_prompts_are_chosen_by_the_seed_and_not_trained_on():

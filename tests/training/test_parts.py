@@ -113,6 +113,10 @@ def test_optimisers_by_name_or_path_lower_a_loss(name, kind):
         ({"optimizer": "torch.optim.lr_scheduler.LambdaLR"}, "is no optimiser"),
         ({"optimizer": "torch.optim.Adam.step"}, "not installed"),
         ({"optimizer_options": {"speed": 3}}, "speed"),
+        ({"optimizer_options": {"foreach": "maybe"}}, r"^train\.optimizer_options\.foreach must be true or false"),
+        ({"optimizer_options": {"eps": "small"}}, r"^train\.optimizer_options\.eps must be a number"),
+        ({"optimizer_options": {"betas": [0.9]}}, r"^train\.optimizer_options\.betas must be a list of 2"),
+        ({"optimizer": "sgd", "optimizer_options": {"nesterov": 3}}, r"^train\.optimizer_options\.nesterov must be"),
     ],
 )
 def test_bad_optimisers_are_named(options, message):

@@ -107,10 +107,10 @@ def test_more_steps_may_be_asked_for(tmp_path):
 def test_a_run_goes_on_with_the_options_asked_for_now(tmp_path):
     """A lower learning rate is what one goes on with after a loss that was not a number."""
     tiny_trainer(tmp_path, steps=4, lr=1e-2, log_every=2, weight_decay=0.1).fit()
-    options = {"lr": 1e-3, "weight_decay": 0.0, "betas": (0.8, 0.9), "warmup": 10, "ema": 0.5}
-    trainer = tiny_trainer(tmp_path, steps=6, log_every=2, resume=True, **options)
+    options = {"lr": 1e-3, "weight_decay": 0.0, "betas": (0.8, 0.9), "warmup": 8, "ema": 0.5}
+    trainer = tiny_trainer(tmp_path, steps=8, log_every=2, resume=True, **options)
     trainer.fit()
-    assert [row["lr"] for row in metrics(tmp_path)] == pytest.approx([1e-2, 1e-2, 6e-4])
+    assert [row["lr"] for row in metrics(tmp_path)] == pytest.approx([1e-2, 1e-2, 7.5e-4, 1e-3])
     group = trainer.optimizer.param_groups[0]
     assert (group["weight_decay"], group["betas"], group["initial_lr"]) == (0.0, (0.8, 0.9), 1e-3)
     # The average starts at the weights of step 4, not at those of step 0.

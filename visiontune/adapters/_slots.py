@@ -19,12 +19,9 @@ from visiontune.schema import option
 class Config(lora.Config):
     """Options of LoRA, and how much of the task is looked at."""
 
-    batches: int = option(16, help="number of batches to look at before training")
+    batches: int = option(16, least=1, greatest=1_000_000, help="number of batches to look at before training")
 
     def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.batches < 1:
-            raise ValueError("batches must be at least 1")
         if self.dora:
             raise ValueError("dora does not go with planned adapters")
 

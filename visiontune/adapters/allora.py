@@ -31,12 +31,11 @@ LAYERS: tuple[type[nn.Module], ...] = (nn.Linear, *CONVOLUTIONS)
 class Config(lora.Config):
     """LoRA's rank and the greatest factor; LoRA's other options are none of this method's."""
 
-    eta: float = option(10.0, help="how many times faster than the optimiser's step a row at zero moves")
+    eta: float = option(
+        10.0, above=0, greatest=1e6, help="how many times faster than the optimiser's step a row at zero moves"
+    )
 
     def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.eta <= 0:
-            raise ValueError("eta must be positive")
         if self.dropout or self.alpha is not None or self.rslora or self.dora:
             raise ValueError("dropout, alpha, rslora and dora do not go with rows that set their own rate")
 

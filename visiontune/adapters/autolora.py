@@ -43,18 +43,22 @@ Gradients = list[Tensor]
 class Config(_slots.Config):
     """Options of AutoLoRA and of LoRA; at most LoRA's parameters."""
 
-    rank: int = option(8, help="k, the rank-one terms of each layer, of which those that matter are kept")
-    search_steps: int = option(64, help="steps of the search, of four forward and backward passes each")
-    lr: float = option(1e-3, help="root mean square of an inner step, on the factors")
-    search_lr: float = option(0.05, help="learning rate of the selection weights (Adam on their logits)")
+    rank: int = option(
+        8, least=1, greatest=16384, help="k, the rank-one terms of each layer, of which those that matter are kept"
+    )
+    search_steps: int = option(
+        64, least=1, greatest=1_000_000, help="steps of the search, of four forward and backward passes each"
+    )
+    lr: float = option(1e-3, above=0, greatest=100, help="root mean square of an inner step, on the factors")
+    search_lr: float = option(
+        0.05, above=0, greatest=100, help="learning rate of the selection weights (Adam on their logits)"
+    )
     unrolled: bool = option(True, help="look through the inner step; false: first order, half as many passes")
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.batches < 2:
             raise ValueError("batches must be at least 2: one to train on and one to choose by")
-        if self.search_steps < 1 or self.lr <= 0 or self.search_lr <= 0:
-            raise ValueError("search_steps must be at least 1, lr and search_lr positive")
 
 
 def build(config: Config, layers: Mapping[str, nn.Module]) -> Method:

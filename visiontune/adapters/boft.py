@@ -36,18 +36,20 @@ LAYERS: tuple[type[nn.Module], ...] = (nn.Linear, *CONVOLUTIONS)
 class Config:
     """Options of BOFT; m d (b - 1) / 2 parameters for d inputs (of all groups of a convolution)."""
 
-    block_size: int = option(8, help="b, even; where it does not divide a layer's inputs, their largest even divisor")
-    factors: int = option(2, help="m; layers whose inputs b 2^(m-1) does not divide get the most that fit")
-    dropout: float = option(0.0, help="probability of leaving a block out (as identity) while training")
+    block_size: int = option(
+        8,
+        least=2,
+        greatest=65536,
+        multiple=2,
+        help="b, even; where it does not divide a layer's inputs, their largest even divisor",
+    )
+    factors: int = option(
+        2, least=1, greatest=64, help="m; layers whose inputs b 2^(m-1) does not divide get the most that fit"
+    )
+    dropout: float = option(
+        0.0, least=0, below=1, help="probability of leaving a block out (as identity) while training"
+    )
     rescale: bool = option(False, help="train a factor for each output too")
-
-    def __post_init__(self) -> None:
-        if self.block_size < 2 or self.block_size % 2:
-            raise ValueError("block_size must be even")
-        if self.factors < 1:
-            raise ValueError("factors must be at least 1")
-        if not 0 <= self.dropout < 1:
-            raise ValueError("dropout must be in [0, 1)")
 
 
 def build(config: Config, layers: Mapping[str, nn.Module]) -> Method:

@@ -37,22 +37,26 @@ LAYERS: tuple[type[nn.Module], ...] = (nn.Linear, *CONVOLUTIONS)
 class Config(_slots.Config):
     """Options of CoLoRA and of LoRA; at most LoRA's parameters at ``rank`` (or, on request, LoRA's sum of ranks)."""
 
-    rank: int = option(16, help="of a LoRA that costs as much; the rank of all layers until the task has been seen")
-    spread: float = option(1.0, help="beta: 0 gives equal ranks, 1 ranks in proportion to the contributions")
-    min_rank: int = option(1, help="of each layer; with 0 layers of no use stay as they are")
+    rank: int = option(
+        16,
+        least=1,
+        greatest=16384,
+        help="of a LoRA that costs as much; the rank of all layers until the task has been seen",
+    )
+    spread: float = option(
+        1.0, least=0, greatest=1000, help="beta: 0 gives equal ranks, 1 ranks in proportion to the contributions"
+    )
+    min_rank: int = option(1, least=0, greatest=16384, help="of each layer; with 0 layers of no use stay as they are")
     total: Literal["parameters", "ranks"] = option(
         "parameters", help="what stays as in that LoRA: parameters (short by less than one rank) or the sum of ranks"
     )
-    proxy_steps: int = option(64, help="steps of the full fine-tuning that tells what layers contribute")
-    proxy_lr: float = option(1e-5, help="its learning rate (Adam)")
-    points: int = option(8, help="places between the base and the proxy at which gradients are taken")
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.spread < 0 or self.min_rank < 0:
-            raise ValueError("spread and min_rank must not be negative")
-        if self.proxy_steps < 1 or self.points < 1 or self.proxy_lr <= 0:
-            raise ValueError("proxy_steps and points must be at least 1, and proxy_lr positive")
+    proxy_steps: int = option(
+        64, least=1, greatest=1_000_000, help="steps of the full fine-tuning that tells what layers contribute"
+    )
+    proxy_lr: float = option(1e-5, above=0, greatest=100, help="its learning rate (Adam)")
+    points: int = option(
+        8, least=1, greatest=10_000, help="places between the base and the proxy at which gradients are taken"
+    )
 
 
 def build(config: Config, layers: Mapping[str, nn.Module]) -> Method:

@@ -37,22 +37,16 @@ LACKING = 1e-9
 class Config:
     """Options of CorDA; r (in + out) parameters for each linear layer."""
 
-    rank: int = option(16, help="r, at most the smaller side of a weight; the change has rank 2 r")
-    alpha: float | None = option(None, help="strength: the change is multiplied by alpha / rank; default: rank")
+    rank: int = option(
+        16, least=1, greatest=16384, help="r, at most the smaller side of a weight; the change has rank 2 r"
+    )
+    alpha: float | None = option(
+        None, above=0, greatest=1e6, help="strength: the change is multiplied by alpha / rank; default: rank"
+    )
     mode: Literal["ipm", "kpm"] = option("ipm", help="train the largest components (ipm) or the smallest (kpm)")
     root: bool = option(False, help="weigh by C^(1/2), the error of the layer's outputs, instead of C")
-    damping: float = option(0.01, help="added to the diagonal of C, relative to its mean")
-    batches: int = option(16, help="how many batches are looked at")
-
-    def __post_init__(self) -> None:
-        if self.rank < 1:
-            raise ValueError("rank must be at least 1")
-        if self.alpha is not None and self.alpha <= 0:
-            raise ValueError("alpha must be positive")
-        if self.damping <= 0:
-            raise ValueError("damping must be positive")
-        if self.batches < 1:
-            raise ValueError("batches must be at least 1")
+    damping: float = option(0.01, above=0, greatest=1e6, help="added to the diagonal of C, relative to its mean")
+    batches: int = option(16, least=1, greatest=1_000_000, help="how many batches are looked at")
 
     @property
     def strength(self) -> float:

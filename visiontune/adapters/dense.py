@@ -32,12 +32,10 @@ class Config:
     """Options of dense changes; as many parameters as the layers have."""
 
     biases: bool = option(True, help="train the biases of the layers too")
-    rounds: int = option(0, help="half fine-tuning in that many rounds; 0 trains everything all the time")
-    seed: int = option(0, help="seed of the halves")
-
-    def __post_init__(self) -> None:
-        if self.rounds < 0:
-            raise ValueError("rounds must be 0 or more")
+    rounds: int = option(
+        0, least=0, greatest=1_000_000, help="half fine-tuning in that many rounds; 0 trains everything all the time"
+    )
+    seed: int = option(0, least=0, greatest=2**63 - 1, help="seed of the halves")
 
 
 def build(config: Config, layers: Mapping[str, nn.Module]) -> Method:

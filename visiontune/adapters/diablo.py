@@ -31,14 +31,12 @@ _CONV = {3: F.conv1d, 4: F.conv2d, 5: F.conv3d}
 class Config:
     """Options of DiaBlo; some in x out / N parameters for each linear layer."""
 
-    blocks: int = option(64, help="N; a convolution takes the largest number up to it that divides its channels")
-    dropout: float = option(0.0, help="probability of dropping an input of the trained branch while training")
-
-    def __post_init__(self) -> None:
-        if self.blocks < 1:
-            raise ValueError("blocks must be at least 1")
-        if not 0 <= self.dropout < 1:
-            raise ValueError("dropout must be in [0, 1)")
+    blocks: int = option(
+        64, least=1, greatest=65536, help="N; a convolution takes the largest number up to it that divides its channels"
+    )
+    dropout: float = option(
+        0.0, least=0, below=1, help="probability of dropping an input of the trained branch while training"
+    )
 
 
 def build(config: Config, layers: Mapping[str, nn.Module]) -> Method:

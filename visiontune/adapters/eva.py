@@ -31,17 +31,14 @@ __all__ = ["LAYERS", "Config", "build"]
 class Config(lora.Config):
     """Options of LoRA and of its start; ``rank`` is the mean over a component's layers."""
 
-    rho: float = option(2.0, help="no layer gets more than rho times rank; 1 gives every layer the same")
+    rho: float = option(
+        2.0, least=1, greatest=1000, help="no layer gets more than rho times rank; 1 gives every layer the same"
+    )
     center: bool = option(True, help="directions around the mean input; otherwise around zero")
     whiten: bool = option(False, help="divide each direction by the standard deviation of the inputs along it")
-    batches: int = option(16, help="how many batches of the task are looked at")
+    batches: int = option(16, least=1, greatest=1_000_000, help="how many batches of the task are looked at")
 
     def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.rho < 1:
-            raise ValueError("rho must be at least 1")
-        if self.batches < 1:
-            raise ValueError("batches must be at least 1")
         if self.dora:
             raise ValueError("dora does not go with layers that may get no rank")
 

@@ -29,12 +29,10 @@ LAYERS = _low_rank.LAYERS
 class Config:
     """Options of LoLDU; r parameters for each layer (each group of a convolution)."""
 
-    rank: int = option(64, help="r, at most the smaller side of a weight")
-    alpha: float | None = option(None, help="strength: the change is multiplied by alpha / rank; default: rank")
-
-    def __post_init__(self) -> None:
-        if self.rank < 1:
-            raise ValueError("rank must be at least 1")
+    rank: int = option(64, least=1, greatest=16384, help="r, at most the smaller side of a weight")
+    alpha: float | None = option(
+        None, above=0, greatest=1e6, help="strength: the change is multiplied by alpha / rank; default: rank"
+    )
 
 
 def build(config: Config, layers: Mapping[str, nn.Module]) -> Method:

@@ -39,17 +39,15 @@ LAYERS: tuple[type[nn.Module], ...] = (nn.Linear, *CONVOLUTIONS, nn.Embedding)
 class Config:
     """Options of LoRA; r (in + out) parameters for each linear layer."""
 
-    rank: int = option(16, help="r, the rank of the change of each weight")
-    alpha: float | None = option(None, help="strength: the change is multiplied by alpha / rank; default: rank")
-    dropout: float = option(0.0, help="probability of dropping an input of the trained branch while training")
+    rank: int = option(16, least=1, greatest=16384, help="r, the rank of the change of each weight")
+    alpha: float | None = option(
+        None, above=0, greatest=1e6, help="strength: the change is multiplied by alpha / rank; default: rank"
+    )
+    dropout: float = option(
+        0.0, least=0, below=1, help="probability of dropping an input of the trained branch while training"
+    )
     rslora: bool = option(False, help="divide alpha by sqrt(rank) instead of rank")
     dora: bool = option(False, help="train the length of each output's row apart from its direction (no embeddings)")
-
-    def __post_init__(self) -> None:
-        if self.rank < 1:
-            raise ValueError("rank must be at least 1")
-        if not 0 <= self.dropout < 1:
-            raise ValueError("dropout must be in [0, 1)")
 
     @property
     def strength(self) -> float:

@@ -35,17 +35,11 @@ __all__ = ["LAYERS", "Config", "build"]
 class Config:
     """Options of LoRA-SB; r^2 parameters for each layer (each group of a convolution)."""
 
-    rank: int = option(64, help="r, at most the smaller side of a weight")
-    first_step: float = option(0.0, help="eta, length of the step to start from, in each entry; 0: start at the base")
-    batches: int = option(16, help="how many batches the gradient is averaged over")
-
-    def __post_init__(self) -> None:
-        if self.rank < 1:
-            raise ValueError("rank must be at least 1")
-        if self.first_step < 0:
-            raise ValueError("first_step must not be negative")
-        if self.batches < 1:
-            raise ValueError("batches must be at least 1")
+    rank: int = option(64, least=1, greatest=16384, help="r, at most the smaller side of a weight")
+    first_step: float = option(
+        0.0, least=0, greatest=100, help="eta, length of the step to start from, in each entry; 0: start at the base"
+    )
+    batches: int = option(16, least=1, greatest=1_000_000, help="how many batches the gradient is averaged over")
 
 
 def build(config: Config, layers: Mapping[str, nn.Module]) -> Method:

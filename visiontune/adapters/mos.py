@@ -36,20 +36,27 @@ __all__ = ["LAYERS", "Config", "build"]
 class Config:
     """Options of MoS; as many parameters as LoRA of rank ``equivalent_rank``."""
 
-    rank: int = option(16, help="r, the rank of the change of each weight")
-    equivalent_rank: int = option(2, help="the pools hold as many parameters as LoRA of this rank; at most rank")
-    shards: int = option(4, help="l, into how many shards a row of A or a column of B is cut, or fewer that divide it")
-    private: float = option(0.25, help="share of the pools, rounded down, whose shards belong to one layer; in [0, 1)")
-    alpha: float | None = option(None, help="strength: the change is multiplied by alpha / rank; default: rank")
-    seed: int = option(0, help="of the choice of shards")
+    rank: int = option(16, least=1, greatest=16384, help="r, the rank of the change of each weight")
+    equivalent_rank: int = option(
+        2, least=1, greatest=16384, help="the pools hold as many parameters as LoRA of this rank; at most rank"
+    )
+    shards: int = option(
+        4,
+        least=1,
+        greatest=65536,
+        help="l, into how many shards a row of A or a column of B is cut, or fewer that divide it",
+    )
+    private: float = option(
+        0.25, least=0, below=1, help="share of the pools, rounded down, whose shards belong to one layer; in [0, 1)"
+    )
+    alpha: float | None = option(
+        None, above=0, greatest=1e6, help="strength: the change is multiplied by alpha / rank; default: rank"
+    )
+    seed: int = option(0, least=0, greatest=2**63 - 1, help="of the choice of shards")
 
     def __post_init__(self) -> None:
-        if not 1 <= self.equivalent_rank <= self.rank:
-            raise ValueError("equivalent_rank must be at least 1 and at most rank")
-        if self.shards < 1:
-            raise ValueError("shards must be at least 1")
-        if not 0 <= self.private < 1:
-            raise ValueError("private must be in [0, 1)")
+        if self.equivalent_rank > self.rank:
+            raise ValueError("equivalent_rank must be at most rank")
 
     @property
     def strength(self) -> float:

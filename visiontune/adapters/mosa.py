@@ -31,12 +31,11 @@ LAYERS: tuple[type[nn.Module], ...] = (nn.Linear, *CONVOLUTIONS)
 class Config(lora.Config):
     """Options of LoRA and the number of experts; as many parameters as LoRA."""
 
-    experts: int = option(4, help="N, into how many parts the second factor is split while training")
+    experts: int = option(
+        4, least=1, greatest=16384, help="N, into how many parts the second factor is split while training"
+    )
 
     def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.experts < 1:
-            raise ValueError("experts must be at least 1")
         if self.dora:
             raise ValueError("dora does not go with split factors")
 

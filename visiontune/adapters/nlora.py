@@ -35,17 +35,15 @@ __all__ = ["LAYERS", "Config", "build"]
 class Config:
     """Options of NLoRA; r (in + out + r) parameters for each linear layer, r r where the core alone is trained."""
 
-    rank: int = option(16, help="r, at most the smaller side of a weight")
-    alpha: float | None = option(None, help="strength: the change is multiplied by alpha / rank; default: rank")
+    rank: int = option(16, least=1, greatest=16384, help="r, at most the smaller side of a weight")
+    alpha: float | None = option(
+        None, above=0, greatest=1e6, help="strength: the change is multiplied by alpha / rank; default: rank"
+    )
     train: Literal["all", "core"] = option("all", help="all three matrices, or only the one in the middle (IntTune)")
     minor: Literal["pivoted", "leading"] = option("pivoted", help="rows and columns of the start: well apart, or first")
-    rcond: float = option(1e-5, help="singular values of the minor below this share of the largest count as zero")
-
-    def __post_init__(self) -> None:
-        if self.rank < 1:
-            raise ValueError("rank must be at least 1")
-        if not 0 <= self.rcond < 1:
-            raise ValueError("rcond must be in [0, 1)")
+    rcond: float = option(
+        1e-5, least=0, below=1, help="singular values of the minor below this share of the largest count as zero"
+    )
 
     @property
     def strength(self) -> float:

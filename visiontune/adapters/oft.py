@@ -46,26 +46,20 @@ TOLERANCE = 1e-2
 class Config:
     """Options of OFT; d (b - 1) / 2 parameters for d inputs in blocks of b (d counts all groups of a convolution)."""
 
-    block_size: int = option(32, help="b; where it does not divide a layer's inputs, their largest divisor below it")
-    n_blocks: int | None = option(None, help="r, blocks of each layer (of each group), instead of block_size; paper: 4")
+    block_size: int = option(
+        32, least=2, greatest=65536, help="b; where it does not divide a layer's inputs, their largest divisor below it"
+    )
+    n_blocks: int | None = option(
+        None, least=1, greatest=65536, help="r, blocks of each layer (of each group), instead of block_size; paper: 4"
+    )
     coft: bool = option(False, help="bound the rotations (COFT)")
-    eps: float = option(6e-5, help="COFT radius before the factor b^2 / sqrt(r)")
+    eps: float = option(6e-5, above=0, greatest=1000, help="COFT radius before the factor b^2 / sqrt(r)")
     cayley: Literal["exact", "neumann"] = option("exact", help="exact rotations, or a truncated series")
-    terms: int = option(5, help="terms of the series")
+    terms: int = option(5, least=3, greatest=100, help="terms of the series")
     block_share: bool = option(False, help="one rotation for all blocks of a layer")
     rescale: bool = option(False, help="train a factor for each output too")
     side: Literal["auto", "input", "weight"] = option("auto", help="what linear layers and 1x1 convolutions rotate")
     keep_rotated: bool = option(False, help="keep rotated linear weights for a whole step: faster, a copy of them")
-
-    def __post_init__(self) -> None:
-        if self.block_size < 2:
-            raise ValueError("block_size must be at least 2")
-        if self.n_blocks is not None and self.n_blocks < 1:
-            raise ValueError("n_blocks must be at least 1")
-        if self.eps <= 0:
-            raise ValueError("eps must be positive")
-        if self.terms < 3:
-            raise ValueError("terms must be at least 3")
 
 
 def build(config: Config, layers: Mapping[str, nn.Module]) -> Method:
@@ -99,6 +93,13 @@ class OFT(Method):
 
     def __init__(self, config: Config, layers: Mapping[str, nn.Module]) -> None:
         sizes = {name: block_size(config, name, fan_in(layer)) for name, layer in layers.items()}
+        smaller = [name for name, b in sizes.items() if config.n_blocks is None and b < config.block_size]
+        if smaller:
+            warnings.warn(
+                f"{len(smaller)} layers have smaller blocks than adapter.block_size={config.block_size} "
+                f"('{smaller[0]}': {sizes[smaller[0]]}), the largest that divide their inputs",
+                stacklevel=2,
+            )
         shapes = {n: (b, 1 if config.block_share else blocks(layers[n], b)) for n, b in sizes.items()}
         banks, where = make_banks(layers, shapes, config.terms if config.cayley == "neumann" else 0)
         gains = nn.ParameterList(new_gain(layer) for layer in layers.values() if config.rescale)

@@ -40,13 +40,11 @@ class Config:
     """Options of one-bit adapters; as many trained parameters as LoRA, ``bits`` bits of each in the file."""
 
     bits: Literal[1, 2, 4, 8] = option(1, help="bits of each entry of the factors")
-    rank: int = option(32, help="r, the rank of the change of each weight; even")
-    alpha: float | None = option(None, help="strength: the change is multiplied by alpha / rank; default: rank")
+    rank: int = option(32, least=2, greatest=16384, multiple=2, help="r, the rank of the change of each weight; even")
+    alpha: float | None = option(
+        None, above=0, greatest=1e6, help="strength: the change is multiplied by alpha / rank; default: rank"
+    )
     loss: Literal["l1", "mse"] = option("l1", help="what rounding keeps small: the mean absolute or squared error")
-
-    def __post_init__(self) -> None:
-        if self.rank < 2 or self.rank % 2:
-            raise ValueError("rank must be even and at least 2")
 
 
 def build(config: Config, layers: Mapping[str, nn.Module]) -> Method:

@@ -36,16 +36,17 @@ LAYERS: tuple[type[nn.Module], ...] = (nn.Linear, *CONVOLUTIONS)
 class Config:
     """Options of PETALface; twice as many parameters as LoRA."""
 
-    rank: int = option(8, help="r, the rank of each of the two changes of a weight")
-    alpha: float | None = option(None, help="strength: each change is multiplied by alpha / rank; default: rank")
-    dropout: float = option(0.0, help="probability of dropping an input of the trained branch while training")
+    rank: int = option(8, least=1, greatest=16384, help="r, the rank of each of the two changes of a weight")
+    alpha: float | None = option(
+        None, above=0, greatest=1e6, help="strength: each change is multiplied by alpha / rank; default: rank"
+    )
+    dropout: float = option(
+        0.0, least=0, below=1, help="probability of dropping an input of the trained branch while training"
+    )
     gate: Literal["timestep", "none"] = option("timestep", help="what mixes the two where no mixture is given")
-    timesteps: float = option(1000, help="the timestep at which only the second acts; 1 where they are given as shares")
-
-    def __post_init__(self) -> None:
-        lora.Config(rank=self.rank, dropout=self.dropout)
-        if not self.timesteps > 0:
-            raise ValueError("timesteps must be above 0")
+    timesteps: float = option(
+        1000, above=0, greatest=1e6, help="the timestep at which only the second acts; 1 where they are given as shares"
+    )
 
 
 def build(config: Config, layers: Mapping[str, nn.Module]) -> Method:

@@ -30,15 +30,18 @@ LAYERS: tuple[type[nn.Module], ...] = (nn.Linear, *CONVOLUTIONS)
 class Config:
     """Options of mask tuning; a trained score for each weight, and one bit of each in the file."""
 
-    initial: float = option(1e-2, help="the scores' first value")
-    threshold: float = option(5e-3, help="weights whose score is not above it are left out")
-    norm: float = option(1e-4, help="weight of the scores' lengths in the loss, which draws them towards leaving out")
+    initial: float = option(1e-2, least=-1000, greatest=1000, help="the scores' first value")
+    threshold: float = option(5e-3, least=-1000, greatest=1000, help="weights whose score is not above it are left out")
+    norm: float = option(
+        1e-4,
+        least=0,
+        greatest=1e6,
+        help="weight of the scores' lengths in the loss, which draws them towards leaving out",
+    )
 
     def __post_init__(self) -> None:
         if not self.initial > self.threshold:
             raise ValueError("initial must be above threshold, so that nothing is left out at first")
-        if self.norm < 0:
-            raise ValueError("norm must be 0 or more")
 
 
 def build(config: Config, layers: Mapping[str, nn.Module]) -> Method:

@@ -32,14 +32,12 @@ LAYERS: tuple[type[nn.Module], ...] = (nn.Linear, *CONVOLUTIONS)
 class Config:
     """Options of S2FT; share x in x out parameters for each linear layer."""
 
-    share: float = option(0.03, help="share of the channels of each layer, rounded up; in (0, 1]")
+    share: float = option(0.03, above=0, greatest=1, help="share of the channels of each layer, rounded up; in (0, 1]")
     side: Literal["inputs", "outputs"] = option("inputs", help="train columns (input channels) or rows (outputs)")
     choice: Literal["random", "largest", "smallest"] = option("random", help="which channels: by chance or by norm")
-    seed: int = option(0, help="of the random choice, which also depends on the layer's name")
-
-    def __post_init__(self) -> None:
-        if not 0 < self.share <= 1:
-            raise ValueError("share must be in (0, 1]")
+    seed: int = option(
+        0, least=0, greatest=2**63 - 1, help="of the random choice, which also depends on the layer's name"
+    )
 
 
 def build(config: Config, layers: Mapping[str, nn.Module]) -> Method:

@@ -38,19 +38,15 @@ EXACT_SIZE, ITERATIONS = 512, 20
 class Config:
     """Options of SaRA; as many parameters as entries lie under the threshold."""
 
-    budget: float = option(0.05, help="share of each component's entries to train, the smallest ones; in (0, 1]")
-    threshold: float | None = option(None, help="theta itself instead of a share; the paper: 2e-4 to 2e-3 for SD 1.5")
+    budget: float = option(
+        0.05, above=0, greatest=1, help="share of each component's entries to train, the smallest ones; in (0, 1]"
+    )
+    threshold: float | None = option(
+        None, above=0, greatest=1e6, help="theta itself instead of a share; the paper: 2e-4 to 2e-3 for SD 1.5"
+    )
     biases: bool = option(True, help="choose among biases and norms too")
-    rank_loss: float = option(5e-4, help="lambda, weight of the nuclear norm; 0 for none")
+    rank_loss: float = option(5e-4, least=0, greatest=1e6, help="lambda, weight of the nuclear norm; 0 for none")
     progressive: bool = option(True, help="half-way, freeze the entries that have outgrown the threshold")
-
-    def __post_init__(self) -> None:
-        if not 0 < self.budget <= 1:
-            raise ValueError("budget must be in (0, 1]")
-        if self.threshold is not None and self.threshold <= 0:
-            raise ValueError("threshold must be positive")
-        if self.rank_loss < 0:
-            raise ValueError("rank_loss must not be negative")
 
 
 def build(config: Config, layers: Mapping[str, nn.Module]) -> Method:

@@ -14,6 +14,7 @@ order of layers and places.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -37,18 +38,18 @@ LAYERS: tuple[type[nn.Module], ...] = (nn.Linear, *CONVOLUTIONS)
 class Config(_slots.Config):
     """Options of SPT and of its LoRAs; at most budget x entries parameters, and short of it by less than one LoRA."""
 
-    rank: int = option(8, help="r of the LoRAs, which are in all layers until SPT has seen the task")
-    budget: float = option(0.005, help="parameters to train, as a share of the entries of each component's layers")
-    lora_from: float = option(
-        0.1, help="1/alpha: a LoRA where so many sensitive entries as this share of its parameters; .inf: no LoRA"
+    rank: int = option(
+        8, least=1, greatest=16384, help="r of the LoRAs, which are in all layers until SPT has seen the task"
     )
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not 0 < self.budget <= 1:
-            raise ValueError("budget must be in (0, 1]")
-        if not self.lora_from >= 0:
-            raise ValueError("lora_from must not be negative")
+    budget: float = option(
+        0.005, above=0, greatest=1, help="parameters to train, as a share of the entries of each component's layers"
+    )
+    lora_from: float = option(
+        0.1,
+        least=0,
+        greatest=math.inf,
+        help="1/alpha: a LoRA where so many sensitive entries as this share of its parameters; .inf: no LoRA",
+    )
 
 
 def build(config: Config, layers: Mapping[str, nn.Module]) -> Method:

@@ -29,11 +29,9 @@ LAYERS: tuple[type[nn.Module], ...] = (nn.Linear, *CONVOLUTIONS, *NORMS)
 class Config:
     """Options of SSF; two parameters for each output channel."""
 
-    noise: float = option(0.0, help="standard deviation of the start; the paper's 0.02 changes the model at once")
-
-    def __post_init__(self) -> None:
-        if self.noise < 0:
-            raise ValueError("noise must not be negative")
+    noise: float = option(
+        0.0, least=0, greatest=100, help="standard deviation of the start; the paper's 0.02 changes the model at once"
+    )
 
 
 def build(config: Config, layers: Mapping[str, nn.Module]) -> Method:

@@ -37,24 +37,28 @@ LAYERS = dense.LAYERS
 class Config:
     """Options of SubTuning; at most budget x as many parameters as the layers have."""
 
-    budget: float = option(0.25, help="the most to train, as a share of the weights of each component's layers")
-    gain: float = option(1e-3, help="the least that a block must take off the held-out loss, as a share of the base's")
-    level: int = option(0, help="numbers in a block's name, from the left; 0: all, so the innermost numbered modules")
+    budget: float = option(
+        0.25, above=0, greatest=1, help="the most to train, as a share of the weights of each component's layers"
+    )
+    gain: float = option(
+        1e-3,
+        least=0,
+        greatest=1e6,
+        help="the least that a block must take off the held-out loss, as a share of the base's",
+    )
+    level: int = option(
+        0,
+        least=0,
+        greatest=64,
+        help="numbers in a block's name, from the left; 0: all, so the innermost numbered modules",
+    )
     profile: bool = option(False, help="try each block once and alone, and take the best: one round instead of many")
-    probe_steps: int = option(16, help="steps of each trial")
-    probe_lr: float = option(1e-5, help="learning rate of the trials (Adam)")
-    batches: int = option(16, help="batches to look at: the first half to train on, the second to choose by")
+    probe_steps: int = option(16, least=1, greatest=1_000_000, help="steps of each trial")
+    probe_lr: float = option(1e-5, above=0, greatest=100, help="learning rate of the trials (Adam)")
+    batches: int = option(
+        16, least=2, greatest=1_000_000, help="batches to look at: the first half to train on, the second to choose by"
+    )
     biases: bool = option(True, help="train the biases of the chosen layers too")
-
-    def __post_init__(self) -> None:
-        if not 0 < self.budget <= 1:
-            raise ValueError("budget must be in (0, 1]")
-        if self.gain < 0 or self.level < 0:
-            raise ValueError("gain and level must not be negative")
-        if self.probe_steps < 1 or self.probe_lr <= 0:
-            raise ValueError("probe_steps must be at least 1, and probe_lr positive")
-        if self.batches < 2:
-            raise ValueError("batches must be at least 2: one to train on and one to choose by")
 
 
 def build(config: Config, layers: Mapping[str, nn.Module]) -> Method:

@@ -29,14 +29,12 @@ LAYERS = _low_rank.LAYERS
 class Config:
     """Options of SVFit; r parameters for each layer (each group of a convolution)."""
 
-    rank: int | None = option(None, help="r, at most the smaller side of a weight; default: by energy")
-    energy: float = option(0.99, help="the smallest r whose squared singular values sum to this share; in (0, 1]")
-
-    def __post_init__(self) -> None:
-        if self.rank is not None and self.rank < 1:
-            raise ValueError("rank must be at least 1")
-        if not 0 < self.energy <= 1:
-            raise ValueError("energy must be in (0, 1]")
+    rank: int | None = option(
+        None, least=1, greatest=16384, help="r, at most the smaller side of a weight; default: by energy"
+    )
+    energy: float = option(
+        0.99, above=0, greatest=1, help="the smallest r whose squared singular values sum to this share; in (0, 1]"
+    )
 
 
 def build(config: Config, layers: Mapping[str, nn.Module]) -> Method:

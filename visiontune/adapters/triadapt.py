@@ -37,21 +37,32 @@ __all__ = ["LAYERS", "Config", "build"]
 class Config:
     """Options of TriAdaptLoRA; as many parameters as LoRA of ``max_rank``, of which ``budget`` come to be used."""
 
-    start_rank: int = option(4, help="rank of every layer at first")
-    max_rank: int = option(32, help="the greatest rank of a layer, at most the smaller side of its weight")
-    budget: float = option(8.0, help="mean rank of the layers at the end; from start_rank to max_rank")
-    growths: int = option(6, help="at how many points of the run ranks grow, by equal parts of what is left to gain")
-    grow_from: float = option(0.1, help="share of the run that is done at the first of these points")
-    grow_until: float = option(0.6, help="share of the run that is done at the last")
-    alpha: float | None = option(None, help="strength: the change is multiplied by alpha / max_rank; default: max_rank")
+    start_rank: int = option(4, least=1, greatest=16384, help="rank of every layer at first")
+    max_rank: int = option(
+        32, least=1, greatest=16384, help="the greatest rank of a layer, at most the smaller side of its weight"
+    )
+    budget: float = option(
+        8.0, least=1, greatest=16384, help="mean rank of the layers at the end; from start_rank to max_rank"
+    )
+    growths: int = option(
+        6,
+        least=1,
+        greatest=10_000,
+        help="at how many points of the run ranks grow, by equal parts of what is left to gain",
+    )
+    grow_from: float = option(
+        0.1, least=0, greatest=1, help="share of the run that is done at the first of these points"
+    )
+    grow_until: float = option(0.6, least=0, greatest=1, help="share of the run that is done at the last")
+    alpha: float | None = option(
+        None, above=0, greatest=1e6, help="strength: the change is multiplied by alpha / max_rank; default: max_rank"
+    )
 
     def __post_init__(self) -> None:
-        if not 1 <= self.start_rank <= self.budget <= self.max_rank:
-            raise ValueError("start_rank must be at least 1, budget at least start_rank, and max_rank at least budget")
-        if self.growths < 1:
-            raise ValueError("growths must be at least 1")
-        if not 0 <= self.grow_from <= self.grow_until <= 1:
-            raise ValueError("grow_from and grow_until must be in [0, 1] and in this order")
+        if not self.start_rank <= self.budget <= self.max_rank:
+            raise ValueError("budget must be at least start_rank, and max_rank at least budget")
+        if self.grow_from > self.grow_until:
+            raise ValueError("grow_from must be at most grow_until")
 
     @property
     def strength(self) -> float:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -66,6 +66,7 @@ def build(
     from visiontune.training.loop import Trainer
 
     model: Any = parts.open_model(run)
+    _check_sizes(run, model, objective)
     objective.check(model, reward)
     # Some adapters start from random values; everything later draws from generators of its own.
     set_seed(run.seed)
@@ -140,6 +141,38 @@ def _check(run: Run, objective: Objective, reward: Any) -> None:
 
     check_train(objective, run.train)
     objective.check_reward(reward)
+
+
+def _check_sizes(run: Run, model: Any, objective: Objective) -> None:
+    """Refuse products of options that the model cannot do, before anything is computed.
+
+    Raises:
+        UserError: it names the option.
+    """
+    if not hasattr(model, "check_area"):
+        return
+    from visiontune.sampling.pipeline import check_batch
+
+    options: Any = getattr(objective, "config", None)
+    steps = {name: getattr(options, name) for name in ("steps", "prior_steps") if hasattr(options, name)}
+    for name, count in steps.items():
+        with _named(f"objective.{name}"):
+            model.check_steps(count)
+    side = run.data.resolution or model.resolution
+    with _named("data.resolution"):
+        model.check_area(side, side)
+    with _named("train.batch_size"):
+        rows = min(getattr(options, "micro_batch", None) or run.train.batch_size, run.train.batch_size)
+        check_batch(rows, side, side)
+
+
+@contextmanager
+def _named(option: str) -> Iterator[None]:
+    """Put the option that led to an error in front of its message."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{option}: {error}") from error
 
 
 def _rows(

@@ -6,10 +6,10 @@ import os
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from visiontune import catalogue
 from visiontune.config import Run, parse_run
 from visiontune.errors import UserError
 from visiontune.training.home import RECIPE, RESULTS
+from visiontune.yaml_text import read_yaml
 
 PLAN = "plan.safetensors"
 # Sections that may change when a run goes on; anything else would make it another run.
@@ -54,7 +54,7 @@ def check_folder(run: Run) -> None:
         raise UserError(
             f"{run.folder} already holds a run: choose another name=, or go on with it by train.resume=true"
         )
-    held = _held(run, catalogue.read_yaml(file))
+    held = _held(run, read_yaml(file))
     before = {key: value for key, value in _flat(held.resolved()) if not _free(key)}
     now = {key: value for key, value in _flat(run.resolved()) if not _free(key)}
     for key in sorted(before.keys() | now.keys()):

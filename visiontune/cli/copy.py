@@ -11,6 +11,7 @@ from pathlib import Path
 
 from visiontune import catalogue
 from visiontune.errors import UserError
+from visiontune.outside import target
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -20,11 +21,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     source = catalogue.find("pipelines", args.recipe)
-    target = args.to / source.name if args.to.is_dir() else args.to
-    target.parent.mkdir(parents=True, exist_ok=True)
+    place = target(args.to)
+    file = place / source.name if place.is_dir() else place
+    file.parent.mkdir(parents=True, exist_ok=True)
     try:
-        with target.open("xb") as file:
-            file.write(source.read_bytes())
+        with file.open("xb") as copy:
+            copy.write(source.read_bytes())
     except FileExistsError:
-        raise UserError(f"{target} exists already: name another file, or move it away") from None
-    print(f"copied to {target}; run it with: visiontune {catalogue.read_recipe(source)['verb']} {target}")
+        raise UserError(f"{file} exists already: name another file, or move it away") from None
+    print(f"copied to {file}; run it with: visiontune {catalogue.read_recipe(source)['verb']} {file}")

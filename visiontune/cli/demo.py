@@ -10,6 +10,7 @@ import argparse
 from pathlib import Path
 
 from visiontune.errors import UserError
+from visiontune.outside import target
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -23,4 +24,4 @@ def run(args: argparse.Namespace) -> None:
             raise UserError(f"'{word}' is not an option=value pair")
     from visiontune import demo
 
-    demo.run(args.out, args.words)
+    demo.run(target(args.out, "the folder (--out)"), args.words)

@@ -13,12 +13,12 @@ folder with LoRA, OFT or BOFT of one component, as they are. Several adapters be
 from __future__ import annotations
 
 import argparse
-import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from visiontune.errors import UserError
+from visiontune.ranges import argument
 from visiontune.weights import formats
 
 DTYPES = {"fp16": "float16", "bf16": "bfloat16", "fp32": "float32"}
@@ -30,10 +30,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("out", type=Path, help="the file (.safetensors) to write; for merged and peft a folder")
     parser.add_argument("--format", choices=formats.names(), default="diffusers", help="default: %(default)s")
-    parser.add_argument("--rank", type=int, help="of the approximation of what is no plain LoRA; default: in full")
+    parser.add_argument(
+        "--rank",
+        type=argument(int, least=1, greatest=16384),
+        help="of the approximation of what is no plain LoRA; default: in full",
+    )
     parser.add_argument(
         "--scale",
-        type=float,
+        type=argument(float, least=-100, greatest=100),
         action="append",
         metavar="STRENGTH",
         help="strength that is written (default: 1); given again for each further adapter, or once for all",
@@ -85,8 +89,6 @@ def run(args: argparse.Namespace) -> None:
 def _check(args: argparse.Namespace) -> None:
     if args.out.exists():
         raise UserError(f"{args.out} exists: name another output, or remove it")
-    if args.rank is not None and args.rank < 1:
-        raise UserError(f"--rank must be at least 1, not {args.rank}")
     if args.rank is not None and args.format in ("diff", "merged"):
         raise UserError(f"{args.format} holds the whole change, of whatever rank: leave --rank out")
     if args.component is not None and args.format != "peft":
@@ -98,9 +100,6 @@ def _check(args: argparse.Namespace) -> None:
 def _scales(args: argparse.Namespace) -> list[float]:
     """A strength for each adapter."""
     given, count = args.scale or [1.0], len(args.adapter)
-    for scale in given:
-        if not math.isfinite(scale):
-            raise UserError(f"--scale must be a finite number, not {scale}")
     if len(given) not in (1, count):
         raise UserError(f"{len(given)} --scale for {count} adapters: give one for all, or one for each")
     return given * count if len(given) == 1 else given

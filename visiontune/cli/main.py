@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import argparse
-import errno
 import importlib
 import os
 import pkgutil
 import sys
+import tempfile
+import traceback
 from collections.abc import Sequence
 from types import ModuleType
 from typing import NoReturn
 
 from visiontune import __version__, cli
 from visiontune.errors import UserError
+from visiontune.outside import shown
 
 _EXAMPLES = """examples:
   visiontune demo
@@ -21,7 +23,6 @@ _EXAMPLES = """examples:
   visiontune sample adapter=runs/oft/adapter.safetensors prompts=prompts.txt
   visiontune show personalise/oft
 """
-_DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS)
 
 
 class Parser(argparse.ArgumentParser):
@@ -62,7 +63,10 @@ def parser() -> Parser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line and return its exit status: 0, 2 after an error that the user can mend, 3 after an alarm."""
+    """Run the command line and return its exit status.
+
+    It is 0, 1 after a bug, 2 after an error that the user can mend, 3 after an alarm, 130 after an interruption.
+    """
     args, rest = parser().parse_known_args(argv)
     if rest:
         # argparse gives up a `*` positional once an option has come between; overrides may stand anywhere.
@@ -80,13 +84,38 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         # The reader (`| head`) has what it wanted; keep the interpreter from complaining at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except MemoryError:
+        return _complain("this machine's memory does not suffice: take smaller batches or pictures, or fewer of them")
     except OSError as error:
-        if error.errno not in _DISK_ERRORS:
-            raise
-        return _complain(f"{error.filename or 'cannot write'}: {error.strerror}")
+        if error.errno is None:
+            return _report(error)
+        # Of a file that takes another's place, the other is what the user knows.
+        name = error.filename2 or error.filename or "cannot read or write"
+        return _complain(f"{shown(str(name))}: {error.strerror}")
+    except (Exception, SystemExit, GeneratorExit) as error:
+        # Code of a user may call exit(), which must not look like success.
+        return _report(error)
     return 0
 
 
+def _report(error: BaseException) -> int:
+    """Say in one line that ``error`` is no mistake of the user's, and where its traceback is."""
+    what = shown(" ".join(f"{type(error).__name__}: {error}".split()))
+    try:
+        with tempfile.NamedTemporaryFile(
+            "w", prefix="visiontune-", suffix=".txt", delete=False, encoding="utf-8", errors="backslashreplace"
+        ) as file:
+            file.writelines(traceback.format_exception(error))
+    except OSError:
+        traceback.print_exception(error)
+        return _complain(
+            f"this is a bug of visiontune or of code that it ran ({what}): please report the lines above", 1
+        )
+    return _complain(
+        f"this is a bug of visiontune or of code that it ran ({what}): please report it with {file.name}", 1
+    )
+
+
 def _complain(message: str, status: int = 2) -> int:
-    print(f"visiontune: {message}", file=sys.stderr)
+    print(f"visiontune: {' '.join(message.splitlines())}", file=sys.stderr)
     return status

@@ -13,11 +13,14 @@ same.
 from __future__ import annotations
 
 import argparse
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from visiontune.errors import UserError
+from visiontune.outside import shown, target
+from visiontune.ranges import argument
 
 if TYPE_CHECKING:
     from visiontune.rewards.base import Reward
@@ -27,17 +30,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("folder", type=Path, help="the images")
     parser.add_argument("words", nargs="*", metavar="REWARD | REWARD.OPTION=VALUE", help="what to score with")
     parser.add_argument("--out", type=Path, help="write every score to this .json or .csv file too")
-    parser.add_argument("--batch-size", type=int, default=32, help="images a batch (default: %(default)s)")
+    images = argument(int, least=1, greatest=65536)
+    parser.add_argument("--batch-size", type=images, default=32, help="images a batch (default: %(default)s)")
     parser.add_argument("--device", default="cpu", help="where the rewards run (default: %(default)s)")
 
 
 def run(args: argparse.Namespace) -> None:
     if args.out and args.out.suffix not in (".json", ".csv"):
         raise UserError(f"scores are written to a .json or .csv file, not {args.out.name}")
-    if args.out and args.out.is_dir():
-        raise UserError(f"{args.out} is a folder: name a .json or .csv file to write")
-    if not args.folder.is_dir():
-        raise UserError(f"there is no folder {args.folder}")
+    if args.out:
+        target(args.out, "the file (--out)")
+    if not os.path.isdir(args.folder):
+        raise UserError(f"there is no folder {shown(str(args.folder))}")
+    from visiontune.ops.devices import check_device
+
+    check_device(args.device, "--device")
     rewards = build(args.words)
     from visiontune.evaluation.score import score
 

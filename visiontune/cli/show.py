@@ -14,6 +14,7 @@ from pathlib import Path
 
 from visiontune import catalogue, plugin
 from visiontune.errors import UserError
+from visiontune.outside import read_text, shown
 from visiontune.schema import describe, nearest
 
 METHODS = ("adapters", "objectives", "rewards")
@@ -39,8 +40,8 @@ def pages(name: str) -> list[str]:
         if name in catalogue.names(kind)
     ]
     found += [_method(kind, name) for kind in METHODS if name in plugin.names(kind)]
-    if Path(name).suffix == ".yaml" and Path(name).is_file():
-        found.append(Path(name).read_text(encoding="utf-8").rstrip())
+    if Path(name).suffix in (".yaml", ".yml"):
+        found.append(read_text(name, "recipe or spec").rstrip())
     if not found:
         from visiontune.config import sections
 
@@ -48,7 +49,7 @@ def pages(name: str) -> list[str]:
             return [_options(name, sections()[name])]
         known = [n for kind in catalogue.KINDS for n in catalogue.names(kind)]
         known += [n for kind in METHODS for n in plugin.names(kind)]
-        raise UserError(f"there is no '{name}' to show{nearest(name, [*known, *sections()])}")
+        raise UserError(f"there is no '{shown(name)}' to show{nearest(name, [*known, *sections()])}")
     return found
 
 

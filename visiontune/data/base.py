@@ -42,7 +42,9 @@ class Config:
     prompt: str | None = option(None, help="caption of images without one: 'a photo of a [trigger] [class]'")
     trigger: str = option(DEFAULT_TRIGGER, help="word that [trigger] stands for")
     class_noun: str | None = option(None, help="what [class] stands for, such as dog; else the dataset's, else object")
-    resolution: int | None = option(None, help="side of the square whose area every image is resized to (model's own)")
+    resolution: int | None = option(
+        None, least=8, greatest=16384, help="side of the square whose area every image is resized to (model's own)"
+    )
     buckets: bool = option(True, help="keep aspect ratios up to 2:1 by grouping images; false crops all to squares")
     crop: Literal["center", "random"] = option("center", help="where to crop; random needs cache: false")
     flip: bool = option(False, help="mirror each row left to right with probability one half")
@@ -59,11 +61,11 @@ class Config:
     split: str = option("train", help="split of a Hub dataset")
     revision: str | None = option(None, help="commit or tag of a Hub dataset")
     cache: bool = option(True, help="keep latents on disk instead of encoding images again at every step")
-    caption_dropout: float = option(0.0, help="share of rows in [0, 1] trained on the empty caption")
+    caption_dropout: float = option(
+        0.0, least=0, greatest=1, help="share of rows in [0, 1] trained on the empty caption"
+    )
 
     def __post_init__(self) -> None:
-        if not 0 <= self.caption_dropout <= 1:
-            raise UserError(f"data.caption_dropout must be between 0 and 1, not {self.caption_dropout}")
         if self.crop == "random" and self.cache:
             raise UserError("data.crop=random draws a new crop at every step: set data.cache=false with it")
 

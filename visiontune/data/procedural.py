@@ -30,8 +30,8 @@ class Spec:
     style: str = option("flat", help="rendering style: flat, outline, pixel, shaded or hatched")
     rejected_style: str | None = option(None, help="draw every scene in this style too, as the worse image of a pair")
     holdout: bool = option(False, help="only scenes whose captions pocket models have never seen (world: scenes)")
-    count: int = option(5, help="number of images")
-    seed: int = option(0, help="seed of the scenes")
+    count: int = option(5, least=1, greatest=10_000_000, help="number of images")
+    seed: int = option(0, least=0, greatest=2**63 - 1, help="seed of the scenes")
     caption: str | None = option(None, help="caption of every image; {scene} stands for the scene's own description")
     class_noun: str | None = option(None, help="what [class] stands for")
     trigger: str = option(DEFAULT_TRIGGER, help="what [trigger] stands for")
@@ -46,8 +46,6 @@ class Spec:
                 raise UserError(f"unknown style '{style}'{nearest(style, STYLES)}")
         if self.world == "subject" and not self.caption:
             raise UserError("a subject needs a caption: 'a photo of a [trigger] [class]'")
-        if self.count < 1:
-            raise UserError(f"count must be at least 1, not {self.count}")
 
 
 def samples(

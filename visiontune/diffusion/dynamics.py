@@ -97,7 +97,7 @@ class DDIM(_Scaled):
     """
 
     name: ClassVar[str] = "ddim"
-    eta: float = option(0.0, help="0 is deterministic, 1 has the variance of DDPM's posterior")
+    eta: float = option(0.0, least=0, greatest=10, help="0 is deterministic, 1 has the variance of DDPM's posterior")
 
     def std(self, at: Levels) -> Tensor:
         return self.eta * at.sigma_next / at.sigma * _variance(at).sqrt()
@@ -173,7 +173,7 @@ class FlowSDE(_FlowSDE):
     """
 
     name: ClassVar[str] = "flow-sde"
-    eta: float = option(0.7, help="amount of noise, the paper's a; 0 is flow-ode")
+    eta: float = option(0.7, least=0, greatest=10, help="amount of noise, the paper's a; 0 is flow-ode")
 
     def diffusion(self, at: Levels) -> Tensor:
         return self.eta * (at.sigma / torch.where(at.alpha > 1e-3, at.alpha, at.alpha_next)).sqrt()
@@ -184,7 +184,7 @@ class DanceSDE(_FlowSDE):
     """DanceGRPO, Xue et al. (2025), arXiv 2505.07818: s = eta at every timestep."""
 
     name: ClassVar[str] = "dance-sde"
-    eta: float = option(0.3, help="amount of noise; 0 is flow-ode")
+    eta: float = option(0.3, least=0, greatest=10, help="amount of noise; 0 is flow-ode")
 
     def diffusion(self, at: Levels) -> Tensor:
         return torch.full_like(at.sigma, self.eta)
@@ -200,7 +200,7 @@ class CPS(_Scaled):
     """
 
     name: ClassVar[str] = "cps"
-    eta: float = option(0.7, help="0 is deterministic, 1 replaces all noise at every step")
+    eta: float = option(0.7, least=0, greatest=1, help="0 is deterministic, 1 replaces all noise at every step")
 
     def __post_init__(self) -> None:
         if not 0 <= self.eta <= 1:
@@ -224,8 +224,12 @@ def make_dynamics(spec: str | Mapping[str, Any] | Dynamics, path: str = "dynamic
     """
     if isinstance(spec, Dynamics):
         return spec
+    if not isinstance(spec, (str, Mapping)):
+        raise UserError(
+            f"{path} must be a name, or a mapping such as {{name: ddim, eta: 1.0}}, not {schema.shown(spec)}"
+        )
     options = {"name": spec} if isinstance(spec, str) else dict(spec)
     name = options.pop("name", None)
-    if name not in DYNAMICS:
-        raise UserError(f"{path}.name: '{name}' is not a dynamics{schema.nearest(str(name), DYNAMICS)}")
+    if not isinstance(name, str) or name not in DYNAMICS:
+        raise UserError(f"{path}.name: {schema.shown(name)} is not a dynamics{schema.nearest(str(name), DYNAMICS)}")
     return schema.from_mapping(DYNAMICS[name], options, path)

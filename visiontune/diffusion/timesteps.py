@@ -26,17 +26,19 @@ class Timesteps:
     density: Literal["uniform", "logit_normal"] = option(
         "uniform", help="uniform, or the logistic function of a normal number, which is dense in the middle"
     )
-    mean: float = option(0.0, help="mean of logit_normal's normal number; above 0 is towards the noise")
-    std: float = option(1.0, help="its standard deviation")
-    shift: float = option(1.0, help="moves timesteps towards the noise (above 1) or away from it")
-    low: float = option(0.0, help="least noise trained at, as a share of the schedule in [0, 1]")
-    high: float = option(1.0, help="most noise trained at, as a share of the schedule in [0, 1]")
+    mean: float = option(
+        0.0, least=-100, greatest=100, help="mean of logit_normal's normal number; above 0 is towards the noise"
+    )
+    std: float = option(1.0, above=0, greatest=100, help="its standard deviation")
+    shift: float = option(
+        1.0, above=0, greatest=1000, help="moves timesteps towards the noise (above 1) or away from it"
+    )
+    low: float = option(0.0, least=0, below=1, help="least noise trained at, as a share of the schedule in [0, 1]")
+    high: float = option(1.0, above=0, greatest=1, help="most noise trained at, as a share of the schedule in [0, 1]")
 
     def __post_init__(self) -> None:
-        if not 0 <= self.low < self.high <= 1:
-            raise ValueError(f"timesteps need 0 <= low < high <= 1, not {self.low:g} and {self.high:g}")
-        if self.std <= 0 or self.shift <= 0:
-            raise ValueError("std and shift must be above 0")
+        if self.low >= self.high:
+            raise ValueError(f"low must be below high, but they are {self.low:g} and {self.high:g}")
 
     def draw(
         self,

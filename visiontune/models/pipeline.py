@@ -25,6 +25,8 @@ from visiontune.models.words import Reader, quiet
 
 # Stock pipelines refuse sizes that are no multiple of 8, even where the codec would take them.
 _LEAST_UNIT = 8
+# Beyond eight times as long sides a picture is not what was meant, and one step may take hours.
+_MOST_AREA = 64
 
 
 class PipelineModel(Model):
@@ -168,12 +170,26 @@ class PipelineModel(Model):
         """Height and width of a picture in pixels, the model's own where they are left open.
 
         Raises:
-            UserError: sides that the pipeline does not take.
+            UserError: sides that the pipeline does not take, or many times those that the model was made for.
         """
         height, width = height or self.resolution, width or self.resolution
         if height % self.unit or width % self.unit:
             raise UserError(f"height and width must be multiples of {self.unit}, not {height} and {width}")
+        self.check_area(height, width)
         return height, width
+
+    def check_area(self, height: int, width: int) -> None:
+        """Refuse pictures of many times as many pixels as the model was made for.
+
+        Raises:
+            UserError: naming how many times.
+        """
+        times = height * width / self.resolution**2
+        if times > _MOST_AREA:
+            raise UserError(
+                f"{height}x{width} pixels are {times:.0f} times the {self.resolution}x{self.resolution} that the model "
+                f"was made for, and its attention takes {times**2:.0f} times as long: take at most {_MOST_AREA} times"
+            )
 
     def check_steps(self, steps: int) -> None:
         """Refuse more sampling steps than the noise schedule has.

@@ -27,15 +27,11 @@ if TYPE_CHECKING:
 class OnlineConfig:
     """Options of a rollout, which every online objective has."""
 
-    steps: int = option(25, help="sampling steps of a rollout")
-    cfg_scale: float = option(4.0, help="guidance of the rollout; 1 for none")
-    micro_batch: int | None = option(None, help="pictures drawn and differentiated at once; null for all")
-
-    def __post_init__(self) -> None:
-        if self.steps < 1:
-            raise ValueError("steps must be at least 1")
-        if self.micro_batch is not None and self.micro_batch < 1:
-            raise ValueError("micro_batch must be at least 1, or null")
+    steps: int = option(25, least=1, greatest=100_000, help="sampling steps of a rollout")
+    cfg_scale: float = option(4.0, least=-1000, greatest=1000, help="guidance of the rollout; 1 for none")
+    micro_batch: int | None = option(
+        None, least=1, greatest=4096, help="pictures drawn and differentiated at once; null for all"
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,7 +41,6 @@ class SteppedConfig(OnlineConfig):
     dynamics: str | dict[str, Any] = option("ddim", help="how the sampler steps: a name, or {name: ddim, eta: 1.0}")
 
     def __post_init__(self) -> None:
-        super().__post_init__()
         make_dynamics(self.dynamics)
 
 
@@ -53,21 +48,11 @@ class SteppedConfig(OnlineConfig):
 class GroupConfig(OnlineConfig):
     """Options of objectives that score several pictures of each prompt, and may use a rollout more than once."""
 
-    fewest: ClassVar[int] = 2
-
-    group: int = option(8, help="pictures of each prompt, which are compared with each other")
-    updates: int = option(1, help="optimiser steps for each rollout")
-    reward_noise: float = option(NOISE, help="difference up to which rewards count as equal; so does rounding of them")
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.group < self.fewest:
-            needed = ": pictures of one prompt are compared with each other" if self.fewest > 1 else ""
-            raise ValueError(f"group must be at least {self.fewest}{needed}")
-        if self.updates < 1:
-            raise ValueError("updates must be at least 1")
-        if not 0 <= self.reward_noise < float("inf"):
-            raise ValueError("reward_noise must be 0 or more")
+    group: int = option(8, least=2, greatest=4096, help="pictures of each prompt, which are compared with each other")
+    updates: int = option(1, least=1, greatest=65536, help="optimiser steps for each rollout")
+    reward_noise: float = option(
+        NOISE, least=0, greatest=1e6, help="difference up to which rewards count as equal; so does rounding of them"
+    )
 
 
 class Rollouts(Online):

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -40,30 +40,29 @@ if TYPE_CHECKING:
 class PolicyConfig(GroupConfig, SteppedConfig):
     """Options that policy gradients have in common."""
 
-    fewest: ClassVar[int] = 1
-
-    steps: int = option(50, help="sampling steps of a rollout")
-    cfg_scale: float = option(5.0, help="guidance of the rollout and of its replay; 1 for none, at half the cost")
+    steps: int = option(50, least=1, greatest=100_000, help="sampling steps of a rollout")
+    cfg_scale: float = option(
+        5.0, least=-1000, greatest=1000, help="guidance of the rollout and of its replay; 1 for none, at half the cost"
+    )
     dynamics: str | dict[str, Any] = option(
         {"name": "ddim", "eta": 1.0}, help="how the sampler steps; it must add noise"
     )
-    group: int = option(1, help="pictures of each prompt in a rollout; train.batch_size is a multiple of it")
-    updates: int = option(1, help="optimiser steps into which the rows of a rollout are dealt")
-    inner_epochs: int = option(1, help="times that a rollout is gone through")
-    timestep_fraction: float = option(1.0, help="share of the steps that is trained on, drawn anew for each group")
-    clip: float = option(1e-4, help="the ratio is clipped to 1 - clip .. 1 + clip; for log-probabilities by mean")
-    advantage_clip: float = option(5.0, help="greatest advantage")
+    group: int = option(
+        1, least=1, greatest=4096, help="pictures of each prompt in a rollout; train.batch_size is a multiple of it"
+    )
+    updates: int = option(1, least=1, greatest=65536, help="optimiser steps into which the rows of a rollout are dealt")
+    inner_epochs: int = option(1, least=1, greatest=1000, help="times that a rollout is gone through")
+    timestep_fraction: float = option(
+        1.0, above=0, greatest=1, help="share of the steps that is trained on, drawn anew for each group"
+    )
+    clip: float = option(
+        1e-4, above=0, greatest=1000, help="the ratio is clipped to 1 - clip .. 1 + clip; for log-probabilities by mean"
+    )
+    advantage_clip: float = option(5.0, above=0, greatest=1e6, help="greatest advantage")
     per_reward: bool = option(False, help="normalise each term of a reward mix by itself, then add by their weights")
-    micro_batch: int | None = option(None, help="pictures drawn and replayed at once; null for all of an update")
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.inner_epochs < 1:
-            raise ValueError("inner_epochs must be at least 1")
-        if not 0 < self.timestep_fraction <= 1:
-            raise ValueError("timestep_fraction must be above 0 and at most 1")
-        if self.clip <= 0 or self.advantage_clip <= 0:
-            raise ValueError("clip and advantage_clip must be above 0")
+    micro_batch: int | None = option(
+        None, least=1, greatest=4096, help="pictures drawn and replayed at once; null for all of an update"
+    )
 
 
 def clipped_surrogate(now: Tensor, old: Tensor, advantages: Tensor, clip: float) -> tuple[Tensor, Tensor]:

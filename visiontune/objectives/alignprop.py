@@ -45,26 +45,33 @@ SPREAD = 5.0
 class Config(SteppedConfig):
     """Options of reward back-propagation."""
 
-    steps: int = option(25, help="N, sampling steps of a rollout")
+    steps: int = option(25, least=1, greatest=100_000, help="N, sampling steps of a rollout")
     truncation: Literal["uniform", "normal", "fixed", "full", "early_end"] = option(
         "uniform", help="steps with a gradient: random (uniform, normal), grad_steps, all, or the last of a cut chain"
     )
-    grad_steps: int = option(1, help="K for fixed; the least K for uniform, its mean for normal")
-    earliest: float = option(0.5, help="share of the chain that is done at least before an early end")
-    base_steps: int = option(0, help="first steps that see the prompt as the untrained text encoder reads it")
-    copies: int = option(1, help="DRaFT-LV: noised copies of the end over which a last step's gradient is averaged")
-    target: float | None = option(None, help="pull the reward to this value instead of up without bound")
+    grad_steps: int = option(
+        1, least=1, greatest=100_000, help="K for fixed; the least K for uniform, its mean for normal"
+    )
+    earliest: float = option(0.5, least=0, below=1, help="share of the chain that is done at least before an early end")
+    base_steps: int = option(
+        0, least=0, greatest=100_000, help="first steps that see the prompt as the untrained text encoder reads it"
+    )
+    copies: int = option(
+        1,
+        least=1,
+        greatest=1024,
+        help="DRaFT-LV: noised copies of the end over which a last step's gradient is averaged",
+    )
+    target: float | None = option(
+        None, least=-1e9, greatest=1e9, help="pull the reward to this value instead of up without bound"
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.copies < 1:
-            raise ValueError("copies must be at least 1")
-        if not 0 <= self.base_steps < self.steps:
-            raise ValueError("base_steps must be at least 0 and less than steps")
-        if not 1 <= self.grad_steps <= self.steps - self.base_steps:
-            raise ValueError("grad_steps must be from 1 to steps, less base_steps")
-        if not 0 <= self.earliest < 1:
-            raise ValueError("earliest must be in [0, 1)")
+        if self.base_steps >= self.steps:
+            raise ValueError("base_steps must be less than steps")
+        if self.grad_steps > self.steps - self.base_steps:
+            raise ValueError("grad_steps must be at most steps, less base_steps")
         if self.copies > 1 and (self.truncation, self.grad_steps) != ("fixed", 1):
             raise ValueError(
                 "copies average the gradient of the last step: set truncation to fixed and grad_steps to 1"

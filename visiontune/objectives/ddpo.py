@@ -26,18 +26,23 @@ from visiontune.schema import option
 class Config(PolicyConfig):
     """Options of DDPO."""
 
-    tracker: int = option(32, help="rewards of a prompt that are remembered; 0 compares with the rollout alone")
-    min_count: int = option(16, help="rewards of a prompt from which on they are its yardstick")
-    kl_penalty: float = option(0.0, help="weight of the normalised log-ratio with the base in the advantage")
+    tracker: int = option(
+        32,
+        least=0,
+        greatest=1_000_000,
+        help="rewards of a prompt that are remembered; 0 compares with the rollout alone",
+    )
+    min_count: int = option(
+        16, least=2, greatest=1_000_000, help="rewards of a prompt from which on they are its yardstick"
+    )
+    kl_penalty: float = option(
+        0.0, least=0, greatest=1e6, help="weight of the normalised log-ratio with the base in the advantage"
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.tracker < 0 or self.min_count < 2:
-            raise ValueError("tracker must be 0 or more, and min_count at least 2")
         if 0 < self.tracker < self.min_count:
             raise ValueError("min_count must be at most tracker, or no prompt ever has enough")
-        if self.kl_penalty < 0:
-            raise ValueError("kl_penalty must be 0 or more")
 
 
 def build(config: Config) -> DDPO:

@@ -32,20 +32,14 @@ class Config:
     }
 
     snr_gamma: float | None = option(
-        None, help="min-SNR weighting with this gamma (5 is usual); null weighs every t alike"
+        None, above=0, greatest=1e6, help="min-SNR weighting with this gamma (5 is usual); null weighs every t alike"
     )
     offset_noise: float = option(
-        0.0, help="standard deviation of a per-channel offset added to the noise (0.1 is usual)"
+        0.0, least=0, greatest=100, help="standard deviation of a per-channel offset added to the noise (0.1 is usual)"
     )
     timesteps: Timesteps = option(
         Timesteps(), help="the noise that is trained at: density, mean, std, shift, low, high"
     )
-
-    def __post_init__(self) -> None:
-        if self.snr_gamma is not None and self.snr_gamma <= 0:
-            raise ValueError("snr_gamma must be above 0, or null for no weighting")
-        if self.offset_noise < 0:
-            raise ValueError("offset_noise must be 0 or more")
 
 
 def build(config: Config) -> Denoising:

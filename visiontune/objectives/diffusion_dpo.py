@@ -33,13 +33,12 @@ if TYPE_CHECKING:
 class Config(denoising.Config):
     """Options of Diffusion-DPO; those of the denoising loss hold for its errors."""
 
-    beta: float = option(5000.0, help="how much a difference of errors counts: larger stays closer to the base")
-    sft_weight: float = option(0.0, help="weight of the denoising loss of the preferred pictures, added")
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.beta <= 0 or self.sft_weight < 0:
-            raise ValueError("beta must be above 0 and sft_weight 0 or more")
+    beta: float = option(
+        5000.0, above=0, greatest=1e9, help="how much a difference of errors counts: larger stays closer to the base"
+    )
+    sft_weight: float = option(
+        0.0, least=0, greatest=1e6, help="weight of the denoising loss of the preferred pictures, added"
+    )
 
 
 def build(config: Config) -> DiffusionDPO:

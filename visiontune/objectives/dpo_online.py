@@ -31,16 +31,19 @@ if TYPE_CHECKING:
 class Config(GroupConfig, SteppedConfig, diffusion_dpo.Config):
     """Options of online DPO, besides those of Diffusion-DPO."""
 
-    group: int = option(8, help="pictures of each prompt, the best and the worst of which are a pair")
-    updates: int = option(4, help="optimiser steps for each rollout, each with noise and timesteps of its own")
-    steps: int = option(15, help="sampling steps of a rollout")
-    timestep_count: int = option(4, help="how many each pair is trained at in an update, one in each part of the range")
-
-    def __post_init__(self) -> None:
-        GroupConfig.__post_init__(self)
-        diffusion_dpo.Config.__post_init__(self)
-        if self.timestep_count < 1:
-            raise ValueError("timestep_count must be at least 1")
+    group: int = option(
+        8, least=2, greatest=4096, help="pictures of each prompt, the best and the worst of which are a pair"
+    )
+    updates: int = option(
+        4, least=1, greatest=65536, help="optimiser steps for each rollout, each with noise and timesteps of its own"
+    )
+    steps: int = option(15, least=1, greatest=100_000, help="sampling steps of a rollout")
+    timestep_count: int = option(
+        4,
+        least=1,
+        greatest=100_000,
+        help="how many each pair is trained at in an update, one in each part of the range",
+    )
 
 
 def build(config: Config) -> OnlineDPO:

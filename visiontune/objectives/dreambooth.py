@@ -31,23 +31,24 @@ if TYPE_CHECKING:
 class Config(denoising.Config):
     """Options of DreamBooth: those of the denoising loss and the prior-preservation term."""
 
-    prior_weight: float = option(1.0, help="lambda, the weight of the prior rows; 0 trains without prior preservation")
-    prior_images: int = option(100, help="class images the base generates once before training")
+    prior_weight: float = option(
+        1.0, least=0, greatest=1e6, help="lambda, the weight of the prior rows; 0 trains without prior preservation"
+    )
+    prior_images: int = option(
+        100, least=0, greatest=1_000_000, help="class images the base generates once before training"
+    )
     prior_prompt: str | list[str] = option(
         "a photo of a [class]", help="prompt of the class images, or several by turns; [class] is data.class_noun"
     )
-    prior_steps: int = option(25, help="sampling steps per class image")
-    prior_cfg_scale: float = option(4.0, help="guidance scale of the class images")
-    prior_batch_size: int = option(8, help="class images sampled at once; has no effect on the images")
+    prior_steps: int = option(25, least=1, greatest=100_000, help="sampling steps per class image")
+    prior_cfg_scale: float = option(4.0, least=-1000, greatest=1000, help="guidance scale of the class images")
+    prior_batch_size: int = option(
+        8, least=1, greatest=4096, help="class images sampled at once; has no effect on the images"
+    )
 
     def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.prior_weight < 0 or self.prior_images < 0:
-            raise ValueError("prior_weight and prior_images must be 0 or more")
         if not self.prior_prompt:
             raise ValueError("prior_prompt must not be empty")
-        if self.prior_steps < 1 or self.prior_batch_size < 1:
-            raise ValueError("prior_steps and prior_batch_size must be 1 or more")
 
 
 def build(config: Config) -> DreamBooth:

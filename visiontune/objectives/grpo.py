@@ -13,7 +13,7 @@ dynamics with noise will do: ``ddim`` with eta 1 for models that predict eps, v 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Literal
 
 from torch import Tensor
 
@@ -27,26 +27,28 @@ from visiontune.schema import option
 class Config(PolicyConfig):
     """Options of GRPO."""
 
-    fewest: ClassVar[int] = 2
-
-    steps: int = option(10, help="sampling steps of a rollout")
-    cfg_scale: float = option(4.5, help="guidance of the rollout and of its replay; 1 for none, at half the cost")
-    group: int = option(8, help="pictures of each prompt, which are compared with each other")
+    steps: int = option(10, least=1, greatest=100_000, help="sampling steps of a rollout")
+    cfg_scale: float = option(
+        4.5, least=-1000, greatest=1000, help="guidance of the rollout and of its replay; 1 for none, at half the cost"
+    )
+    group: int = option(8, least=2, greatest=4096, help="pictures of each prompt, which are compared with each other")
     std: Literal["group", "global"] = option("group", help="deviation that advantages are divided by")
     beta: float = option(
         0.0,
+        least=0,
+        greatest=1e6,
         help="weight of a step's exact divergence from the base, by mean; Flow-GRPO's code: its beta over the steps",
     )
     same_noise: bool = option(False, help="start the pictures of a group from the same noise")
-    best_of: int | None = option(None, help="train on so many of each group, half the best and half the worst")
+    best_of: int | None = option(
+        None, least=2, greatest=4096, help="train on so many of each group, half the best and half the worst"
+    )
     last_step: bool = option(False, help="train on the last step too")
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.beta < 0:
-            raise ValueError("beta must be 0 or more")
-        if self.best_of is not None and not 2 <= self.best_of <= self.group:
-            raise ValueError("best_of must be from 2 to group, or null")
+        if self.best_of is not None and self.best_of > self.group:
+            raise ValueError("best_of must be at most group, or null")
 
 
 def build(config: Config) -> GRPO:

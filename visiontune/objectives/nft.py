@@ -45,27 +45,43 @@ class Config(GroupConfig, SteppedConfig):
 
     RENAMED: ClassVar[dict[str, str]] = {"timesteps": "timestep_count"}
 
-    group: int = option(8, help="pictures of each prompt, whose rewards are compared")
-    updates: int = option(1, help="optimiser steps for each rollout, each with noise of its own")
-    steps: int = option(10, help="sampling steps of a rollout")
-    cfg_scale: float = option(1.0, help="guidance of the rollout; training has none, so other than 1 draws off-policy")
-    beta: float = option(1.0, help="share of the trained policy in the implicit ones; smaller moves further")
-    advantage_range: float = option(5.0, help="advantage, in deviations, at which a picture is certainly good or bad")
-    timestep_count: int | None = option(None, help="of the sampler's, how many each picture is trained at; null: all")
+    group: int = option(8, least=2, greatest=4096, help="pictures of each prompt, whose rewards are compared")
+    updates: int = option(
+        1, least=1, greatest=65536, help="optimiser steps for each rollout, each with noise of its own"
+    )
+    steps: int = option(10, least=1, greatest=100_000, help="sampling steps of a rollout")
+    cfg_scale: float = option(
+        1.0,
+        least=-1000,
+        greatest=1000,
+        help="guidance of the rollout; training has none, so other than 1 draws off-policy",
+    )
+    beta: float = option(
+        1.0, above=0, greatest=1e6, help="share of the trained policy in the implicit ones; smaller moves further"
+    )
+    advantage_range: float = option(
+        5.0, above=0, greatest=1e6, help="advantage, in deviations, at which a picture is certainly good or bad"
+    )
+    timestep_count: int | None = option(
+        None, least=1, greatest=100_000, help="of the sampler's, how many each picture is trained at; null: all"
+    )
     normalise: bool = option(True, help="errors in x_0, each over its mean absolute value; false: plain, of the output")
-    kl_weight: float = option(1e-4, help="weight of the squared distance to the base's prediction; 0 for none")
-    decay_start: int = option(0, help="rollout from which d grows; before it the old policy is the trained one")
-    decay_rate: float = option(1e-3, help="growth of d with each rollout; 0 stays on-policy")
-    decay_max: float = option(0.5, help="greatest d")
+    kl_weight: float = option(
+        1e-4, least=0, greatest=1e6, help="weight of the squared distance to the base's prediction; 0 for none"
+    )
+    decay_start: int = option(
+        0,
+        least=0,
+        greatest=1_000_000_000,
+        help="rollout from which d grows; before it the old policy is the trained one",
+    )
+    decay_rate: float = option(1e-3, least=0, greatest=1e6, help="growth of d with each rollout; 0 stays on-policy")
+    decay_max: float = option(0.5, least=0, greatest=1, help="greatest d")
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.timestep_count is not None and not 1 <= self.timestep_count <= self.steps:
-            raise ValueError("timestep_count must be from 1 to steps, or null for all")
-        if self.beta <= 0 or self.advantage_range <= 0:
-            raise ValueError("beta and advantage_range must be above 0")
-        if min(self.kl_weight, self.decay_start, self.decay_rate) < 0 or not 0 <= self.decay_max <= 1:
-            raise ValueError("kl_weight, decay_start and decay_rate must be 0 or more, decay_max in [0, 1]")
+        if self.timestep_count is not None and self.timestep_count > self.steps:
+            raise ValueError("timestep_count must be at most steps, or null for all")
 
 
 def build(config: Config) -> NFT:

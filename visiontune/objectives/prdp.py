@@ -45,26 +45,25 @@ _ROUNDING = 1e-5  # of a mean log-probability that is computed twice
 class Config(GroupConfig, SteppedConfig):
     """Options of PRDP."""
 
-    group: int = option(8, help="B, pictures of each prompt; all pairs of them are compared")
-    updates: int = option(4, help="K, optimiser steps for each rollout")
-    steps: int = option(25, help="T, sampling steps of a rollout")
-    cfg_scale: float = option(5.0, help="guidance of rollout and training; 1 for none")
+    group: int = option(8, least=2, greatest=4096, help="B, pictures of each prompt; all pairs of them are compared")
+    updates: int = option(4, least=1, greatest=65536, help="K, optimiser steps for each rollout")
+    steps: int = option(25, least=1, greatest=100_000, help="T, sampling steps of a rollout")
+    cfg_scale: float = option(5.0, least=-1000, greatest=1000, help="guidance of rollout and training; 1 for none")
     dynamics: str | dict[str, Any] = option(
         {"name": "ddim", "eta": 1.0}, help="how the sampler steps; it must add noise"
     )
-    beta: float = option(3e-5, help="weight of the KL to the base, in units of the reward and of over_steps")
-    clip: float | None = option(1e-4, help="how far rhat_t may move from the rollout's; null for no clipping")
+    beta: float = option(
+        3e-5, above=0, greatest=1e6, help="weight of the KL to the base, in units of the reward and of over_steps"
+    )
+    clip: float | None = option(
+        1e-4, above=0, greatest=1000, help="how far rhat_t may move from the rollout's; null for no clipping"
+    )
     over_steps: Literal["mean", "sum"] = option(
         "mean", help="rhat is the mean over the steps, as in the authors' listing, or the sum, as in their text"
     )
     over_latents: Literal["mean", "sum"] = option(
         "mean", help="a log-probability is the mean over the latent's values, or the sum: the density itself"
     )
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.beta <= 0 or (self.clip is not None and self.clip <= 0):
-            raise ValueError("beta and clip must be above 0 (clip: null for no clipping)")
 
 
 def build(config: Config) -> PRDP:

@@ -42,31 +42,28 @@ if TYPE_CHECKING:
 class Config(GroupConfig):
     """Options of UniGRPO."""
 
-    updates: int = option(4, help="mu, optimiser steps for each rollout, each with masks of its own")
-    steps: int = option(12, help="steps in which a picture is drawn")
-    cfg_scale: float = option(3.5, help="guidance of the rollout; 1 for none")
-    score_cfg_scale: float = option(1.0, help="guidance of the token probabilities; 1 for none, at half the cost")
-    temperature: float = option(2.0, help="noise on what the sampler is sure of, at its first step; falls to 0")
-    masks: int = option(2, help="masks of each picture in an update")
+    updates: int = option(
+        4, least=1, greatest=65536, help="mu, optimiser steps for each rollout, each with masks of its own"
+    )
+    steps: int = option(12, least=1, greatest=100_000, help="steps in which a picture is drawn")
+    cfg_scale: float = option(3.5, least=-1000, greatest=1000, help="guidance of the rollout; 1 for none")
+    score_cfg_scale: float = option(
+        1.0, least=-1000, greatest=1000, help="guidance of the token probabilities; 1 for none, at half the cost"
+    )
+    temperature: float = option(
+        2.0, least=0, greatest=1000, help="noise on what the sampler is sure of, at its first step; falls to 0"
+    )
+    masks: int = option(2, least=1, greatest=1024, help="masks of each picture in an update")
     coupled: bool = option(False, help="masks in pairs that cover each token once; masks is then even")
     same_mask: bool = option(True, help="the pictures of a group are masked alike")
-    ratio_min: float = option(0.1, help="least share of the tokens that is masked")
-    clip: float = option(0.2, help="a token's ratio is clipped to 1 - clip .. 1 + clip")
-    beta: float = option(0.01, help="weight of the divergence from the base; 0 for none")
+    ratio_min: float = option(0.1, least=0, greatest=1, help="least share of the tokens that is masked")
+    clip: float = option(0.2, above=0, greatest=1000, help="a token's ratio is clipped to 1 - clip .. 1 + clip")
+    beta: float = option(0.01, least=0, greatest=1e6, help="weight of the divergence from the base; 0 for none")
     kl: Literal["exact", "k3"] = option("exact", help="over the whole vocabulary, or estimated from the drawn token")
 
     def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.masks < 1:
-            raise ValueError("masks must be at least 1")
         if self.coupled and self.masks % 2:
             raise ValueError("masks must be even with coupled, which makes them in pairs")
-        if not 0 <= self.ratio_min <= 1:
-            raise ValueError("ratio_min must be from 0 to 1")
-        if self.clip <= 0:
-            raise ValueError("clip must be above 0")
-        if self.beta < 0 or self.temperature < 0:
-            raise ValueError("beta and temperature must be 0 or more")
 
 
 def build(config: Config) -> UniGRPO:

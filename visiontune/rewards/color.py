@@ -29,11 +29,11 @@ class Config:
 
     color: str = option("red", help="a colour of the pocket world, black, white, or three numbers such as '0.2 0.5 1'")
     measure: Literal["share", "channel"] = option("share", help="soft share of pixels, or mean of a channel")
-    width: float = option(0.25, help="distance in RGB at which a pixel counts 0.61 of a whole one")
+    width: float = option(
+        0.25, above=0, greatest=100, help="distance in RGB at which a pixel counts 0.61 of a whole one"
+    )
 
     def __post_init__(self) -> None:
-        if self.width <= 0:
-            raise UserError(f"width must be positive, not {self.width}")
         if self.measure == "channel" and self.color not in _CHANNELS:
             raise UserError(f"measure 'channel' takes the color red, green or blue, not '{self.color}'")
         _rgb(self.color)

@@ -16,7 +16,6 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from visiontune.errors import UserError
 from visiontune.ops.pixels import to_uint8
 from visiontune.rewards.base import Meta, Reward
 from visiontune.schema import option
@@ -27,11 +26,7 @@ class Config:
     """Options of the JPEG reward."""
 
     goal: Literal["compressible", "incompressible"] = option("compressible", help="which images score high")
-    quality: int = option(95, help="JPEG quality, 1 to 95")
-
-    def __post_init__(self) -> None:
-        if not 1 <= self.quality <= 95:
-            raise UserError(f"quality must be between 1 and 95, not {self.quality}")
+    quality: int = option(95, least=1, greatest=95, help="JPEG quality, 1 to 95")
 
 
 def build(config: Config) -> Jpeg:

@@ -9,6 +9,7 @@ from typing import Any
 from visiontune import catalogue, plugin
 from visiontune.errors import UserError
 from visiontune.rewards.base import Reward, as_reward
+from visiontune.yaml_text import read_yaml
 
 
 def load(spec: str | Mapping[str, Any], path: str = "reward", name: str | None = None) -> Reward:
@@ -35,7 +36,7 @@ def resolve(spec: str | Mapping[str, Any]) -> str | Mapping[str, Any]:
     if not isinstance(name, str):
         return options
     if Path(name).suffix in (".yaml", ".yml"):
-        entry = catalogue.read_yaml(Path(name).expanduser())
+        entry = read_yaml(name)
     elif name in catalogue.names("rewards"):
         entry = catalogue.load("rewards", name)
     else:

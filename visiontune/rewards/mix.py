@@ -29,14 +29,12 @@ class Term:
 
     reward: str = option(help="a reward spec, module or .py file")
     options: dict[str, Any] = option({}, help="its options")
-    weight: float = option(1.0, help="its factor; negative to push the score down")
+    weight: float = option(1.0, least=-1e6, greatest=1e6, help="its factor; negative to push the score down")
     normalise: Literal["raw", "declared", "running"] = option("raw", help="what the score is divided and shifted by")
-    mean: float = option(0.0, help="mean of the scores, for normalise: declared")
-    std: float = option(1.0, help="standard deviation of the scores, for normalise: declared")
+    mean: float = option(0.0, least=-1e9, greatest=1e9, help="mean of the scores, for normalise: declared")
+    std: float = option(1.0, above=0, greatest=1e9, help="standard deviation of the scores, for normalise: declared")
 
     def __post_init__(self) -> None:
-        if self.std <= 0:
-            raise UserError(f"std must be positive, not {self.std}")
         if self.normalise != "declared" and (self.mean, self.std) != (0.0, 1.0):
             raise UserError("mean and std are read where normalise is declared")
 

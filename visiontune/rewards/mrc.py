@@ -32,18 +32,14 @@ class Config:
     reconstruct: str | dict[str, Any] | None = option(
         None, help="your .py file, or {name: file, **options}: its build(config) returns the function that renders"
     )
-    rows: int = option(2, help="rows of views in an image")
-    columns: int = option(2, help="views in a row")
-    background: float = option(0.95, help="a pixel of the object has a channel below this; the ground is white")
-    margin: int = option(5, help="pixels of ground kept around the object's box")
-    least: float = option(0.01, help="share of a view that the object must fill")
-    worst: float = option(-1.0, help="score where it does not, in any view")
-
-    def __post_init__(self) -> None:
-        if min(self.rows, self.columns) < 1 or self.margin < 0:
-            raise UserError("rows and columns must be at least 1, margin at least 0")
-        if self.worst > 0:
-            raise UserError(f"worst must not be above 0, which is perfect, but is {self.worst}")
+    rows: int = option(2, least=1, greatest=64, help="rows of views in an image")
+    columns: int = option(2, least=1, greatest=64, help="views in a row")
+    background: float = option(
+        0.95, least=0, greatest=1, help="a pixel of the object has a channel below this; the ground is white"
+    )
+    margin: int = option(5, least=0, greatest=16384, help="pixels of ground kept around the object's box")
+    least: float = option(0.01, least=0, greatest=1, help="share of a view that the object must fill")
+    worst: float = option(-1.0, least=-1e9, greatest=0, help="score where it does not, in any view")
 
 
 def build(config: Config) -> Mrc:

@@ -51,10 +51,12 @@ class Config:
 
     url: str = option("", help="where images are posted, http://host:port/path; ${NAME} is a variable; required")
     format: Literal["png", "webp"] = option("png", help="lossless file format of the images")
-    batch_size: int = option(16, help="images a request")
-    timeout: float = option(60.0, help="seconds that a request may take in all")
-    retries: int = option(3, help="further attempts when a request fails or the server is busy")
-    backoff: float = option(1.0, help="seconds before the first further attempt; doubled each time")
+    batch_size: int = option(16, least=1, greatest=4096, help="images a request")
+    timeout: float = option(60.0, above=0, greatest=86400, help="seconds that a request may take in all")
+    retries: int = option(3, least=0, greatest=1000, help="further attempts when a request fails or the server is busy")
+    backoff: float = option(
+        1.0, least=0, greatest=3600, help="seconds before the first further attempt; doubled each time"
+    )
     headers: dict[str, str] = option(
         {}, help="HTTP headers; secrets by variables of the environment: {Authorization: 'Bearer ${NAME}'}"
     )
@@ -73,8 +75,6 @@ class Config:
                     f"headers.{name} would be readable in the run's recipe: put its value into a variable of the "
                     f"environment and give the name, {name}: '${{NAME}}'"
                 )
-        if self.batch_size < 1 or self.timeout <= 0 or self.retries < 0 or self.backoff < 0:
-            raise UserError("batch_size and timeout must be positive, retries and backoff at least 0")
 
 
 def build(config: Config) -> Remote:

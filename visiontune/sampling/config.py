@@ -19,7 +19,7 @@ class AdapterConfig:
     SHORTHAND: ClassVar[str] = "file"
 
     file: str = option(help="adapter.safetensors or run folder")
-    scale: float = option(1.0, help="strength of this one, times adapter_scale")
+    scale: float = option(1.0, least=-100, greatest=100, help="strength of this one, times adapter_scale")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,30 +37,40 @@ class SampleConfig:
     adapter: str | AdapterConfig | list[str | AdapterConfig] | None = option(
         None, help="adapter file or run folder, {file: ..., scale: 0.7}, or a list of them, each on top of those before"
     )
-    adapter_scale: float = option(1.0, help="strength of all adapters; 0 is the base model")
+    adapter_scale: float = option(1.0, least=-100, greatest=100, help="strength of all adapters; 0 is the base model")
     trust: list[str] = option(
         [],
         help="methods from outside the package whose code an adapter file may have run: [mypackage.mymethod, mine.py]",
     )
     prompts: str | list[str] = option(help=".txt (one prompt a line), .jsonl (prompt or text), one prompt, or a list")
-    seeds: int | list[int] = option(1, help="a list of seeds, or a count n for seeds 0 to n-1")
+    seeds: int | list[int] = option(
+        1, least=0, greatest=2**63 - 1, help="a list of seeds, or a count n for seeds 0 to n-1"
+    )
     out: str = option("runs/samples", help="folder that receives images, manifest.jsonl and grid.png")
-    steps: int = option(25, help="denoising steps")
-    cfg_scale: float = option(4.0, help="classifier-free guidance; 1 is none and halves the cost")
+    steps: int = option(25, least=1, greatest=100_000, help="denoising steps")
+    cfg_scale: float = option(
+        4.0, least=-1000, greatest=1000, help="classifier-free guidance; 1 is none and halves the cost"
+    )
     negative_prompt: str = option("", help="prompt of the unconditional branch")
     scheduler: Scheduler = option("model", help="sampler; model is the one that the model came with")
-    batch_size: int = option(8, help="images a batch; changes them by rounding only")
-    height: int | None = option(None, help="pixels; the model's own resolution when left out")
-    width: int | None = option(None, help="pixels; the model's own resolution when left out")
+    batch_size: int = option(8, least=1, greatest=4096, help="images a batch; changes them by rounding only")
+    height: int | None = option(
+        None, least=8, greatest=16384, multiple=8, help="pixels; the model's own resolution when left out"
+    )
+    width: int | None = option(
+        None, least=8, greatest=16384, multiple=8, help="pixels; the model's own resolution when left out"
+    )
     format: Format = option("png", help="png, or lossless webp: smaller, and much faster to write")
-    grid: int = option(64, help="largest number of images shown in grid.png; 0 for no grid")
+    grid: int = option(64, least=0, greatest=4096, help="largest number of images shown in grid.png; 0 for no grid")
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch_size"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name} must be at least 1, not {getattr(self, name)}")
-        if not self.seed_list():
+        if not self.seed_count:
             raise UserError("seeds names no seed: give a count of at least 1 or a list of seeds")
+
+    @property
+    def seed_count(self) -> int:
+        """How many seeds there are."""
+        return self.seeds if isinstance(self.seeds, int) else len(set(self.seeds))
 
     def seed_list(self) -> list[int]:
         """The seeds themselves, each once, in the order given."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import logging
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -19,6 +20,7 @@ from visiontune import files
 from visiontune.data.prompt_files import read_prompts
 from visiontune.errors import UserError
 from visiontune.models.words import lost
+from visiontune.ops.devices import check_device
 from visiontune.sampling import manifest
 from visiontune.sampling.config import AdapterConfig, SampleConfig
 from visiontune.sampling.grid import grid
@@ -35,6 +37,8 @@ __all__ = ["generate", "images"]
 T = TypeVar("T")
 _log = logging.getLogger(__name__)
 _GRID_COLUMNS = 8
+# Pictures of one folder: from the first on a run is likely to take days, from the second on it was not meant.
+_MANY, _MOST = 10_000, 1_000_000
 
 
 def generate(config: SampleConfig, model: PipelineModel | None = None) -> Path:
@@ -52,9 +56,11 @@ def generate(config: SampleConfig, model: PipelineModel | None = None) -> Path:
     Raises:
         UserError: the prompts cannot be read, the folder holds images of other settings, or the disk is full.
     """
+    check_device(config.device, "device", ("auto",))
     state = _processes(config.device)
     prompts = substituted(read_prompts(config.prompts), config)
     config = replace(config, negative_prompt=substituted([config.negative_prompt], config)[0])
+    _check_count(len(prompts), config)
     jobs = manifest.plan(prompts, config.seed_list(), config.format)
     settings = _settings(config, model)
     out = Path(config.out).expanduser()
@@ -155,6 +161,17 @@ def _close(config: SampleConfig, out: Path, jobs: Sequence[Job]) -> None:
         column_captions=[f"seed {job.seed}" for job in by_prompt[0]],
     )
     write_image(out / "grid.png", sheet)
+
+
+def _check_count(prompts: int, config: SampleConfig) -> None:
+    """Refuse more pictures than a folder can hold, before they are listed, and say when there are very many."""
+    seeds = config.seed_count
+    count = prompts * seeds
+    words = f"{prompts} prompts and {seeds} seeds make {count} pictures"
+    if count > _MOST:
+        raise UserError(f"{words}, more than the {_MOST} of one folder: give fewer seeds, or parts of the prompts")
+    if count > _MANY:
+        warnings.warn(f"{words} of {config.steps} steps each; stopped, it goes on with what is missing", stacklevel=3)
 
 
 def _processes(device: str) -> PartialState:

@@ -19,6 +19,9 @@ from visiontune.errors import UserError
 if TYPE_CHECKING:
     from visiontune.models.pipeline import PipelineModel
 
+# 256 pictures of 1024x1024.
+_MOST_PIXELS = 2**28
+
 
 @contextmanager
 def _evaluating(model: PipelineModel) -> Iterator[None]:
@@ -81,6 +84,7 @@ def images(
         raise UserError(f"model '{model.source}' ({model.family}) draws no pictures: take one that does")
     requests = [Request(prompt=p, seed=s, negative=negative_prompt) for p, s in pair(prompts, seeds)]
     size, parts = model.size(height, width), []
+    check_batch(min(batch_size, len(requests)), *size)
     with _evaluating(model), tqdm(total=len(requests), unit="image", disable=not progress) as bar:
         for start in range(0, len(requests), batch_size):
             batch = requests[start : start + batch_size]
@@ -95,6 +99,20 @@ def images(
             parts.append((pixels * 255).round().astype(np.uint8))
             bar.update(len(batch))
     return np.concatenate(parts) if parts else np.zeros((0, *size, 3), np.uint8)
+
+
+def check_batch(rows: int, height: int, width: int) -> None:
+    """Refuse a batch of more pixels than any memory holds with what is computed from them.
+
+    Raises:
+        UserError: naming how large it is.
+    """
+    pixels = rows * height * width
+    if pixels > _MOST_PIXELS:
+        raise UserError(
+            f"a batch of {rows} pictures of {height}x{width} has {pixels} pixels, which alone are "
+            f"{pixels * 12 / 2**30:.1f} GiB: take a smaller batch_size, or smaller pictures"
+        )
 
 
 def pair(prompts: str | Sequence[str], seeds: int | Sequence[int]) -> list[tuple[str, int]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import typing
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -14,7 +15,7 @@ from torch.nn import Parameter
 
 from visiontune import plugin
 from visiontune.errors import UserError
-from visiontune.schema import nearest, spelt
+from visiontune.schema import convert, nearest, spelt
 from visiontune.training.config import TrainConfig
 
 if TYPE_CHECKING:
@@ -117,12 +118,13 @@ def make_optimizer(
         options["betas"] = train.betas
     if train.optimizer == "adafactor":
         options |= {"scale_parameter": False, "relative_step": False, "warmup_init": False}
+    given = _typed(factory, train.optimizer_options)
     matrix = _MATRIX_DEFAULTS.get(OPTIMIZERS.get(train.optimizer, train.optimizer), {}) | _spelt(train.matrix_options)
     if matrix:
         groups = [part for group in groups for part in _split(group, matrix)]
     try:
         with plugin.guarded(factory, f"train.optimizer '{train.optimizer}', when it is made,"):
-            made = factory([g for g in groups if g["params"]], lr=train.lr, **options | _spelt(train.optimizer_options))
+            made = factory([g for g in groups if g["params"]], lr=train.lr, **options | given)
     except (TypeError, ValueError) as error:
         raise UserError(f"train.optimizer_options do not fit {train.optimizer}: {error}") from error
     # What torch's optimisers do not know in a group they pass over in silence.
@@ -176,6 +178,20 @@ def evaluated(optimizer: Any, parameters: Sequence[Tensor]) -> Iterator[None]:
         with torch.no_grad():
             for parameter, value in zip(parameters, aside, strict=True):
                 parameter.copy_(value)
+
+
+def _typed(factory: type, options: Mapping[str, Any]) -> dict[str, Any]:
+    """Options of an optimiser as the types that its signature says, where it says some: torch looks at few of them.
+
+    Raises:
+        UserError: naming the option that is of another type.
+    """
+    try:
+        hints = typing.get_type_hints(factory.__init__)  # type: ignore[misc]
+    except (NameError, TypeError):
+        return _spelt(options)
+    typed = {name: value for name, value in options.items() if name in hints}
+    return _spelt(options) | {n: convert(hints[n], value, f"train.optimizer_options.{n}") for n, value in typed.items()}
 
 
 def _split(group: Mapping[str, Any], matrix: Mapping[str, Any]) -> list[dict[str, Any]]:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from visiontune.errors import UserError
 from visiontune.files import append_jsonl, write_text
+from visiontune.outside import read_text
 from visiontune.schema import nearest
 
 FILE = "metrics.jsonl"
@@ -107,11 +108,13 @@ def forget_after(path: Path, step: int) -> None:
     if not path.exists():
         return
     kept = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for number, line in enumerate(read_text(path, "metrics").splitlines(), 1):
         try:
             row = json.loads(line)
-        except json.JSONDecodeError:
+        except ValueError:
             break
+        if not isinstance(row, dict) or not isinstance(row.get("step"), int):
+            raise UserError(f"{path} line {number} is no row of metrics with a step: delete it, or move the file")
         if row["step"] <= step:
             kept.append(line)
     write_text(path, "".join(f"{line}\n" for line in kept))
