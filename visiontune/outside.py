@@ -12,6 +12,7 @@ from visiontune.errors import UserError
 
 # Longer than any list of prompts, table of rows or recipe that a person has.
 MOST_BYTES = 1 << 30
+_PATIENCE = 0.1  # seconds that a regular expression may take for one text
 
 
 def regular(path: str | Path, what: str = "file") -> Path:
@@ -39,6 +40,14 @@ def regular(path: str | Path, what: str = "file") -> Path:
         kind = "a folder" if stat.S_ISDIR(mode) else "a pipe or a device"
         raise UserError(f"{what} '{shown(given)}' is {kind}: name a file")
     return file
+
+
+def is_folder(path: str | Path) -> bool:
+    """Whether a folder lies at ``path``, with ``~`` put in; a name that nothing can have is none."""
+    try:
+        return Path(path).expanduser().is_dir()
+    except (OSError, ValueError, RuntimeError):
+        return False
 
 
 def read_bytes(path: str | Path, what: str = "file", most: int = MOST_BYTES) -> bytes:
@@ -80,9 +89,11 @@ def parse_json(text: str | bytes, where: str) -> Any:
         UserError: it is not JSON, or nests or counts further than can be read, or holds halves of characters.
     """
     try:
-        value = json.loads(text)
-        # Halves of characters can be read but not written; only an escape can spell one.
-        if (b"\\u" if isinstance(text, bytes) else "\\u") in text:  # type: ignore[operator]
+        # Given bytes, json would guess at their encoding, and take halves of characters.
+        given = text.decode() if isinstance(text, bytes) else text
+        value = json.loads(given)
+        # Halves of characters can be read but not written.
+        if "\\u" in given or not given.isascii():
             json.dumps(value, ensure_ascii=False).encode()
     except json.JSONDecodeError as error:
         raise UserError(f"{where} is not JSON: {error.msg} at line {error.lineno}, column {error.colno}") from error
@@ -104,6 +115,31 @@ def read_json(path: str | Path, what: str = "file", most: int = MOST_BYTES) -> A
         UserError: see :func:`read_text` and :func:`parse_json`.
     """
     return parse_json(read_text(path, what, most), f"{what} '{shown(str(path))}'")
+
+
+def matches(pattern: str, text: str, where: str) -> bool:
+    """Whether a regular expression of the outside matches all of ``text``, found in bounded time.
+
+    Args:
+        where: what the pattern is, for messages.
+
+    Raises:
+        UserError: it is none, or takes longer than a tenth of a second.
+    """
+    import regex
+
+    try:
+        return regex.fullmatch(pattern, text, timeout=_PATIENCE) is not None
+    except regex.error as error:
+        raise UserError(
+            f"{where} '{shown(pattern)}' is no regular expression ({error}): '.*' stands for any text"
+        ) from error
+    except TimeoutError as error:
+        raise UserError(
+            f"{where} '{shown(pattern)}' takes too long to match: write it without nested repeats"
+        ) from error
+    except (MemoryError, OverflowError, RecursionError) as error:
+        raise UserError(f"{where} '{shown(pattern)}' is too large to be matched: write it shorter") from error
 
 
 def shown(text: str) -> str:

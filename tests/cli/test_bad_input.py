@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import errno
+import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from visiontune import adapters, models
 
 ROOT = Path(__file__).parents[2]
 
@@ -189,3 +194,44 @@ def test_the_installed_command_reports_without_a_traceback(tmp_path):
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 2
     assert done.stderr.startswith("visiontune: ") and done.stderr.count("\n") == 1
+
+
+# Every verb that reads adapter files, on one that is damaged in its header and one in its tensors.
+READERS = {
+    "sample": ("sample", "prompts=a", "adapter={}", "steps=1", "device=cpu", "out=o", "model={base}"),
+    "export": ("export", "{}", "out.safetensors", "--model", "{base}"),
+    "train": ("train", "{recipe}", "adapter.start={}"),
+}
+
+
+@pytest.mark.parametrize("verb", READERS)
+@pytest.mark.parametrize("damage", ["header", "tensors", "pipe"])
+def test_a_damaged_adapter_file(cli, recipe, tiny_folder, tmp_path, verb, damage, unchanged):
+    assert cli("train", recipe, "name=whole").code == 0
+    file = tmp_path / "bad.safetensors"
+    if damage == "pipe":
+        os.mkfifo(file)
+    else:
+        with safe_open(tmp_path / "runs" / "whole" / "adapter.safetensors", "pt") as whole:
+            metadata, tensors = whole.metadata(), {name: whole.get_tensor(name) for name in whole.keys()}  # noqa: SIM118
+        if damage == "header":
+            del metadata["base_hash"]
+        else:
+            tensors[min(tensors)][0] = float("nan")
+        save_file(tensors, file, metadata)
+    words = [word.format(file, base=tiny_folder, recipe=recipe) for word in READERS[verb]]
+    reason = {"header": "it has no 'base_hash'", "tensors": "not finite", "pipe": "is a pipe"}[damage]
+    with unchanged:
+        refused(cli(*words), str(file), reason)
+
+
+def test_an_adapter_that_does_not_say_its_base(cli, tiny_folder, tmp_path, unchanged):
+    made = adapters.attach(models.load(str(tiny_folder)).of("denoiser"), "lora", rank=2)
+    made.save(tmp_path / "a.safetensors")
+    with unchanged:
+        for words, option in (
+            (("sample", "prompts=a", "adapter=a.safetensors", "out=o"), "model="),
+            (("export", "a.safetensors", "e.safetensors"), "--model"),
+        ):
+            refused(cli(*words), "does not say what it was trained on", option)
+    assert cli("export", "a.safetensors", "e.safetensors", "--model", tiny_folder).code == 0

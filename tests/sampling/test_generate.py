@@ -174,7 +174,8 @@ def test_without_a_model_an_adapter_is_drawn_with_on_the_one_it_was_trained_on(f
     assert _bytes(tmp_path / "found")["00000_seed0.png"] == _bytes(tmp_path / "named")["00000_seed0.png"]
     assert base_of(_config(folder, tmp_path, model=None)) == "pocket/sd"
     nameless = _adapter(tmp_path / "nameless.safetensors")
-    assert base_of(_config(folder, tmp_path, model=None, adapter=str(nameless))) == "pocket/sd"
+    with pytest.raises(UserError, match="does not say what it was trained on: name the base with model="):
+        base_of(_config(folder, tmp_path, model=None, adapter=str(nameless)))
 
 
 def test_two_runs_do_not_draw_into_one_folder(folder: Path, tmp_path: Path) -> None:

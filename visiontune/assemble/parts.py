@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from visiontune import plugin
@@ -115,7 +114,7 @@ def check_start(run: Run) -> None:
     if run.adapter is None or "start" not in run.adapter:
         return
     try:
-        read_header(Path(run.adapter["start"]).expanduser())
+        read_header(run.adapter["start"])
     except UserError as error:
         raise UserError(f"adapter.start: {error}") from error
 

@@ -43,15 +43,12 @@ def run(args: argparse.Namespace) -> None:
     import torch
 
     from visiontune import adapters, models
-    from visiontune.sampling.sources import adapter_file
+    from visiontune.sampling.sources import adapter_file, trained_on
     from visiontune.weights.export import export
     from visiontune.weights.keys import keys_of
 
     file, dtype = adapter_file(args.adapter), getattr(torch, DTYPES[args.dtype])
-    base = args.model or adapters.read_header(file).get("base_model")
-    if not base:
-        raise UserError(f"{file} does not say what it was trained on: name the base with --model")
-    model = models.load(base, fetch=args.model is not None)
+    model = models.load(args.model or trained_on(file, "--model"), fetch=args.model is not None)
     components = model.networks()
     attached = adapters.load(components, file, trust=args.trust)
     attached.scale = args.scale

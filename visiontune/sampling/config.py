@@ -19,7 +19,7 @@ class SampleConfig:
     model: str | None = option(
         None,
         help="pocket/sd, a local diffusers folder or a Hub id; null: what the adapter was trained on, if that is on "
-        "this machine, or pocket/sd",
+        "this machine; without an adapter pocket/sd",
     )
     revision: str | None = option(None, help="branch, tag or commit of a Hub model")
     dtype: Literal["fp32", "bf16", "fp16"] = option("fp32", help="number format of the weights")

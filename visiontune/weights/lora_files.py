@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import math
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from visiontune import adapters
+from visiontune import adapters, outside
 from visiontune.adapters import AdapterSet
 from visiontune.adapters._attention import named_layers
 from visiontune.adapters.lora import LAYERS, row_lengths
@@ -171,7 +170,9 @@ def pair_up(layer: str, parts: Mapping[str, Tensor], path: str | Path, config: M
 def _alpha(layer: str, config: Mapping[str, Any], rank: int) -> float:
     """PEFT's alpha of a layer; where nothing is said it is the rank."""
     patterns = config.get("alpha_pattern") or {}
-    own = next((pattern for pattern in patterns if re.fullmatch(rf"(.*\.)?({pattern})", layer)), None)
+    own = next(
+        (pattern for pattern in patterns if outside.matches(rf"(.*\.)?({pattern})", layer, "alpha_pattern")), None
+    )
     return float(patterns[own] if own else config.get("lora_alpha") or rank)
 
 
