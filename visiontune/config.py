@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-from visiontune import catalogue, plugin
+from visiontune import catalogue, outside, plugin
 from visiontune.data.base import Config as DataConfig
 from visiontune.data.readers import resolve
 from visiontune.errors import UserError
@@ -64,7 +64,12 @@ class Run:
     @property
     def folder(self) -> Path:
         """Where the run writes."""
-        return Path(self.out).expanduser() / self.name
+        return outside.expanded(self.out, "folder") / self.name
+
+    @property
+    def cache(self) -> Path:
+        """Where latents, text features and prior pictures are kept, for all runs beside this one."""
+        return outside.expanded(self.out, "folder") / ".cache"
 
     def resolved(self) -> dict[str, Any]:
         """The recipe with every option spelt out; :func:`load_run` reads it back to an equal run."""

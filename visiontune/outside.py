@@ -15,6 +15,22 @@ MOST_BYTES = 1 << 30
 _PATIENCE = 0.1  # seconds that a regular expression may take for one text
 
 
+def expanded(path: str | Path, what: str = "file") -> Path:
+    """``path`` with ``~`` put in, whatever lies there.
+
+    Raises:
+        UserError: nothing can have such a name.
+    """
+    given = os.fspath(path)
+    try:
+        if b"\0" in os.fsencode(given):
+            raise ValueError("embedded null byte")
+        return Path(given).expanduser()
+    except (ValueError, RuntimeError) as error:
+        # Half of a character, or `~nobody`.
+        raise UserError(f"'{shown(given)}' is no name of a {what}: {error}") from error
+
+
 def regular(path: str | Path, what: str = "file") -> Path:
     """``path`` with ``~`` put in, where a regular file lies: a pipe or a device could be read for ever.
 
@@ -25,17 +41,13 @@ def regular(path: str | Path, what: str = "file") -> Path:
     Raises:
         UserError: nothing is there, or something else than a file, or no file can have such a name.
     """
-    given = os.fspath(path)
+    given, file = os.fspath(path), expanded(path, what)
     try:
-        file = Path(given).expanduser()
         mode = file.stat().st_mode
     except FileNotFoundError as error:
         raise UserError(f"there is no {what} '{shown(given)}'") from error
     except OSError as error:
         raise UserError(f"{what} '{shown(given)}' cannot be read: {error.strerror or error}") from error
-    except (ValueError, RuntimeError) as error:
-        # A null byte, a surrogate, or `~nobody`.
-        raise UserError(f"'{shown(given)}' is no name of a {what}: {error}") from error
     if not stat.S_ISREG(mode):
         kind = "a folder" if stat.S_ISDIR(mode) else "a pipe or a device"
         raise UserError(f"{what} '{shown(given)}' is {kind}: name a file")
@@ -45,8 +57,8 @@ def regular(path: str | Path, what: str = "file") -> Path:
 def is_folder(path: str | Path) -> bool:
     """Whether a folder lies at ``path``, with ``~`` put in; a name that nothing can have is none."""
     try:
-        return Path(path).expanduser().is_dir()
-    except (OSError, ValueError, RuntimeError):
+        return expanded(path).is_dir()
+    except (OSError, UserError):
         return False
 
 

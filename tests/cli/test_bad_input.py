@@ -235,3 +235,29 @@ def test_an_adapter_that_does_not_say_its_base(cli, tiny_folder, tmp_path, uncha
         ):
             refused(cli(*words), "does not say what it was trained on", option)
     assert cli("export", "a.safetensors", "e.safetensors", "--model", tiny_folder).code == 0
+
+
+@pytest.mark.parametrize("place", ["f/o", "loop", "/proc/o", "~nosuchuser/o", "k" * 300])
+@pytest.mark.parametrize("verb", ["train", "sample", "export", "score", "demo", "copy"])
+def test_a_place_that_cannot_be_written(cli, recipe, photos, tiny_folder, unchanged, verb, place):
+    Path("f").write_text("a file")
+    Path("loop").symlink_to("loop")
+    out = "loop/o" if place == "loop" else place
+    words = {
+        "train": ("train", recipe, f"out={out}"),
+        "sample": ("sample", "prompts=a", f"model={tiny_folder}", f"out={out}", "device=cpu", "steps=1"),
+        "export": ("export", "nothing", f"{out}.safetensors"),
+        "score": ("score", photos, "brightness", "--out", f"{out}.json"),
+        "demo": ("demo", "--out", out),
+        "copy": ("copy", "personalise/oft", f"{out}/recipe.yaml"),
+    }[verb]
+    with unchanged:
+        result = cli(*words)
+    assert result.code == 2 and result.err.count("visiontune: ") == 1
+    assert len([line for line in result.err.splitlines() if line.startswith("visiontune: ")]) == 1, result.err
+
+
+@pytest.mark.parametrize("taken", ["grid.png", "manifest.jsonl", "00000_seed0.png"])
+def test_a_folder_where_sampling_writes_a_file(cli, tiny_folder, taken):
+    Path("o", taken).mkdir(parents=True)
+    refused(cli("sample", "prompts=a", f"model={tiny_folder}", "out=o", "device=cpu", "steps=1"), taken, "move it away")

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -199,16 +200,16 @@ def test_a_given_model_gets_its_adapters_taken_off_again(folder: Path, tmp_path:
 def test_a_full_disk_is_the_users_error_and_loses_nothing(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    write, calls = module.write_image, []
+    write, calls = Image.Image.save, []
 
-    def filling(path: Path, image: np.ndarray) -> str:
+    def filling(self: Image.Image, path: Path, **options: Any) -> None:
         calls.append(path)
         if len(calls) == 3:
             raise OSError(28, "No space left on device")
-        return write(path, image)
+        write(self, path, **options)
 
-    monkeypatch.setattr(module, "write_image", filling)
-    with pytest.raises(UserError, match="is full"):
+    monkeypatch.setattr(Image.Image, "save", filling)
+    with pytest.raises(UserError, match=r"00002_seed0\.png cannot be written: No space.*run the same command again"):
         generate(_config(folder, tmp_path))
     assert len(_rows(tmp_path)) == 2
     monkeypatch.undo()

@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from visiontune import catalogue
+from visiontune import catalogue, files, outside
 from visiontune.errors import UserError
 
 
@@ -20,11 +20,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     source = catalogue.find("pipelines", args.recipe)
-    target = args.to / source.name if args.to.is_dir() else args.to
-    target.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        with target.open("xb") as file:
-            file.write(source.read_bytes())
-    except FileExistsError:
-        raise UserError(f"{target} exists already: name another file, or move it away") from None
+    target = args.to / source.name if outside.is_folder(args.to) else args.to
+    with files.writing(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with target.open("xb") as file:
+                file.write(source.read_bytes())
+        except FileExistsError:
+            raise UserError(f"{target} exists already: name another file, or move it away") from None
     print(f"copied to {target}; run it with: visiontune {catalogue.read_recipe(source)['verb']} {target}")

@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from visiontune import files
 from visiontune.errors import UserError
 from visiontune.weights import formats
 
@@ -34,8 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    if args.out.exists():
-        raise UserError(f"{args.out} exists: name another output, or remove it")
+    files.check_new(args.out)
     if args.rank is not None and args.rank < 1:
         raise UserError(f"--rank must be at least 1, not {args.rank}")
     if not formats.load(args.format).FOLDER and args.out.suffix != ".safetensors":

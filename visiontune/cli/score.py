@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from visiontune import files
 from visiontune.errors import UserError
 
 if TYPE_CHECKING:
@@ -34,6 +35,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     if args.out and args.out.suffix not in (".json", ".csv"):
         raise UserError(f"scores are written to a .json or .csv file, not {args.out.name}")
+    if args.out:
+        files.check_target(args.out)
     if not args.folder.is_dir():
         raise UserError(f"there is no folder {args.folder}")
     rewards = build(args.words)

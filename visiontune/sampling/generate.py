@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import hashlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -13,7 +12,7 @@ from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from tqdm.auto import tqdm
 
-from visiontune import files
+from visiontune import files, outside
 from visiontune.data.prompt_files import read_prompts
 from visiontune.errors import UserError
 from visiontune.sampling import manifest
@@ -30,7 +29,7 @@ if TYPE_CHECKING:
 __all__ = ["generate", "images"]
 
 T = TypeVar("T")
-_GRID_COLUMNS = 8
+GRID, _GRID_COLUMNS = "grid.png", 8
 
 
 def generate(config: SampleConfig, model: PipelineModel | None = None) -> Path:
@@ -52,7 +51,7 @@ def generate(config: SampleConfig, model: PipelineModel | None = None) -> Path:
     prompts = substituted(read_prompts(config.prompts), config)
     jobs = manifest.plan(prompts, config.seed_list(), config.format)
     settings = _settings(config, model)
-    out = Path(config.out).expanduser()
+    out = outside.expanded(config.out, "folder")
     lock = files.Lock(out)
     try:
         finished = _on_main(state, lambda: _open(out, jobs, settings, lock))
@@ -112,18 +111,15 @@ def _run(
             digest = write_image(part.parent / job.file, image)
             row = {"file": job.file, "index": job.index, "prompt": job.prompt, "seed": job.seed, "sha256": digest}
             files.append_jsonl(part, {**row, "settings": settings})
-    except OSError as error:
-        if error.errno != errno.ENOSPC:
-            raise
-        raise UserError(f"the disk of {part.parent} is full: free some space and run the same command again") from error
+    except UserError as error:
+        raise UserError(f"{error}; then run the same command again, which goes on from here") from error
     return len(missing)
 
 
 def _open(out: Path, jobs: Sequence[Job], settings: dict[str, Any], lock: files.Lock) -> set[str]:
     """Names of the finished images, once the folder has been put in order and found to be of this run."""
-    if out.exists() and not out.is_dir():
-        raise UserError(f"{out} is a file: choose another out")
     lock.hold()
+    files.refuse_folders(out, [manifest.NAME, GRID, *(job.file for job in jobs)])
     rows = manifest.collect(out)
     manifest.check(rows, jobs, settings, out)
     return {row["file"] for row in rows}
@@ -145,7 +141,7 @@ def _close(config: SampleConfig, out: Path, jobs: Sequence[Job]) -> None:
         row_captions=[row[0].prompt for row in by_prompt],
         column_captions=[f"seed {job.seed}" for job in by_prompt[0]],
     )
-    write_image(out / "grid.png", sheet)
+    write_image(out / GRID, sheet)
 
 
 def _processes(device: str) -> PartialState:
