@@ -135,12 +135,14 @@ def check_target(path: Path) -> None:
     """
     path = expanded(path)
     with writing(path):
-        parent = next(folder for folder in path.absolute().parents if folder.exists())
+        parent = next(folder for folder in path.absolute().parents if os.path.lexists(folder))
         if path.is_dir():
             raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
         # Permissions alone do not tell: the superuser has them in /proc too.
-        with tempfile.TemporaryFile(dir=parent):
-            pass
+        try:
+            tempfile.TemporaryFile(dir=parent).close()
+        except FileNotFoundError as error:
+            raise OSError(errno.ENOENT, os.strerror(errno.ENOENT)) from error
 
 
 def check_new(path: Path) -> None:

@@ -20,7 +20,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     source = catalogue.find("pipelines", args.recipe)
-    target = args.to / source.name if outside.is_folder(args.to) else args.to
+    to = outside.expanded(args.to)
+    target = to / source.name if outside.is_folder(to) else to
     with files.writing(target):
         target.parent.mkdir(parents=True, exist_ok=True)
         try:
