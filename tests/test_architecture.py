@@ -19,12 +19,13 @@ from visiontune import catalogue
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "visiontune"
 
-GROUND = {"errors", "outside", "files", "schema", "plugin", "catalogue"}
+GROUND = {"errors", "signals", "outside", "files", "schema", "plugin", "catalogue"}
 LIBRARY = {"core", "diffusion", "models", "adapters", "objectives", "rewards", "data", "ops"}
 # What a module, or the modules of a folder, may import from the package. A longer name wins over a shorter one.
 MAY_IMPORT = {
     "errors": set(),
     "outside": {"errors"},
+    "signals": {"errors"},
     "files": {"errors", "outside"},
     "schema": {"errors"},
     "plugin": {"errors", "outside", "schema"},

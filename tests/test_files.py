@@ -24,7 +24,7 @@ def test_the_file_appears_only_when_the_block_ends(tmp_path):
     target = tmp_path / "deep" / "a.json"
     with atomic_write(target) as temporary:
         temporary.write_text("new")
-        assert temporary.suffix == ".json" and temporary.parent == target.parent
+        assert temporary.name == target.name and temporary.parent.parent == target.parent
         assert not target.exists()
     assert target.read_text() == "new"
     assert list(target.parent.iterdir()) == [target]

@@ -10,7 +10,7 @@ import shutil
 import socket
 import tempfile
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
@@ -43,6 +43,7 @@ _MENDS = {
     errno.ENOENT: "choose another place",
     errno.EINVAL: "choose another name",
 }
+_PARTIAL = re.compile(r"\.(?P<stem>.+)\.\d+\.tmp(?P<suffix>\.[^.]*)?")
 # How libraries in Rust report an error of the operating system.
 _NUMBERED = re.compile(r"\(os error (\d+)\)")
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
@@ -87,26 +88,41 @@ def _near(other: Path, path: Path) -> bool:
 
 @contextmanager
 def atomic_write(path: str | Path) -> Iterator[Path]:
-    """Yield a temporary path beside ``path`` that takes its place when the block ends without an error.
+    """Yield a temporary path near ``path`` that takes its place when the block ends without an error.
 
-    The temporary name keeps the suffix, so writers that choose a format by suffix work; it may be made a file or a
-    folder (a folder cannot replace a folder that has content). Missing parent folders are made. After an error nothing
-    is left behind and whatever stood at ``path`` before still stands. Whoever may read other new files may read it.
+    It has the name of ``path`` in a folder ``.<stem>.<process>.tmp<suffix>`` beside it, so that writers that choose a
+    format by suffix work, and whatever they leave when they are killed lies there; see :func:`clear_partial`. It may be
+    made a file or a folder (a folder cannot replace a folder that has content). Missing parent folders are made. After
+    an error nothing is left behind and whatever stood at ``path`` before still stands. Whoever may read other new files
+    may read it.
 
     Raises:
         UserError: see :func:`writing`.
     """
     path = Path(path)
-    temporary = path.with_name(f".{path.stem}.{os.getpid()}.tmp{path.suffix}")
+    holder = path.with_name(f".{path.stem}.{os.getpid()}.tmp{path.suffix}")
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
-            yield temporary
-            _share(temporary)
-            os.replace(temporary, path)
-        except BaseException:
-            remove(temporary)
-            raise
+            remove(holder)  # of an earlier process of the same number
+            holder.mkdir()
+            yield holder / path.name
+            _share(holder / path.name)
+            os.replace(holder / path.name, path)
+        finally:
+            remove(holder)
+
+
+def clear_partial(folder: Path, ours: Callable[[str], object]) -> None:
+    """Remove what processes that are no more left half-written; to be called by who holds the folder's lock.
+
+    Args:
+        ours: whether a name in the folder is one that is written there; what would have become another file stays.
+    """
+    for path in folder.iterdir() if folder.is_dir() else ():
+        found = _PARTIAL.fullmatch(path.name)
+        if found and ours(found["stem"] + (found["suffix"] or "")):
+            remove(path)
 
 
 def remove(path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 import shutil
 import signal
 import subprocess
@@ -26,6 +27,7 @@ from visiontune.sampling.config import SampleConfig
 from visiontune.sampling.generate import generate
 from visiontune.sampling.sources import base_of
 from visiontune.schema import from_mapping
+from visiontune.signals import Interrupted
 
 PROMPTS = ["a red circle", "a blue square", "a green triangle"]
 
@@ -226,7 +228,7 @@ def test_bad_options(tmp_path: Path) -> None:
         with pytest.raises(UserError, match=words):
             _config(tmp_path, tmp_path, **options)
     (tmp_path / "file").touch()
-    with pytest.raises(UserError, match="is a file"):
+    with pytest.raises(UserError, match="file cannot be written"):
         generate(_config(tmp_path, tmp_path / "file"))
 
 
@@ -301,4 +303,35 @@ def test_kill_at_any_moment_then_run_again(folder: Path, finished: Path, tmp_pat
     for path in out.glob("0*.png"):
         Image.open(path).load()
     generate(_config(folder, out))
+    assert _bytes(out) == _bytes(finished)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_after_the_batch_and_the_same_call_goes_on(
+    folder: Path, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    write, calls, out = module.write_image, [], tmp_path / "out"
+
+    def signalled(path: Path, image: np.ndarray) -> str:
+        calls.append(path.name)
+        if len(calls) == 1:
+            os.kill(os.getpid(), number)
+        return write(path, image)
+
+    monkeypatch.setattr(module, "write_image", signalled)
+    with pytest.raises(Interrupted, match="after 4 of 6 images") as stop:
+        generate(_config(folder, out))
+    assert stop.value.status == 128 + number
+    assert pickle.loads(pickle.dumps(stop.value)).status == 128 + number
+    assert len(calls) == len(_rows(out)) == 4
+    for name in (".00004_seed0.77.tmp.png", ".grid.77.tmp.png", ".manifest.77.tmp.jsonl"):
+        (out / name).mkdir()
+        (out / name / name[1:]).write_bytes(b"half")
+    mine = [out / ".my_seedlings.77.tmp.txt", out / ".notes.tmp.png"]
+    for path in mine:
+        path.write_text("mine")
+    generate(_config(folder, out))
+    for path in mine:
+        assert path.read_text() == "mine"
+        path.unlink()
     assert _bytes(out) == _bytes(finished)

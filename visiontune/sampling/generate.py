@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from accelerate import PartialState
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import broadcast_object_list, gather_object
 from tqdm.auto import tqdm
 
-from visiontune import files, outside
+from visiontune import files, outside, signals
 from visiontune.data.prompt_files import read_prompts
 from visiontune.errors import UserError
 from visiontune.sampling import manifest
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 __all__ = ["generate", "images"]
 
 T = TypeVar("T")
-GRID, _GRID_COLUMNS = "grid.png", 8
+_GRID_COLUMNS = 8
 
 
 def generate(config: SampleConfig, model: PipelineModel | None = None) -> Path:
@@ -46,6 +46,7 @@ def generate(config: SampleConfig, model: PipelineModel | None = None) -> Path:
 
     Raises:
         UserError: the prompts cannot be read, the folder holds images of other settings, or the disk is full.
+        Interrupted: Ctrl-C or SIGTERM, after the batch in which it came.
     """
     state = _processes(config.device)
     prompts = substituted(read_prompts(config.prompts), config)
@@ -74,14 +75,20 @@ def _draw(
     batches = [jobs[i : i + config.batch_size] for i in range(0, len(jobs), config.batch_size)]
     pending = [batch for batch in batches if any(job.file not in finished for job in batch)]
     mine = pending[state.process_index :: state.num_processes]
+    number = 0
     todo = sum(job.file not in finished for batch in mine for job in batch)
     if mine:
         hidden = not state.is_main_process
-        with loaded(config, model, state) as ready, tqdm(total=todo, unit="image", disable=hidden) as bar:
+        bar = tqdm(total=todo, unit="image", disable=hidden)
+        with loaded(config, model, state) as ready, bar, signals.Asked("the batch") as asked:
             for batch in mine:
                 bar.update(_run(config, ready, batch, finished, settings, manifest.part(out, state.process_index)))
-    state.wait_for_everyone()
-    _on_main(state, lambda: _close(config, out, jobs))
+                if asked.number:
+                    break
+        number = asked.number
+    # One that is asked to end lets the others finish their share, unless they are asked too, as launchers do.
+    number = max(gather_object([number]))
+    _on_main(state, lambda: _close(config, out, jobs, number))
 
 
 def _run(
@@ -119,16 +126,22 @@ def _run(
 def _open(out: Path, jobs: Sequence[Job], settings: dict[str, Any], lock: files.Lock) -> set[str]:
     """Names of the finished images, once the folder has been put in order and found to be of this run."""
     lock.hold()
-    files.refuse_folders(out, [manifest.NAME, GRID, *(job.file for job in jobs)])
+    files.refuse_folders(out, [manifest.NAME, manifest.GRID, *(job.file for job in jobs)])
     rows = manifest.collect(out)
     manifest.check(rows, jobs, settings, out)
     return {row["file"] for row in rows}
 
 
-def _close(config: SampleConfig, out: Path, jobs: Sequence[Job]) -> None:
-    """Fold the parts together, make sure that nothing is missing, and draw the grid."""
+def _close(config: SampleConfig, out: Path, jobs: Sequence[Job], number: int) -> None:
+    """Fold the parts together, make sure that nothing is missing, and draw the grid.
+
+    Args:
+        number: of the signal that ended the drawing before its time; 0 for none.
+    """
     done = {row["file"] for row in manifest.collect(out)}
     missing = [job.file for job in jobs if job.file not in done]
+    if missing and number:
+        raise signals.Interrupted(f"{signals.name(number)} after {len(done)} of {len(jobs)} images", number)
     if missing:
         raise UserError(f"{len(missing)} images are missing from {out} ({missing[0]} ...): run the same command again")
     columns = min(len(config.seed_list()), _GRID_COLUMNS, config.grid)
@@ -141,7 +154,7 @@ def _close(config: SampleConfig, out: Path, jobs: Sequence[Job]) -> None:
         row_captions=[row[0].prompt for row in by_prompt],
         column_captions=[f"seed {job.seed}" for job in by_prompt[0]],
     )
-    write_image(out / GRID, sheet)
+    write_image(out / manifest.GRID, sheet)
 
 
 def _processes(device: str) -> PartialState:
@@ -156,10 +169,10 @@ def _on_main(state: PartialState, action: Callable[[], T]) -> T:
         try:
             answer[0] = action()
         except UserError as error:
-            answer[1] = str(error)
+            answer[1] = error
     result, trouble = broadcast_object_list(answer)
     if trouble is not None:
-        raise UserError(trouble)
+        raise trouble
     return result
 
 

@@ -7,6 +7,7 @@ to a part of its own; parts are folded in when the next run starts and when the 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +16,8 @@ from typing import Any
 from visiontune import files, outside
 from visiontune.errors import UserError
 
-NAME = "manifest.jsonl"
+NAME, GRID = "manifest.jsonl", "grid.png"
+_WRITTEN = re.compile(r"\d{5,}_seed-?\d+\.(png|webp)|manifest\.jsonl|grid\.png")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,9 +82,7 @@ def collect(out: Path) -> list[dict[str, Any]]:
 
     For one process only, while no other writes. What a killed run left half written is removed.
     """
-    for pattern in (".*_seed*.tmp.*", ".manifest*.tmp.*"):
-        for leftover in out.glob(pattern):
-            leftover.unlink(missing_ok=True)
+    files.clear_partial(out, _WRITTEN.fullmatch)
     parts = sorted(out.glob("manifest.rank*.jsonl"))
     sources = [p for p in (out / NAME, *parts) if p.exists()]
     by_file = {row["file"]: row for source in sources for row in read(source)}

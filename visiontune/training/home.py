@@ -53,7 +53,12 @@ class Home:
         self._lock.release()
 
     def begin(self) -> None:
-        """Write the recipe, and begin the record: from now on the folder holds a run."""
+        """Write the recipe, and begin the record: from now on the folder holds a run.
+
+        What an earlier process was writing when it was killed is removed.
+        """
+        files.clear_partial(self.out, {*_FILES, *RESULTS}.__contains__)
+        files.clear_partial(self.out / "samples", "before_after.png".__eq__)
         _write(self.out, _listed(self.out))
         if self.recipe is not None:
             files.write_text(self.out / RECIPE, self.recipe)
