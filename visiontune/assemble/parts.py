@@ -88,7 +88,13 @@ def open_model(run: Run) -> Model:
 
     dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
     spec = run.model
-    return models.load(spec.source, dtype=dtypes[spec.dtype], revision=spec.revision, quantize=spec.quantize)
+    return models.load(
+        spec.source,
+        dtype=dtypes[spec.dtype],
+        revision=spec.revision,
+        variant=spec.variant,
+        quantize=spec.quantize,
+    )
 
 
 def attach_adapter(run: Run, model: Model) -> AdapterSet | None:

@@ -22,6 +22,9 @@ class SampleConfig:
         "this machine; without an adapter pocket/sd",
     )
     revision: str | None = option(None, help="branch, tag or commit of a Hub model")
+    variant: str | None = option(
+        None, help="files of weights to read, fp16 for *.fp16.safetensors; null: the plain ones, or the only variant"
+    )
     dtype: Literal["fp32", "bf16", "fp16"] = option("fp32", help="number format of the weights")
     device: str = option("auto", help="auto, cpu, cuda, cuda:1, mps")
     adapter: str | list[str] | None = option(None, help="adapter file or run folder, or a list of them")

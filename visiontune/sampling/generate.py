@@ -184,6 +184,7 @@ def _settings(config: SampleConfig, model: PipelineModel | None) -> dict[str, An
         "model": source,
         "model_files": None if model else _stamp(Path(source).expanduser()),
         "revision": config.revision,
+        **({"variant": config.variant} if config.variant else {}),
         "dtype": config.dtype,
         "adapter": [{"file": name, "sha256": digest[:16]} for name, digest in adapters],
         "adapter_scale": config.adapter_scale,

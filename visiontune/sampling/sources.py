@@ -81,7 +81,14 @@ def loaded(config: SampleConfig, model: PipelineModel | None, state: PartialStat
         device = str(state.device) if config.device in ("auto", state.device.type) else config.device
         # What a file names is not fetched unasked.
         named = config.model is not None
-        model = models.load(base_of(config), dtype=dtype, revision=config.revision, device=device, fetch=named)
+        model = models.load(
+            base_of(config),
+            dtype=dtype,
+            revision=config.revision,
+            variant=config.variant,
+            device=device,
+            fetch=named,
+        )
     sets = []
     try:
         for i, name in enumerate(config.adapter_list()):
