@@ -211,7 +211,7 @@ def test_a_full_disk_is_the_users_error_and_loses_nothing(
         write(self, path, **options)
 
     monkeypatch.setattr(Image.Image, "save", filling)
-    with pytest.raises(UserError, match=r"00002_seed0\.png cannot be written: No space.*run the same command again"):
+    with pytest.raises(UserError, match=r"00001_seed0\.png cannot be written: No space.*run the same command again"):
         generate(_config(folder, tmp_path))
     assert len(_rows(tmp_path)) == 2
     monkeypatch.undo()
