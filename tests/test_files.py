@@ -1,23 +1,30 @@
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+import torch
+from PIL import Image
+from safetensors import SafetensorError
+from safetensors.torch import save_file
 
 from visiontune import files
 from visiontune.errors import UserError
 from visiontune.files import Lock, append_jsonl, atomic_write, write_json
+from visiontune.outside import shown
 
 
 def test_the_file_appears_only_when_the_block_ends(tmp_path):
     target = tmp_path / "deep" / "a.json"
     with atomic_write(target) as temporary:
         temporary.write_text("new")
-        assert temporary.suffix == ".json" and temporary.parent == target.parent
+        assert temporary.name == target.name and temporary.parent.parent == target.parent
         assert not target.exists()
     assert target.read_text() == "new"
     assert list(target.parent.iterdir()) == [target]
@@ -143,3 +150,104 @@ def test_a_list_names_files_of_its_own_folder(tmp_path, name):
     with pytest.raises(UserError, match=r"line 3 names '.*', which is outside of"):
         files.inside(tmp_path, name, "line 3")
     assert files.inside(tmp_path, "b/..a.png", "line 3") == tmp_path / "b" / "..a.png"
+
+
+def _png(path):
+    Image.effect_noise((64, 64), 50).save(path, format="PNG")
+
+
+WRITERS = {
+    "text": lambda path: files.write_text(path, "x" * 9000),
+    "json": lambda path: write_json(path, ["x"] * 9000),
+    "lines": lambda path: append_jsonl(path, {"x": "x" * 9000}),
+    "tensors": lambda path: _atomic(path, lambda temporary: save_file({"a": torch.zeros(9000)}, temporary)),
+    "picture": lambda path: _atomic(path, _png),
+    "folder": lambda path: _atomic(path, lambda temporary: [temporary.mkdir(), _png(temporary / "a.png")]),
+    "lock": lambda path: Lock(path).hold(),
+}
+
+
+def _atomic(path, write):
+    with atomic_write(path) as temporary:
+        write(temporary)
+
+
+def _link_to_itself(folder):
+    (folder / "loop").symlink_to("loop")
+    return folder / "loop" / "a.json"
+
+
+def _file_for_a_folder(folder):
+    (folder / "f").write_text("mine")
+    return folder / "f" / "a.json"
+
+
+def _folder_in_the_way(folder):
+    (folder / "d.json" / "mine").mkdir(parents=True)
+    return folder / "d.json"
+
+
+PLACES = {
+    "link to itself": (_link_to_itself, ""),
+    "file for a folder": (_file_for_a_folder, ""),
+    "folder in the way": (_folder_in_the_way, "move away what lies there"),
+    "long name": (lambda folder: folder / ("k" * 3000) / "a.json", "File name too long"),
+    "proc": (lambda folder: Path("/proc/nowhere/a.json"), ""),
+    "null byte": (lambda folder: folder / "a\0b", "(null byte|Invalid argument)"),
+    "half a character": (lambda folder: folder / "a\ud800", "half of a character"),
+}
+
+
+@pytest.mark.parametrize("writer", WRITERS)
+@pytest.mark.parametrize("place", PLACES)
+def test_a_place_that_cannot_be_written_is_one_line_and_stays_as_it_was(tmp_path, writer, place):
+    if (writer, place) == ("lock", "folder in the way"):
+        pytest.skip("which is what it locks")
+    make, words = PLACES[place]
+    path = make(tmp_path)
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(UserError, match=f"cannot be written: .*{words}") as error:
+        WRITERS[writer](path)
+    assert shown(str(path)) in str(error.value) and "\n" not in str(error.value)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize("writer", [name for name in WRITERS if name != "lock"])
+def test_a_limit_of_the_size_of_files_is_one_line_and_leaves_what_was_there(tmp_path, writer):
+    code = (
+        f"import resource, sys; sys.path.insert(0, {str(Path(__file__).parent)!r})\nimport test_files\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000))\n"
+        "from visiontune.errors import UserError\n"
+        f"try: test_files.WRITERS[{writer!r}](test_files.Path({str(tmp_path / 'a.json')!r}))\n"
+        "except UserError as error: print(error)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert "a.json cannot be written: File too large" in done.stdout, done.stderr
+    assert writer == "lines" or not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES])
+def test_errors_of_the_system_and_of_libraries_say_the_mend(tmp_path, number):
+    for raised in (OSError(number, os.strerror(number)), SafetensorError(f"I/O error: no (os error {number})")):
+        with pytest.raises(UserError, match=f"a.bin cannot be written: {os.strerror(number)}: .{{9,}}"):
+            _atomic(tmp_path / "a.bin", raises(raised))
+    with pytest.raises(FileNotFoundError):  # what is read is not what is written
+        _atomic(tmp_path / "a.bin", lambda _: (tmp_path / "other" / "input").read_text())
+
+
+def raises(error):
+    def write(_):
+        raise error
+
+    return write
+
+
+def test_a_target_is_checked_before_there_is_anything_to_write(tmp_path):
+    for place in ("folder in the way", "file for a folder", "long name", "null byte"):
+        with pytest.raises(UserError, match=r"cannot be written|is no name"):
+            files.check_target(PLACES[place][0](tmp_path))
+    files.check_target(tmp_path / "new" / "deep" / "a.json")
+    assert not (tmp_path / "new").exists()
+    (tmp_path / "dangling").symlink_to("nowhere")
+    with pytest.raises(UserError, match="exists"):
+        files.check_new(tmp_path / "dangling")

@@ -39,6 +39,9 @@ class ModelConfig:
 
     source: str = option("pocket/sd", help="pocket/sd, a local diffusers folder or a Hub id")
     revision: str | None = option(None, help="branch, tag or commit of a Hub model")
+    variant: str | None = option(
+        None, help="files of weights to read, fp16 for *.fp16.safetensors; null: the plain ones, or the only variant"
+    )
     dtype: Dtype = option("fp32", help="number format of the frozen weights; full fine-tuning needs fp32")
     quantize: Literal["int8", "nf4"] | None = option(None, help="store the denoiser's linear layers in 8 or 4 bits")
 
@@ -69,7 +72,12 @@ class Run:
     @property
     def folder(self) -> Path:
         """Where the run writes."""
-        return Path(self.out).expanduser() / self.name
+        return outside.expanded(self.out, "folder") / self.name
+
+    @property
+    def cache(self) -> Path:
+        """Where latents, text features and prior pictures are kept, for all runs beside this one."""
+        return outside.expanded(self.out, "folder") / ".cache"
 
     def resolved(self) -> dict[str, Any]:
         """The recipe with every option spelt out; :func:`load_run` reads it back to an equal run."""

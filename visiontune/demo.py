@@ -19,7 +19,7 @@ from visiontune.assemble import assemble
 from visiontune.data.readers import read
 from visiontune.errors import UserError
 from visiontune.evaluation.personalise import Personalisation, measure
-from visiontune.files import Lock, atomic_write, write_json
+from visiontune.files import Lock, atomic_write, check_target, write_json
 from visiontune.models import load
 from visiontune.sampling.grid import grid
 from visiontune.training.devices import native_bf16
@@ -47,6 +47,7 @@ def run(out: Path, overrides: Sequence[str] = ()) -> Path:
     bf16 = native_bf16()
     own = [f"out={out}", "preview.prompts=[]", f"train.precision={'bf16' if bf16 else 'no'}"]
     recipes = {m: config.load_run(f"personalise/{m}", [*own, f"name={m}", *overrides]) for m in METHODS}
+    check_target(out / "report.json")
     for recipe in recipes.values():
         _check(recipe.folder)
     data = recipes[METHODS[0]].data

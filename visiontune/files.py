@@ -5,45 +5,133 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import shutil
 import socket
+import tempfile
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
 from visiontune.errors import UserError
+from visiontune.outside import expanded, shown
 
 try:
     import fcntl
 except ImportError:  # Windows has no such locks
     fcntl = None  # type: ignore[assignment]
 
+_PERMISSION = "change its permissions, or choose another place"
+_OCCUPIED = "move away what lies there, or choose another name"
+# What stands against writing somewhere, and the mend.
+_MENDS = {
+    errno.ENOSPC: "free some space",
+    errno.EDQUOT: "free some space",
+    errno.EFBIG: "allow larger files (ulimit -f), or choose another place",
+    errno.EIO: "look after the disk, or choose another place",
+    errno.EACCES: _PERMISSION,
+    errno.EPERM: _PERMISSION,
+    errno.EROFS: _PERMISSION,
+    errno.EISDIR: _OCCUPIED,
+    errno.ENOTDIR: _OCCUPIED,
+    errno.EEXIST: _OCCUPIED,
+    errno.ENOTEMPTY: _OCCUPIED,
+    errno.ELOOP: "choose another place than a link to itself",
+    errno.ENAMETOOLONG: "choose a shorter name",
+    errno.ENOENT: "choose another place",
+    errno.EINVAL: "choose another name",
+}
+_PARTIAL = re.compile(r"\.(?P<stem>.+)\.\d+\.tmp(?P<suffix>\.[^.]*)?")
+# How libraries in Rust report an error of the operating system.
+_NUMBERED = re.compile(r"\(os error (\d+)\)")
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 
 
 @contextmanager
-def atomic_write(path: str | Path) -> Iterator[Path]:
-    """Yield a temporary path beside ``path`` that takes its place when the block ends without an error.
+def writing(path: str | Path) -> Iterator[None]:
+    """In the block something is written at ``path`` or in it, by whatever library.
 
-    The temporary name keeps the suffix, so writers that choose a format by suffix work; it may be made a file or a
-    folder (a folder cannot replace a folder that has content). Missing parent folders are made. After an error nothing
-    is left behind and whatever stood at ``path`` before still stands. Whoever may read other new files may read it.
+    Raises:
+        UserError: it cannot be: no space, no permission, something else in its place, a name that nothing can have.
+    """
+    try:
+        yield
+    except Exception as error:
+        number, name = _disk_error(error, Path(path)), shown(str(path))
+        if number is not None:
+            reason = getattr(error, "strerror", None) or os.strerror(number)
+            raise UserError(f"{name} cannot be written: {reason}: {_MENDS[number]}") from error
+        if isinstance(error, UnicodeEncodeError):
+            raise UserError(f"{name} cannot be written: a text or a name holds half of a character") from error
+        if isinstance(error, ValueError) and "null byte" in str(error):
+            raise UserError(f"{name} cannot be written: {error}: choose another name") from error
+        raise
+
+
+def _disk_error(error: Exception, path: Path) -> int | None:
+    """The number of an error in writing at ``path``; None for any other."""
+    found = _NUMBERED.search(str(error))
+    number = error.errno if isinstance(error, OSError) else int(found[1]) if found else None
+    if number not in _MENDS or isinstance(error, UserError):
+        return None
+    # What the block reads may be missing too.
+    elsewhere = isinstance(error, FileNotFoundError) and error.filename and not _near(Path(error.filename), path)
+    return None if elsewhere else number
+
+
+def _near(other: Path, path: Path) -> bool:
+    temporary = other.parent == path.parent and other.name.startswith(f".{path.stem}.")
+    return temporary or other in (path, *path.parents)
+
+
+@contextmanager
+def atomic_write(path: str | Path) -> Iterator[Path]:
+    """Yield a temporary path near ``path`` that takes its place when the block ends without an error.
+
+    It has the name of ``path`` in a folder ``.<stem>.<process>.tmp<suffix>`` beside it, so that writers that choose a
+    format by suffix work, and whatever they leave when they are killed lies there; see :func:`clear_partial`. It may be
+    made a file or a folder (a folder cannot replace a folder that has content). Missing parent folders are made. After
+    an error nothing is left behind and whatever stood at ``path`` before still stands. Whoever may read other new files
+    may read it.
+
+    Raises:
+        UserError: see :func:`writing`.
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.stem}.{os.getpid()}.tmp{path.suffix}")
-    try:
-        yield temporary
-        _share(temporary)
-        os.replace(temporary, path)
-    except BaseException:
-        if temporary.is_dir():
-            shutil.rmtree(temporary, ignore_errors=True)
-        else:
-            temporary.unlink(missing_ok=True)
-        raise
+    holder = path.with_name(f".{path.stem}.{os.getpid()}.tmp{path.suffix}")
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            remove(holder)  # of an earlier process of the same number
+            holder.mkdir()
+            yield holder / path.name
+            _share(holder / path.name)
+            os.replace(holder / path.name, path)
+        finally:
+            remove(holder)
+
+
+def clear_partial(folder: Path, ours: Callable[[str], object]) -> None:
+    """Remove what processes that are no more left half-written; to be called by who holds the folder's lock.
+
+    Args:
+        ours: whether a name in the folder is one that is written there; what would have become another file stays.
+    """
+    for path in folder.iterdir() if folder.is_dir() else ():
+        found = _PARTIAL.fullmatch(path.name)
+        if found and ours(found["stem"] + (found["suffix"] or "")):
+            remove(path)
+
+
+def remove(path: Path) -> None:
+    """Remove a file or a folder as far as that can be done, without a word where it cannot."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        with suppress(OSError, ValueError):
+            path.unlink(missing_ok=True)
 
 
 def _share(path: Path) -> None:
@@ -53,6 +141,48 @@ def _share(path: Path) -> None:
     for file in [path, *path.rglob("*")] if path.is_dir() else [path]:
         if file.is_file() and not file.is_symlink():
             file.chmod(0o666 & ~mask)
+
+
+def check_target(path: Path) -> None:
+    """Refuse a place where no file can be written, before anything is computed for it.
+
+    Raises:
+        UserError: a folder lies there, or its parent is none or cannot be written to.
+    """
+    path = expanded(path)
+    with writing(path):
+        parent = next(folder for folder in path.absolute().parents if os.path.lexists(folder))
+        if path.is_dir():
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+        # Permissions alone do not tell: the superuser has them in /proc too.
+        try:
+            tempfile.TemporaryFile(dir=parent).close()
+        except FileNotFoundError as error:
+            raise OSError(errno.ENOENT, os.strerror(errno.ENOENT)) from error
+
+
+def check_new(path: Path) -> None:
+    """:func:`check_target` for what must not be there yet.
+
+    Raises:
+        UserError: something lies there, or nothing can be written there.
+    """
+    with writing(path):
+        if os.path.lexists(path):
+            raise UserError(f"{path} exists: name another output, or remove it")
+    check_target(path)
+
+
+def refuse_folders(folder: Path, names: Iterable[str]) -> None:
+    """Refuse a folder in which something else lies where files are to be written, before anything is computed for them.
+
+    Raises:
+        UserError: it is none, or one of the names in it is no file.
+    """
+    with writing(folder):
+        others = {entry.name for entry in os.scandir(folder) if not entry.is_file()}
+    if taken := others.intersection(names):
+        raise UserError(f"{folder / min(taken)} lies where a file goes: move it away, or choose another out")
 
 
 def inside(folder: Path, name: str, where: str) -> Path:
@@ -94,9 +224,10 @@ def write_json(path: str | Path, obj: Any) -> None:
 def append_jsonl(path: str | Path, obj: Any) -> None:
     """Append ``obj`` as one JSON line; a killed process leaves at most one broken last line."""
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(obj, ensure_ascii=False) + "\n")
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(obj, ensure_ascii=False) + "\n")
 
 
 class Lock:
@@ -118,22 +249,23 @@ class Lock:
         """Take the lock, unless this object has it.
 
         Raises:
-            UserError: another has it; the message names the process.
+            UserError: another has it; the message names the process. Or see :func:`writing`.
         """
         if self._file is not None or fcntl is None:
             return
         folder = self.path.parent
-        self._made = [path for path in (folder, *folder.parents) if not path.exists()]
-        folder.mkdir(parents=True, exist_ok=True)
-        file = self._locked()
-        # One that ends takes its file with it: what was locked must still be what others would lock.
-        while file is not None and not _is_at(file, self.path):
-            file.close()
+        with writing(folder):
+            self._made = [path for path in (folder, *folder.parents) if not path.exists()]
+            folder.mkdir(parents=True, exist_ok=True)
             file = self._locked()
-        if file is not None:
-            file.truncate(0)
-            file.write(f"process {os.getpid()} on {socket.gethostname()}")
-            file.flush()
+            # One that ends takes its file with it: what was locked must still be what others would lock.
+            while file is not None and not _is_at(file, self.path):
+                file.close()
+                file = self._locked()
+            if file is not None:
+                file.truncate(0)
+                file.write(f"process {os.getpid()} on {socket.gethostname()}")
+                file.flush()
         self._file = file
 
     def _locked(self) -> IO[str] | None:

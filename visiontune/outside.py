@@ -14,6 +14,23 @@ from visiontune.errors import UserError
 MOST_BYTES = 1 << 30
 # File systems take 255; a file has a longer name while it is written.
 LONGEST_NAME = 220
+_PATIENCE = 0.1  # seconds that a regular expression may take for one text
+
+
+def expanded(path: str | Path, what: str = "file") -> Path:
+    """``path`` with ``~`` put in, whatever lies there.
+
+    Raises:
+        UserError: nothing can have such a name.
+    """
+    given = os.fspath(path)
+    try:
+        if b"\0" in os.fsencode(given):
+            raise ValueError("embedded null byte")
+        return Path(given).expanduser()
+    except (ValueError, RuntimeError) as error:
+        # Half of a character, or `~nobody`.
+        raise UserError(f"'{shown(given)}' is no name of a {what}: {error}") from error
 
 
 def regular(path: str | Path, what: str = "file") -> Path:
@@ -26,17 +43,13 @@ def regular(path: str | Path, what: str = "file") -> Path:
     Raises:
         UserError: nothing is there, or something else than a file, or no file can have such a name.
     """
-    given = os.fspath(path)
+    given, file = os.fspath(path), expanded(path, what)
     try:
-        file = Path(given).expanduser()
         mode = file.stat().st_mode
     except FileNotFoundError as error:
         raise UserError(f"there is no {what} '{shown(given)}'") from error
     except OSError as error:
         raise UserError(f"{what} '{shown(given)}' cannot be read: {error.strerror or error}") from error
-    except (ValueError, RuntimeError) as error:
-        # A null byte, a surrogate, or `~nobody`.
-        raise UserError(f"'{shown(given)}' is no name of a {what}: {error}") from error
     if not stat.S_ISREG(mode):
         kind = "a folder" if stat.S_ISDIR(mode) else "a pipe or a device"
         raise UserError(f"{what} '{shown(given)}' is {kind}: name a file")
@@ -53,11 +66,10 @@ def target(path: str | Path, what: str = "file") -> Path:
     Raises:
         UserError: no file can have such a name, or what stands above it is no folder.
     """
-    given = os.fspath(path)
+    given, place = os.fspath(path), expanded(path, what)
+    if any(len(os.fsencode(part)) > LONGEST_NAME for part in place.parts):
+        raise UserError(f"{what} '{shown(given)}' has a name of more than {LONGEST_NAME} bytes: take a shorter one")
     try:
-        place = Path(given).expanduser()
-        if any(len(os.fsencode(part)) > LONGEST_NAME for part in place.parts):
-            raise UserError(f"{what} '{shown(given)}' has a name of more than {LONGEST_NAME} bytes: take a shorter one")
         os.stat(place)
     except FileNotFoundError:
         pass
@@ -68,9 +80,15 @@ def target(path: str | Path, what: str = "file") -> Path:
         ) from error
     except OSError as error:
         raise UserError(f"{what} '{shown(given)}' cannot be: {error.strerror or error}, choose another") from error
-    except (ValueError, RuntimeError) as error:
-        raise UserError(f"'{shown(given)}' is no name of {what}: {error}") from error
     return place
+
+
+def is_folder(path: str | Path) -> bool:
+    """Whether a folder lies at ``path``, with ``~`` put in; a name that nothing can have is none."""
+    try:
+        return expanded(path).is_dir()
+    except (OSError, UserError):
+        return False
 
 
 def read_bytes(path: str | Path, what: str = "file", most: int = MOST_BYTES) -> bytes:
@@ -112,9 +130,11 @@ def parse_json(text: str | bytes, where: str) -> Any:
         UserError: it is not JSON, or nests or counts further than can be read, or holds halves of characters.
     """
     try:
-        value = json.loads(text)
-        # Halves of characters can be read but not written; only an escape can spell one.
-        if (b"\\u" if isinstance(text, bytes) else "\\u") in text:  # type: ignore[operator]
+        # Given bytes, json would guess at their encoding, and take halves of characters.
+        given = text.decode() if isinstance(text, bytes) else text
+        value = json.loads(given)
+        # Halves of characters can be read but not written.
+        if "\\u" in given or not given.isascii():
             json.dumps(value, ensure_ascii=False).encode()
     except json.JSONDecodeError as error:
         raise UserError(f"{where} is not JSON: {error.msg} at line {error.lineno}, column {error.colno}") from error
@@ -136,6 +156,31 @@ def read_json(path: str | Path, what: str = "file", most: int = MOST_BYTES) -> A
         UserError: see :func:`read_text` and :func:`parse_json`.
     """
     return parse_json(read_text(path, what, most), f"{what} '{shown(str(path))}'")
+
+
+def matches(pattern: str, text: str, where: str) -> bool:
+    """Whether a regular expression of the outside matches all of ``text``, found in bounded time.
+
+    Args:
+        where: what the pattern is, for messages.
+
+    Raises:
+        UserError: it is none, or takes longer than a tenth of a second.
+    """
+    import regex
+
+    try:
+        return regex.fullmatch(pattern, text, timeout=_PATIENCE) is not None
+    except regex.error as error:
+        raise UserError(
+            f"{where} '{shown(pattern)}' is no regular expression ({error}): '.*' stands for any text"
+        ) from error
+    except TimeoutError as error:
+        raise UserError(
+            f"{where} '{shown(pattern)}' takes too long to match: write it without nested repeats"
+        ) from error
+    except (MemoryError, OverflowError, RecursionError) as error:
+        raise UserError(f"{where} '{shown(pattern)}' is too large to be matched: write it shorter") from error
 
 
 def shown(text: str) -> str:

@@ -306,7 +306,8 @@ def test_files_that_do_not_fit_are_refused(net, tmp_path) -> None:
     with pytest.raises(UserError, match="has shape"):
         load(bare(), rewritten({**tensors, first: torch.zeros(3, 3)}))
     with pytest.raises(UserError, match=r"no layer for 'blocks\.7\.to_q'"):
-        load(bare(), rewritten(tensors, layers=["blocks.7.to_q", "blocks.1.to_q"]))
+        sample = {layer: [0.0] for layer in ("blocks.7.to_q", "blocks.1.to_q")}
+        load(bare(), rewritten(tensors, layers=[*sample], base_sample=sample))
     with pytest.raises(UserError, match="newer visiontune"):
         load(bare(), rewritten(tensors, visiontune_format="99"))
     with pytest.raises(UserError, match="no adapter file"):

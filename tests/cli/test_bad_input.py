@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import errno
+import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from visiontune import adapters, models
 
 ROOT = Path(__file__).parents[2]
 
@@ -218,13 +223,74 @@ def test_the_installed_command_reports_without_a_traceback(tmp_path):
     assert done.stderr.startswith("visiontune: ") and done.stderr.count("\n") == 1
 
 
-def test_scores_cannot_be_written_over_a_folder(cli, photos, tmp_path, unchanged):
-    (tmp_path / "scores.json").mkdir()
-    with unchanged:
-        refused(cli("score", photos, "brightness", "--out", "scores.json"), "scores.json is a folder")
-
-
 @pytest.mark.parametrize("prompts", ["gone.csv", "gone.txt", "~nobody-is-called-so/a.txt", "a" * 300 + ".txt"])
 def test_a_list_of_prompts_that_is_not_there(cli, tiny_folder, prompts, unchanged):
     with unchanged:
         refused(cli("sample", f"model={tiny_folder}", f"prompts={prompts}", "out=o"), "prompts file")
+
+
+# Every verb that reads adapter files, on one that is damaged in its header and one in its tensors.
+READERS = {
+    "sample": ("sample", "prompts=a", "adapter={}", "steps=1", "device=cpu", "out=o", "model={base}"),
+    "export": ("export", "{}", "out.safetensors", "--model", "{base}"),
+    "train": ("train", "{recipe}", "adapter.start={}"),
+}
+
+
+@pytest.mark.parametrize("verb", READERS)
+@pytest.mark.parametrize("damage", ["header", "tensors", "pipe"])
+def test_a_damaged_adapter_file(cli, recipe, tiny_folder, tmp_path, verb, damage, unchanged):
+    assert cli("train", recipe, "name=whole").code == 0
+    file = tmp_path / "bad.safetensors"
+    if damage == "pipe":
+        os.mkfifo(file)
+    else:
+        with safe_open(tmp_path / "runs" / "whole" / "adapter.safetensors", "pt") as whole:
+            metadata, tensors = whole.metadata(), {name: whole.get_tensor(name) for name in whole.keys()}  # noqa: SIM118
+        if damage == "header":
+            del metadata["base_hash"]
+        else:
+            tensors[min(tensors)][0] = float("nan")
+        save_file(tensors, file, metadata)
+    words = [word.format(file, base=tiny_folder, recipe=recipe) for word in READERS[verb]]
+    reason = {"header": "it has no 'base_hash'", "tensors": "not finite", "pipe": "is a pipe"}[damage]
+    with unchanged:
+        refused(cli(*words), str(file), reason)
+
+
+def test_an_adapter_that_does_not_say_its_base(cli, tiny_folder, tmp_path, unchanged):
+    made = adapters.attach(models.load(str(tiny_folder)).of("denoiser"), "lora", rank=2)
+    made.save(tmp_path / "a.safetensors")
+    with unchanged:
+        for words, option in (
+            (("sample", "prompts=a", "adapter=a.safetensors", "out=o"), "model="),
+            (("export", "a.safetensors", "e.safetensors"), "--model"),
+        ):
+            refused(cli(*words), "does not say what it was trained on", option)
+    assert cli("export", "a.safetensors", "e.safetensors", "--model", tiny_folder).code == 0
+
+
+@pytest.mark.parametrize("place", ["f/o", "loop", "/proc/o", "~nosuchuser/o", "k" * 300])
+@pytest.mark.parametrize("verb", ["train", "sample", "export", "score", "demo", "copy"])
+def test_a_place_that_cannot_be_written(cli, recipe, photos, tiny_folder, unchanged, verb, place):
+    Path("f").write_text("a file")
+    Path("loop").symlink_to("loop")
+    out = "loop/o" if place == "loop" else place
+    words = {
+        "train": ("train", recipe, f"out={out}"),
+        "sample": ("sample", "prompts=a", f"model={tiny_folder}", f"out={out}", "device=cpu", "steps=1"),
+        "export": ("export", "nothing", f"{out}.safetensors"),
+        "score": ("score", photos, "brightness", "--out", f"{out}.json"),
+        "demo": ("demo", "--out", out),
+        "copy": ("copy", "personalise/oft", f"{out}/recipe.yaml"),
+    }[verb]
+    with unchanged:
+        result = cli(*words)
+    assert result.code == 2 and result.err.count("visiontune: ") == 1
+    assert len([line for line in result.err.splitlines() if line.startswith("visiontune: ")]) == 1, result.err
+
+
+@pytest.mark.parametrize("taken", ["grid.png", "manifest.jsonl", "00000_seed0.png"])
+def test_a_folder_where_sampling_writes_a_file(cli, tiny_folder, taken):
+    Path("o", taken).mkdir(parents=True)
+    refused(cli("sample", "prompts=a", f"model={tiny_folder}", "out=o", "device=cpu", "steps=1"), taken, "move it away")

@@ -139,7 +139,7 @@ def test_what_export_refuses(cli, adapter, tmp_path) -> None:
     path, _ = adapter
     before = sorted(tmp_path.iterdir())
     for words, message in (
-        (("export", "nowhere", "a.safetensors"), "there is no adapter nowhere"),
+        (("export", "nowhere", "a.safetensors"), "there is no adapter file or run folder 'nowhere'"),
         (("export", path, "a.bin"), "diffusers is written to a .safetensors file"),
         (("export", path, path), "exists: name another output"),
         (

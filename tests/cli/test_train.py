@@ -1,6 +1,9 @@
 from __future__ import annotations
 
 import json
+import os
+import shlex
+import signal
 from pathlib import Path
 
 import pytest
@@ -9,6 +12,7 @@ import yaml
 from safetensors.torch import load_file
 
 from visiontune import adapters, config
+from visiontune.training.loop import Trainer
 
 
 def test_train_writes_the_adapter_the_recipe_and_what_it_was_trained_with(cli, recipe):
@@ -257,3 +261,29 @@ def test_a_start_that_is_no_adapter_is_refused(cli, recipe, unchanged):
     with unchanged:
         missing = cli("check", recipe, "adapter.start=nowhere.safetensors")
         assert missing.code == 2 and "adapter.start: there is no adapter file 'nowhere.safetensors'" in missing.err
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_is_answered_by_the_command_that_goes_on(cli, recipe, monkeypatch, number):
+    optimise = Trainer.optimise
+
+    def signalled(self, step):
+        if step == 0:
+            os.kill(os.getpid(), number)
+        return optimise(self, step)
+
+    monkeypatch.setattr(Trainer, "optimise", signalled)
+    result = cli("train", recipe, "name=a b", "train.resume=false", "train.steps=3")
+    assert result.code == 128 + number and "a second one ends at once" not in result.out
+    command = shlex.split(result.err.rsplit("`", 2)[1])
+    assert command == ["visiontune", "train", str(recipe), "name=a b", "train.steps=3", "train.resume=true"]
+    monkeypatch.undo()
+    monkeypatch.chdir(recipe.parent)
+    assert cli(*command[1:]).code == 0
+    assert (recipe.parent / "runs" / "a b" / "adapter.safetensors").exists()
+
+
+def test_a_signal_before_the_first_step_is_one_line(cli, recipe, monkeypatch):
+    monkeypatch.setattr("visiontune.assemble.assemble", lambda run: os.kill(os.getpid(), signal.SIGTERM))
+    result = cli("train", recipe)
+    assert result.code == 143 and result.err.endswith("visiontune: terminated\n")

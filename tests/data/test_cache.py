@@ -71,7 +71,7 @@ def test_nothing_is_left_behind_when_encoding_or_writing_fails(cache, monkeypatc
     with pytest.raises(OSError):
         cache.get("k1", fail)
     monkeypatch.setattr("visiontune.data.cache.save_file", fail)
-    with pytest.raises(UserError, match=r"cannot write the cache.*No space left"):
+    with pytest.raises(UserError, match=r"cannot be written: No space left.*free some space"):
         cache.get("k1", Maker())
     assert not [p for p in cache.folder.rglob("*") if p.is_file()]
 

@@ -6,6 +6,7 @@ import json
 import shutil
 import socket
 
+import diffusers
 import huggingface_hub
 import pytest
 import torch
@@ -198,6 +199,123 @@ def test_weights_that_lack_a_tensor_are_refused_and_it_is_named(folder, part):
     name = without_a_tensor(file)
     message = refusal(folder)
     assert name in message and part in message
+
+
+def as_variant(folder, parts, variant="fp16", keep=False):
+    """Give the weights of some parts the names of a variant."""
+    for part in parts:
+        for file in (folder / part).glob("*.safetensors"):
+            (shutil.copy if keep else shutil.move)(file, file.with_name(f"{file.stem}.{variant}.safetensors"))
+
+
+def test_a_folder_with_nothing_but_a_variant_opens_and_says_so(folder, saved):
+    as_variant(folder, ["unet", "vae", "text_encoder"])
+    with pytest.warns(UserWarning, match="unet of model .* has no plain weights: its variant fp16 is read"):
+        model = models.load(str(folder))
+    original = models.load(str(saved))
+    for part in model.networks():
+        assert model.fingerprint(part) == original.fingerprint(part)
+    assert models.load(str(folder), variant="fp16").fingerprint("denoiser") == original.fingerprint("denoiser")
+
+
+def test_the_plain_files_are_read_unless_a_variant_is_asked_for(folder):
+    as_variant(folder, ["unet"], keep=True)
+    plain = folder / "unet" / "diffusion_pytorch_model.safetensors"
+    save_file({key: value + 1 for key, value in load_file(plain).items()}, plain, {"format": "pt"})
+    model, variant = models.load(str(folder)), models.load(str(folder), variant="fp16")
+    bias = "conv_in.bias"
+    torch.testing.assert_close(model.denoiser.state_dict()[bias], variant.denoiser.state_dict()[bias] + 1)
+    assert model.fingerprint("vae") == variant.fingerprint("vae")  # which has plain files alone
+
+
+def test_variants_that_are_not_there_or_not_alone_are_refused_with_those_that_are(folder):
+    assert "has no variant 'fp16': set variant to null" in refusal(folder, variant="fp16")
+    as_variant(folder, ["unet"], "ema", keep=True)
+    assert "has no variant 'fp16': set variant, one of ema" in refusal(folder, variant="fp16")
+    as_variant(folder, ["unet"], "fp16")
+    (folder / "unet" / "diffusion_pytorch_model.ema.fp16.safetensors").unlink()
+    shutil.copy(
+        folder / "unet" / "diffusion_pytorch_model.fp16.safetensors",
+        folder / "unet" / "diffusion_pytorch_model.ema.safetensors",
+    )
+    assert "has no plain weights: set variant, one of ema, fp16" in refusal(folder)
+
+
+@pytest.mark.parametrize("online", [True, False])
+def test_a_hub_model_with_nothing_but_a_variant_is_fetched(folder, tmp_path, monkeypatch, online):
+    as_variant(folder, ["unet", "vae", "text_encoder"])
+    files = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
+    asked = []
+    monkeypatch.setattr(huggingface_hub.HfApi, "list_repo_files", lambda self, name, revision=None: files)
+    kind = type(tiny_pipe())
+    monkeypatch.setattr(kind, "download", lambda name, variant=None, **_: [asked.append(variant), str(folder)][1])
+    index = json.loads((folder / "model_index.json").read_text())
+    family = models.families()["sd"]
+    with pytest.warns(UserWarning, match="variant fp16 is read"):
+        family.open(kind.__name__, "owner/name", "owner/name", torch.float32, index, local_files_only=not online)
+    assert asked == (["fp16"] if online else [None])
+
+
+def test_a_transformers_model_with_nothing_but_a_variant_opens(tmp_path):
+    folder = shutil.copytree(pocket.folder("pocket/clip", "config.json"), tmp_path / "clip")
+    (folder / "model.safetensors").rename(folder / "model.fp16.safetensors")
+    with pytest.warns(UserWarning, match="its variant fp16 is read"):
+        models.load(str(folder))
+    models.load(str(folder), variant="fp16")
+
+
+@pytest.mark.parametrize("part", ["unet", "scheduler", "tokenizer", "vae"])
+@pytest.mark.parametrize(
+    "value", [5, "x", {}, [], ["diffusers"], ["diffusers", 5], [5, "x"], [None, "x"], [["a"], "b"]]
+)
+def test_an_index_whose_part_is_no_class_is_refused(folder, part, value):
+    index = json.loads((folder / "model_index.json").read_text())
+    (folder / "model_index.json").write_text(json.dumps({**index, part: value}))
+    assert f"does not say of what class its {part} is" in refusal(folder)
+
+
+@pytest.mark.parametrize("steps", [0, -1, "x", 1.5, 10**12, None, [1000]])
+def test_a_schedule_without_a_length_is_refused(folder, steps):
+    file = folder / "scheduler" / "scheduler_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "num_train_timesteps": steps}))
+    assert "num_train_timesteps=" in refusal(folder)
+
+
+@pytest.mark.parametrize("file", ["scheduler/scheduler_config.json", "unet/config.json", "text_encoder/config.json"])
+@pytest.mark.parametrize("content", ["[" * 100_000, "5", "[]", "{", '{"_class_name": 5}', "{}"])
+def test_a_broken_config_of_a_part_is_one_line(folder, file, content):
+    (folder / file).write_text(content)
+    if (file, content) == ("scheduler/scheduler_config.json", "{}"):
+        models.load(str(folder))  # all of it has defaults
+        return
+    refusal(folder)
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "fits"),
+    [
+        ("DDIMScheduler", {"rescale_betas_zero_snr": True}, False),
+        ("EulerDiscreteScheduler", {"rescale_betas_zero_snr": True}, False),
+        ("DDIMScheduler", {"trained_betas": [0.1, 0.5, 1.0]}, False),
+        ("DDIMScheduler", {"rescale_betas_zero_snr": True, "prediction_type": "v_prediction"}, True),
+        ("DDIMScheduler", {"rescale_betas_zero_snr": True, "prediction_type": "sample"}, True),
+        ("DDIMScheduler", {}, True),
+    ],
+)
+def test_noise_is_not_predicted_where_a_schedule_leaves_no_signal(folder, kind, options, fits):
+    index = json.loads((folder / "model_index.json").read_text())
+    (folder / "model_index.json").write_text(json.dumps({**index, "scheduler": ["diffusers", kind]}))
+    shutil.rmtree(folder / "scheduler")
+    getattr(diffusers, kind)(**options).save_pretrained(folder / "scheduler")
+    if fits:
+        models.load(str(folder))
+    else:
+        assert "zero terminal SNR): set prediction_type" in refusal(folder)
+
+
+@pytest.mark.parametrize("name", ["k" * 3000, "a\0b", "~nosuchuser/m", "a\udcff"])
+def test_a_name_that_nothing_can_have_is_refused(name):
+    assert "model" in refusal(name)
 
 
 def test_a_clip_that_lacks_a_tensor_is_refused_and_it_is_named(tmp_path):

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 import shutil
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -26,6 +28,7 @@ from visiontune.sampling.config import SampleConfig
 from visiontune.sampling.generate import generate
 from visiontune.sampling.sources import base_of
 from visiontune.schema import from_mapping
+from visiontune.signals import Interrupted
 
 PROMPTS = ["a red circle", "a blue square", "a green triangle"]
 
@@ -209,7 +212,8 @@ def test_without_a_model_an_adapter_is_drawn_with_on_the_one_it_was_trained_on(f
     assert _bytes(tmp_path / "found")["00000_seed0.png"] == _bytes(tmp_path / "named")["00000_seed0.png"]
     assert base_of(_config(folder, tmp_path, model=None)) == "pocket/sd"
     nameless = _adapter(tmp_path / "nameless.safetensors")
-    assert base_of(_config(folder, tmp_path, model=None, adapter=str(nameless))) == "pocket/sd"
+    with pytest.raises(UserError, match="does not say what it was trained on: name the base with model="):
+        base_of(_config(folder, tmp_path, model=None, adapter=str(nameless)))
 
 
 def test_two_runs_do_not_draw_into_one_folder(folder: Path, tmp_path: Path) -> None:
@@ -233,16 +237,16 @@ def test_a_given_model_gets_its_adapters_taken_off_again(folder: Path, tmp_path:
 def test_a_full_disk_is_the_users_error_and_loses_nothing(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    write, calls = module.write_image, []
+    write, calls = Image.Image.save, []
 
-    def filling(path: Path, image: np.ndarray) -> str:
+    def filling(self: Image.Image, path: Path, **options: Any) -> None:
         calls.append(path)
         if len(calls) == 3:
             raise OSError(28, "No space left on device")
-        return write(path, image)
+        write(self, path, **options)
 
-    monkeypatch.setattr(module, "write_image", filling)
-    with pytest.raises(UserError, match="is full"):
+    monkeypatch.setattr(Image.Image, "save", filling)
+    with pytest.raises(UserError, match=r"00001_seed0\.png cannot be written: No space.*run the same command again"):
         generate(_config(folder, tmp_path))
     assert len(_rows(tmp_path)) == 2
     monkeypatch.undo()
@@ -259,7 +263,7 @@ def test_bad_options(tmp_path: Path) -> None:
         with pytest.raises(UserError, match=words):
             _config(tmp_path, tmp_path, **options)
     (tmp_path / "file").touch()
-    with pytest.raises(UserError, match="is a file"):
+    with pytest.raises(UserError, match="file cannot be written"):
         generate(_config(tmp_path, tmp_path / "file"))
 
 
@@ -334,4 +338,35 @@ def test_kill_at_any_moment_then_run_again(folder: Path, finished: Path, tmp_pat
     for path in out.glob("0*.png"):
         Image.open(path).load()
     generate(_config(folder, out))
+    assert _bytes(out) == _bytes(finished)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_after_the_batch_and_the_same_call_goes_on(
+    folder: Path, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    write, calls, out = module.write_image, [], tmp_path / "out"
+
+    def signalled(path: Path, image: np.ndarray) -> str:
+        calls.append(path.name)
+        if len(calls) == 1:
+            os.kill(os.getpid(), number)
+        return write(path, image)
+
+    monkeypatch.setattr(module, "write_image", signalled)
+    with pytest.raises(Interrupted, match="after 4 of 6 images") as stop:
+        generate(_config(folder, out))
+    assert stop.value.status == 128 + number
+    assert pickle.loads(pickle.dumps(stop.value)).status == 128 + number
+    assert len(calls) == len(_rows(out)) == 4
+    for name in (".00004_seed0.77.tmp.png", ".grid.77.tmp.png", ".manifest.77.tmp.jsonl"):
+        (out / name).mkdir()
+        (out / name / name[1:]).write_bytes(b"half")
+    mine = [out / ".my_seedlings.77.tmp.txt", out / ".notes.tmp.png"]
+    for path in mine:
+        path.write_text("mine")
+    generate(_config(folder, out))
+    for path in mine:
+        assert path.read_text() == "mine"
+        path.unlink()
     assert _bytes(out) == _bytes(finished)

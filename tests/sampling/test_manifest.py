@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -53,7 +55,7 @@ def test_damage_before_the_last_line_is_named(tmp_path: Path) -> None:
     path = tmp_path / "manifest.jsonl"
     for damage in ('{"file": "0', "[1]", '{"prompt": "no file"}'):
         path.write_text(f"{damage}\n{json.dumps(_row(JOBS[0]))}\n")
-        with pytest.raises(UserError, match="line 1 is damaged"):
+        with pytest.raises(UserError, match=r"line 1 .*delete that line"):
             manifest.read(path)
 
 
@@ -83,3 +85,37 @@ def test_lists_may_grow_but_not_change(tmp_path: Path) -> None:
     for prompts, seeds, words in [*cases, (["a", "b"], [0], "seeds held 7")]:
         with pytest.raises(UserError, match=words):
             manifest.check(rows, manifest.plan(prompts, seeds, "png"), SETTINGS, tmp_path)
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"file": 5},
+        {"file": ["a"]},
+        {"file": None},
+        {"file": "a\0b"},
+        {"prompt": None},
+        {"prompt": 5},
+        {"index": "x"},
+        {"seed": []},
+        {"settings": 5},
+        "[" * 100_000,
+        '{"file": "\\ud800", "prompt": ""}',
+        "9" * 5000,
+        "null",
+    ],
+    ids=lambda row: str(row)[:30],
+)
+def test_a_row_of_another_shape_is_one_line(tmp_path: Path, row: dict[str, Any] | str) -> None:
+    path = tmp_path / manifest.NAME
+    text = row if isinstance(row, str) else json.dumps({**_row(JOBS[0]), **row})
+    path.write_text(f"{text}\n{json.dumps(_row(JOBS[1]))}\n")
+    with pytest.raises(UserError, match=r"line 1 .*delete that line") as error:
+        manifest.collect(tmp_path)
+    assert "\n" not in str(error.value)
+
+
+def test_what_is_no_file_is_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / manifest.NAME)
+    with pytest.raises(UserError, match="is a pipe"):
+        manifest.collect(tmp_path)

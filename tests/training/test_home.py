@@ -86,3 +86,18 @@ def test_the_first_process_of_a_run_has_the_folder_for_all(tmp_path, monkeypatch
     monkeypatch.setenv("RANK", rank)
     with home.Home(tmp_path):
         assert (tmp_path / ".lock").exists() == held
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "README.md", "recipe.yaml", ".written"])
+def test_a_folder_where_the_run_keeps_a_file_is_refused(tmp_path, name):
+    (tmp_path / name).mkdir()
+    with pytest.raises(UserError, match=f"{name} is not a file, as the run needs it: move it away"):
+        home.refuse_others_kind(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["checkpoints", "samples", "guards", "tensorboard"])
+def test_a_file_or_a_dead_link_where_the_run_keeps_a_folder_is_refused(tmp_path, name):
+    home.refuse_others_kind(tmp_path)
+    (tmp_path / name).symlink_to("nowhere")
+    with pytest.raises(UserError, match=f"{name} is not a folder, as the run needs it: move it away"):
+        home.refuse_others_kind(tmp_path)

@@ -198,3 +198,14 @@ def test_a_checkpoint_of_the_first_version_goes_on_to_the_same_bits(tmp_path):
     tiny_trainer(tmp_path / "old", **options, resume=True).fit()
     ours, theirs = (load_file(tmp_path / run / "model" / "weights.safetensors") for run in ("old", "whole"))
     assert ours.keys() == theirs.keys() and all(torch.equal(value, theirs[name]) for name, value in ours.items())
+
+
+@pytest.mark.parametrize(
+    "row", ["[]", "5", "null", "{}", '{"step": "x"}', "[" * 100_000, '{"step": ' + "9" * 5000 + "}", ""]
+)
+def test_a_row_of_metrics_of_another_shape_is_one_line_and_nothing_is_lost(tmp_path, row):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(text := f'{{"step": 1}}\n{row}\n{{"step": 2}}\n')
+    with pytest.raises(UserError, match=r"metrics\.jsonl line 2"):
+        forget_after(path, 1)
+    assert path.read_text() == text

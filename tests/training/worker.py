@@ -11,6 +11,7 @@ from processes import ranks
 from tiny_training import CutRows, RowNoise, TinyModel, TinyRows, tiny_trainer
 
 from visiontune.objectives import dreambooth
+from visiontune.signals import Interrupted
 from visiontune.training import checkpoint
 
 STEPS = 13
@@ -63,6 +64,34 @@ def die_while_saving(step: int) -> None:
     checkpoint.torch.save = dying
 
 
+def die_before_replacing(name: str) -> None:
+    """Kill the process when a file of that name would be put in its place."""
+    replace = os.replace
+
+    def dying(source, target):
+        if Path(target).name == name:
+            os.kill(os.getpid(), signal.SIGKILL)
+        replace(source, target)
+
+    os.replace = dying
+
+
+def signalled(folder: str) -> list[int]:
+    """Two processes of one run, the second of which is sent SIGTERM in step 2; which step each stopped after."""
+
+    def work(rank: int) -> None:
+        run = shared(Path(folder), 2, rank, 2)
+        loss = run.loss
+        run.loss = lambda index: [index == 3 and rank == 1 and os.kill(os.getpid(), signal.SIGTERM), loss(index)][1]
+        try:
+            run.fit()
+        except Interrupted as stop:
+            assert stop.number == signal.SIGTERM
+            os._exit(10 + checkpoint.steps(Path(folder))[-1])
+
+    return ranks(2, work)
+
+
 def shared(out: Path, batch_size: int, rank: int = 0, world: int = 1):
     """A run whose batches may be cut between processes."""
     torch.set_num_threads(1)
@@ -86,8 +115,10 @@ def deaths(folder: str, *places: str) -> list[list[int]]:
 
 
 def die(out: Path, place: str) -> None:
-    """Train up to ``batch:N`` or ``save:N``."""
+    """Train up to ``batch:N`` or ``save:N``, or until ``replace:NAME``, when a file is whole and not yet in place."""
     where, _, when = place.partition(":")
     if where == "save":
         die_while_saving(int(when))
+    if where == "replace":
+        die_before_replacing(when)
     trainer(out, dies_at=int(when) if where == "batch" else -1).fit()

@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from visiontune import outside
 from visiontune.errors import UserError
 
 FORMAT = 1
-_JSON = ("config", "targets", "layers", "base_sample")
+_JSON = ("config", "targets", "layers", "base_sample", "base_error")
+# More than safetensors itself reads.
+_LONGEST = 100_000_000
+_HASH = re.compile("[0-9a-f]{64}")
+_GREATEST = 3.4e38  # that float32 holds
 
 
 def sort_header(path: Path) -> None:
@@ -39,31 +45,83 @@ def called(method: str, config: Any) -> str:
 
 
 def read_header(path: str | Path) -> dict[str, Any]:
-    """What an adapter file says of itself.
+    """What an adapter file says of itself; all of it is of the types below, whoever wrote the file.
 
     Returns:
-        ``visiontune_format`` (int), ``method``, ``config`` (mapping), ``targets`` and ``layers`` (lists),
-        ``base_hash``, ``base_sample``, ``base_error``, and whatever else the writer put in (``trigger``, ``prompt``,
-        ...), as text.
+        ``visiontune_format`` (int), ``method``, ``config`` (mapping), ``targets`` and ``layers`` (lists of text, the
+        second not empty), ``base_hash`` (64 hexadecimal digits), ``base_sample`` (layer -> numbers, for every layer),
+        ``base_error`` (layer -> number), and whatever else the writer put in (``trigger``, ``prompt``, ...), as text.
 
     Raises:
-        UserError: no such file, not a visiontune adapter, or one of a newer format.
+        UserError: no such file, not a visiontune adapter, one of a newer format, or one whose header is incomplete.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise UserError(f"there is no adapter file '{path}'")
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        try:
-            # A file of another kind claims an absurd length here.
-            header = json.loads(file.read(length)) if length <= path.stat().st_size else {}
-        except ValueError:
-            header = {}
-    metadata = header.get("__metadata__", {}) if isinstance(header, dict) else {}
-    if "visiontune_format" not in metadata:
+    metadata = _metadata(path)
+    if not isinstance(metadata, dict) or "visiontune_format" not in metadata:
         raise UserError(f"'{path}' is not a visiontune adapter: name the adapter.safetensors of a run")
-    if int(metadata["visiontune_format"]) > FORMAT:
+    for key, value in metadata.items():
+        if not isinstance(value, str):
+            raise _damaged(path, f"'{key}' is not text")
+    version = metadata["visiontune_format"]
+    if not (version.isascii() and version.isdigit() and len(version) < 10):
+        raise _damaged(path, "'visiontune_format' is no number")
+    if int(version) > FORMAT:
         raise UserError(f"'{path}' was written by a newer visiontune: upgrade visiontune to read it")
-    parsed = {key: json.loads(metadata[key]) for key in _JSON}
-    parsed["base_error"] = json.loads(metadata.get("base_error", "{}"))
-    return {**metadata, **parsed, "visiontune_format": int(metadata["visiontune_format"])}
+    texts = {"base_error": "{}", **metadata}
+    parsed = {key: outside.parse_json(texts[key], f"'{key}' of '{path}'") for key in _JSON if key in texts}
+    header = {**metadata, **parsed, "visiontune_format": int(version)}
+    for key, (holds, what) in _CHECKS.items():
+        if key not in header:
+            raise _damaged(path, f"it has no '{key}'")
+        if not holds(header[key]):
+            raise _damaged(path, f"'{key}' is not {what}")
+    if lacking := [layer for layer in header["layers"] if not header["base_sample"].get(layer)]:
+        raise _damaged(path, f"'base_sample' has nothing of the layer '{outside.shown(lacking[0])}'")
+    return header
+
+
+def _metadata(path: str | Path) -> Any:
+    """What a safetensors file says of itself; None where it is another kind of file."""
+    file = outside.regular(path, "adapter file")
+    try:
+        with file.open("rb") as stream:
+            length = int.from_bytes(stream.read(8), "little")
+            # A file of another kind claims an absurd length here.
+            content = stream.read(length) if length <= min(_LONGEST, file.stat().st_size) else b""
+    except OSError as error:
+        raise UserError(f"adapter file '{path}' cannot be read: {error.strerror or error}") from error
+    if not content.startswith(b"{"):
+        return None
+    header = outside.parse_json(content, f"the header of '{path}'")
+    return header.get("__metadata__")
+
+
+def _damaged(path: str | Path, why: str) -> UserError:
+    return UserError(f"the header of '{path}' is damaged ({why}): copy or train it again")
+
+
+def _texts(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(item, str) for item in value)
+
+
+def _number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= _GREATEST
+
+
+def _sample(value: Any) -> bool:
+    return isinstance(value, dict) and all(isinstance(v, list) and all(map(_number, v)) for v in value.values())
+
+
+def _errors(value: Any) -> bool:
+    return isinstance(value, dict) and all(_number(error) and error >= 0 for error in value.values())
+
+
+# What each entry must be; the rest is text.
+_CHECKS: Mapping[str, tuple[Any, str]] = {
+    "method": (lambda value: isinstance(value, str), "text"),
+    "config": (lambda value: isinstance(value, dict), "a mapping"),
+    "targets": (_texts, "a list of text"),
+    "layers": (lambda value: _texts(value) and value and len({*value}) == len(value), "a list of layers, each once"),
+    "base_hash": (_HASH.fullmatch, "a hash"),
+    "base_sample": (_sample, "a mapping of lists of numbers"),
+    "base_error": (_errors, "a mapping of numbers"),
+}

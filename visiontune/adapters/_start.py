@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
+
+from torch import Tensor
 
 from visiontune import schema
-from visiontune.adapters import _storage
+from visiontune.adapters import _bounded, _storage
 from visiontune.adapters._set import AdapterSet
 from visiontune.errors import UserError
 
@@ -19,9 +23,8 @@ def start(adapters: AdapterSet, path: str | Path) -> None:
     ``was`` holds for a layer into those of ``adapter``; without it all options must be those of the file.
 
     Raises:
-        UserError: no such file, another method, other layers, another base, or options that do not fit.
+        UserError: no such file, another method, other layers, another base, or options or tensors that do not fit.
     """
-    path = Path(path).expanduser()
     header, saved = _storage.read(path)
     if header["method"] != adapters.method:
         raise UserError(
@@ -36,13 +39,26 @@ def start(adapters: AdapterSet, path: str | Path) -> None:
     _storage.check_base(path, header, adapters.base_layers(), "start from an adapter of this base")
     module = sys.modules[type(adapters.config).__module__]
     if hasattr(module, "refit"):
-        was = schema.from_mapping(module.Config, header["config"], str(path))
-        grouped = _storage.by_layer(saved)
-        made = {layer: module.refit(adapter, grouped[layer], was) for layer, adapter in adapters.adapters().items()}
-        saved = {f"{layer}.{name}": value for layer, values in made.items() for name, value in values.items()}
+        saved = _refitted(adapters, path, module, header["config"], saved)
     else:
         now = asdict(adapters.config)
         for option, value in header["config"].items():
             if now.get(option) != value:
                 raise UserError(f"start: {path} has {option}={value}, not {now.get(option)}: set {option} to it")
     adapters.fill(path, saved)
+
+
+def _refitted(
+    adapters: AdapterSet, path: str | Path, module: Any, options: Mapping[str, Any], saved: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """The tensors of a file in the shapes of the set."""
+    was, grouped = schema.from_mapping(module.Config, options, str(path)), _storage.by_layer(saved)
+    made: dict[str, Tensor] = {}
+    with _bounded.building(path, saved, list(adapters.base_layers().values())):
+        for layer, adapter in adapters.adapters().items():
+            own, now = grouped.pop(layer, {}), adapter.tensors()
+            for name in own.keys() & now.keys():
+                _storage.check_kind(path, f"{layer}.{name}", now[name], own[name])
+            made |= {f"{layer}.{name}": value for name, value in module.refit(adapter, own, was).items()}
+    # What is of no layer here is refused with what does not fit.
+    return made | {f"{layer}.{name}": value for layer, own in grouped.items() for name, value in own.items()}

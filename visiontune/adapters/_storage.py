@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from visiontune import files
+from visiontune import files, outside
 from visiontune.adapters import _header
 from visiontune.adapters._quantised import error_of, weight_of
 from visiontune.errors import UserError
@@ -91,12 +91,21 @@ def write(
 
 
 def read(path: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Header and tensors of an adapter file."""
+    """Header and tensors of an adapter file.
+
+    Raises:
+        UserError: see :func:`visiontune.adapters.read_header`; or the tensors are damaged, or not all finite.
+    """
     header = _header.read_header(path)
     try:
-        return header, load_file(path)
-    except SafetensorError as error:
+        tensors = load_file(Path(path).expanduser())
+    except (SafetensorError, OSError) as error:
         raise UserError(f"'{path}' is damaged ({error}): copy or train it again") from error
+    for name, tensor in tensors.items():
+        # Not every kind of eight bits can be asked.
+        if not torch.isfinite(tensor.float() if tensor.is_floating_point() else tensor).all():
+            raise UserError(f"'{path}' holds numbers that are not finite ('{outside.shown(name)}'): train it again")
+    return header, tensors
 
 
 def by_layer(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
@@ -113,13 +122,27 @@ def fill(path: str | Path, own: Mapping[str, Tensor], saved: Mapping[str, Tensor
     """Copy saved tensors into those of a set.
 
     Raises:
-        UserError: a key on one side only, or another shape.
+        UserError: a key on one side only, another shape, or another kind of number.
     """
     for key in sorted(own.keys() ^ saved.keys()):
         where = "has no tensor" if key in own else "has a tensor without an adapter,"
-        raise UserError(f"{path} {where} '{key}': it does not fit its own header; copy or train it again")
+        raise UserError(
+            f"{path} {where} '{outside.shown(key)}': it does not fit its own header; copy or train it again"
+        )
     for key, value in saved.items():
+        check_kind(path, key, own[key], value)
         if own[key].shape != value.shape:
             shapes = f"{tuple(value.shape)}, the model needs {tuple(own[key].shape)}"
             raise UserError(f"{path}: '{key}' has shape {shapes}: load it into the model it was trained on")
         own[key].copy_(value)
+
+
+def check_kind(path: str | Path, key: str, own: Tensor, saved: Tensor) -> None:
+    """Refuse a saved tensor of another kind of number than that of a set, which a copy would cut short."""
+    if _kind(own) != _kind(saved):
+        raise UserError(f"{path}: '{key}' is {saved.dtype}, not {own.dtype}: copy or train it again")
+
+
+def _kind(tensor: Tensor) -> tuple[bool, bool]:
+    """What copying must not change: whether there are fractions, and whether there are imaginary parts."""
+    return tensor.is_floating_point(), tensor.is_complex()

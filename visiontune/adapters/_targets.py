@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 
 from torch import nn
 
+from visiontune import outside
 from visiontune.adapters._attention import InProj, named_layers
 from visiontune.adapters._layers import CONVOLUTIONS, NORMS, Adapted
 from visiontune.errors import UserError
@@ -140,10 +140,7 @@ def _matches(pattern: str, component: str, name: str, module: nn.Module) -> bool
     full = f"{component}.{name}" if component else name
     if not _REGEX_CHARACTERS & set(pattern):
         return full == pattern or full.endswith(f".{pattern}")
-    try:
-        return bool(re.fullmatch(pattern, full) or re.fullmatch(pattern, name))
-    except re.error as error:
-        raise UserError(f"target '{pattern}' is no regular expression ({error}): '.*' stands for any text") from error
+    return outside.matches(pattern, full, "target") or outside.matches(pattern, name, "target")
 
 
 def _nothing(

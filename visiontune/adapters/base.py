@@ -17,7 +17,7 @@ from typing import Any
 from torch import nn
 
 from visiontune import plugin
-from visiontune.adapters import _attention, _layers, _storage, _targets
+from visiontune.adapters import _attention, _bounded, _layers, _storage, _targets
 from visiontune.adapters._layers import Beneath
 from visiontune.adapters._method import Adapter, Method, start_follows
 from visiontune.adapters._set import AdapterSet
@@ -140,12 +140,15 @@ def load(
     if not allow_other_base:
         flat = {f"{c}.{n}" if c else n: layer for c, found in layers.items() for n, layer in found.items()}
         _storage.check_base(path, header, flat)
-    with start_follows():
-        adapters = assemble(roots, name, key, config, module, header["targets"], layers)
+    adapted = [layer for found in layers.values() for layer in found.values()]
+    adapters = None
     try:
-        adapters.fill(path, tensors)
+        with start_follows(), _bounded.building(path, tensors, adapted):
+            adapters = assemble(roots, name, key, config, module, header["targets"], layers)
+            adapters.fill(path, tensors)
     except UserError:
-        adapters.detach()
+        if adapters is not None:
+            adapters.detach()
         raise
     return adapters.eval()
 

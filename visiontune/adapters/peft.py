@@ -26,8 +26,10 @@ from visiontune.schema import nearest, option
 
 LAYERS: tuple[type[nn.Module], ...] = (nn.Linear,)
 _NAME = "default"
-# With these PEFT imports a module, or fetches adapters, that an adapter file could name.
-_OUTSIDE = ("megatron_config", "megatron_core", "adapters")
+# With these PEFT imports a module, or fetches models or adapters, that an adapter file could name.
+_OUTSIDE = ("megatron_config", "megatron_core", "adapters", "shadow_model")
+# What PEFT chooses layers by; the bridge chooses them, and calls them otherwise. So do all that end in `_pattern`.
+_CHOICE = ("target_modules", "target_parameters", "exclude_modules", "layers_to_transform", "modules_to_save")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,7 +63,7 @@ def peft_config(config: Config, targets: list[str]) -> Any:
         raise UserError(f"PEFT has no method '{config.method}'{nearest(word, known)}")
     kind = getattr(peft, known[word])
     for name in config.options:
-        if name in ("target_modules", *_OUTSIDE) or name not in inspect.signature(kind).parameters:
+        if name in (*_CHOICE, *_OUTSIDE) or name.endswith("_pattern") or name not in inspect.signature(kind).parameters:
             raise UserError(f"adapter.options.{name} is not an option of PEFT's {kind.__name__}")
     try:
         return kind(**{**config.options, "target_modules": targets})

@@ -30,7 +30,7 @@ def assemble(run: Run) -> Trainer:
     with ExitStack() as stack:
         stack.enter_context(home)
         folder.check_folder(run)  # another may have ended meanwhile
-        trainer = build(run, cache_dir=Path(run.out).expanduser() / ".cache", plan=True, home=home)
+        trainer = build(run, cache_dir=run.cache, plan=True, home=home)
         stack.pop_all()
     return trainer
 

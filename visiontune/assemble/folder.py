@@ -6,8 +6,10 @@ import os
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from visiontune import files
 from visiontune.config import Run, parse_run
 from visiontune.errors import UserError
+from visiontune.training import home
 from visiontune.training.home import RECIPE, RESULTS
 from visiontune.yaml_text import read_yaml
 
@@ -43,11 +45,13 @@ def check_folder(run: Run) -> None:
         UserError: names the mend: another name, ``train.resume=true``, or the option that differs.
     """
     file = run.folder / RECIPE
-    place = next(path for path in (run.folder, *run.folder.absolute().parents) if path.exists())
+    with files.writing(run.folder):
+        place = next(path for path in (run.folder, *run.folder.absolute().parents) if path.exists())
     if not place.is_dir():
         raise UserError(f"{place} is a file: choose another {'name' if place == run.folder else 'out'}=")
     if not os.access(place, os.W_OK | os.X_OK):
         raise UserError(f"{place} cannot be written to: choose another out=, or change its permissions")
+    home.refuse_others_kind(run.folder)
     if not file.exists() or not begun(run):
         return
     if not run.train.resume:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from visiontune import plugin
@@ -101,7 +100,13 @@ def open_model(run: Run) -> Model:
 
     dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
     spec = run.model
-    return models.load(spec.source, dtype=dtypes[spec.dtype], revision=spec.revision, quantize=spec.quantize)
+    return models.load(
+        spec.source,
+        dtype=dtypes[spec.dtype],
+        revision=spec.revision,
+        variant=spec.variant,
+        quantize=spec.quantize,
+    )
 
 
 def attach_adapter(run: Run, model: Model) -> AdapterSet | None:
@@ -143,7 +148,7 @@ def check_start(run: Run) -> None:
     if run.adapter is None or "start" not in run.adapter:
         return
     try:
-        read_header(Path(run.adapter["start"]).expanduser())
+        read_header(run.adapter["start"])
     except UserError as error:
         raise UserError(f"adapter.start: {error}") from error
 

@@ -9,9 +9,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from visiontune import catalogue
+from visiontune import catalogue, files, outside
 from visiontune.errors import UserError
-from visiontune.outside import target
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -21,12 +20,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     source = catalogue.find("pipelines", args.recipe)
-    place = target(args.to)
-    file = place / source.name if place.is_dir() else place
-    file.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        with file.open("xb") as copy:
-            copy.write(source.read_bytes())
-    except FileExistsError:
-        raise UserError(f"{file} exists already: name another file, or move it away") from None
-    print(f"copied to {file}; run it with: visiontune {catalogue.read_recipe(source)['verb']} {file}")
+    to = outside.expanded(args.to)
+    target = to / source.name if outside.is_folder(to) else to
+    with files.writing(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with target.open("xb") as file:
+                file.write(source.read_bytes())
+        except FileExistsError:
+            raise UserError(f"{target} exists already: name another file, or move it away") from None
+    print(f"copied to {target}; run it with: visiontune {catalogue.read_recipe(source)['verb']} {target}")

@@ -13,10 +13,9 @@ folder with LoRA, OFT or BOFT of one component, as they are. Several adapters be
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
+from visiontune import files
 from visiontune.errors import UserError
 from visiontune.ranges import argument
 from visiontune.weights import formats
@@ -56,18 +55,17 @@ def run(args: argparse.Namespace) -> None:
     import torch
 
     from visiontune import adapters, models
-    from visiontune.sampling.sources import adapter_file
+    from visiontune.sampling.sources import adapter_file, trained_on
     from visiontune.weights import metadata
     from visiontune.weights.export import export
     from visiontune.weights.keys import keys_of
 
-    files = [adapter_file(name) for name in args.adapter]
-    headers = [adapters.read_header(file) for file in files]
-    base = args.model or _base(files, headers)
-    model = models.load(base, fetch=args.model is not None)
+    weights = [adapter_file(name) for name in args.adapter]
+    headers = [adapters.read_header(file) for file in weights]
+    model = models.load(args.model or trained_on(weights[0], "--model"), fetch=args.model is not None)
     networks = model.networks()
     sets = []
-    for i, (file, scale) in enumerate(zip(files, scales, strict=True)):
+    for i, (file, scale) in enumerate(zip(weights, scales, strict=True)):
         sets.append(adapters.load(networks, file, name=f"export{i}", trust=args.trust))
         sets[-1].scale = scale
     done = export(
@@ -87,8 +85,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _check(args: argparse.Namespace) -> None:
-    if args.out.exists():
-        raise UserError(f"{args.out} exists: name another output, or remove it")
+    files.check_new(args.out)
     if args.rank is not None and args.format in ("diff", "merged"):
         raise UserError(f"{args.format} holds the whole change, of whatever rank: leave --rank out")
     if args.component is not None and args.format != "peft":
@@ -103,11 +100,3 @@ def _scales(args: argparse.Namespace) -> list[float]:
     if len(given) not in (1, count):
         raise UserError(f"{len(given)} --scale for {count} adapters: give one for all, or one for each")
     return given * count if len(given) == 1 else given
-
-
-def _base(files: list[Path], headers: list[Mapping[str, Any]]) -> str:
-    """The model that the first adapter says it was trained on."""
-    base = headers[0].get("base_model")
-    if not base:
-        raise UserError(f"{files[0]} does not say what it was trained on: name the base with --model")
-    return str(base)

@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from visiontune import files
 from visiontune.errors import UserError
 
 
@@ -25,8 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    if args.out.exists():
-        raise UserError(f"{args.out} exists: name another output, or remove it")
+    files.check_new(args.out)
     if args.out.suffix != ".safetensors":
         raise UserError(f"an adapter is a .safetensors file, not {args.out.name}")
     if not args.source.exists():

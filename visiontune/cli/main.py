@@ -16,6 +16,7 @@ from typing import NoReturn
 from visiontune import __version__, cli
 from visiontune.errors import UserError
 from visiontune.outside import shown
+from visiontune.signals import Terminated, terminable
 
 _EXAMPLES = """examples:
   visiontune demo
@@ -65,7 +66,8 @@ def parser() -> Parser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit status.
 
-    It is 0, 1 after a bug, 2 after an error that the user can mend, 3 after an alarm, 130 after an interruption.
+    It is 0, 1 after a bug, 2 after an error that the user can mend, 3 after an alarm, and 128 and the number of the
+    signal where one ended it: 130 for Ctrl-C, 143 for SIGTERM.
     """
     args, rest = parser().parse_known_args(argv)
     if rest:
@@ -74,13 +76,15 @@ def main(argv: Sequence[str] | None = None) -> int:
             args.parser.error(f"unknown argument: {' '.join(rest)}")
         args.words += rest
     try:
-        args.run(args)
+        with terminable():
+            args.run(args)
         sys.stdout.flush()
     except UserError as error:
         return _complain(str(error), error.status)
     except KeyboardInterrupt:
-        print("visiontune: interrupted", file=sys.stderr)
-        return 130
+        return _complain("interrupted", 130)
+    except Terminated as stop:
+        return _complain("terminated", stop.status)
     except BrokenPipeError:
         # The reader (`| head`) has what it wanted; keep the interpreter from complaining at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

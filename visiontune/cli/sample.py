@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import argparse
 
-from visiontune.cli.words import add_words, split
+from visiontune.cli.words import add_words, go_on, split
+from visiontune.signals import Interrupted
 
 DEFAULT = "sample/prompts"
 
@@ -21,5 +22,8 @@ def run(args: argparse.Namespace) -> None:
     from visiontune.config import load_sample
     from visiontune.sampling.generate import generate
 
-    manifest = generate(load_sample(*split(args.words, DEFAULT)))
+    try:
+        manifest = generate(load_sample(*split(args.words, DEFAULT)))
+    except Interrupted as error:
+        raise Interrupted(f"{error}: {go_on('sample', *args.words)}", error.number) from error
     print(f"finished: {manifest}")

@@ -13,13 +13,12 @@ same.
 from __future__ import annotations
 
 import argparse
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from visiontune import files, outside
 from visiontune.errors import UserError
-from visiontune.outside import shown, target
 from visiontune.ranges import argument
 
 if TYPE_CHECKING:
@@ -39,9 +38,9 @@ def run(args: argparse.Namespace) -> None:
     if args.out and args.out.suffix not in (".json", ".csv"):
         raise UserError(f"scores are written to a .json or .csv file, not {args.out.name}")
     if args.out:
-        target(args.out, "the file (--out)")
-    if not os.path.isdir(args.folder):
-        raise UserError(f"there is no folder {shown(str(args.folder))}")
+        files.check_target(args.out)
+    if not outside.is_folder(args.folder):
+        raise UserError(f"there is no folder {outside.shown(str(args.folder))}")
     from visiontune.ops.devices import check_device
 
     check_device(args.device, "--device")

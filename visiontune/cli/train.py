@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import argparse
 
-from visiontune.cli.words import add_words, split
+from visiontune.cli.words import add_words, go_on, split
+from visiontune.signals import Interrupted
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -19,5 +20,9 @@ def run(args: argparse.Namespace) -> None:
     from visiontune.assemble import train
     from visiontune.config import load_run
 
-    out = train(load_run(*split(args.words)))
+    try:
+        out = train(load_run(*split(args.words)))
+    except Interrupted as error:
+        words = [word for word in args.words if not word.startswith("train.resume=")]
+        raise Interrupted(f"{error}: {go_on('train', *words, 'train.resume=true')}", error.number) from error
     print(f"finished: {out}")

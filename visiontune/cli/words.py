@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 
 from visiontune.errors import UserError
 
@@ -26,3 +27,8 @@ def split(words: list[str], default: str | None = None) -> tuple[str, list[str]]
     if not recipes and default is None:
         raise UserError("name a recipe, e.g. personalise/oft; `visiontune list recipes` prints them all")
     return recipes[0] if recipes else str(default), [word for word in words if "=" in word]
+
+
+def go_on(*words: str) -> str:
+    """The end of a message about work that was interrupted: the command that goes on with it."""
+    return f"go on with `{shlex.join(['visiontune', *words])}`"

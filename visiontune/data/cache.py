@@ -13,7 +13,6 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from visiontune.errors import UserError
 from visiontune.files import atomic_write
 
 Tensors = dict[str, torch.Tensor]
@@ -73,14 +72,8 @@ class Cache:
 
     def _write(self, path: Path, made: Tensors) -> Tensors:
         tensors = {name: t.detach().cpu().contiguous() for name, t in made.items()}
-        try:
-            with atomic_write(path) as temporary:
-                save_file(tensors, temporary, metadata={"checksum": _checksum(tensors)})
-        except (OSError, SafetensorError) as error:
-            reason = getattr(error, "strerror", None) or error
-            raise UserError(
-                f"cannot write the cache in {self.folder}: {reason}; free space or choose another folder"
-            ) from error
+        with atomic_write(path) as temporary:
+            save_file(tensors, temporary, metadata={"checksum": _checksum(tensors)})
         return tensors
 
     def _read(self, path: Path) -> Tensors | None:

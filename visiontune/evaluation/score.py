@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
-from visiontune import files
+from visiontune import files, outside
 from visiontune.data import pictures
 from visiontune.data.base import listed
 from visiontune.data.folder import captions_of
@@ -89,7 +89,7 @@ class Scores:
         Raises:
             UserError: another suffix.
         """
-        path = Path(path).expanduser()
+        path = outside.expanded(path)
         if path.suffix == ".json":
             files.write_json(path, {"summary": self.summary(), "images": self.rows()})
         elif path.suffix == ".csv":

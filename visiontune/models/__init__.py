@@ -22,6 +22,7 @@ def load(
     device: str = "cpu",
     quantize: Kind | None = None,
     fetch: bool = True,
+    variant: str | None = None,
 ) -> Any:
     """Open a model of any family, frozen and in evaluation mode.
 
@@ -34,13 +35,15 @@ def load(
         fetch: whether the Hub may be asked for what is not on this machine; false where a file named the model.
         quantize: store the main networks' linear layers in 8 bits (``int8``, by torchao) or 4 (``nf4``, by
             bitsandbytes).
+        variant: which files of weights are read where there are several, ``fp16`` for ``*.fp16.safetensors``; without
+            it the plain ones, or the only variant that there is, which a warning names.
 
     Raises:
         UserError: there is no such model, it cannot be reached or read, or no family understands it.
     """
     from visiontune.models import _loading
 
-    return _loading.load(source, dtype or _loading.DEFAULT_DTYPE, revision, device, quantize, fetch)
+    return _loading.load(source, dtype or _loading.DEFAULT_DTYPE, revision, device, quantize, fetch, variant)
 
 
 def families() -> dict[str, type[Model]]:

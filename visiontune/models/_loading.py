@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import importlib
-import json
 import pkgutil
 import re
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from huggingface_hub.errors import (
 )
 from safetensors import SafetensorError
 
-from visiontune import models
+from visiontune import models, outside
 from visiontune.errors import UserError
 from visiontune.models import pocket
 from visiontune.models._quantise import Kind, quantise
@@ -33,7 +33,10 @@ LAYOUTS = {INDEX: "diffusers", CONFIG: "transformers", OPEN_CLIP: "open_clip"}
 DEFAULT_DTYPE = torch.float32
 # The base of HfHubHTTPError is the error class of whichever HTTP client the Hub's library uses.
 _HUB_ERRORS: tuple[type[Exception], ...] = (OSError, ValueError, EntryNotFoundError, *HfHubHTTPError.__bases__)
-_BROKEN: tuple[type[Exception], ...] = (*_HUB_ERRORS, AttributeError, KeyError, RuntimeError, SafetensorError)
+_BROKEN: tuple[type[Exception], ...] = (
+    *(*_HUB_ERRORS, ArithmeticError, AssertionError, AttributeError, LookupError, MemoryError, RuntimeError, TypeError),
+    SafetensorError,
+)
 _HUB_ID = re.compile(r"\w[\w.-]*/[\w.-]+")
 
 
@@ -58,12 +61,15 @@ def load(
     device: str,
     quantize: Kind | None = None,
     fetch: bool = True,
+    variant: str | None = None,
 ) -> Model:
     """See `visiontune.models.load`."""
     _check_device(device)
     folder, fetching = _locate(source, revision, fetch)
     layout, index = _read_index(source, folder, fetching)
     name, family = _family(source, layout, index)
+    if variant:
+        fetching["variant"] = variant
     try:
         model = family.open(name, str(folder or source), source, dtype, index, **fetching)
     except _BROKEN as error:
@@ -107,12 +113,15 @@ def _locate(source: str, revision: str | None, fetch: bool) -> tuple[Path | None
     """The local folder of `source`, or None for a Hub id; and how to fetch what lies there."""
     if source.startswith(pocket.PREFIX):
         return pocket.folder(source, INDEX, CONFIG), {"local_files_only": True}
-    path = Path(source).expanduser()
-    if source and path.is_dir():
+    path = outside.expanded(source, "model")
+    if source and outside.is_folder(path):
         trained = path / "model"  # where a run that trains every weight leaves its model
         found = any((trained / layout).is_file() for layout in LAYOUTS)
         return trained if found else path, {"local_files_only": True}
-    if path.is_file():
+    named = False
+    with suppress(OSError):
+        named = path.is_file()
+    if named:
         raise UserError(f"model '{source}' is a file: give a folder in the layout of diffusers or transformers")
     if not _HUB_ID.fullmatch(source):
         near = nearest(source, pocket.names(INDEX, CONFIG))
@@ -144,14 +153,14 @@ def _read_index(source: str, folder: Path | None, fetching: dict[str, Any]) -> t
     """The name of the file that says how a model is to be read, and what it says."""
     for layout in LAYOUTS:
         try:
-            path = folder / layout if folder else hf_hub_download(source, layout, **fetching)
-            index = json.loads(Path(path).read_text(encoding="utf-8"))
-        except (FileNotFoundError, EntryNotFoundError):
+            path = folder / layout if folder else Path(hf_hub_download(source, layout, **fetching))
+            if not path.exists():
+                continue
+            index = outside.read_json(path, "index")
+        except EntryNotFoundError:
             continue
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise UserError(
-                f"model '{source}' has a broken {layout} ({_first_line(error)}): download it again"
-            ) from error
+        except UserError as error:
+            raise UserError(f"model '{source}' has a broken {layout} ({error}): download it again") from error
         except _HUB_ERRORS as error:
             if folder:
                 raise UserError(f"model '{source}' cannot be read ({_first_line(error)})") from error

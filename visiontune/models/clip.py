@@ -190,7 +190,7 @@ def _load_transformers(
     from transformers import AutoTokenizer, CLIPModel
 
     fetching["revision"] = revision or "main"
-    model: Any = pretrained(CLIPModel, name, **fetching)
+    model: Any = pretrained(CLIPModel, name, variant=fetching.pop("variant", None), **fetching)
     own = tokenizer is None or (Path(name) / "tokenizer_config.json").is_file()
     words = AutoTokenizer.from_pretrained(name, **fetching) if own else AutoTokenizer.from_pretrained(tokenizer)
     config_file = Path(name) / "preprocessor_config.json"
@@ -275,6 +275,8 @@ class Clip(ContrastiveModel):
         """The CLIP at `place`, a folder or a Hub id, of transformers or, where `name` says so, of open_clip."""
         encoder: ClipEncoder
         if name == "open_clip":
+            if fetching.pop("variant", None):
+                require(False, source, "the layout of open_clip has no variants: set variant to null")
             if not Path(place).is_dir():
                 from huggingface_hub import snapshot_download
 

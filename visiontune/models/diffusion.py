@@ -14,9 +14,10 @@ from torch import Tensor
 from visiontune.core import Condition, Request
 from visiontune.diffusion.samplers import make_sampler, sampler_names
 from visiontune.diffusion.schedule import Schedule
-from visiontune.models.base import dtype_of
+from visiontune.models.base import dtype_of, require
 from visiontune.models.pipeline import PipelineModel, own_generator
 
+_NO_SIGNAL = 2.0**-12  # what samplers that divide by alpha have in the place of 0
 Generators = torch.Generator | list[torch.Generator] | None
 
 
@@ -31,6 +32,14 @@ class DiffusionModel(PipelineModel):
     def __init__(self, pipe: Any, source: str = "") -> None:
         super().__init__(pipe, source)
         self.schedule = Schedule.from_scheduler(pipe.scheduler)
+        lightless = self.schedule.prediction == "eps" and float(self.schedule.alphas[:-1].min()) <= _NO_SIGNAL
+        require(
+            not lightless,
+            self.source,
+            "it predicts noise, which says nothing of the picture where its schedule leaves no signal (zero terminal "
+            "SNR): set prediction_type in its scheduler_config.json to v_prediction if it was trained so, else "
+            "rescale_betas_zero_snr to false",
+        )
         self.latent_channels = int(self.vae.config.latent_channels)
         self._shift, self._scale = _latent_affine(self.vae.config)
 

@@ -39,7 +39,8 @@ class LanguageModel(Model):
         """The model of the class `name` at `place`, a folder or a Hub id; `fetching` as transformers has it."""
         import transformers
 
-        module = pretrained(getattr(transformers, name), place, dtype=dtype, use_safetensors=True, **fetching)
+        reading = {"dtype": dtype, "use_safetensors": True, "variant": fetching.pop("variant", None)}
+        module = pretrained(getattr(transformers, name), place, **reading, **fetching)
         return cls(module, transformers.AutoProcessor.from_pretrained(place, **fetching), source)
 
     def networks(self) -> dict[str, nn.Module]:

@@ -14,11 +14,14 @@ from typing import Any, ClassVar, Self
 
 import numpy as np
 import torch
+from huggingface_hub import HfApi
 from torch import Tensor, nn
 
+from visiontune import outside
 from visiontune.core import Condition, Request
 from visiontune.diffusion.guidance import CFG, Embedded, Guidance, classifier_free
 from visiontune.errors import UserError
+from visiontune.models import _variants
 from visiontune.models.base import Model, dtype_of, freeze
 from visiontune.models.sources import pretrained
 from visiontune.models.words import Reader, quiet
@@ -27,6 +30,7 @@ from visiontune.models.words import Reader, quiet
 _LEAST_UNIT = 8
 # Beyond eight times as long sides a picture is not what was meant, and one step may take hours.
 _MOST_AREA = 64
+_MOST_TIMESTEPS = 100_000
 
 
 class PipelineModel(Model):
@@ -73,17 +77,24 @@ class PipelineModel(Model):
         """
         import diffusers
 
-        _check_libraries(source, index)
+        kind = getattr(diffusers, name)
+        _check_index(source, index, kind)
         # A part that the model was saved without has to be named again, unless its pipeline calls it optional.
         absent = dict.fromkeys(part for part, kind in index.items() if kind == [None, None])
         options = {"use_safetensors": True, **absent, **cls.load_options}
-        kind = getattr(diffusers, name)
+        networks = {part: network for part, network in _network_classes(index).items() if part not in options}
+        wanted = fetching.pop("variant", None)
         if not Path(place).is_dir():
-            place = kind.download(place, **options, **fetching)
+            if not fetching["local_files_only"]:
+                listed = HfApi().list_repo_files(place, revision=fetching.get("revision"))
+                files = {p: [f.removeprefix(f"{p}/") for f in listed if f.startswith(f"{p}/")] for p in networks}
+                wanted = next(filter(None, _variants.of_parts(files, wanted, source).values()), None)
+            place = kind.download(place, variant=wanted, **options, **fetching)
+        _check_scheduler(source, Path(place))
+        files = {part: [file.name for file in Path(place, part).glob("*")] for part in networks}
         loading: dict[str, Any] = {"dtype": dtype, "use_safetensors": True, "local_files_only": True}
-        for part, network in _network_classes(index).items():
-            if part not in options:
-                options[part] = pretrained(network, place, subfolder=part, **loading)
+        for part, variant in _variants.of_parts(files, wanted, source).items():
+            options[part] = pretrained(networks[part], place, subfolder=part, variant=variant, **loading)
         pipe = kind.from_pretrained(place, **{**loading, **options})
         # transformers makes an empty tokenizer where the files of one are missing, and every prompt then reads the
         # same.
@@ -300,14 +311,35 @@ def _network_classes(index: Mapping[str, Any]) -> dict[str, Any]:
     return found
 
 
-def _check_libraries(source: str, index: Mapping[str, Any]) -> None:
-    """Refuse an index that has diffusers import anything but itself and transformers."""
+def _check_index(source: str, index: Mapping[str, Any], kind: Any) -> None:
+    """Refuse an index whose parts are no pairs of names, or that has diffusers import others than transformers."""
     from diffusers import pipelines
 
     own = {"diffusers", "transformers", *(module.name for module in pkgutil.iter_modules(pipelines.__path__))}
+    parts = {*kind._get_signature_keys(kind)[0]} - {"self"}
     for part, value in index.items():
-        if isinstance(value, list) and len(value) == 2 and value[0] is not None and value[0] not in own:
+        pair = isinstance(value, list) and len(value) == 2
+        if part in parts and not (pair and (value == [None, None] or all(isinstance(name, str) for name in value))):
+            raise UserError(
+                f"model '{source}' does not say of what class its {part} is: correct its model_index.json, or download "
+                "it again"
+            )
+        if pair and value[0] is not None and str(value[0]) not in own:
             raise UserError(
                 f"model '{source}' wants its {part} from '{value[0]}', which is neither diffusers nor transformers: "
                 "correct its model_index.json, or take another model"
             )
+
+
+def _check_scheduler(source: str, folder: Path) -> None:
+    """Refuse a noise schedule without a length, or of one that no model has, before tables of it are made."""
+    file = folder / "scheduler" / "scheduler_config.json"
+    if not file.exists():
+        return
+    config = outside.read_json(file, "scheduler's config")
+    steps = config.get("num_train_timesteps", 1000) if isinstance(config, dict) else None
+    if not isinstance(steps, int) or not 1 <= steps <= _MOST_TIMESTEPS:
+        raise UserError(
+            f"model '{source}' has a noise schedule of num_train_timesteps={outside.shown(repr(steps))}: set it in "
+            f"{file} to what the model was trained with, 1000 for most"
+        )

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from visiontune.errors import UserError
+from visiontune.models import _variants
 
 
 @contextmanager
@@ -36,7 +37,9 @@ def _fetch(source: str, file: str, option: str, revision: str | None) -> str:
     return f"give a local folder, or fetch it with `{command} --local-dir FOLDER` and set {option}: FOLDER"
 
 
-def pretrained(kind: Any, place: str, *, unread: tuple[str, ...] = (), **options: Any) -> Any:
+def pretrained(
+    kind: Any, place: str, *, unread: tuple[str, ...] = (), variant: str | None = None, **options: Any
+) -> Any:
     """``kind.from_pretrained(place, **options)``, of which every tensor comes from the files.
 
     transformers and diffusers give tensors that the files lack new random values, with a warning.
@@ -45,11 +48,15 @@ def pretrained(kind: Any, place: str, *, unread: tuple[str, ...] = (), **options
         kind: a class of models, or one of transformers' Auto classes.
         place: a folder or a Hub id.
         unread: beginnings of names of tensors that nothing is computed with.
+        variant: of the files; None takes the plain ones, or in a folder without them the only variant.
 
     Raises:
         UserError: a tensor is missing, or has another shape; the message names them.
     """
-    model, report = kind.from_pretrained(place, output_loading_info=True, **options)
+    folder = Path(place, options.get("subfolder") or "")
+    if folder.is_dir():
+        variant = _variants.choose([file.name for file in folder.iterdir()], variant, f"{kind.__name__} of {folder}")
+    model, report = kind.from_pretrained(place, output_loading_info=True, variant=variant, **options)
     other = [key if isinstance(key, str) else key[0] for key in report["mismatched_keys"]]
     lacking = sorted(key for key in {*report["missing_keys"], *other} if not key.startswith(unread))
     if lacking:

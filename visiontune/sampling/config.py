@@ -29,9 +29,12 @@ class SampleConfig:
     model: str | None = option(
         None,
         help="pocket/sd, a local diffusers folder or a Hub id; null: what the adapter was trained on, if that is on "
-        "this machine, or pocket/sd",
+        "this machine; without an adapter pocket/sd",
     )
     revision: str | None = option(None, help="branch, tag or commit of a Hub model")
+    variant: str | None = option(
+        None, help="files of weights to read, fp16 for *.fp16.safetensors; null: the plain ones, or the only variant"
+    )
     dtype: Literal["fp32", "bf16", "fp16"] = option("fp32", help="number format of the weights")
     device: str = option("auto", help="auto, cpu, cuda, cuda:1, mps")
     adapter: str | AdapterConfig | list[str | AdapterConfig] | None = option(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import logging
 import warnings
@@ -13,10 +12,10 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from accelerate import PartialState
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import broadcast_object_list, gather_object
 from tqdm.auto import tqdm
 
-from visiontune import files
+from visiontune import files, outside, signals
 from visiontune.data.prompt_files import read_prompts
 from visiontune.errors import UserError
 from visiontune.models.words import lost
@@ -55,6 +54,7 @@ def generate(config: SampleConfig, model: PipelineModel | None = None) -> Path:
 
     Raises:
         UserError: the prompts cannot be read, the folder holds images of other settings, or the disk is full.
+        Interrupted: Ctrl-C or SIGTERM, after the batch in which it came.
     """
     check_device(config.device, "device", ("auto",))
     state = _processes(config.device)
@@ -63,7 +63,7 @@ def generate(config: SampleConfig, model: PipelineModel | None = None) -> Path:
     _check_count(len(prompts), config)
     jobs = manifest.plan(prompts, config.seed_list(), config.format)
     settings = _settings(config, model)
-    out = Path(config.out).expanduser()
+    out = outside.expanded(config.out, "folder")
     lock = files.Lock(out)
     try:
         finished = _on_main(state, lambda: _open(out, jobs, settings, lock))
@@ -86,18 +86,24 @@ def _draw(
     batches = [jobs[i : i + config.batch_size] for i in range(0, len(jobs), config.batch_size)]
     pending = [batch for batch in batches if any(job.file not in finished for job in batch)]
     mine = pending[state.process_index :: state.num_processes]
+    number = 0
     todo = sum(job.file not in finished for batch in mine for job in batch)
     if mine:
         hidden = not state.is_main_process
-        with loaded(config, model, state) as ready, tqdm(total=todo, unit="image", disable=hidden) as bar:
+        bar = tqdm(total=todo, unit="image", disable=hidden)
+        with loaded(config, model, state) as ready, bar, signals.Asked("the batch") as asked:
             named = [(f"prompts[{job.index}]", job.prompt) for job in {job.index: job for job in jobs}.values()]
             for line in lost(ready, {"prompt": [*named, ("negative_prompt", config.negative_prompt)]}):
                 if state.is_main_process:
                     _log.warning("%s", line)
             for batch in mine:
                 bar.update(_run(config, ready, batch, finished, settings, manifest.part(out, state.process_index)))
-    state.wait_for_everyone()
-    _on_main(state, lambda: _close(config, out, jobs))
+                if asked.number:
+                    break
+        number = asked.number
+    # One that is asked to end lets the others finish their share, unless they are asked too, as launchers do.
+    number = max(gather_object([number]))
+    _on_main(state, lambda: _close(config, out, jobs, number))
 
 
 def _run(
@@ -127,27 +133,30 @@ def _run(
             digest = write_image(part.parent / job.file, image)
             row = {"file": job.file, "index": job.index, "prompt": job.prompt, "seed": job.seed, "sha256": digest}
             files.append_jsonl(part, {**row, "settings": settings})
-    except OSError as error:
-        if error.errno != errno.ENOSPC:
-            raise
-        raise UserError(f"the disk of {part.parent} is full: free some space and run the same command again") from error
+    except UserError as error:
+        raise UserError(f"{error}; then run the same command again, which goes on from here") from error
     return len(missing)
 
 
 def _open(out: Path, jobs: Sequence[Job], settings: dict[str, Any], lock: files.Lock) -> set[str]:
     """Names of the finished images, once the folder has been put in order and found to be of this run."""
-    if out.exists() and not out.is_dir():
-        raise UserError(f"{out} is a file: choose another out")
     lock.hold()
+    files.refuse_folders(out, [manifest.NAME, manifest.GRID, *(job.file for job in jobs)])
     rows = manifest.collect(out)
     manifest.check(rows, jobs, settings, out)
     return {row["file"] for row in rows}
 
 
-def _close(config: SampleConfig, out: Path, jobs: Sequence[Job]) -> None:
-    """Fold the parts together, make sure that nothing is missing, and draw the grid."""
+def _close(config: SampleConfig, out: Path, jobs: Sequence[Job], number: int) -> None:
+    """Fold the parts together, make sure that nothing is missing, and draw the grid.
+
+    Args:
+        number: of the signal that ended the drawing before its time; 0 for none.
+    """
     done = {row["file"] for row in manifest.collect(out)}
     missing = [job.file for job in jobs if job.file not in done]
+    if missing and number:
+        raise signals.Interrupted(f"{signals.name(number)} after {len(done)} of {len(jobs)} images", number)
     if missing:
         raise UserError(f"{len(missing)} images are missing from {out} ({missing[0]} ...): run the same command again")
     columns = min(len(config.seed_list()), _GRID_COLUMNS, config.grid)
@@ -160,7 +169,7 @@ def _close(config: SampleConfig, out: Path, jobs: Sequence[Job]) -> None:
         row_captions=[row[0].prompt for row in by_prompt],
         column_captions=[f"seed {job.seed}" for job in by_prompt[0]],
     )
-    write_image(out / "grid.png", sheet)
+    write_image(out / manifest.GRID, sheet)
 
 
 def _check_count(prompts: int, config: SampleConfig) -> None:
@@ -186,10 +195,10 @@ def _on_main(state: PartialState, action: Callable[[], T]) -> T:
         try:
             answer[0] = action()
         except UserError as error:
-            answer[1] = str(error)
+            answer[1] = error
     result, trouble = broadcast_object_list(answer)
     if trouble is not None:
-        raise UserError(trouble)
+        raise trouble
     return result
 
 
@@ -200,6 +209,7 @@ def _settings(config: SampleConfig, model: PipelineModel | None) -> dict[str, An
         "model": source,
         "model_files": None if model else _stamp(Path(source).expanduser()),
         "revision": config.revision,
+        **({"variant": config.variant} if config.variant else {}),
         "dtype": config.dtype,
         "adapter": [_adapter(one) for one in config.adapter_list()],
         "adapter_scale": config.adapter_scale,

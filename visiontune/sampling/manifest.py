@@ -7,15 +7,17 @@ to a part of its own; parts are folded in when the next run starts and when the 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from visiontune import files
+from visiontune import files, outside
 from visiontune.errors import UserError
 
-NAME = "manifest.jsonl"
+NAME, GRID = "manifest.jsonl", "grid.png"
+_WRITTEN = re.compile(r"\d{5,}_seed-?\d+\.(png|webp)|manifest\.jsonl|grid\.png")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,21 +50,31 @@ def read(path: Path) -> list[dict[str, Any]]:
     Raises:
         UserError: a line before the last is damaged, or a row names no file, or one outside of the folder.
     """
-    lines = path.read_bytes().split(b"\n")
+    lines = outside.read_bytes(path, "manifest").split(b"\n")
     rows = []
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
+        where = f"{path} line {number}"
         try:
-            row = json.loads(line)
-            files.inside(path.parent, row["file"], f"{path} line {number}"), row["prompt"]
-        except (ValueError, TypeError, KeyError) as error:
+            row = outside.parse_json(line, where)
+            if not _is_row(row):
+                raise UserError(f"{where} is no row of a manifest")
+        except UserError as error:
             # Only a line without its end can have been cut short.
             if number == len(lines):
                 continue
-            raise UserError(f"{path} line {number} is damaged: delete that line, or the folder") from error
+            raise UserError(f"{error}: delete that line, or the folder") from error
+        files.inside(path.parent, row["file"], where)
         rows.append(row)
     return rows
+
+
+def _is_row(row: Any) -> bool:
+    if not isinstance(row, dict) or not all(isinstance(row.get(key), str) for key in ("file", "prompt")):
+        return False
+    optional: dict[str, type] = {"index": int, "seed": int, "settings": dict}
+    return "\0" not in row["file"] and all(isinstance(row.get(key, kind()), kind) for key, kind in optional.items())
 
 
 def collect(out: Path) -> list[dict[str, Any]]:
@@ -70,13 +82,12 @@ def collect(out: Path) -> list[dict[str, Any]]:
 
     For one process only, while no other writes. What a killed run left half written is removed.
     """
-    for pattern in (".*_seed*.tmp.*", ".manifest*.tmp.*"):
-        for leftover in out.glob(pattern):
-            leftover.unlink(missing_ok=True)
+    files.clear_partial(out, _WRITTEN.fullmatch)
     parts = sorted(out.glob("manifest.rank*.jsonl"))
     sources = [p for p in (out / NAME, *parts) if p.exists()]
     by_file = {row["file"]: row for source in sources for row in read(source)}
-    rows = [row for row in by_file.values() if (out / row["file"]).is_file()]
+    with files.writing(out / NAME):
+        rows = [row for row in by_file.values() if (out / row["file"]).is_file()]
     rows.sort(key=lambda row: (row.get("index", 0), row.get("seed", 0)))
     if sources:
         files.write_text(out / NAME, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))

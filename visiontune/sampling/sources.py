@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 from accelerate import PartialState
 
-from visiontune import adapters, models
+from visiontune import adapters, models, outside
 from visiontune.data.base import has_slots, substitute
 from visiontune.errors import UserError
 from visiontune.sampling.config import SampleConfig
@@ -23,22 +23,38 @@ def adapter_file(name: str) -> Path:
     """The weights that an adapter option means: a file, or ``adapter.safetensors`` of a run folder.
 
     Raises:
-        UserError: there is no such file.
+        UserError: there is no such file, or it is none.
     """
-    path = Path(name).expanduser()
-    file = path / "adapter.safetensors" if path.is_dir() else path
+    if not outside.is_folder(name):
+        return outside.regular(name, "adapter file or run folder")
+    file = Path(name).expanduser() / "adapter.safetensors"
     if not file.is_file():
         raise UserError(f"there is no adapter {file}: give an adapter.safetensors or the folder of a finished run")
     return file
 
 
 def base_of(config: SampleConfig) -> str:
-    """The model that is named, else the one that the first adapter says it was trained on, else the shipped one."""
+    """The model that is named, else what the first adapter says it was trained on; without any, the shipped one.
+
+    Raises:
+        UserError: the first adapter does not say it.
+    """
     if config.model is not None:
         return config.model
-    first = config.adapter_list()[:1]
-    trained_on = adapters.read_header(adapter_file(first[0].file)).get("base_model") if first else None
-    return trained_on or "pocket/sd"
+    adapter = next(iter(config.adapter_list()), None)
+    return "pocket/sd" if adapter is None else trained_on(adapter_file(adapter.file), "model=")
+
+
+def trained_on(file: Path, option: str) -> str:
+    """The model that an adapter file says it was trained on.
+
+    Raises:
+        UserError: it says none; the message asks for it by ``option``.
+    """
+    base = adapters.read_header(file).get("base_model")
+    if not base:
+        raise UserError(f"{file} does not say what it was trained on: name the base with {option}")
+    return base
 
 
 def substituted(prompts: list[str], config: SampleConfig) -> list[str]:
@@ -61,7 +77,14 @@ def loaded(config: SampleConfig, model: PipelineModel | None, state: PartialStat
         device = str(state.device) if config.device in ("auto", state.device.type) else config.device
         # What a file names is not fetched unasked.
         named = config.model is not None
-        model = models.load(base_of(config), dtype=dtype, revision=config.revision, device=device, fetch=named)
+        model = models.load(
+            base_of(config),
+            dtype=dtype,
+            revision=config.revision,
+            variant=config.variant,
+            device=device,
+            fetch=named,
+        )
     sets = []
     try:
         for i, one in enumerate(config.adapter_list()):

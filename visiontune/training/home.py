@@ -6,6 +6,7 @@ lies there is somebody's own: a run that would write in its place is refused.
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 from pathlib import Path
@@ -17,6 +18,8 @@ from visiontune.errors import UserError
 RECORD, RECIPE = ".written", "recipe.yaml"
 # What a run leaves behind: one of the two.
 RESULTS = ("adapter.safetensors", "model")
+_FILES = (RECORD, RECIPE, "metrics.jsonl", "README.md", "plan.safetensors")
+_FOLDERS = ("checkpoints", "samples", "guards", "tensorboard")
 _STEP = re.compile(r"step-(\d{6,})")
 _PARTIAL = re.compile(r"\.step-\d{6,}\.(\d+\.tmp|old)")
 # What previews consist of; runs of versions without a record are known by it.
@@ -50,7 +53,12 @@ class Home:
         self._lock.release()
 
     def begin(self) -> None:
-        """Write the recipe, and begin the record: from now on the folder holds a run."""
+        """Write the recipe, and begin the record: from now on the folder holds a run.
+
+        What an earlier process was writing when it was killed is removed.
+        """
+        files.clear_partial(self.out, {*_FILES, *RESULTS}.__contains__)
+        files.clear_partial(self.out / "samples", "before_after.png".__eq__)
         _write(self.out, _listed(self.out))
         if self.recipe is not None:
             files.write_text(self.out / RECIPE, self.recipe)
@@ -87,6 +95,18 @@ def refuse_others(out: Path, path: Path) -> None:
     """
     if path.exists() and not wrote(out, path):
         raise UserError(f"{path} lies where the run writes, and no run wrote it: move it away, or choose another name=")
+
+
+def refuse_others_kind(out: Path) -> None:
+    """Refuse a folder where a run keeps a file, and a file where it keeps a folder.
+
+    Raises:
+        UserError: naming it.
+    """
+    for names, holds, kind in ((_FILES, Path.is_file, "a file"), (_FOLDERS, Path.is_dir, "a folder")):
+        for path in (out / name for name in names):
+            if os.path.lexists(path) and not holds(path):
+                raise UserError(f"{path} is not {kind}, as the run needs it: move it away, or choose another name=")
 
 
 def later(folder: Path, step: int) -> list[Path]:

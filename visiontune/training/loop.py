@@ -18,10 +18,11 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, set_seed
 from torch import Tensor
 
+from visiontune import signals
 from visiontune.core import Loss
 from visiontune.errors import Stopped, UserError
 from visiontune.objectives.base import Objective, seed_of
-from visiontune.training import guards, optim, preview, result, resume, trouble
+from visiontune.training import checkpoint, guards, optim, preview, result, resume, trouble
 from visiontune.training.config import PreviewConfig, TrainConfig
 from visiontune.training.devices import make_accelerator, precision_of
 from visiontune.training.ema import Average
@@ -133,6 +134,7 @@ class Trainer:
             UserError: the folder holds a run that is not to be resumed, or one with other settings; the loss or the
                 weights are not finite; the disk is full. Checkpoints written before stay as they are.
             Stopped: an alarm of the guard ended the run; the result holds the weights of the last good checkpoint.
+            Interrupted: Ctrl-C or SIGTERM, after the step in which it came, which has a checkpoint.
         """
         from tqdm.auto import tqdm
 
@@ -147,11 +149,12 @@ class Trainer:
                 self._stop_if_alarmed()
                 quiet = not self.accelerator.is_local_main_process
                 bar = tqdm(range(start, self.train.steps), "training", self.train.steps, initial=start, disable=quiet)
-                with self.precise.training():
+                with self.precise.training(), signals.Asked("the step") as asked:
                     for step in bar:
                         bar.set_postfix(loss=f"{self.optimise(step):.4f}", refresh=False)
                         self._after(step + 1, metrics)
                         self._stop_if_alarmed()
+                        self._stop_if_asked(step + 1, asked)
             finally:
                 metrics.close()
                 self.rows.close()
@@ -293,6 +296,20 @@ class Trainer:
             taken = resume.load(self, good)
             self._finish({"taken from": f"step {taken}, the last good checkpoint before an alarm"})
         raise Stopped(words)
+
+    def _stop_if_asked(self, step: int, asked: signals.Asked) -> None:
+        """End a run that a signal asks to, where it can go on; all processes do what one of them is asked."""
+        number = asked.number
+        if self.accelerator.num_processes > 1:
+            seen = torch.tensor([number], device=self.accelerator.device)
+            number = int(self.accelerator.gather(seen).max())
+        # The last step is followed by the results alone, and a rollout is finished.
+        if not number or step == self.train.steps or (self.online and step % self.objective.updates):
+            return
+        if step % self.train.checkpoint_every:
+            resume.save(self, step)
+        where = checkpoint.folder(self.out, step)
+        raise signals.Interrupted(f"{signals.name(number)} after step {step}; {where} holds it", number)
 
     def _finish(self, facts: Mapping[str, str] | None = None) -> Path:
         if self.accelerator.is_main_process:

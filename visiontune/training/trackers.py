@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
+from visiontune import outside
 from visiontune.errors import UserError
-from visiontune.files import append_jsonl, write_text
-from visiontune.outside import read_text
+from visiontune.files import append_jsonl, write_text, writing
 from visiontune.schema import nearest
 
 FILE = "metrics.jsonl"
@@ -64,7 +63,8 @@ class Metrics:
         if accelerator.is_main_process:
             forget_after(self.path, step)
         options = {"tensorboard": {"purge_step": step + 1}, "wandb": {"name": out.name}}
-        accelerator.init_trackers("visiontune", init_kwargs={k: v for k, v in options.items() if k in trackers})
+        with writing(out):
+            accelerator.init_trackers("visiontune", init_kwargs={k: v for k, v in options.items() if k in trackers})
 
     def log(self, step: int, row: Mapping[str, float]) -> None:
         """Write a row, unless there is nothing in it."""
@@ -104,17 +104,25 @@ def check_trackers(names: list[str]) -> None:
 
 
 def forget_after(path: Path, step: int) -> None:
-    """Keep the rows of ``metrics.jsonl`` up to ``step``, dropping a last line that was cut short."""
+    """Keep the rows of ``metrics.jsonl`` up to ``step``, dropping a last line that was cut short.
+
+    Raises:
+        UserError: another line is no row; nothing is changed then.
+    """
     if not path.exists():
         return
     kept = []
-    for number, line in enumerate(read_text(path, "metrics").splitlines(), 1):
+    lines = outside.read_text(path, "metrics").split("\n")
+    for number, line in enumerate(lines, 1):
         try:
-            row = json.loads(line)
-        except ValueError:
-            break
-        if not isinstance(row, dict) or not isinstance(row.get("step"), int):
-            raise UserError(f"{path} line {number} is no row of metrics with a step: delete it, or move the file")
+            row = outside.parse_json(line, f"{path} line {number}")
+            if not isinstance(row, dict) or not isinstance(row.get("step"), int):
+                raise UserError(f"{path} line {number} is no row of metrics with a step: delete that line")
+        except UserError:
+            # Only a line without its end can have been cut short; after it there is nothing.
+            if number == len(lines):
+                break
+            raise
         if row["step"] <= step:
             kept.append(line)
     write_text(path, "".join(f"{line}\n" for line in kept))
