@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from visiontune.errors import UserError
-from visiontune.outside import expanded, shown
+from visiontune.outside import shown, target
 
 try:
     import fcntl
@@ -149,7 +149,7 @@ def check_target(path: Path) -> None:
     Raises:
         UserError: a folder lies there, or its parent is none or cannot be written to.
     """
-    path = expanded(path)
+    path = target(path)
     with writing(path):
         parent = next(folder for folder in path.absolute().parents if os.path.lexists(folder))
         if path.is_dir():

@@ -20,7 +20,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     source = catalogue.find("pipelines", args.recipe)
-    to = outside.expanded(args.to)
+    to = outside.target(args.to)
     target = to / source.name if outside.is_folder(to) else to
     with files.writing(target):
         target.parent.mkdir(parents=True, exist_ok=True)

@@ -90,8 +90,11 @@ def _draw(
     todo = sum(job.file not in finished for batch in mine for job in batch)
     if mine:
         hidden = not state.is_main_process
-        bar = tqdm(total=todo, unit="image", disable=hidden)
-        with loaded(config, model, state) as ready, bar, signals.Asked("the batch") as asked:
+        with (
+            loaded(config, model, state) as ready,
+            tqdm(total=todo, unit="image", disable=hidden) as bar,
+            signals.Asked("the batch") as asked,
+        ):
             named = [(f"prompts[{job.index}]", job.prompt) for job in {job.index: job for job in jobs}.values()]
             for line in lost(ready, {"prompt": [*named, ("negative_prompt", config.negative_prompt)]}):
                 if state.is_main_process:
