@@ -99,7 +99,9 @@ class Trainer:
             optim.checkpoint_gradients(step.parts)
         # The gradients of online objectives come in pieces and are averaged over processes once, without DDP's hooks.
         self.step_module = step if self.online else self.accelerator.prepare_model(step)
-        self.lender = Lender(adapters, objective, reward, seed, self.accelerator, self.parameters, text)
+        self.lender = Lender(
+            adapters, objective, reward, seed, self.accelerator, self.parameters, text, [*step.parts.values()]
+        )
         objective.setup(self.precise, self.lender.tools(0))
         self.online_steps = OnlineSteps(self.precise, objective, rows, self.lender) if self.online else None
         trouble.check_drawing(model, self.preview, guard)
