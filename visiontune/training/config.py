@@ -55,6 +55,7 @@ class TrainConfig:
     resume: bool = option(False, help="go on from the newest checkpoint of the output folder, if it has one")
     log_every: int = option(10, help="steps between log rows; each row is the mean over the steps since the last")
     trackers: list[str] = option(["tensorboard"], help="any of accelerate's trackers: tensorboard, wandb, trackio, ...")
+    threads: int = option(0, help="of the CPU; 0: one or all, whichever is faster for a small model, by trial")
     device: Literal["auto", "cpu"] = option("auto", help="auto is the accelerator if there is one; cpu never uses it")
 
     def __post_init__(self) -> None:
