@@ -60,7 +60,8 @@ def _datasets() -> list[list[object]]:
     rows = []
     for name in catalogue.names("datasets"):
         r = catalogue.load("datasets", name)
-        rows.append([f"[{name}]({name}.yaml)", r["source"], r.get("count", ""), r["licence"], r["description"]])
+        count = r.get("count") or f"{len(r['prompts'])} prompts"
+        rows.append([f"[{name}]({name}.yaml)", r["source"], count, r["licence"], r["description"]])
     return rows
 
 

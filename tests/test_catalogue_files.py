@@ -10,6 +10,7 @@ from catalogue_tables import END, FOLDERS, ROOT, START, readme
 from visiontune import catalogue, config, plugin
 from visiontune.data.base import Config as DataConfig
 from visiontune.data.preflight import preflight
+from visiontune.data.prompts import read_data_prompts
 from visiontune.data.readers import read
 from visiontune.rewards.base import Reward
 
@@ -39,6 +40,9 @@ def test_every_recipe_is_valid_and_survives_being_resolved(name):
 def test_every_dataset_can_be_read(name):
     spec = catalogue.load("datasets", name)
     assert spec["description"] and spec["licence"]
+    if spec["source"] == "prompts":
+        assert len(read_data_prompts(DataConfig(root=name, class_noun="dog"))) == len(spec["prompts"])
+        return
     samples = read(DataConfig(root=name))
     preflight(samples)
     assert len(samples) == spec["count"]

@@ -55,7 +55,9 @@ def test_prior_rows_are_counted_but_no_prior_image_is_drawn(tiny_run, monkeypatc
         raise AssertionError("drew an image")
 
     monkeypatch.setattr("visiontune.sampling.pipeline.images", never)
-    run = tiny_run("objective.name=dreambooth", "objective.prior_images=3")
+    run = tiny_run(
+        "objective.name=dreambooth", "objective.prior_images=3", "objective.prior_own=0", "objective.prior_empty=0"
+    )
     estimate = measure(run)
     assert estimate.prior_samples == 3
     assert estimate.activation_bytes > 1.5 * measure(tiny_run()).activation_bytes

@@ -49,23 +49,30 @@ def test_a_model_that_draws_the_subject_scores_high_and_one_that_does_not_low(mo
     model = SimpleNamespace(device=torch.device("cpu"))
     result = personalise.measure(model, "bumble", "sks", references, ordinary=6)
     assert result.prompt_accuracy == 1.0 and result.class_kept == 1.0
+    assert result.ground_accuracy == 1.0
     assert (result.subject_known == 1.0) is learnt
+    assert (result.subject_composed == 1.0) is learnt
     assert (result.subject_oracle > 0.8) is learnt
     assert result.memorised < 0.2
     assert set(result.scores()) == {
-        "subject_oracle", "subject_known", "subject_clip", "prompt_accuracy", "class_kept", "memorised"
+        "subject_oracle", "subject_known", "subject_composed", "subject_clip", "prompt_accuracy", "ground_accuracy",
+        "class_kept", "memorised",
     }  # fmt: skip
 
 
 def _truth(prompt, learnt, subject, rng):
     """A picture that shows what the prompt asks."""
-    if "sks" in prompt and learnt:
-        return render(subject_scene(subject, rng))
-    request, places = oracle.read_caption(prompt), [(18, 18), (46, 46)]
+    request = oracle.read_caption(prompt)
+    places = [(15, 32), (49, 32)] if request.relation in ("left of", "right of") else [(32, 15), (32, 49)]
     if request.relation in ("right of", "below"):
         places.reverse()
     things = [
         Thing(shape=w.shape, color=w.color or "red", x=x, y=y, radius=RADII[w.size or "large"])
         for w, (x, y) in zip(request.things, places, strict=False)
     ]
-    return render(Scene(things=tuple(things)))
+    if "sks" in prompt and learnt:
+        if len(things) == 1:
+            return render(subject_scene(subject, rng))
+        things[0] = subject.thing(things[0].x, things[0].y, things[0].radius)
+    tone, texture = request.ground or ("light", "plain")
+    return render(Scene(things=tuple(things), tone=tone, texture=texture))

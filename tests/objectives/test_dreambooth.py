@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
+from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
@@ -12,9 +13,11 @@ from torch import nn
 
 from visiontune.diffusion.timesteps import Timesteps
 from visiontune.errors import UserError
+from visiontune.objectives import dreambooth
 from visiontune.objectives.base import Tools, generator
-from visiontune.objectives.dreambooth import Config, build
+from visiontune.objectives.dreambooth import build
 
+Config = partial(dreambooth.Config, prior="pictures")
 DOG = SimpleNamespace(trigger="sks", class_noun="dog")
 
 
@@ -98,7 +101,7 @@ def painter(adapters=None, fail_at=None):
 def prepare(config, tmp_path, images, adapters=None, model=None, data=DOG):
     model = model or TinyModel()
     reference = adapters.disable if adapters is not None else nullcontext
-    return build(config).prepare(model, data, tmp_path, Tools(reference=reference, draw=images))
+    return build(config).prepare(model, data, [], tmp_path, Tools(reference=reference, draw=images))
 
 
 def test_prior_images_come_from_the_base_without_its_adapters(tmp_path):
@@ -129,7 +132,7 @@ def test_a_killed_generation_goes_on_where_it_stopped(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "change", [{"prior_prompt": "a [class]"}, {"prior_steps": 3}, {"prior_cfg_scale": 1.0}, "base"]
+    "change", [{"prior_prompts": "a [class]"}, {"prior_steps": 3}, {"prior_cfg_scale": 1.0}, "base"]
 )
 def test_other_prior_settings_make_other_images(tmp_path, change):
     images = painter()
@@ -149,12 +152,12 @@ def test_several_prior_prompts_take_turns_and_each_image_keeps_its_own(tmp_path)
         drawn.extend(zip(prompts, seeds, strict=True))
         return np.zeros((len(seeds), 16, 16, 3), np.uint8)
 
-    config = Config(prior_prompt=["a [class]", "a tree", "a house"], prior_images=5, prior_batch_size=2)
+    config = Config(prior_prompts=["a [class]", "a tree", "a house"], prior_images=5, prior_batch_size=2)
     samples = prepare(config, tmp_path, images)
     assert [s.caption for s in samples] == ["a dog", "a tree", "a house", "a dog", "a tree"]
     assert drawn == [(s.caption, i) for i, s in enumerate(samples)]
-    with pytest.raises(ValueError, match="prior_prompt must not be empty"):
-        Config(prior_prompt=[])
+    with pytest.raises(ValueError, match="prior_prompts must not be empty"):
+        Config(prior_prompts=[])
 
 
 def test_no_images_without_a_prior_term(tmp_path):

@@ -196,14 +196,21 @@ def _rows(
         return PromptBatches(found.prompts, run.train.batch_size, objective.group, run.seed, rank, world)
     lent = Tools(reference=adapters.disable if adapters is not None else nullcontext, draw=draw or images)
     with accelerator.main_process_first():
-        prior = objective.prepare(model, run.data, cache_dir, lent)
-    return encoded(run, model, [*found.samples, *prior], accelerator, cache_dir, fill)
+        prior = objective.prepare(model, run.data, found.samples, cache_dir, lent)
+    beside = objective.prior_rows(run.train.batch_size)
+    return encoded(run, model, [*found.samples, *prior], accelerator, cache_dir, fill, beside)
 
 
 def encoded(
-    run: Run, model: Any, samples: Sequence[Sample], accelerator: Any, cache_dir: Path, fill: bool
+    run: Run,
+    model: Any,
+    samples: Sequence[Sample],
+    accelerator: Any,
+    cache_dir: Path,
+    fill: bool,
+    prior_rows: int | None = None,
 ) -> BatchSampler:
-    """Batches of encoded samples; with ``fill`` all are encoded now."""
+    """Batches of encoded samples, with so many prior rows each; with ``fill`` all are encoded now."""
     from visiontune.data.loader import BatchSampler
     from visiontune.data.rows import Rows
 
@@ -213,7 +220,7 @@ def encoded(
     if fill:
         rows.fill(rank, world)
         accelerator.wait_for_everyone()
-    return BatchSampler(rows, run.train.batch_size, run.seed, rank, world, ahead=True)
+    return BatchSampler(rows, run.train.batch_size, run.seed, rank, world, prior_rows=prior_rows, ahead=True)
 
 
 def _plan(run: Run, model: Model, adapters: Any, objective: Any, rows: Any, accelerator: Any) -> None:

@@ -25,7 +25,7 @@ class BatchSampler:
     included. Buckets take turns in proportion to their sizes, evenly spread. A bucket smaller than the batch wraps
     round.
 
-    With prior samples a batch holds ``batch_size`` instance rows and after them ``batch_size`` prior rows, drawn in the
+    With prior samples a batch holds ``batch_size`` instance rows and after them ``prior_rows`` prior rows, drawn in the
     same way from the prior samples and brought to the size of the instance rows.
 
     Args:
@@ -34,15 +34,25 @@ class BatchSampler:
         seed: any integer.
         rank: this process, from 0.
         world: number of processes.
+        prior_rows: prior rows of a batch, for each rank; as many as instance rows unless given.
         ahead: make the next batch in a thread while its caller works with one, where making one takes long.
     """
 
     def __init__(
-        self, rows: Rows, batch_size: int, seed: int = 0, rank: int = 0, world: int = 1, *, ahead: bool = False
+        self,
+        rows: Rows,
+        batch_size: int,
+        seed: int = 0,
+        rank: int = 0,
+        world: int = 1,
+        *,
+        prior_rows: int | None = None,
+        ahead: bool = False,
     ) -> None:
         if batch_size < 1 or not 0 <= rank < world:
             raise ValueError(f"no batches of {batch_size} rows for rank {rank} of {world}")
         self.rows, self.batch_size, self.rank, self.world = rows, batch_size, rank, world
+        self.prior_rows = batch_size if prior_rows is None else prior_rows
         self.seed = seed % 2**64
         self._sizes: list[Size] = sorted(rows.buckets)
         self._counts = tuple(len(rows.buckets[size]) for size in self._sizes)
@@ -63,17 +73,19 @@ class BatchSampler:
     def plan(self, step: int) -> list[Pick]:
         """The rows of a step's batch before they are encoded."""
         bucket, turn = self._turn(step)
-        size, total = self._sizes[bucket], self.batch_size * self.world
-        groups = [self._stream(1 + bucket, self.rows.buckets[size], turn * total, total)]
+        size = self._sizes[bucket]
+        groups = [(1 + bucket, self.rows.buckets[size], turn, self.batch_size)]
         if self.rows.prior:
-            groups.append(self._stream(0, self.rows.prior, step * total, total))
+            groups.append((0, self.rows.prior, step, self.prior_rows))
         rng = np.random.default_rng([self.seed, _DRAWS, step])
         config = self.rows.config
         picks = []
-        for group in groups:
+        for name, members, visit, own in groups:
+            total = own * self.world
+            group = self._stream(name, members, visit * total, total)
             chance, drop = rng.random((2, total))
             seeds = rng.integers(2**63, size=total)
-            for i in range(self.rank * self.batch_size, (self.rank + 1) * self.batch_size):
+            for i in range(self.rank * own, (self.rank + 1) * own):
                 picks.append(
                     Pick(
                         index=group[i],

@@ -4,29 +4,53 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import lru_cache
+from typing import Literal
 
 import numpy as np
 import torch
 
+from visiontune import catalogue
 from visiontune.core import Batch
 from visiontune.data.base import Config, substitute
 from visiontune.data.prompt_files import is_list, read_prompts
 from visiontune.data.readers import read
 from visiontune.errors import UserError
+from visiontune.schema import from_mapping, option
+
+
+@dataclass(frozen=True, kw_only=True)
+class PromptSpec:
+    """A ``datasets/*.yaml`` file with ``source: prompts``."""
+
+    source: Literal["prompts"] = option("prompts", help="that it has no pictures")
+    prompts: list[str] = option(help="the prompts; [class] and [trigger] are put in")
+    licence: str = option("", help="licence of the texts")
+    description: str = option("", help="one line for the catalogue's table")
 
 
 def read_data_prompts(config: Config) -> list[str]:
-    """The prompts of a ``.txt`` or ``.jsonl`` file, or the captions of any other dataset, each once.
+    """The prompts of a ``.txt`` or ``.jsonl`` file or of a catalogue entry, or the captions of any other dataset.
+
+    Each comes once, with ``[trigger]`` and ``[class]`` put in.
 
     Raises:
         UserError: no such file or dataset, an empty prompt, or in a file the same prompt twice.
     """
-    if is_list(config.root):
-        words = read_prompts(config.root)
+    words = read_prompts(config.root) if is_list(config.root) else listed_prompts(config.root)
+    if words is not None:
         return check_prompts([substitute(p, config.trigger, config.class_noun) for p in words], config.root)
     # Captions repeat where pictures do; as prompts they count once.
     return check_prompts(list(dict.fromkeys(sample.caption for sample in read(config))), f"data.root {config.root}")
+
+
+def listed_prompts(name: str) -> list[str] | None:
+    """The prompts of a catalogue entry of them, as they are written there; ``None`` for any other dataset."""
+    if name not in catalogue.names("datasets"):
+        return None
+    spec = catalogue.load("datasets", name)
+    return from_mapping(PromptSpec, spec, f"datasets/{name}.yaml").prompts if spec.get("source") == "prompts" else None
 
 
 def check_prompts(prompts: Sequence[str], source: str) -> list[str]:

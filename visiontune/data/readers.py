@@ -130,6 +130,8 @@ def resolve(config: Config) -> Config:
 def _catalogue(config: Config, columns: Sequence[str], optional: Sequence[str]) -> list[Sample]:
     spec = catalogue.load("datasets", config.root)
     config = resolve(config)
+    if spec.get("source") == "prompts":
+        raise UserError(f"data.root {config.root} is a list of prompts without pictures: take a dataset of pictures")
     if spec.get("source") == "procedural":
         from visiontune.data import procedural
 

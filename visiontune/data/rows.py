@@ -134,7 +134,8 @@ class Rows:
     def collate(self, picks: Sequence[Pick]) -> Batch:
         """The batch of some picks of one size, in their order, on the CPU.
 
-        A row with ``drop`` has the empty caption as its prompt and the model's unconditional condition. ``data`` has
+        A row with ``drop``, and a prior row with the empty caption, has the empty caption as its prompt and the model's
+        unconditional condition. ``data`` has
         latents [b, c, (f), h, w] of each column of pictures, those of one row from one draw, and masks [b, 1, h, w].
         """
         samples = [self.samples[p.index] for p in picks]
@@ -146,7 +147,8 @@ class Rows:
         }
         cond = None
         if not self.train_text:
-            rows = [self._empty if p.drop else self.condition(s.caption) for p, s in zip(picks, samples, strict=True)]
+            unsaid = [p.drop or (s.prior and not s.caption) for p, s in zip(picks, samples, strict=True)]
+            rows = [self._empty if no else self.condition(s.caption) for no, s in zip(unsaid, samples, strict=True)]
             cond = Condition.cat(rows)
         return Batch(
             prompts=["" if p.drop else s.caption for p, s in zip(picks, samples, strict=True)],

@@ -23,6 +23,19 @@ def prompt_accuracy(images: np.ndarray, prompts: Sequence[str]) -> float:
     return float(np.mean([oracle.matches(image, prompt) for image, prompt in zip(images, prompts, strict=True)]))
 
 
+def ground_accuracy(images: np.ndarray, prompts: Sequence[str]) -> float:
+    """Share of 64x64 images that show the ground that their prompt names, in [0, 1]; chance is 1/8.
+
+    Images whose prompt names none are left out.
+    """
+    _same_number(images, prompts)
+    asked = [(image, oracle.read_caption(prompt).ground) for image, prompt in zip(images, prompts, strict=True)]
+    right = [oracle.ground_of(image) == ground for image, ground in asked if ground is not None]
+    if not right:
+        raise UserError("no prompt names a ground: 'a red star on a dark dotted background'")
+    return float(np.mean(right))
+
+
 def subject_fidelity(images: np.ndarray, subject: str) -> float:
     """Mean likeness to a pocket subject of the best object of each 64x64 image, in [0, 1] (see the oracle)."""
     _same_number(images, images)

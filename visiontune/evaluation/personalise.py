@@ -12,20 +12,22 @@ import torch
 
 from visiontune.evaluation.metrics import (
     clip_image_similarity,
+    ground_accuracy,
     memorisation,
     prompt_accuracy,
     subject_fidelity,
     subject_recognition,
 )
 from visiontune.models.clip import load_clip
+from visiontune.pocket import oracle
 from visiontune.pocket.scenes import article, stream
-from visiontune.pocket.world import SUBJECTS, Subject
+from visiontune.pocket.world import COLORS, RELATIONS, SHAPES, SUBJECTS, Subject
 from visiontune.sampling.pipeline import images
 
 if TYPE_CHECKING:
     from visiontune.models.pipeline import PipelineModel
 
-_GROUNDS = ("", " on a light plain background", " on a dark dotted background", " on a dark plain background")
+_OPENINGS = ("a photo of a", "a picture of a", "a", "a large")
 _SEEDS = (101, 102, 103, 104)
 
 
@@ -35,17 +37,21 @@ class Personalisation:
 
     Attributes:
         subject_oracle: mean likeness of the drawn subject to the real one, by the oracle.
-        subject_known: share of pictures in which the oracle recognises the subject.
+        subject_known: share of pictures of it in which the oracle recognises the subject.
+        subject_composed: share of pictures of it beside another object in which both are right, and where they stand.
         subject_clip: mean CLIP cosine between drawn and reference pictures.
-        prompt_accuracy: share of ordinary held-out prompts that are drawn right.
-        class_kept: share of plain "a <class>" prompts that give the plain class, not the subject.
+        prompt_accuracy: share of ordinary held-out prompts that are drawn right, but for the ground.
+        ground_accuracy: share of those which name a ground that stand on it.
+        class_kept: share of plain "a red <class>" prompts that give the plain class, without a trace of the subject.
         memorised: share of pictures of the subject that repeat a training picture.
     """
 
     subject_oracle: float
     subject_known: float
+    subject_composed: float
     subject_clip: float
     prompt_accuracy: float
+    ground_accuracy: float
     class_kept: float
     memorised: float
     subject_pictures: np.ndarray
@@ -57,8 +63,22 @@ class Personalisation:
 
 
 def subject_prompts(subject: Subject, trigger: str) -> list[str]:
-    """Four grounds on which the subject is asked for, as a user would."""
-    return [f"a photo of a {trigger} {subject.shape}{ground}" for ground in _GROUNDS]
+    """Four ways in which the subject is asked for."""
+    return [f"{opening} {trigger} {subject.shape}" for opening in _OPENINGS]
+
+
+def composed_prompts(subject: Subject, trigger: str) -> dict[str, tuple[str, oracle.Wanted]]:
+    """Prompts for the subject beside another object, with the relation and that object.
+
+    The other has another shape, and neither of the subject's colours.
+    """
+    shapes = [shape for shape in SHAPES if shape != subject.shape]
+    colors = [color for color in COLORS if color not in (subject.color, subject.accent)]
+    others = [oracle.Wanted(shape=s, color=c) for s, c in zip(shapes, colors, strict=False)]
+    return {
+        f"a {trigger} {subject.shape} {relation} {article(f'{other.color} {other.shape}')}": (relation, other)
+        for relation, other in zip(RELATIONS, others, strict=False)
+    }
 
 
 def class_prompts(subject: Subject) -> list[str]:
@@ -109,13 +129,24 @@ def measure(
             return every, images(model, every, every_seed, steps=steps, cfg_scale=cfg_scale, batch_size=50)
 
     _, subject_pictures = draw(subject_prompts(individual, trigger), seeds)
+    composed = composed_prompts(individual, trigger)
+    together, composed_pictures = draw(list(composed), seeds)
     classes, class_pictures = draw(class_prompts(individual), seeds)
     ordinary_texts, ordinary_pictures = draw(ordinary_prompts(ordinary), seeds[:1])
     return Personalisation(
         subject_oracle=subject_fidelity(subject_pictures, subject),
         subject_known=subject_recognition(subject_pictures, subject),
+        subject_composed=float(
+            np.mean(
+                [
+                    oracle.composed(image, subject, *composed[prompt])
+                    for image, prompt in zip(composed_pictures, together, strict=True)
+                ]
+            )
+        ),
         subject_clip=clip_image_similarity(subject_pictures, references, load_clip("pocket/clip")),
         prompt_accuracy=prompt_accuracy(ordinary_pictures, ordinary_texts),
+        ground_accuracy=ground_accuracy(ordinary_pictures, ordinary_texts),
         class_kept=prompt_accuracy(class_pictures, classes),
         memorised=memorisation(subject_pictures, references),
         subject_pictures=subject_pictures,

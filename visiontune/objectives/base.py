@@ -161,16 +161,23 @@ class Objective(ABC):
         if trained and not self.needs.text:
             raise UserError("objective keeps the conditions of its rollouts: take text encoders out of train.parts")
 
-    def prepare(self, model: PipelineModel, data: Any, cache_dir: Path, tools: Tools) -> Sequence[Sample]:
+    def prepare(
+        self, model: PipelineModel, data: Any, samples: Sequence[Sample], cache_dir: Path, tools: Tools
+    ) -> Sequence[Sample]:
         """Called once before the first step; returns samples to train on besides the user's own.
 
         Args:
             model: on the training device, with the run's adapters attached.
             data: the run's data configuration (trigger, class noun, ...).
+            samples: the user's own.
             cache_dir: where generated files may be kept between runs.
             tools: ``reference`` and ``draw``.
         """
         return []
+
+    def prior_rows(self, batch_size: int) -> int:
+        """How many rows of :meth:`prepare` come on top of a batch of the user's own, where there are any."""
+        return batch_size
 
     def setup(self, model: Any, tools: Tools) -> None:
         """Called once, before training or taking up a checkpoint: puts what has a state into ``tools.state``."""

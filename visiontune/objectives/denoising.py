@@ -88,18 +88,26 @@ class Denoising(Supervised):
         """Error of each row ``[b]`` in float32, min-SNR weighted and masked, before the row weights."""
         x_0 = batch.data["image"].float()
         t, eps = self.noised(model, x_0, batch, tools)
-        return per_row(self.error_map(model, x_0, eps, t, condition_of(model, batch)), batch.data.get("mask"))
+        x_t, target = model.schedule.add_noise(x_0, eps, t), model.schedule.target(x_0, eps, t)
+        target = self.targets(model, x_t, t, target, batch, tools)
+        return per_row(self.error_map(model, x_t, t, condition_of(model, batch), target), batch.data.get("mask"))
+
+    def targets(
+        self, model: DiffusionModel, x_t: Tensor, t: Tensor, target: Tensor, batch: Batch, tools: Tools
+    ) -> Tensor:
+        """What each row is to predict, like ``x_t``: ``target``, what was mixed in."""
+        return target
 
     def noised(self, model: DiffusionModel, x_0: Tensor, batch: Batch, tools: Tools) -> tuple[Tensor, Tensor]:
         """Timesteps ``[b]`` and noise like ``x_0`` for the rows of a batch."""
         t = self.config.timesteps.draw(model.schedule, len(x_0), tools.rng, batch.data.get("quantile"))
         return t.to(x_0.device), self.noise(x_0, tools.rng)
 
-    def error_map(self, model: DiffusionModel, x_0: Tensor, eps: Tensor, t: Tensor, cond: Condition) -> Tensor:
-        """Squared error of every value, like ``x_0``, min-SNR weighted, at the given noise and timesteps ``[b]``."""
-        pred = model.predict(model.schedule.add_noise(x_0, eps, t), t, cond)
+    def error_map(self, model: DiffusionModel, x_t: Tensor, t: Tensor, cond: Condition, target: Tensor) -> Tensor:
+        """Squared error of every value, like ``x_t``, min-SNR weighted, at the given timesteps ``[b]``."""
+        pred = model.predict(x_t, t, cond)
         pred = pred.to(torch.promote_types(pred.dtype, torch.float32))
-        error = (pred - model.schedule.target(x_0, eps, t)).square()
+        error = (pred - target).square()
         if self.config.snr_gamma is None:
             return error
         weight = min_snr_weight(model.schedule.snr(t), self.config.snr_gamma, model.schedule.prediction)

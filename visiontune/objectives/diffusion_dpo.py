@@ -90,7 +90,8 @@ class DiffusionDPO(denoising.Denoising):
     ) -> Tensor:
         """Errors ``[2, b]`` of both pictures, at the same noise and timestep."""
         x_0, noise, twice = torch.cat([chosen, rejected]), torch.cat([eps, eps]), torch.cat([t, t])
-        return per_row(self.error_map(model, x_0, noise, twice, Condition.cat([cond, cond]))).view(2, -1)
+        x_t, target = model.schedule.add_noise(x_0, noise, twice), model.schedule.target(x_0, noise, twice)
+        return per_row(self.error_map(model, x_t, twice, Condition.cat([cond, cond]), target)).view(2, -1)
 
 
 def _wide(x: Tensor) -> Tensor:

@@ -1,25 +1,29 @@
-"""DreamBooth: teach one subject while images of its class, made by the untrained base, hold the class in place.
+"""DreamBooth: teach one subject while rows of what is not asked about hold the rest in place.
 
 Ruiz et al., "DreamBooth: Fine Tuning Text-to-Image Diffusion Models for Subject-Driven Generation", 2022,
-arXiv 2208.12242, equation 2. The prior term is a set of extra rows that weigh lambda, not a second half of the batch;
+arXiv 2208.12242, equation 2, is ``prior: pictures``: class images of the untrained base are learnt like the user's own.
+``prior: prediction`` asks for what the base itself predicts instead, on noisy latents of pictures of many kinds and of
+the user's own (learning without forgetting, Li and Hoiem, 2016, arXiv 1606.09282, for denoisers), so that the base's
+own errors are not learnt. The prior term is a set of extra rows that weigh lambda, not a second half of the batch;
 min-SNR and offset noise treat those rows like any other.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import cycle, islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from visiontune.core import Batch, Loss
-from visiontune.data.base import Sample, Source, substitute
-from visiontune.errors import UserError
-from visiontune.files import atomic_write, write_json
-from visiontune.objectives import denoising
-from visiontune.objectives.base import Tools, combine, draws_clips, mean_where
+import torch
+from torch import Tensor
+
+from visiontune.core import Batch, Condition, Loss
+from visiontune.data.base import Sample
+from visiontune.objectives import _prior, denoising
+from visiontune.objectives.base import Needs, Tools, combine, mean_where
 from visiontune.schema import option
 
 if TYPE_CHECKING:
@@ -31,24 +35,44 @@ if TYPE_CHECKING:
 class Config(denoising.Config):
     """Options of DreamBooth: those of the denoising loss and the prior-preservation term."""
 
+    RENAMED: ClassVar[dict[str, str]] = {**denoising.Config.RENAMED, "prior_prompt": "prior_prompts"}
+
+    prior: Literal["prediction", "pictures", "none"] = option(
+        "prediction", help="what prior rows learn: the base's prediction; what is in the base's pictures; no such rows"
+    )
     prior_weight: float = option(
         1.0, least=0, greatest=1e6, help="lambda, the weight of the prior rows; 0 trains without prior preservation"
     )
-    prior_images: int = option(
-        100, least=0, greatest=1_000_000, help="class images the base generates once before training"
+    prior_share: float = option(
+        0.5, above=0, greatest=0.99, help="share of prior rows in a batch; they come on top of train.batch_size"
     )
-    prior_prompt: str | list[str] = option(
-        "a photo of a [class]", help="prompt of the class images, or several by turns; [class] is data.class_noun"
+    prior_prompts: str | list[str] | None = option(
+        None,
+        help="of the pictures that the base draws: a list, a .txt file, a dataset of prompts; null: everyday for "
+        "prediction, 'a photo of a [class]' for pictures; [class] is data.class_noun",
     )
-    prior_steps: int = option(25, least=1, greatest=100_000, help="sampling steps per class image")
-    prior_cfg_scale: float = option(4.0, least=-1000, greatest=1000, help="guidance scale of the class images")
+    prior_images: int = option(100, least=0, greatest=1_000_000, help="pictures the base draws once before training")
+    prior_data: str | None = option(None, help="folder of your own captioned pictures of what is to be kept, instead")
+    prior_own: float = option(
+        0.25,
+        least=0,
+        below=1,
+        help="share of the prior rows that are your pictures under captions without the trigger (prediction only)",
+    )
+    prior_empty: float = option(
+        0.1, least=0, below=1, help="share of the prior rows with the empty prompt (prediction only)"
+    )
+    prior_steps: int = option(25, least=1, greatest=100_000, help="sampling steps per prior picture")
+    prior_cfg_scale: float = option(4.0, least=-1000, greatest=1000, help="guidance scale of the prior pictures")
     prior_batch_size: int = option(
-        8, least=1, greatest=4096, help="class images sampled at once; has no effect on the images"
+        8, least=1, greatest=4096, help="prior pictures sampled at once; has no effect on the pictures"
     )
 
     def __post_init__(self) -> None:
-        if not self.prior_prompt:
-            raise ValueError("prior_prompt must not be empty")
+        if self.prior_prompts is not None and not self.prior_prompts:
+            raise ValueError("prior_prompts must not be empty")
+        if self.prior_own + self.prior_empty >= 1:
+            raise ValueError("prior_own and prior_empty must be less than 1 together")
 
 
 def build(config: Config) -> DreamBooth:
@@ -61,77 +85,79 @@ class DreamBooth(denoising.Denoising):
 
     config: Config
 
+    def __init__(self, config: Config) -> None:
+        super().__init__(config)
+        self._conditions: dict[str, Condition] = {}
+
+    @property
+    def keeps(self) -> bool:
+        """Whether there are prior rows."""
+        return self.config.prior != "none" and self.config.prior_weight > 0
+
+    @property
+    def needs(self) -> Needs:
+        return dataclasses.replace(super().needs, reference=self.keeps and self.config.prior == "prediction")
+
+    def prior_rows(self, batch_size: int) -> int:
+        """Prior rows beside ``batch_size`` rows of the user's."""
+        share = self.config.prior_share
+        return max(1, round(batch_size * share / (1 - share)))
+
     def loss(self, model: DiffusionModel, batch: Batch, tools: Tools) -> Loss:
         errors = self.errors(model, batch, tools)
         rows = {"instance": ~batch.prior, "prior": batch.prior}
         terms = {name: mean_where(errors.detach(), mask) for name, mask in rows.items()}
         return Loss(total=combine(errors, batch), terms=terms)
 
-    def prepare(self, model: PipelineModel, data: Any, cache_dir: Path, tools: Tools) -> Sequence[Sample]:
-        """Generate the class images that are not in the cache yet and return them as prior rows.
+    def targets(
+        self, model: DiffusionModel, x_t: Tensor, t: Tensor, target: Tensor, batch: Batch, tools: Tools
+    ) -> Tensor:
+        """As for the denoising loss, but of prior rows by prediction what the base predicts of them."""
+        if self.config.prior != "prediction" or not batch.prior.any():
+            return target
+        rows = batch.prior.nonzero().flatten()
+        with tools.reference(), torch.no_grad():
+            predicted = model.predict(x_t[rows], t[rows], self._condition(model, batch, rows))
+        return target.index_copy(0, rows, predicted.to(target.dtype))
+
+    def _condition(self, model: DiffusionModel, batch: Batch, rows: Tensor) -> Condition:
+        """The base's own conditions of some rows; those of a trained text encoder are others."""
+        if batch.cond is not None:
+            return batch.cond[rows]
+        prompts = [batch.prompts[i] for i in rows.tolist()]
+        for prompt in prompts:
+            # Each prompt by itself: its condition does not depend on which others a batch had.
+            if prompt not in self._conditions:
+                self._conditions[prompt] = model.embed([prompt]).to("cpu")
+        return Condition.cat([self._conditions[prompt] for prompt in prompts]).to(rows.device)
+
+    def prepare(
+        self, model: PipelineModel, data: Any, samples: Sequence[Sample], cache_dir: Path, tools: Tools
+    ) -> Sequence[Sample]:
+        """The prior rows; what the base is to draw for them and is not in the cache yet is drawn now.
 
         Raises:
-            UserError: the prior prompt needs a class noun and the data has none, or the model draws clips.
+            UserError: a prompt has the trigger, or ``[class]`` where there is no class noun, or the model draws clips.
         """
-        if not self.config.prior_weight or not self.config.prior_images:
+        if not self.keeps:
             return []
-        if draws_clips(model):
-            raise UserError(
-                f"class images are pictures, and '{model.source}' ({model.family}) draws clips: set "
-                "objective.prior_weight=0"
-            )
-        wanted = self.config.prior_prompt
-        prompts = [
-            substitute(p, data.trigger, data.class_noun) for p in ([wanted] if isinstance(wanted, str) else wanted)
-        ]
-        folder = cache_dir / f"prior-{self._key(model, prompts)}"
-        files = {folder / f"{i:05d}.png": prompts[i % len(prompts)] for i in range(self.config.prior_images)}
-        with tools.reference():
-            self._generate(model, prompts, files, tools)
+        if self.config.prior_data is not None:
+            pictures = _prior.given(self.config, data)
+        elif self.config.prior_images:
+            pictures = _prior.drawn(self.config, model, _prior.prompts(self.config, data), cache_dir, tools)
+        else:
+            return []
+        if self.config.prior == "prediction":
+            pictures = self._mixed(pictures, _prior.own(samples, data))
+        return [dataclasses.replace(sample, prior=True, weight=self.config.prior_weight) for sample in pictures]
+
+    def _mixed(self, pictures: list[Sample], own: list[Sample]) -> list[Sample]:
+        """The pictures with the shares of the user's own and of empty prompts beside them."""
+        own_share, empty = self.config.prior_own if own else 0.0, self.config.prior_empty
+        total = len(pictures) / (1 - own_share - empty)
+        unsaid = [dataclasses.replace(sample, caption="") for sample in (*pictures, *own)]
         return [
-            Sample(
-                id=f"{folder.name}/{f.name}",
-                sources={"image": Source(f)},
-                caption=prompt,
-                prior=True,
-                weight=self.config.prior_weight,
-            )
-            for f, prompt in files.items()
+            *pictures,
+            *islice(cycle(own), round(total * own_share)),
+            *islice(cycle(unsaid), round(total * empty)),
         ]
-
-    def _settings(self, model: PipelineModel, prompts: list[str]) -> dict[str, Any]:
-        return {
-            "base": {part: model.fingerprint(part) for part in ("denoiser", "text", "vae")},
-            "prompts": prompts,
-            "steps": self.config.prior_steps,
-            "cfg_scale": self.config.prior_cfg_scale,
-        }
-
-    def _key(self, model: PipelineModel, prompts: list[str]) -> str:
-        settings = json.dumps(self._settings(model, prompts), sort_keys=True)
-        return hashlib.sha256(settings.encode()).hexdigest()[:16]
-
-    def _generate(self, model: PipelineModel, prompts: list[str], wanted: dict[Path, str], tools: Tools) -> None:
-        """Image ``i`` has seed ``i``; batches are sampled whole, so that a killed run's images end up the same."""
-        from PIL import Image
-        from tqdm.auto import tqdm
-
-        size, files = self.config.prior_batch_size, list(wanted)
-        chunks = [range(start, min(start + size, len(files))) for start in range(0, len(files), size)]
-        chunks = [chunk for chunk in chunks if not all(files[i].exists() for i in chunk)]
-        if not chunks:
-            return
-        write_json(files[0].parent / "settings.json", self._settings(model, prompts))
-        for chunk in tqdm(chunks, desc="prior images"):
-            assert tools.draw is not None
-            made = tools.draw(
-                model,
-                [wanted[files[i]] for i in chunk],
-                list(chunk),
-                steps=self.config.prior_steps,
-                cfg_scale=self.config.prior_cfg_scale,
-                batch_size=size,
-            )
-            for i, pixels in zip(chunk, made, strict=True):
-                with atomic_write(files[i]) as path:
-                    Image.fromarray(pixels).save(path)

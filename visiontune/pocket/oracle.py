@@ -2,13 +2,15 @@
 
 Grounds are grey and objects are saturated, so objects are the connected components of the chroma mask. A component's
 colour is the palette entry that most of its pixels are nearest to; its shape is the template of its own extent that
-overlaps it best; a subject is recognised by comparing the component with renders of every subject and of every solid
-object in its place.
+overlaps it best; a subject is recognised where no other paint and no other shape in its place would look more like the
+component.
 """
 
 from __future__ import annotations
 
+import itertools
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -17,20 +19,25 @@ from scipy import ndimage
 from visiontune.pocket.scenes import NUMBERS, plural
 from visiontune.pocket.world import (
     COLORS,
+    PATTERNS,
     RADII,
     RELATIONS,
     SHAPES,
     SIZE,
     SUBJECTS,
+    TEXTURES,
     TONES,
     Subject,
     Thing,
     coverage,
+    ground,
     outline,
     paint,
 )
 
 MIN_AREA = 40
+# Of an object's pixels, the share that its colours must have, and the least that each of two must have.
+PURE, TOUCH = 0.9, 0.1
 MIN_OVERLAP = 0.6
 MAX_RADIUS = 20.0
 CHROMA_THRESHOLD = 38.0
@@ -40,11 +47,18 @@ _PALETTE = np.array(list(COLORS.values()), np.float32)
 
 @dataclass(frozen=True, kw_only=True)
 class Found:
-    """One object read from an image; ``overlap`` in [0, 1] says how well it matches its shape."""
+    """One object read from an image.
+
+    Attributes:
+        thing: shape, main colour, place and size.
+        overlap: in [0, 1], how well it matches its shape.
+        shares: share of its inner pixels that is nearest to each colour.
+        mask: where it is, bool [64, 64].
+    """
 
     thing: Thing
     overlap: float
-    purity: float
+    shares: dict[str, float]
     mask: np.ndarray
 
     @property
@@ -60,14 +74,16 @@ class Wanted:
     shape: str
     color: str | None = None
     size: str | None = None
+    accent: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
-    """What a caption asks for."""
+    """What a caption asks for; ``ground`` is a tone and a texture."""
 
     things: tuple[Wanted, ...]
     relation: str | None = None
+    ground: tuple[str, str] | None = None
 
 
 # ---------------------------------------------------------------------------------------------------- captions
@@ -75,8 +91,10 @@ class Request:
 _NOUN = {s: s for s in SHAPES} | {plural(s): s for s in SHAPES}
 _NOUN_PHRASE = re.compile(
     rf"\b(?:(?P<number>{'|'.join(NUMBERS.values())})\s+)?(?:(?P<size>{'|'.join(RADII)})\s+)?"
-    rf"(?:(?P<color>{'|'.join(COLORS)})\s+)?(?P<noun>{'|'.join(sorted(_NOUN, key=len, reverse=True))})\b"
+    rf"(?:(?P<color>{'|'.join(COLORS)})\s+(?:and\s+(?P<accent>{'|'.join(COLORS)})\s+)?)?"
+    rf"(?P<noun>{'|'.join(sorted(_NOUN, key=len, reverse=True))})\b"
 )
+_GROUND = re.compile(rf"\bon a (?P<tone>{'|'.join(TONES)}) (?P<texture>{'|'.join(TEXTURES)}) background\b")
 
 
 def read_caption(caption: str) -> Request:
@@ -88,12 +106,17 @@ def read_caption(caption: str) -> Request:
     counts = {word: n for n, word in NUMBERS.items()}
     things: list[Wanted] = []
     for match in _NOUN_PHRASE.finditer(caption.lower()):
-        wanted = Wanted(shape=_NOUN[match["noun"]], color=match["color"], size=match["size"])
+        wanted = Wanted(shape=_NOUN[match["noun"]], color=match["color"], size=match["size"], accent=match["accent"])
         things += [wanted] * counts.get(match["number"], 1)
     if not things:
         raise ValueError(f"caption {caption!r} names no object; name one of: {', '.join(SHAPES)}")
     relation = next((r for r in RELATIONS if r in caption.lower()), None)
-    return Request(things=tuple(things), relation=relation if len(things) == 2 else None)
+    stands = _GROUND.search(caption.lower())
+    return Request(
+        things=tuple(things),
+        relation=relation if len(things) == 2 else None,
+        ground=(stands["tone"], stands["texture"]) if stands else None,
+    )
 
 
 # ---------------------------------------------------------------------------------------------------- reading
@@ -123,6 +146,16 @@ def _shape_of(mask: np.ndarray) -> tuple[str, float, float, float, float]:
     return best
 
 
+def _nearest_colors(pixels: np.ndarray, level: float) -> np.ndarray:
+    """Number of the palette's colour that each pixel ``[n, 3]`` is nearest to, however much grey of ``level`` it has.
+
+    Along a blurred edge a colour turns into the ground's grey, and passes by others on its way.
+    """
+    ways = _PALETTE - level
+    along = (((pixels[:, None] - level) * ways).sum(-1) / (ways**2).sum(-1)).clip(0, 1)
+    return ((pixels[:, None] - level - along[..., None] * ways) ** 2).sum(-1).argmin(-1)
+
+
 def read(image: np.ndarray) -> list[Found]:
     """Objects in an image ``uint8 [64, 64, 3]``, largest first.
 
@@ -132,7 +165,9 @@ def read(image: np.ndarray) -> list[Found]:
     if pixels.shape != (SIZE, SIZE, 3):
         raise ValueError(f"the oracle reads images of shape (64, 64, 3), not {pixels.shape}")
     chroma = _chroma(pixels)
-    labels, n = ndimage.label(chroma > CHROMA_THRESHOLD)
+    outside = chroma <= CHROMA_THRESHOLD
+    level = float(np.median(pixels[outside])) if outside.any() else 0.0
+    labels, n = ndimage.label(~outside)
     found = []
     for index in range(1, n + 1):
         mask = labels == index
@@ -143,11 +178,10 @@ def read(image: np.ndarray) -> list[Found]:
         mask = ndimage.binary_fill_holes(mask)
         shape, overlap, x, y, radius = _shape_of(mask)
         core = ndimage.binary_erosion(mask) if mask.sum() > 2 * MIN_AREA else mask
-        nearest = ((pixels[core][:, None] - _PALETTE) ** 2).sum(-1).argmin(-1)
-        votes = np.bincount(nearest, minlength=len(COLORS))
-        color = list(COLORS)[int(votes.argmax())]
-        thing = Thing(shape=shape, color=color, x=x, y=y, radius=radius)
-        found.append(Found(thing=thing, overlap=overlap, purity=float(votes.max() / votes.sum()), mask=mask))
+        votes = np.bincount(_nearest_colors(pixels[core], level), minlength=len(COLORS))
+        shares = dict(zip(COLORS, (votes / votes.sum()).tolist(), strict=True))
+        thing = Thing(shape=shape, color=max(shares, key=shares.__getitem__), x=x, y=y, radius=radius)
+        found.append(Found(thing=thing, overlap=overlap, shares=shares, mask=mask))
     return sorted(found, key=lambda f: -int(f.mask.sum()))
 
 
@@ -159,20 +193,24 @@ def _fits(found: Found, wanted: Wanted) -> bool:
     return (
         found.valid
         and thing.shape == wanted.shape
-        and wanted.color in (None, thing.color)
         and wanted.size in (None, thing.size)
+        and _painted(found.shares, wanted.color or thing.color, wanted.accent)
     )
 
 
+def _painted(shares: dict[str, float], color: str, accent: str | None) -> bool:
+    """Whether an object is of one colour, or of two that both show."""
+    colors = [color] if accent is None else [color, accent]
+    return sum(shares[c] for c in colors) >= PURE and min(shares[c] for c in colors) >= TOUCH
+
+
 def _holds(relation: str | None, first: Thing, second: Thing) -> bool:
-    margin = 4
-    return {
-        None: True,
-        "left of": first.x + margin < second.x,
-        "right of": first.x > second.x + margin,
-        "above": first.y + margin < second.y,
-        "below": first.y > second.y + margin,
-    }[relation]
+    """Whether the first stands so to the second, and in no other direction more than in that one."""
+    if relation is None:
+        return True
+    x, y = second.x - first.x, second.y - first.y
+    along, across = (x, y) if relation in ("left of", "right of") else (y, x)
+    return (along if relation in ("left of", "above") else -along) > abs(across)
 
 
 def _assignments(found: list[Found], wanted: tuple[Wanted, ...]) -> list[list[Found]]:
@@ -188,7 +226,10 @@ def _assignments(found: list[Found], wanted: tuple[Wanted, ...]) -> list[list[Fo
 
 
 def matches(image: np.ndarray, caption: str | Request) -> bool:
-    """Whether an image ``uint8 [64, 64, 3]`` shows just what its caption asks: objects, count, relation."""
+    """Whether an image ``uint8 [64, 64, 3]`` shows just what its caption asks: objects, count, colours, relation.
+
+    What they stand on is another question: :func:`ground_of`.
+    """
     request = read_caption(caption) if isinstance(caption, str) else caption
     found = read(image)
     if len(found) != len(request.things):
@@ -220,23 +261,47 @@ def subject_fidelity(image: np.ndarray, subject: Subject) -> float:
 
 
 def recognise(image: np.ndarray) -> str | None:
-    """Name of the subject in an image, or ``None`` when a plain object explains the picture better."""
-    best_name, best = None, 0.0
-    for found in read(image):
-        plain = Subject(
-            name="", shape=found.thing.shape, color=found.thing.color, accent=found.thing.color, pattern="halves"
-        )
-        floor = likeness(image, found, plain)
-        for name, subject in SUBJECTS.items():
-            score = likeness(image, found, subject)
-            if score > max(best, floor):
-                best_name, best = name, score
-    return best_name
+    """Name of the subject in an image, or ``None`` when something else explains the picture better."""
+    names = [name for name in (recognise_object(image, found) for found in read(image)) if name]
+    return names[0] if names else None
 
 
-def ground_of(image: np.ndarray) -> str:
-    """``light`` or ``dark``: the tone of the ground, from the median grey outside all objects."""
+def recognise_object(image: np.ndarray, found: Found) -> str | None:
+    """Name of the subject that one object is, or ``None``."""
+    scores = {name: likeness(image, found, subject) for name, subject in SUBJECTS.items()}
+    name = max(scores, key=scores.__getitem__)
+    best = scores[name]
+    others = (likeness(image, found, other) for other in _others(SUBJECTS[name]))
+    return name if best > 0 and all(best > other for other in others) else None
+
+
+def _others(subject: Subject) -> Iterator[Subject]:
+    """What a subject might be taken for: one of its looks changed, all other looks the same."""
+    yield from (replace(subject, shape=shape) for shape in SHAPES if shape != subject.shape)
+    yield from (replace(subject, pattern=pattern) for pattern in PATTERNS if pattern != subject.pattern)
+    yield replace(subject, color=subject.accent, accent=subject.color)
+    for color in COLORS:
+        if color != subject.color:
+            yield replace(subject, color=color)
+        if color != subject.accent:
+            yield replace(subject, accent=color)
+
+
+def composed(image: np.ndarray, name: str, relation: str, other: Wanted) -> bool:
+    """Whether an image shows a subject, in a relation to one other object, and nothing else."""
+    found = read(image)
+    if len(found) != 2:
+        return False
+    return any(
+        recognise_object(image, one) == name and _fits(two, other) and _holds(relation, one.thing, two.thing)
+        for one, two in (found, found[::-1])
+    )
+
+
+def ground_of(image: np.ndarray) -> tuple[str, str]:
+    """Tone and texture of the ground: those whose drawing is nearest to the image outside of its objects."""
     pixels = np.asarray(image, np.float32)
-    outside = _chroma(pixels) <= CHROMA_THRESHOLD
-    level = float(np.median(pixels[outside].mean(-1))) if outside.any() else 0.0
-    return min(TONES, key=lambda tone: abs(level - TONES[tone][0][0]))
+    # An object's soft edge belongs to neither.
+    outside = ~ndimage.binary_dilation(_chroma(pixels) > CHROMA_THRESHOLD, iterations=2)
+    kinds = itertools.product(TONES, TEXTURES)
+    return min(kinds, key=lambda kind: float(np.abs(pixels - ground(*kind))[outside].mean()) if outside.any() else 0.0)

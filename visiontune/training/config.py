@@ -70,6 +70,9 @@ class TrainConfig:
         help="steps between log rows; each row is the mean over the steps since the last",
     )
     trackers: list[str] = option(["tensorboard"], help="any of accelerate's trackers: tensorboard, wandb, trackio, ...")
+    threads: int = option(
+        0, least=0, greatest=4096, help="of the CPU; 0: one or all, whichever is faster for a small model, by trial"
+    )
     device: Literal["auto", "cpu"] = option("auto", help="auto is the accelerator if there is one; cpu never uses it")
 
     def __post_init__(self) -> None:

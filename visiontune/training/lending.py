@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate import Accelerator
+from torch import nn
 from torch.nn import Parameter
 
 from visiontune.core import Loss
@@ -46,7 +47,7 @@ class Lender:
         adapters: whose absence makes the model its own reference; without them a copy of what is trained is kept, where
             the objective needs one.
         objective, reward, seed, accelerator: those of the run.
-        parameters: what is trained, by name. text: whether text encoders are.
+        parameters: what is trained, by name. text: whether text encoders are. networks: the model's.
 
     Attributes:
         state: the objective's own.
@@ -61,10 +62,11 @@ class Lender:
         accelerator: Accelerator,
         parameters: Mapping[str, Parameter],
         text: bool,
+        networks: Iterable[nn.Module] = (),
     ) -> None:
         self.adapters, self.reward, self.seed, self.accelerator = adapters, reward, seed, accelerator
         self.parameters, self.text, self._online = parameters, text, objective.needs.online
-        self.reference = reference(adapters, parameters if objective.needs.reference else {})
+        self.reference = reference(adapters, parameters if objective.needs.reference else {}, networks)
         self.state: dict[str, Any] = {}
         if hasattr(reward, "gather"):
             reward.gather = accelerator.gather
@@ -106,12 +108,30 @@ class Lender:
                 self.state[name] = value
 
 
-def reference(adapters: Any, parameters: Mapping[str, Parameter]) -> Callable[[], AbstractContextManager[Any]]:
-    """What makes the model the untrained one for a while: adapters off, or the values that ``parameters`` have now."""
-    if adapters is not None:
-        return adapters.disable
-    frozen = {name: parameter.detach().clone() for name, parameter in parameters.items()}
-    return lambda: swapped(parameters, frozen, _nothing)
+def reference(
+    adapters: Any, parameters: Mapping[str, Parameter], networks: Iterable[nn.Module] = ()
+) -> Callable[[], AbstractContextManager[Any]]:
+    """What makes the model the untrained one for a while: adapters off, or the values that ``parameters`` have now.
+
+    The ``networks`` are in evaluation mode meanwhile: what a base with dropout predicts is not what it knows.
+    """
+    frozen = {} if adapters is not None else {name: p.detach().clone() for name, p in parameters.items()}
+
+    @contextmanager
+    def context() -> Iterator[None]:
+        base = adapters.disable() if adapters is not None else swapped(parameters, frozen, _nothing)
+        training = [module for network in networks for module in network.modules() if module.training]
+        with base:
+            # One by one: a module's own `train` may let go of what it keeps between steps.
+            for module in training:
+                module.training = False
+            try:
+                yield
+            finally:
+                for module in training:
+                    module.training = True
+
+    return context
 
 
 class OnlineSteps:

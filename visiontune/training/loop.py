@@ -22,6 +22,7 @@ from visiontune import signals
 from visiontune.core import Loss
 from visiontune.errors import Stopped, UserError
 from visiontune.objectives.base import Objective, seed_of
+from visiontune.ops.threads import Threads
 from visiontune.training import checkpoint, guards, optim, preview, result, resume, trouble
 from visiontune.training.config import PreviewConfig, TrainConfig
 from visiontune.training.devices import make_accelerator, precision_of
@@ -100,7 +101,9 @@ class Trainer:
             optim.checkpoint_gradients(step.parts)
         # The gradients of online objectives come in pieces and are averaged over processes once, without DDP's hooks.
         self.step_module = step if self.online else self.accelerator.prepare_model(step)
-        self.lender = Lender(adapters, objective, reward, seed, self.accelerator, self.parameters, text)
+        self.lender = Lender(
+            adapters, objective, reward, seed, self.accelerator, self.parameters, text, [*step.parts.values()]
+        )
         objective.setup(self.precise, self.lender.tools(0))
         self.online_steps = OnlineSteps(self.precise, objective, rows, self.lender) if self.online else None
         trouble.check_drawing(model, self.preview, guard)
@@ -110,6 +113,8 @@ class Trainer:
         self._rates = list(self.schedule.base_lrs)
         self.meter, self.average = Meter(), Average(list(self.parameters.values()), train.ema)
         self.stateful, self.idle = self._stateful(reward), trouble.Idle()
+        size = sum(p.numel() for part in parts.values() for p in part.parameters())
+        self.threads = Threads(self.accelerator.device, size, train.threads)
 
     def _stateful(self, reward: Any) -> dict[str, Any]:
         """What a checkpoint carries besides weights, each part with torch's `state_dict` and `load_state_dict`."""
@@ -149,9 +154,13 @@ class Trainer:
                 self._stop_if_alarmed()
                 quiet = not self.accelerator.is_local_main_process
                 bar = tqdm(range(start, self.train.steps), "training", self.train.steps, initial=start, disable=quiet)
+                self.threads.choose(self._trial)
                 with self.precise.training(), signals.Asked("the step") as asked:
                     for step in bar:
+                        started = time.perf_counter()
                         bar.set_postfix(loss=f"{self.optimise(step):.4f}", refresh=False)
+                        if self.threads.slowed(time.perf_counter() - started):
+                            self.threads.choose(self._trial)
                         self._after(step + 1, metrics)
                         self._stop_if_alarmed()
                         self._stop_if_asked(step + 1, asked)
@@ -159,6 +168,12 @@ class Trainer:
                 metrics.close()
                 self.rows.close()
             return self._finish()
+
+    @torch.no_grad()
+    def _trial(self) -> None:
+        """What a step mostly computes, and leaves nothing behind."""
+        batch = self.rows.batch(0).to(self.accelerator.device)
+        self.objective.probe(self.precise, batch, self.lender.tools(0))
 
     # -- one step -----------------------------------------------------------------------------------------------
 

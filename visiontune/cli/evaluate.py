@@ -1,0 +1,83 @@
+"""Judge a run: how well it learnt its subject and kept its base, at several strengths and checkpoints.
+
+  visiontune evaluate runs/oft
+  visiontune evaluate runs/oft --scales 0.4,0.6,0.8,1 --checkpoints --out curve.json
+  visiontune evaluate runs/my_dog --clip openai/clip-vit-large-patch14
+
+Subjects of the pocket world are judged by an oracle that knows what is in a picture, any other by a CLIP: how alike its
+pictures are to yours, and how alike pictures of everyday prompts are to those of the base.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from visiontune.errors import UserError
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("folder", type=Path, help="folder of a finished run that trained an adapter")
+    parser.add_argument("--scales", default="1", metavar="S,S,...", help="strengths (default: %(default)s)")
+    parser.add_argument(
+        "--checkpoints", action="store_true", help="every checkpoint that is there, not the result alone"
+    )
+    parser.add_argument("--clip", help="judge by this CLIP")
+    parser.add_argument("--out", type=Path, help="write every point to this .json file too")
+
+
+def run(args: argparse.Namespace) -> None:
+    scales = _scales(args.scales)
+    if args.out and args.out.suffix != ".json":
+        raise UserError(f"points are written to a .json file, not {args.out.name}")
+    recipe, weights = args.folder / "recipe.yaml", args.folder / "adapter.safetensors"
+    if not recipe.is_file() or not weights.is_file():
+        raise UserError(f"{args.folder} holds no finished run with an adapter: name the folder of one")
+
+    from visiontune import adapters, config
+    from visiontune.assemble.parts import open_model
+    from visiontune.evaluation import kept
+    from visiontune.files import write_json
+
+    told = config.load_run(recipe)
+    judge = kept.judge_of(told, args.clip)
+    model: Any = open_model(told)
+    attached = adapters.load(model.of(*model.names(told.train.parts)), weights)
+    result = {name: tensor.clone() for name, tensor in attached.state_dict().items()}
+    states = _checkpoints(args.folder) if args.checkpoints else [(told.train.steps, result)]
+    found = []
+    for point in kept.points(model, attached, states, scales, judge):
+        print(
+            f"step {point.step} at strength {point.scale:g}: {point.learnt:.0%} learnt, {point.kept:.0%} kept",
+            flush=True,
+        )
+        found.append(point)
+    print(kept.table(found))
+    if args.out:
+        write_json(args.out, {"best": vars(kept.best(found)), "points": [vars(point) for point in found]})
+        print(f"written: {args.out}")
+
+
+def _checkpoints(folder: Path) -> list[tuple[int, dict[str, Any]]]:
+    """The adapters' tensors of every checkpoint of a run, by step."""
+    from safetensors.torch import load_file
+
+    from visiontune.training import checkpoint
+
+    steps = checkpoint.steps(folder)
+    if not steps:
+        raise UserError(f"{folder} has no checkpoints: leave out --checkpoints")
+    files = {step: load_file(checkpoint.folder(folder, step) / checkpoint.WEIGHTS) for step in steps}
+    return [(step, {n.removeprefix("adapters."): t for n, t in file.items()}) for step, file in files.items()]
+
+
+def _scales(text: str) -> list[float]:
+    """Strengths of a list such as ``0.4,1``."""
+    try:
+        scales = [float(word) for word in text.split(",")]
+    except ValueError as error:
+        raise UserError(f"--scales is a list of numbers such as 0.4,0.8,1, not '{text}'") from error
+    if not all(-4 <= scale <= 4 for scale in scales):
+        raise UserError(f"--scales must lie between -4 and 4, not {text}")
+    return scales
