@@ -126,7 +126,8 @@ def test_a_mask_counts_the_errors_inside_it_alone():
     masked = replace(batch, data={**batch.data, "mask": mask})
     x_0 = batch.data["image"]
     t, eps = objective.noised(model, x_0, batch, Tools(rng=generator(4)))
-    errors = objective.error_map(model, x_0, eps, t, batch.cond)
+    x_t, target = model.schedule.add_noise(x_0, eps, t), model.schedule.target(x_0, eps, t)
+    errors = objective.error_map(model, x_t, t, batch.cond, target)
     found = objective.errors(model, masked, Tools(rng=generator(4)))
     torch.testing.assert_close(found, torch.stack([errors[0, :, :2].mean(), errors[1, :, 3:].mean()]))
     torch.testing.assert_close(objective.errors(model, batch, Tools(rng=generator(4))), errors.mean((1, 2, 3)))

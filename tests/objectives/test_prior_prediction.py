@@ -236,7 +236,5 @@ def test_the_pocket_list_is_in_the_model_s_words_and_not_what_it_is_judged_by():
 
 def test_the_share_decides_how_many_prior_rows_a_batch_has():
     assert [build(Config(prior_share=share)).prior_rows(4) for share in (0.5, 0.2, 0.01, 0.75)] == [4, 1, 1, 12]
-    with pytest.raises(ValueError, match="prior_share"):
-        Config(prior_share=1.0)
     with pytest.raises(ValueError, match="less than 1 together"):
         Config(prior_own=0.6, prior_empty=0.4)

@@ -48,7 +48,7 @@ class SteppedConfig(OnlineConfig):
 class GroupConfig(OnlineConfig):
     """Options of objectives that score several pictures of each prompt, and may use a rollout more than once."""
 
-    group: int = option(8, least=2, greatest=4096, help="pictures of each prompt, which are compared with each other")
+    group: int = option(8, least=2, greatest=65536, help="pictures of each prompt, which are compared with each other")
     updates: int = option(1, least=1, greatest=65536, help="optimiser steps for each rollout")
     reward_noise: float = option(
         NOISE, least=0, greatest=1e6, help="difference up to which rewards count as equal; so does rounding of them"

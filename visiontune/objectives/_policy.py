@@ -48,7 +48,7 @@ class PolicyConfig(GroupConfig, SteppedConfig):
         {"name": "ddim", "eta": 1.0}, help="how the sampler steps; it must add noise"
     )
     group: int = option(
-        1, least=1, greatest=4096, help="pictures of each prompt in a rollout; train.batch_size is a multiple of it"
+        1, least=1, greatest=65536, help="pictures of each prompt in a rollout; train.batch_size is a multiple of it"
     )
     updates: int = option(1, least=1, greatest=65536, help="optimiser steps into which the rows of a rollout are dealt")
     inner_epochs: int = option(1, least=1, greatest=1000, help="times that a rollout is gone through")

@@ -32,7 +32,7 @@ class Config(GroupConfig, SteppedConfig, diffusion_dpo.Config):
     """Options of online DPO, besides those of Diffusion-DPO."""
 
     group: int = option(
-        8, least=2, greatest=4096, help="pictures of each prompt, the best and the worst of which are a pair"
+        8, least=2, greatest=65536, help="pictures of each prompt, the best and the worst of which are a pair"
     )
     updates: int = option(
         4, least=1, greatest=65536, help="optimiser steps for each rollout, each with noise and timesteps of its own"

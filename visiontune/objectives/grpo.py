@@ -31,7 +31,7 @@ class Config(PolicyConfig):
     cfg_scale: float = option(
         4.5, least=-1000, greatest=1000, help="guidance of the rollout and of its replay; 1 for none, at half the cost"
     )
-    group: int = option(8, least=2, greatest=4096, help="pictures of each prompt, which are compared with each other")
+    group: int = option(8, least=2, greatest=65536, help="pictures of each prompt, which are compared with each other")
     std: Literal["group", "global"] = option("group", help="deviation that advantages are divided by")
     beta: float = option(
         0.0,
@@ -41,7 +41,7 @@ class Config(PolicyConfig):
     )
     same_noise: bool = option(False, help="start the pictures of a group from the same noise")
     best_of: int | None = option(
-        None, least=2, greatest=4096, help="train on so many of each group, half the best and half the worst"
+        None, least=2, greatest=65536, help="train on so many of each group, half the best and half the worst"
     )
     last_step: bool = option(False, help="train on the last step too")
 

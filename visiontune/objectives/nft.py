@@ -45,7 +45,7 @@ class Config(GroupConfig, SteppedConfig):
 
     RENAMED: ClassVar[dict[str, str]] = {"timesteps": "timestep_count"}
 
-    group: int = option(8, least=2, greatest=4096, help="pictures of each prompt, whose rewards are compared")
+    group: int = option(8, least=2, greatest=65536, help="pictures of each prompt, whose rewards are compared")
     updates: int = option(
         1, least=1, greatest=65536, help="optimiser steps for each rollout, each with noise of its own"
     )

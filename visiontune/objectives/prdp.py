@@ -45,7 +45,7 @@ _ROUNDING = 1e-5  # of a mean log-probability that is computed twice
 class Config(GroupConfig, SteppedConfig):
     """Options of PRDP."""
 
-    group: int = option(8, least=2, greatest=4096, help="B, pictures of each prompt; all pairs of them are compared")
+    group: int = option(8, least=2, greatest=65536, help="B, pictures of each prompt; all pairs of them are compared")
     updates: int = option(4, least=1, greatest=65536, help="K, optimiser steps for each rollout")
     steps: int = option(25, least=1, greatest=100_000, help="T, sampling steps of a rollout")
     cfg_scale: float = option(5.0, least=-1000, greatest=1000, help="guidance of rollout and training; 1 for none")
