@@ -1,7 +1,7 @@
 """Every key that is exported is one that its reader has a place for, or is warned about by name.
 
-The rules are facts of the readers' code: ComfyUI (`comfy/lora.py` of 2026: `model_lora_keys_unet`,
-`model_lora_keys_clip`), sd-scripts (`networks/lora.py` of 2025), LyCORIS 3.4.0 (`lycoris/kohya.py`). ComfyUI's names of
+The rules are facts of the readers' code: ComfyUI (`comfy/lora.py` at 41444b5: `model_lora_keys_unet`,
+`model_lora_keys_clip`), sd-scripts 0.10.1 (`networks/lora.py`), LyCORIS 3.2.0 (`lycoris/kohya.py`). ComfyUI's names of
 a UNet are those of its checkpoint, and diffusers' by counting blocks.
 """
 
