@@ -251,3 +251,18 @@ def test_a_target_is_checked_before_there_is_anything_to_write(tmp_path):
     (tmp_path / "dangling").symlink_to("nowhere")
     with pytest.raises(UserError, match="exists"):
         files.check_new(tmp_path / "dangling")
+
+
+def test_what_a_shared_folder_was_left_with_half_written_goes_once_it_is_old(tmp_path):
+    old, new = tmp_path / "ab" / ".ab12.77.tmp.safetensors", tmp_path / "cd" / ".cd34.78.tmp.safetensors"
+    others = [tmp_path / "ab" / name for name in ("ab12.safetensors", ".hidden", ".mine.tmp", "x.77.tmp.png")]
+    for path in (old, new):
+        path.mkdir(parents=True)
+        (path / "part").write_text("half")
+    for path in others:
+        path.write_text("whole")
+    for path in (old, *others):
+        os.utime(path, (0, 0))
+    files.clear_abandoned(tmp_path)
+    assert not old.exists() and new.is_dir() and all(path.read_text() == "whole" for path in others)
+    files.clear_abandoned(tmp_path / "none")

@@ -9,6 +9,7 @@ import re
 import shutil
 import socket
 import tempfile
+import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
@@ -123,6 +124,18 @@ def clear_partial(folder: Path, ours: Callable[[str], object]) -> None:
         found = _PARTIAL.fullmatch(path.name)
         if found and ours(found["stem"] + (found["suffix"] or "")):
             remove(path)
+
+
+def clear_abandoned(folder: Path, seconds: float = 3600) -> None:
+    """Remove what has lain half-written for so long anywhere below a folder that runs share, and that no lock guards.
+
+    Args:
+        seconds: many times as long as one write takes.
+    """
+    for path in folder.rglob(".*.tmp*"):
+        with suppress(FileNotFoundError):  # another run may clear it too
+            if _PARTIAL.fullmatch(path.name) and time.time() - path.stat().st_mtime > seconds:
+                remove(path)
 
 
 def remove(path: Path) -> None:

@@ -46,6 +46,17 @@ def test_a_model_of_the_users_own_is_not_replaced_by_the_result(tmp_path):
     assert names(tmp_path / "model") == ["mine.txt"]
 
 
+@pytest.mark.parametrize("name", ["README.md", "metrics.jsonl"])
+def test_a_file_of_the_users_own_is_not_written_over_by_a_run_that_begins(tmp_path, name):
+    (tmp_path / name).write_text("mine")
+    with pytest.raises(UserError, match=f"{name} lies where the run writes"):
+        tiny_trainer(tmp_path, steps=1).fit()
+    assert (tmp_path / name).read_text() == "mine"
+    (tmp_path / name).unlink()
+    tiny_trainer(tmp_path, steps=1).fit()
+    tiny_trainer(tmp_path, steps=2, resume=True).fit()
+
+
 def test_a_run_replaces_what_it_wrote_itself(tmp_path):
     for steps in (2, 3):
         tiny_trainer(tmp_path, steps=steps, resume=True, checkpoint_every=1).fit()

@@ -9,6 +9,7 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from visiontune import files
 from visiontune.assemble import folder, parts
 from visiontune.config import Run
 from visiontune.data.inventory import uncaptioned
@@ -82,6 +83,8 @@ def build(
     for line in [*uncaptioned(found.samples), *lost(model, _texts(found, preview.prompts))]:
         if accelerator.is_main_process:
             say(line)
+    if accelerator.is_main_process:
+        files.clear_abandoned(cache_dir)
     rows = _rows(run, model, adapters, objective, found, accelerator, cache_dir, draw, fill)
     if plan and adapters is not None and adapters.plans:
         _plan(run, model, adapters, objective, rows, accelerator)

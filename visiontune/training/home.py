@@ -64,6 +64,18 @@ class Home:
             files.write_text(self.out / RECIPE, self.recipe)
 
 
+def refuse_unknown(out: Path) -> None:
+    """Refuse files of a run's names in a folder in which no run has begun.
+
+    Raises:
+        UserError: one is there, which the run would write over.
+    """
+    if (out / RECORD).is_file() or (out / "checkpoints").is_dir():
+        return
+    for name in ("README.md", "metrics.jsonl"):
+        refuse_others(out, out / name)
+
+
 def wrote(out: Path, path: Path) -> bool:
     """Whether a run lists ``path`` among what it wrote in ``out``."""
     return _name(out, path) in _listed(out)

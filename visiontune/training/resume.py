@@ -65,6 +65,7 @@ def take_up(run: Trainer) -> int:
         raise UserError(f"{run.out} already holds a run ({found.name}); set train.resume=true, or another name")
     step = 0 if found is None else load(run, found)
     home.refuse_others(run.out, result.place(run))
+    home.refuse_unknown(run.out)
     for kind in _PICTURES:
         home.later(run.out / kind, step)
     return step
