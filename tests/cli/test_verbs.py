@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import re
+import subprocess
 import sys
+from pathlib import Path
 
+import visiontune
 from visiontune import cli as package
 
 TOY = '''"""Say a word, twice if need be."""
@@ -39,5 +43,17 @@ def test_a_file_adds_a_verb(cli, tmp_path, monkeypatch, capsys):
 def test_help_lists_every_verb_with_its_summary(cli):
     out = cli("--help").out
     lines = dict(re.findall(r"^ {4}(\S+) +(.*)$", out, re.MULTILINE))
-    assert list(lines) == ["check", "copy", "demo", "export", "import", "list", "sample", "score", "show", "train"]
+    verbs = ["check", "copy", "demo", "evaluate", "export", "import", "list", "sample", "score", "show", "train"]
+    assert list(lines) == verbs
     assert lines["train"] == "train what a recipe describes"
+
+
+def test_nothing_is_said_but_our_own_words(tiny_folder, tmp_path):
+    """In a process of its own, where everything is imported for the first time."""
+    words = ["sample", f"model={tiny_folder}", "prompts=a circle", "steps=1", "seeds=1", "device=cpu", "grid=0"]
+    told = dict(os.environ, PYTHONPATH=str(Path(visiontune.__file__).parents[1]))
+    done = subprocess.run(
+        [sys.executable, "-m", "visiontune", *words], cwd=tmp_path, env=told, capture_output=True, text=True, check=True
+    )
+    assert done.stdout == "finished: runs/samples/manifest.jsonl\n"
+    assert {line.split("%")[0].strip() for line in done.stderr.replace("\r", "\n").splitlines()} <= {"", "0", "100"}

@@ -94,7 +94,7 @@ class OFT(Method):
     def __init__(self, config: Config, layers: Mapping[str, nn.Module]) -> None:
         sizes = {name: block_size(config, name, fan_in(layer)) for name, layer in layers.items()}
         smaller = [name for name, b in sizes.items() if config.n_blocks is None and b < config.block_size]
-        if smaller:
+        if 2 * len(smaller) > len(sizes):  # an odd layer, as the first convolution, is as expected
             warnings.warn(
                 f"{len(smaller)} layers have smaller blocks than adapter.block_size={config.block_size} "
                 f"('{smaller[0]}': {sizes[smaller[0]]}), the largest that divide their inputs",

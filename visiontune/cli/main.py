@@ -14,6 +14,7 @@ from types import ModuleType
 from typing import NoReturn
 
 from visiontune import __version__, cli
+from visiontune.cli.quiet import hushed
 from visiontune.errors import UserError
 from visiontune.outside import shown
 from visiontune.signals import Terminated, terminable
@@ -76,7 +77,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             args.parser.error(f"unknown argument: {' '.join(rest)}")
         args.words += rest
     try:
-        with terminable():
+        with terminable(), hushed():
             args.run(args)
         sys.stdout.flush()
     except UserError as error:

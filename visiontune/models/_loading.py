@@ -5,7 +5,8 @@ from __future__ import annotations
 import importlib
 import pkgutil
 import re
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -71,7 +72,8 @@ def load(
     if variant:
         fetching["variant"] = variant
     try:
-        model = family.open(name, str(folder or source), source, dtype, index, **fetching)
+        with _without_bars(fetching):
+            model = family.open(name, str(folder or source), source, dtype, index, **fetching)
     except _BROKEN as error:
         mend = f"give a complete {LAYOUTS[layout]} folder with safetensors weights"
         raise UserError(f"model '{source}' cannot be read ({_first_line(error)}): {mend}") from error
@@ -79,6 +81,23 @@ def load(
         for network in model.of(*model.names()).values():
             quantise(network, quantize)
     return model.to(device)
+
+
+@contextmanager
+def _without_bars(fetching: dict[str, Any]) -> Iterator[None]:
+    """No bars of components and weights where all lies on the disk; a download keeps its own."""
+    from diffusers.utils import logging as of_diffusers
+    from transformers.utils import logging as of_transformers
+
+    local = fetching.get("local_files_only", False)
+    shown = [kind for kind in (of_diffusers, of_transformers) if local and kind.is_progress_bar_enabled()]
+    for kind in shown:
+        kind.disable_progress_bar()
+    try:
+        yield
+    finally:
+        for kind in shown:
+            kind.enable_progress_bar()
 
 
 def _family(source: str, layout: str, index: dict[str, Any]) -> tuple[str, Any]:
