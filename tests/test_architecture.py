@@ -30,7 +30,7 @@ MAY_IMPORT = {
     "ranges": {"errors"},
     "yaml_text": {"errors", "outside"},
     "schema": {"errors", "outside", "ranges", "yaml_text"},
-    "plugin": {"errors", "outside", "schema"},
+    "plugin": {"errors", "signals", "outside", "schema"},
     "catalogue": {"errors", "outside", "schema", "yaml_text"},
     "core": {"errors", "files", "outside", "schema"},
     "ops": {"errors", "outside", "core"},

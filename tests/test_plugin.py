@@ -4,6 +4,7 @@ import pytest
 
 from visiontune import plugin
 from visiontune.errors import UserError
+from visiontune.signals import Terminated, terminable
 
 METHOD = """
 from __future__ import annotations
@@ -144,9 +145,12 @@ def test_what_cannot_name_a_module_is_not_imported(name):
         plugin.load("rewards", name)
 
 
-def test_an_interruption_passes_through_code_from_outside(tmp_path):
-    (tmp_path / "mine.py").write_text("raise KeyboardInterrupt")
-    with pytest.raises(KeyboardInterrupt):
+@pytest.mark.parametrize(
+    ("signal", "error"), [("SIGINT", KeyboardInterrupt), ("SIGTERM", Terminated)], ids=["Ctrl-C", "SIGTERM"]
+)
+def test_an_interruption_passes_through_code_from_outside(tmp_path, signal, error):
+    (tmp_path / "mine.py").write_text(f"import signal\nsignal.raise_signal(signal.{signal})\n")
+    with terminable(), pytest.raises(error):
         plugin.load("rewards", str(tmp_path / "mine.py"))
 
 

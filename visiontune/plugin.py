@@ -24,6 +24,7 @@ from typing import Any
 
 from visiontune import outside, schema
 from visiontune.errors import UserError
+from visiontune.signals import Terminated
 
 _PACKAGE = Path(__file__).parent
 _NOT_METHODS = ("base", "stack")
@@ -190,7 +191,7 @@ def guarded(code: Any, call: str) -> Iterator[None]:
     """
     try:
         yield
-    except (UserError, KeyboardInterrupt):
+    except (UserError, KeyboardInterrupt, Terminated):
         raise
     except BaseException as error:
         if is_own(code):
