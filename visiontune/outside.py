@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import stat
@@ -15,6 +16,8 @@ MOST_BYTES = 1 << 30
 # File systems take 255; a file has a longer name while it is written.
 LONGEST_NAME = 220
 _PATIENCE = 0.1  # seconds that a regular expression may take for one text
+# Each level of brackets may double the time in which one is compiled, which no patience bounds.
+_LONGEST_PATTERN, _DEEPEST_PATTERN = 1000, 8
 
 
 def expanded(path: str | Path, what: str = "file") -> Path:
@@ -158,19 +161,23 @@ def read_json(path: str | Path, what: str = "file", most: int = MOST_BYTES) -> A
     return parse_json(read_text(path, what, most), f"{what} '{shown(str(path))}'")
 
 
-def matches(pattern: str, text: str, where: str) -> bool:
+def matches(pattern: str, text: str, where: str, by_end: bool = False) -> bool:
     """Whether a regular expression of the outside matches all of ``text``, found in bounded time.
 
     Args:
         where: what the pattern is, for messages.
+        by_end: whether it may also match what follows a dot in it.
 
     Raises:
-        UserError: it is none, or takes longer than a tenth of a second.
+        UserError: it is none, is longer or deeper than names need, or takes longer than a tenth of a second.
     """
     import regex
 
+    if len(pattern) > _LONGEST_PATTERN or _depth(pattern) > _DEEPEST_PATTERN:
+        raise UserError(f"{where} '{shown(pattern)}' is longer or nests deeper than names do: write it shorter")
     try:
-        return regex.fullmatch(pattern, text, timeout=_PATIENCE) is not None
+        whole = rf"(.*\.)?({pattern})" if by_end else pattern
+        return regex.fullmatch(whole, text, timeout=_PATIENCE) is not None
     except regex.error as error:
         raise UserError(
             f"{where} '{shown(pattern)}' is no regular expression ({error}): '.*' stands for any text"
@@ -181,6 +188,10 @@ def matches(pattern: str, text: str, where: str) -> bool:
         ) from error
     except (MemoryError, OverflowError, RecursionError) as error:
         raise UserError(f"{where} '{shown(pattern)}' is too large to be matched: write it shorter") from error
+
+
+def _depth(pattern: str) -> int:
+    return max(itertools.accumulate({"(": 1, ")": -1}.get(c, 0) for c in pattern), default=0)
 
 
 def shown(text: str) -> str:

@@ -7,19 +7,14 @@ moved base only. Each method has one table, and an option that is in none is ref
 
 from __future__ import annotations
 
-import functools
-import itertools
 import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-import regex
-
+from visiontune import outside
 from visiontune.errors import UserError
 from visiontune.outside import shown
 
-# Of a pattern; what an expression takes to compile doubles with each level.
-_LONGEST, _DEEPEST = 1000, 8
 _MERGE = "merge the adapter in PEFT (merge_and_unload) and use that model"
 _CONVERT = (
     "the start moved the base's weights; let PEFT make a plain LoRA of it by "
@@ -160,25 +155,8 @@ def matches(pattern: str, layer: str, where: str) -> bool:
     Raises:
         UserError: it is no regular expression, or one that does not come to an end.
     """
-    said = f"{where}: PEFT's pattern '{shown(pattern)}'"
-    if len(pattern) > _LONGEST or _depth(pattern) > _DEEPEST:
-        raise UserError(f"{said} is longer or nests deeper than names of layers do: write the layer's name instead")
-    try:
-        # The expression is the file's, and can be one that Python's own matcher would work on for ever.
-        return bool(_compiled(pattern).fullmatch(layer, timeout=1.0))
-    except (regex.error, RecursionError, OverflowError, MemoryError) as error:
-        raise UserError(f"{said} is no regular expression ({error}): save the adapter again") from error
-    except TimeoutError as error:
-        raise UserError(f"{said} takes too long to match '{layer}': write the layer's name instead") from error
-
-
-def _depth(pattern: str) -> int:
-    return max(itertools.accumulate({"(": 1, ")": -1}.get(c, 0) for c in pattern), default=0)
-
-
-@functools.lru_cache(maxsize=1024)
-def _compiled(pattern: str) -> Any:
-    return regex.compile(rf"(.*\.)?({pattern})")
+    # The expression is the file's, and can be one that Python's own matcher would work on for ever.
+    return outside.matches(pattern, layer, f"{where}: PEFT's pattern", by_end=True)
 
 
 def _is(kind: str, value: Any) -> bool:
