@@ -50,6 +50,13 @@ def test_activations_grow_with_the_batch_and_shrink_with_checkpointing(tiny_run)
     assert saved < 0.7 * four
 
 
+def test_without_an_adapter_the_base_that_a_prior_compares_with_is_a_copy(tiny_run):
+    full = measure(tiny_run("adapter=none", "objective.name=dreambooth", "objective.prior_images=1"))
+    assert full.reference_bytes == full.gradient_bytes > 0 and "a copy of the base" in full.text()
+    for other in (["objective.name=dreambooth", "objective.prior_images=1"], ["adapter=none"]):
+        assert measure(tiny_run(*other)).reference_bytes == 0
+
+
 def test_prior_rows_are_counted_but_no_prior_image_is_drawn(tiny_run, monkeypatch):
     def never(*_, **__):
         raise AssertionError("drew an image")

@@ -43,6 +43,8 @@ class Estimate:
         step_seconds: one optimiser step, with accumulation or its share of a rollout; steps: those of the whole run.
         parameter_bytes: the model's weights and the trained ones.
         gradient_bytes, optimizer_bytes: of the trained values.
+        reference_bytes: a copy of them as they were, for objectives that compare with the base, where no adapter can be
+            switched off.
         activation_bytes: what one batch keeps from the forward pass for the backward pass; with an online objective,
             what one prediction of a micro-batch keeps.
         peak_bytes: the most that the device had allocated; ``None`` on a CPU, where nobody counts.
@@ -61,6 +63,7 @@ class Estimate:
     optimizer_bytes: int
     activation_bytes: int
     peak_bytes: int | None
+    reference_bytes: int = 0
     prompts: int | None = None
     guard_prompts: int = 0
     said: tuple[str, ...] = ()
@@ -68,7 +71,8 @@ class Estimate:
     @property
     def memory_bytes(self) -> int:
         """The sum of the parts."""
-        return self.parameter_bytes + self.gradient_bytes + self.optimizer_bytes + self.activation_bytes
+        parts = self.parameter_bytes + self.gradient_bytes + self.optimizer_bytes + self.activation_bytes
+        return parts + self.reference_bytes
 
     def text(self) -> str:
         """The estimate in words, one fact a line."""
@@ -77,6 +81,7 @@ class Estimate:
             "gradients": self.gradient_bytes,
             "optimiser": self.optimizer_bytes,
             "activations": self.activation_bytes,
+            **({"a copy of the base": self.reference_bytes} if self.reference_bytes else {}),
         }
         lines = [
             f"data: {self._data()}",
@@ -173,6 +178,7 @@ def _estimate(run: Run, trainer: Trainer, activations: int, seconds: float, said
         gradient_bytes=_bytes(trained),
         optimizer_bytes=_bytes(state) + (_bytes(trained) if run.train.ema is not None else 0),
         activation_bytes=activations,
+        reference_bytes=_bytes(trained) if trainer.adapters is None and trainer.objective.needs.reference else 0,
         said=(*_used(run, trainer), *said),
         peak_bytes=torch.cuda.max_memory_allocated() if cuda else None,
     )
