@@ -36,7 +36,7 @@ SUBJECTS = ("bumble", "domino", "lagoon")
 SEEDS = (0, 1, 2)
 TUNING = ("mallow", 7)
 RESULTS = Path(__file__).parents[1] / "results"
-SCORES = ("subject_oracle", "subject_known", "subject_clip", "prompt_accuracy", "class_kept")
+SCORES = ("subject_oracle", "subject_known", "subject_composed", "subject_clip", "prompt_accuracy", "class_kept")
 
 
 def train_and_measure(
@@ -121,7 +121,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path("runs/evidence/personalise"))
     parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument(
-        "--methods", nargs="+", choices=METHODS, help="only run these: to share the work, before a full run"
+        "--methods", nargs="+", choices=METHODS, help="only run these; the table has whatever is finished"
     )
     parser.add_argument("--tune", nargs="+", metavar="METHOD[,OVERRIDE]", help="try options on the tuning subject only")
     args = parser.parse_args()
@@ -133,16 +133,14 @@ def main() -> None:
             work.mkdir(exist_ok=True)
             train_and_measure(method, *TUNING, work, overrides)
         return
-    if args.methods:
-        for seed, subject, method in itertools.product(SEEDS, SUBJECTS, args.methods):
-            train_and_measure(method, subject, seed, args.work, [])
-        return
-    rows = [train_and_measure(None, subject, 0, args.work, []) for subject in SUBJECTS]
-    for seed in SEEDS:
-        rows += [train_and_measure(method, s, seed, args.work, []) for s in SUBJECTS for method in METHODS]
-        args.out.mkdir(parents=True, exist_ok=True)
-        write_json(args.out / "personalise.json", rows)
-        (args.out / "personalise.md").write_text(table(rows))
+    for subject in SUBJECTS:
+        train_and_measure(None, subject, 0, args.work, [])
+    for seed, subject, method in itertools.product(SEEDS, SUBJECTS, args.methods or METHODS):
+        train_and_measure(method, subject, seed, args.work, [])
+    rows = [json.loads(file.read_text()) for file in sorted(args.work.glob("*.json"))]
+    args.out.mkdir(parents=True, exist_ok=True)
+    write_json(args.out / "personalise.json", rows)
+    (args.out / "personalise.md").write_text(table(rows))
     print(table(rows))
 
 

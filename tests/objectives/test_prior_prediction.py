@@ -214,6 +214,14 @@ def test_more_prompts_than_pictures_are_a_sample_of_them_all(tmp_path):
     ]
 
 
+@pytest.mark.parametrize(("source", "name"), [("pocket/sd", "pocket/ordinary"), ("some/model", "everyday")])
+def test_the_prompts_are_those_that_the_model_has_words_for(tmp_path, source, name):
+    model = TinyModel()
+    model.source = source
+    rows = build(Config(prior_images=5, prior_empty=0)).prepare(model, DATA, [], tmp_path, Tools(draw=images))
+    assert {row.caption for row in rows} <= {prompt.replace("[class]", "dog") for prompt in listed_prompts(name)}
+
+
 @pytest.mark.parametrize("name", ["everyday", "pocket/ordinary"])
 def test_the_lists_that_ship_are_half_about_the_class_and_without_a_subject(name):
     prompts = listed_prompts(name)

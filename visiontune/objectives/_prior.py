@@ -25,20 +25,22 @@ if TYPE_CHECKING:
     from visiontune.objectives.dreambooth import Config
 
 CLASS_PROMPT = "a photo of a [class]"
-EVERYDAY = "everyday"
+EVERYDAY, POCKET = "everyday", "pocket/ordinary"
 # Of the order of the prompts, the same in every run, so that runs share their pictures.
 _ORDER = 0
 
 
-def prompts(config: Config, data: DataConfig) -> list[str]:
-    """What the base draws prior pictures of, in the order of the pictures.
+def prompts(config: Config, data: DataConfig, source: str) -> list[str]:
+    """What the base, which is the model ``source``, draws prior pictures of, in the order of the pictures.
 
     Raises:
         UserError: ``[class]`` without a class noun; a prompt with the trigger, of which the base knows nothing.
     """
     wanted = config.prior_prompts
     if wanted is None:
-        wanted = EVERYDAY if config.prior == "prediction" else CLASS_PROMPT
+        # A pocket model knows few words.
+        everything = POCKET if source.startswith("pocket/") else EVERYDAY
+        wanted = everything if config.prior == "prediction" else CLASS_PROMPT
     found = (listed_prompts(wanted) if isinstance(wanted, str) else None) or read_prompts(wanted)
     if len(found) > config.prior_images:
         # The first ones of a list would be of one kind.

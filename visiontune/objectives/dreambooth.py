@@ -48,8 +48,8 @@ class Config(denoising.Config):
     )
     prior_prompts: str | list[str] | None = option(
         None,
-        help="of the pictures that the base draws: a list, a .txt file, a dataset of prompts; null: everyday for "
-        "prediction, 'a photo of a [class]' for pictures; [class] is data.class_noun",
+        help="of the pictures that the base draws: a list, a .txt file, a dataset of prompts; null: everyday "
+        "(pocket/ordinary for pocket models), with prior=pictures 'a photo of a [class]'; [class] is data.class_noun",
     )
     prior_images: int = option(100, least=0, greatest=1_000_000, help="pictures the base draws once before training")
     prior_data: str | None = option(None, help="folder of your own captioned pictures of what is to be kept, instead")
@@ -144,7 +144,9 @@ class DreamBooth(denoising.Denoising):
         if self.config.prior_data is not None:
             pictures = _prior.given(self.config, data)
         elif self.config.prior_images:
-            pictures = _prior.drawn(self.config, model, _prior.prompts(self.config, data), cache_dir, tools)
+            pictures = _prior.drawn(
+                self.config, model, _prior.prompts(self.config, data, model.source), cache_dir, tools
+            )
         else:
             return []
         if self.config.prior == "prediction":
