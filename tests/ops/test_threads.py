@@ -59,3 +59,17 @@ def test_steps_that_have_become_slow_ask_for_another_trial():
     assert [chosen.slowed(0.5) for _ in range(8)][-1]
     assert chosen.choose(starving) == 1
     assert not any(chosen.slowed(0.5) for _ in range(20))
+
+
+def test_a_run_that_goes_on_computes_with_as_many_as_before(monkeypatch):
+    first = Threads(CPU, 1000)
+    assert first.begin(starving) == 1
+    saved = first.state_dict()
+    torch.set_num_threads(4)
+    again = Threads(CPU, 1000)
+    again.load_state_dict(saved)
+    assert again.begin(dividing) == 1 and again.choose(dividing) == 4
+    monkeypatch.setenv("OMP_NUM_THREADS", "4")
+    told = Threads(CPU, 1000)
+    told.load_state_dict(saved)
+    assert told.begin(starving) == 4

@@ -157,6 +157,7 @@ def test_a_damaged_checkpoint_is_named(tmp_path):
 
 
 def test_a_run_killed_before_its_first_checkpoint_starts_again(tmp_path):
+    (tmp_path / "recipe.yaml").write_text("verb: train")
     (tmp_path / "metrics.jsonl").write_text('{"step": 2, "loss": 1.0}\n{"step": 4, "lo')
     tiny_trainer(tmp_path, resume=True, log_every=2).fit()
     assert [row["step"] for row in metrics(tmp_path)] == [2, 4]

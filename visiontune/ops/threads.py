@@ -39,8 +39,13 @@ class Threads:
         self.most = torch.get_num_threads()
         ours = not given and not any(os.environ.get(name) for name in _VARIABLES)
         self.free = ours and device.type == "cpu" and parameters <= SMALL and self.most > 1
+        self._taken_up = False
         self._recent: deque[float] = deque(maxlen=_WINDOW)
         self._usual = 0.0
+
+    def begin(self, work: Callable[[], object]) -> int:
+        """:meth:`choose`, unless a checkpoint told the number: another one would round otherwise."""
+        return torch.get_num_threads() if self._taken_up else self.choose(work)
 
     def choose(self, work: Callable[[], object]) -> int:
         """Try ``work`` with one thread and with all, and keep the faster number, which is returned."""
@@ -68,3 +73,12 @@ class Threads:
         now = median(self._recent)
         self._usual = self._usual or now
         return now > _SLOWER * self._usual
+
+    def state_dict(self) -> dict[str, int]:
+        return {"count": torch.get_num_threads()}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Go on with the number of the checkpoint, unless the user has chosen or there are not as many."""
+        if self.free and state["count"] <= self.most:
+            torch.set_num_threads(state["count"])
+            self._taken_up = True

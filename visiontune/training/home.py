@@ -70,7 +70,7 @@ def refuse_unknown(out: Path) -> None:
     Raises:
         UserError: one is there, which the run would write over.
     """
-    if (out / RECORD).is_file() or (out / "checkpoints").is_dir():
+    if any((out / name).exists() for name in (RECORD, RECIPE, "checkpoints")):
         return
     for name in ("README.md", "metrics.jsonl"):
         refuse_others(out, out / name)

@@ -112,9 +112,9 @@ class Trainer:
         self.schedule = optim.make_schedule(optimizer, train)
         self._rates = list(self.schedule.base_lrs)
         self.meter, self.average = Meter(), Average(list(self.parameters.values()), train.ema)
-        self.stateful, self.idle = self._stateful(reward), trouble.Idle()
         size = sum(p.numel() for part in parts.values() for p in part.parameters())
         self.threads = Threads(self.accelerator.device, size, train.threads)
+        self.stateful, self.idle = self._stateful(reward), trouble.Idle()
 
     def _stateful(self, reward: Any) -> dict[str, Any]:
         """What a checkpoint carries besides weights, each part with torch's `state_dict` and `load_state_dict`."""
@@ -122,6 +122,7 @@ class Trainer:
             "optimisation": optim.Optimisation(self.optimizer, self.schedule, self.train),
             "average": self.average,
             "meter": self.meter,
+            "threads": self.threads,
             "objective": self.lender,
             "guard": self.guard,
             "scaler": self.accelerator.scaler,
@@ -154,7 +155,7 @@ class Trainer:
                 self._stop_if_alarmed()
                 quiet = not self.accelerator.is_local_main_process
                 bar = tqdm(range(start, self.train.steps), "training", self.train.steps, initial=start, disable=quiet)
-                self.threads.choose(self._trial)
+                self.threads.begin(self._trial)
                 with self.precise.training(), signals.Asked("the step") as asked:
                     for step in bar:
                         started = time.perf_counter()
