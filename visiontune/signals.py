@@ -36,7 +36,8 @@ class Terminated(BaseException):
 class Asked:
     """In the block the first signal is noted, and the second acts as it did before the block.
 
-    Signals reach the main thread of a process alone; elsewhere nothing is noted.
+    Signals reach the main thread of a process alone; elsewhere nothing is noted, and neither is a signal that the
+    process was started to ignore.
 
     Args:
         what: what is finished first, for the line that says so.
@@ -50,7 +51,9 @@ class Asked:
 
     def __enter__(self) -> Asked:
         if threading.current_thread() is threading.main_thread():
-            self._before = {number: signal.signal(number, self._note) for number in _ASKING}
+            # What a shell has a background job ignore (Ctrl-C) is not for it.
+            heard = [number for number in _ASKING if signal.getsignal(number) != signal.SIG_IGN]
+            self._before = {number: signal.signal(number, self._note) for number in heard}
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
@@ -74,7 +77,7 @@ def name(number: int) -> str:
 @contextmanager
 def terminable() -> Iterator[None]:
     """In the block SIGTERM raises :class:`Terminated`."""
-    if threading.current_thread() is not threading.main_thread():
+    if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGTERM) == signal.SIG_IGN:
         yield
         return
     before = signal.signal(signal.SIGTERM, _terminate)

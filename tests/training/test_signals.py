@@ -29,6 +29,17 @@ def asked(trainer, at, *numbers):
     return trainer
 
 
+def test_a_signal_that_a_process_was_started_to_ignore_is_none(tmp_path):
+    for number in (signal.SIGINT, signal.SIGTERM):
+        before = signal.signal(number, signal.SIG_IGN)
+        try:
+            with terminable():
+                asked(tiny_trainer(tmp_path / number.name, steps=4, checkpoint_every=2), 2, number, number).fit()
+        finally:
+            signal.signal(number, before)
+        assert checkpoint.steps(tmp_path / number.name) == [2, 4]
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 @pytest.mark.parametrize("every", [1, 100])
 def test_a_signal_ends_after_the_step_with_a_checkpoint_and_the_run_goes_on_to_the_same_bits(tmp_path, number, every):
