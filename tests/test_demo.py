@@ -18,7 +18,9 @@ FEW = ["train.steps=2", "objective.prior_images=2", "objective.prior_steps=2", "
 
 
 def test_the_demo_leaves_adapters_recipes_report_and_grid_and_can_be_run_again(tmp_path, monkeypatch):
-    monkeypatch.setattr(demo, "measure", functools.partial(demo.measure, ordinary=2, seeds=(1,), steps=2))
+    monkeypatch.setattr(demo, "measure", functools.partial(demo.measure, seeds=(1,)))
+    monkeypatch.setattr(demo, "_ORDINARY", 2)
+    monkeypatch.setattr(demo, "_STEPS", 2)
     for _ in range(2):
         report = json.loads(demo.run(tmp_path / "demo", FEW).read_text())
     assert set(report["results"]) == {"base", "oft", "lora"}

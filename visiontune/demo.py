@@ -28,6 +28,8 @@ METHODS = ("oft", "lora")
 # In a run's folder it says that a demo made the run, and may remove it.
 MARK = ".demo"
 _COLUMNS = 8
+# Enough to judge by; the evidence asks for more, and takes longer.
+_ORDINARY, _STEPS = 60, 15
 
 
 def run(out: Path, overrides: Sequence[str] = ()) -> Path:
@@ -56,14 +58,18 @@ def run(out: Path, overrides: Sequence[str] = ()) -> Path:
     print(f"pocket-sd meets {subject}: {len(references)} pictures it has never seen, called '{trigger}'")
 
     print("measuring the base model ...")
-    results = {"base": measure(load("pocket/sd"), subject, trigger, references, bf16=bf16)}
+    results = {
+        "base": measure(load("pocket/sd"), subject, trigger, references, bf16=bf16, ordinary=_ORDINARY, steps=_STEPS)
+    }
     for method, recipe in recipes.items():
         print(f"training {method}: {recipe.train.steps} steps ...")
         _make_way(recipe.folder)
         trainer = assemble(recipe)
         trainer.fit()
         print(f"measuring {method} ...")
-        results[method] = measure(trainer.model, subject, trigger, references, bf16=bf16)
+        results[method] = measure(
+            trainer.model, subject, trigger, references, bf16=bf16, ordinary=_ORDINARY, steps=_STEPS
+        )
 
     seconds = time.monotonic() - start
     report = {"subject": subject, "trigger": trigger, "seconds": round(seconds, 1)}
