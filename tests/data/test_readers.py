@@ -89,8 +89,8 @@ def test_two_kinds_of_captions_in_one_folder_are_refused(photo, tmp_path):
 
 
 def test_a_parent_folder_points_to_the_folder_with_the_images(photo, tmp_path):
-    photo("10_sks dog/a.png", caption="x")
-    with pytest.raises(UserError, match=r"no images in .*there are images in .*10_sks dog: set data\.root"):
+    photo("holiday/a.png", caption="x")
+    with pytest.raises(UserError, match=r"no images in .*there are images in .*holiday: set data\.root"):
         read(Config(root=str(tmp_path)))
 
 

@@ -16,6 +16,7 @@ from visiontune import catalogue
 from visiontune.data.base import DEFAULT_CLASS, DEFAULT_TRIGGER, Config, Sample
 from visiontune.data.folder import ignored, read_folder, refuse_left_out
 from visiontune.data.metadata import TABLES
+from visiontune.data.repeats import parts, read_parts
 from visiontune.data.table import read_table
 from visiontune.errors import UserError
 from visiontune.outside import shown
@@ -92,6 +93,8 @@ def _place(root: str) -> Path:
 
 
 def _read_path(path: Path, config: Config, columns: Sequence[str], optional: Sequence[str]) -> list[Sample]:
+    if found := parts(path, config):
+        return read_parts(path, found, config, columns, optional)
     tables = _tables(path)
     if not tables:
         return read_folder(path, config, columns, optional)
@@ -111,7 +114,10 @@ def _tables(folder: Path) -> list[Path]:
 def left_out(config: Config, columns: Sequence[str]) -> list[str]:
     """What lies in the folder ``config.root`` and is not read because of ``config.ignore``; nothing of other roots."""
     path = _place(config.root)
-    return ignored(path, config, columns, _tables(path) or None) if path.is_dir() else []
+    if not path.is_dir():
+        return []
+    found = [file for part in parts(path, config) for file in part.folder.rglob("*")]
+    return ignored(path, config, columns, found or _tables(path) or None)
 
 
 def resolve(config: Config) -> Config:
