@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
+import yaml
 
 
 def test_a_run_is_judged_at_its_checkpoints_and_strengths(cli, recipe):
@@ -33,3 +34,38 @@ def test_a_run_is_judged_at_its_checkpoints_and_strengths(cli, recipe):
 def test_what_cannot_be_judged_is_one_line(cli, words, message):
     result = cli("evaluate", *words)
     assert result.code == 2 and message in result.err and result.err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "change", [{"objective": {"name": "evil.py"}}, {"adapter": {"name": "evil"}}, {"reward": {"name": "evil.py"}}]
+)
+def test_a_folder_of_somebody_elses_has_no_code_run(cli, recipe, change):
+    assert cli("train", recipe).code == 0
+    held = Path("runs/tiny/recipe.yaml")
+    held.write_text(yaml.safe_dump(yaml.safe_load(held.read_text()) | change))
+    Path("evil.py").write_text("open('ran', 'w')")
+    result = cli("evaluate", "runs/tiny", "--clip", "pocket/clip")
+    assert result.code == 0, result.err
+    assert not Path("ran").exists()
+
+
+@pytest.mark.parametrize("option", ["train.ema=0.9", "train.optimizer=evil.Optimizer"])
+def test_checkpoints_that_are_not_what_is_averaged_are_refused(cli, recipe, option):
+    assert cli("train", recipe).code == 0
+    held, (path, _, value) = Path("runs/tiny/recipe.yaml"), option.partition("=")
+    content = yaml.safe_load(held.read_text())
+    content["train"][path.removeprefix("train.")] = value
+    held.write_text(yaml.safe_dump(content))
+    Path("evil.py").write_text("open('ran', 'w')")
+    result = cli("evaluate", "runs/tiny", "--clip", "pocket/clip", "--checkpoints")
+    assert result.code == 2 and "leave out --checkpoints" in result.err and not Path("ran").exists()
+
+
+def test_a_damaged_checkpoint_and_a_place_that_cannot_be_written_are_one_line(cli, recipe):
+    assert cli("train", recipe).code == 0
+    Path("folder.json").mkdir()
+    taken = cli("evaluate", "runs/tiny", "--clip", "pocket/clip", "--out", "folder.json")
+    assert taken.code == 2 and "folder.json cannot be written" in taken.err
+    (Path("runs/tiny/checkpoints/step-000002") / "weights.safetensors").write_bytes(b"half")
+    damaged = cli("evaluate", "runs/tiny", "--clip", "pocket/clip", "--checkpoints")
+    assert damaged.code == 2 and "step-000002" in damaged.err and "cannot be read" in damaged.err

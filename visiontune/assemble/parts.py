@@ -92,8 +92,8 @@ def _configured(spec: str | Mapping[str, Any]) -> tuple[str, Any]:
     return module.__name__, config
 
 
-def open_model(run: Run) -> Model:
-    """The run's base model, on the CPU."""
+def open_model(run: Run, fetch: bool = True) -> Model:
+    """The run's base model, on the CPU; without ``fetch`` one that is on this machine."""
     import torch
 
     from visiontune import models
@@ -106,6 +106,7 @@ def open_model(run: Run) -> Model:
         revision=spec.revision,
         variant=spec.variant,
         quantize=spec.quantize,
+        fetch=fetch,
     )
 
 

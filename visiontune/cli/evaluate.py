@@ -12,9 +12,13 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from visiontune import files
 from visiontune.errors import UserError
+
+if TYPE_CHECKING:
+    from visiontune.config import Run
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -29,20 +33,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     scales = _scales(args.scales)
-    if args.out and args.out.suffix != ".json":
-        raise UserError(f"points are written to a .json file, not {args.out.name}")
+    if args.out:
+        if args.out.suffix != ".json":
+            raise UserError(f"points are written to a .json file, not {args.out.name}")
+        files.check_target(args.out)
     recipe, weights = args.folder / "recipe.yaml", args.folder / "adapter.safetensors"
     if not recipe.is_file() or not weights.is_file():
         raise UserError(f"{args.folder} holds no finished run with an adapter: name the folder of one")
 
-    from visiontune import adapters, config
+    from visiontune import adapters
     from visiontune.assemble.parts import open_model
     from visiontune.evaluation import kept
-    from visiontune.files import write_json
 
-    told = config.load_run(recipe)
+    told = _told(recipe)
+    if args.checkpoints:
+        _check_checkpoints(told)
     judge = kept.judge_of(told, args.clip)
-    model: Any = open_model(told)
+    model: Any = open_model(told, fetch=False)
     attached = adapters.load(model.of(*model.names(told.train.parts)), weights)
     result = {name: tensor.clone() for name, tensor in attached.state_dict().items()}
     states = _checkpoints(args.folder) if args.checkpoints else [(told.train.steps, result)]
@@ -55,12 +62,38 @@ def run(args: argparse.Namespace) -> None:
         found.append(point)
     print(kept.table(found))
     if args.out:
-        write_json(args.out, {"best": vars(kept.best(found)), "points": [vars(point) for point in found]})
+        files.write_json(args.out, {"best": vars(kept.best(found)), "points": [vars(point) for point in found]})
         print(f"written: {args.out}")
+
+
+def _told(recipe: Path) -> Run:
+    """What a run's recipe says of its model, data and training. The methods that it names are not imported.
+
+    The folder may be somebody else's, and a file has no code run.
+    """
+    from visiontune import config
+    from visiontune.yaml_text import read_yaml
+
+    content = {key: value for key, value in read_yaml(recipe).items() if key not in ("verb", "reward", "guards")}
+    return config.parse_run({**content, "adapter": "lora", "objective": "denoising"})
+
+
+def _check_checkpoints(told: Run) -> None:
+    """Refuse checkpoints whose weights may not be those that the run would have left there."""
+    from visiontune.training.optim import OPTIMIZERS
+
+    kind = told.train.optimizer
+    # Of others nobody knows whether they have a second mode, unless their code is imported.
+    if told.train.ema is not None or not (kind in OPTIMIZERS or kind.startswith("torch.optim.")):
+        raise UserError(
+            "checkpoints hold the weights that a run trains, of which its result may be an average (train.ema, "
+            f"train.optimizer={kind}): leave out --checkpoints"
+        )
 
 
 def _checkpoints(folder: Path) -> list[tuple[int, dict[str, Any]]]:
     """The adapters' tensors of every checkpoint of a run, by step."""
+    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     from visiontune.training import checkpoint
@@ -68,8 +101,15 @@ def _checkpoints(folder: Path) -> list[tuple[int, dict[str, Any]]]:
     steps = checkpoint.steps(folder)
     if not steps:
         raise UserError(f"{folder} has no checkpoints: leave out --checkpoints")
-    files = {step: load_file(checkpoint.folder(folder, step) / checkpoint.WEIGHTS) for step in steps}
-    return [(step, {n.removeprefix("adapters."): t for n, t in file.items()}) for step, file in files.items()]
+    states = []
+    for step in steps:
+        file = checkpoint.folder(folder, step) / checkpoint.WEIGHTS
+        try:
+            tensors = load_file(file)
+        except (SafetensorError, OSError) as error:
+            raise UserError(f"{file} cannot be read ({error}): remove that checkpoint") from error
+        states.append((step, {name.removeprefix("adapters."): tensor for name, tensor in tensors.items()}))
+    return states
 
 
 def _scales(text: str) -> list[float]:

@@ -120,7 +120,9 @@ def reference(
     @contextmanager
     def context() -> Iterator[None]:
         base = adapters.disable() if adapters is not None else swapped(parameters, frozen, _nothing)
-        training = [module for network in networks for module in network.modules() if module.training]
+        training = [
+            module for network in networks if network.training for module in network.modules() if module.training
+        ]
         with base:
             # One by one: a module's own `train` may let go of what it keeps between steps.
             for module in training:
