@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import json
 import re
 from pathlib import Path
@@ -17,19 +16,24 @@ pytestmark = pytest.mark.pocket
 FEW = ["train.steps=2", "objective.prior_images=2", "objective.prior_steps=2", "preview.prompts=[]"]
 
 
-def test_the_demo_leaves_adapters_recipes_report_and_grid_and_can_be_run_again(tmp_path, monkeypatch):
-    monkeypatch.setattr(demo, "measure", functools.partial(demo.measure, seeds=(1,)))
-    monkeypatch.setattr(demo, "_ORDINARY", 2)
-    monkeypatch.setattr(demo, "_STEPS", 2)
-    for _ in range(2):
-        report = json.loads(demo.run(tmp_path / "demo", FEW).read_text())
-    assert set(report["results"]) == {"base", "oft", "lora"}
+@pytest.mark.parametrize("workers", [1, 2])
+def test_the_demo_leaves_adapters_recipes_report_and_grid_and_can_be_run_again(tmp_path, monkeypatch, workers):
+    monkeypatch.setattr(demo, "SIZES", {"ordinary": 2, "steps": 2, "seeds": (1,)})
+    for _ in range(2 if workers == 1 else 1):
+        report = json.loads(demo.run(tmp_path / "demo", FEW, workers).read_text())
+    assert list(report["results"]) == ["base", "oft", "lora"]
     for scores in report["results"].values():
         assert all(-1 <= value <= 1 for value in scores.values()) and "prompt_accuracy" in scores
     for path in report["adapters"].values():
         assert Path(path).exists() and (Path(path).parent / "recipe.yaml").exists()
     with Image.open(tmp_path / "demo" / "grid.png") as grid:
         assert grid.width > 500
+
+
+def test_a_mistake_in_a_process_of_the_demo_is_the_user_s_line(tmp_path, monkeypatch):
+    monkeypatch.setattr(demo, "SIZES", {"ordinary": 2, "steps": 2, "seeds": (1,)})
+    with pytest.raises(UserError, match="matches no layer"):
+        demo.run(tmp_path, [*FEW, "adapter.targets=nonsense"], 2)
 
 
 def test_a_demo_replaces_no_run_but_a_demos(tmp_path):

@@ -21,7 +21,7 @@ from visiontune.errors import UserError
 from visiontune.outside import shown
 from visiontune.sampling.config import SampleConfig
 from visiontune.schema import convert, from_mapping, option, structure
-from visiontune.training.config import GuardsConfig, PreviewConfig, TrainConfig
+from visiontune.training.config import GuardsConfig, JudgeConfig, PreviewConfig, TrainConfig
 
 Dtype = Literal["fp32", "bf16", "fp16"]
 
@@ -68,6 +68,7 @@ class Run:
     train: TrainConfig = option(TrainConfig(), help="optimisation")
     preview: PreviewConfig = option(PreviewConfig(), help="images drawn during training")
     guards: GuardsConfig | None = option(None, help="alarms for training by reward; none for none")
+    judge: JudgeConfig | None = option(None, help="a look at what was learnt and kept when the run ends; none for none")
 
     @property
     def folder(self) -> Path:
@@ -100,7 +101,7 @@ class RewardSpec:
 def sections() -> dict[str, type]:
     """The sections of a recipe that have options of their own, and whole recipes of both verbs."""
     parts = {"model": ModelConfig, "data": DataConfig, "train": TrainConfig, "preview": PreviewConfig}
-    parts["guards"] = GuardsConfig
+    parts |= {"guards": GuardsConfig, "judge": JudgeConfig}
     return {"run": Run, **parts, "sample": SampleConfig}
 
 
@@ -125,7 +126,7 @@ def parse_run(content: Mapping[str, Any]) -> Run:
     content = dict(content)
     if content.get("adapter") in ("none", {"name": "none"}):
         content["adapter"] = None
-    for section in ("reward", "guards"):
+    for section in ("reward", "guards", "judge"):
         if content.get(section) == "none":
             content[section] = None
     for section in ("adapter", "objective", "reward"):

@@ -28,7 +28,6 @@ from visiontune.evaluation.personalise import measure
 from visiontune.files import write_json
 from visiontune.models import load
 from visiontune.models.diffusion import DiffusionModel
-from visiontune.training.devices import native_bf16
 from visiontune.training.loop import Trainer
 
 METHODS = ("lora", "oft", "coft", "full")
@@ -50,9 +49,7 @@ def train_and_measure(
     file = work / f"{name}.json"
     if file.exists():
         return json.loads(file.read_text())
-    bf16 = native_bf16()
     own = [
-        f"train.precision={'bf16' if bf16 else 'no'}",
         f"out={work}",
         f"name={name}",
         f"seed={seed}",
@@ -72,7 +69,7 @@ def train_and_measure(
         trained = sum(p.numel() for p in trainer.parameters.values())
         shutil.rmtree(recipe.folder, ignore_errors=True)
         change = energy_change(trainer, before)
-    scores = measure(model, subject, recipe.data.trigger, references, bf16=bf16, **sizes).scores()
+    scores = measure(model, subject, recipe.data.trigger, references, **sizes).scores()
     row = {"method": method or "base", "subject": subject, "seed": seed, "parameters": trained, **scores}
     row["energy_change"] = change
     write_json(file, row)

@@ -43,7 +43,6 @@ from visiontune.models.diffusion import DiffusionModel
 from visiontune.ops.pixels import to_tensor
 from visiontune.rewards.loading import load as load_reward
 from visiontune.sampling.pipeline import images
-from visiontune.training.devices import native_bf16
 from visiontune.training.loop import Trainer
 
 SEEDS, PILOT = (0, 1, 2), 7
@@ -106,7 +105,7 @@ judge = cache(load_reward)
 
 def look(model: DiffusionModel, steps: int = STEPS) -> dict[str, float]:
     """Mean scores on the unseen prompts."""
-    with torch.autocast(model.device.type, torch.bfloat16, enabled=native_bf16()), torch.no_grad():
+    with torch.no_grad():
         drawn = images(model, PROMPTS, [0] * len(PROMPTS), batch_size=len(PROMPTS), steps=steps, cfg_scale=1.0)
     meta = [{"prompt_id": i} for i in range(len(PROMPTS))]
     found = {name: float(judge(name)(to_tensor(drawn), PROMPTS, meta).mean()) for name in TERMS}
@@ -131,8 +130,7 @@ class Counted:
 def trainer_of(recipe: str, name: str, seed: int, work: Path, lr: float, options: list[str]) -> Trainer:
     """A run from its beginning; what an interrupted one left is removed."""
     shutil.rmtree(work / name, ignore_errors=True)
-    precision = "bf16" if native_bf16() else "no"
-    own = [f"out={work}", f"name={name}", f"seed={seed}", f"train.lr={lr}", f"train.precision={precision}"]
+    own = [f"out={work}", f"name={name}", f"seed={seed}", f"train.lr={lr}"]
     return assemble(config.load_run(f"reward_tune/{recipe}", [*COMMON, *options, *own]))
 
 
@@ -180,7 +178,7 @@ def alarm(raised: str, lr: float, every: int, seed: int, work: Path) -> list[dic
     guard, model, rows = trainer.guard, trainer.model, []
     assert guard is not None
     for step in range(0, 41, every):
-        with torch.autocast(model.device.type, torch.bfloat16, enabled=native_bf16()), torch.no_grad():
+        with torch.no_grad():
             pictures = guard.draw(model)
         broken = guard.check(step, guard.measure(pictures, trainer.out, trainer.adapters, model.device))
         if not step:

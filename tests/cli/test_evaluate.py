@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from safetensors.torch import load_file
 
 
 def test_a_run_is_judged_at_its_checkpoints_and_strengths(cli, recipe):
@@ -69,3 +70,36 @@ def test_a_damaged_checkpoint_and_a_place_that_cannot_be_written_are_one_line(cl
     (Path("runs/tiny/checkpoints/step-000002") / "weights.safetensors").write_bytes(b"half")
     damaged = cli("evaluate", "runs/tiny", "--clip", "pocket/clip", "--checkpoints")
     assert damaged.code == 2 and "step-000002" in damaged.err and "cannot be read" in damaged.err
+
+
+def test_a_run_ends_with_what_it_learnt_and_kept(cli, recipe):
+    """Its result at every strength, the checkpoint before it at full strength; the result stays what it was."""
+    judge = "judge={clip: pocket/clip, steps: 2, prompts: 2, seeds: 1, scales: [0.5, 1]}"
+    steps = ["train.checkpoint_every=1", "train.steps=2", "train.lr=1e-2"]
+    plain = cli("train", recipe, *steps, "name=plain")
+    assert plain.code == 0 and "judged" not in plain.out and not Path("runs/plain/judged.json").exists()
+    result = cli("train", recipe, *steps, judge)
+    assert result.code == 0, result.err
+    assert "best: step" in result.out and "(the base: 0% and 100%)" in result.out
+    written = json.loads(Path("runs/tiny/judged.json").read_text())
+    assert [(p["step"], p["scale"]) for p in written["points"]] == [(0, 0), (1, 1), (2, 0.5), (2, 1)]
+    assert written["best"] in written["points"]
+    weights = [Path(f"runs/{name}/adapter.safetensors") for name in ("tiny", "plain")]
+    assert load_file(weights[0]).keys() == load_file(weights[1]).keys()
+    assert all(t.equal(load_file(weights[1])[name]) for name, t in load_file(weights[0]).items())
+
+
+def test_a_full_fine_tune_is_judged_against_its_base_opened_anew(cli, recipe):
+    judge = "judge={clip: pocket/clip, steps: 2, prompts: 2, seeds: 1}"
+    result = cli("train", recipe, "adapter=none", "train.lr=1e-3", judge)
+    assert result.code == 0, result.err
+    written = json.loads(Path("runs/tiny/judged.json").read_text())
+    assert [(p["step"], p["scale"]) for p in written["points"]] == [(0, 0), (2, 1)]
+    assert written["points"][0]["kept"] == pytest.approx(1, abs=1e-3) and written["points"][1]["kept"] < 0.999
+
+
+def test_who_judges_is_asked_before_the_run_begins(cli, recipe):
+    unknown = cli("train", recipe, "judge={clip: nowhere}")
+    assert unknown.code == 2 and "'nowhere' cannot be loaded" in unknown.err and not Path("runs/tiny").exists()
+    nobody = cli("train", recipe, "judge={}")
+    assert nobody.code == 0 and "not judged: name a CLIP" in nobody.out

@@ -86,13 +86,13 @@ def test_every_checkpoint_is_judged_at_every_strength_after_the_base():
         moved = float((model(x) - base).detach().abs().max())
         return moved, 1 - moved / 10, {"moved": moved}
 
-    found = list(points(net, made, [(10, first), (20, second)], [0.5, 1.0], judge))
+    found = list(points(net, made, [(10, first, [0.5, 1.0]), (20, second, [0.5, 1.0])], judge))
     assert [(p.step, p.scale) for p in found] == [(0, 0.0), (10, 0.5), (10, 1.0), (20, 0.5), (20, 1.0)]
     one = found[2].learnt
     assert one > 0.1
     assert [p.learnt for p in found] == pytest.approx([0, one / 2, one, 2 * one, 4 * one], rel=1e-4)
     with pytest.raises(UserError, match="step 30 does not fit"):
-        list(points(net, made, [(30, {})], [1.0], judge))
+        list(points(net, made, [(30, {}, [1.0])], judge))
 
 
 def test_the_best_point_has_both():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -10,6 +12,8 @@ from visiontune.config import Run
 
 if TYPE_CHECKING:
     from visiontune.training.loop import Trainer
+
+_log = logging.getLogger(__name__)
 
 
 def assemble(run: Run) -> Trainer:
@@ -35,6 +39,17 @@ def assemble(run: Run) -> Trainer:
     return trainer
 
 
-def train(run: Run) -> Path:
-    """Train a run; returns ``adapter.safetensors``, or the folder ``model`` of a full fine-tune."""
-    return assemble(run).fit()
+def train(run: Run, say: Callable[[str], None] = _log.info) -> Path:
+    """Train a run and judge it; returns ``adapter.safetensors``, or the folder ``model`` of a full fine-tune.
+
+    Args:
+        say: is told what the judge says.
+    """
+    from visiontune.assemble import judged
+
+    judge = judged.judge_of(run)
+    trainer = assemble(run)
+    result = trainer.fit()
+    if words := judged.look(run, trainer, judge):
+        say(words)
+    return result

@@ -52,13 +52,12 @@ def run(args: argparse.Namespace) -> None:
     model: Any = open_model(told, fetch=False)
     attached = adapters.load(model.of(*model.names(told.train.parts)), weights)
     result = {name: tensor.clone() for name, tensor in attached.state_dict().items()}
-    states = _checkpoints(args.folder) if args.checkpoints else [(told.train.steps, result)]
+    states = kept.saved(args.folder) if args.checkpoints else [(told.train.steps, result)]
+    if not states:
+        raise UserError(f"{args.folder} has no checkpoints: leave out --checkpoints")
     found = []
-    for point in kept.points(model, attached, states, scales, judge):
-        print(
-            f"step {point.step} at strength {point.scale:g}: {point.learnt:.0%} learnt, {point.kept:.0%} kept",
-            flush=True,
-        )
+    for point in kept.points(model, attached, [(step, state, scales) for step, state in states], judge):
+        print(point, flush=True)
         found.append(point)
     print(kept.table(found))
     if args.out:
@@ -74,42 +73,21 @@ def _told(recipe: Path) -> Run:
     from visiontune import config
     from visiontune.yaml_text import read_yaml
 
-    content = {key: value for key, value in read_yaml(recipe).items() if key not in ("verb", "reward", "guards")}
+    content = {
+        key: value for key, value in read_yaml(recipe).items() if key not in ("verb", "reward", "guards", "judge")
+    }
     return config.parse_run({**content, "adapter": "lora", "objective": "denoising"})
 
 
 def _check_checkpoints(told: Run) -> None:
     """Refuse checkpoints whose weights may not be those that the run would have left there."""
-    from visiontune.training.optim import OPTIMIZERS
+    from visiontune.evaluation import kept
 
-    kind = told.train.optimizer
-    # Of others nobody knows whether they have a second mode, unless their code is imported.
-    if told.train.ema is not None or not (kind in OPTIMIZERS or kind.startswith("torch.optim.")):
+    if not kept.comparable(told.train):
         raise UserError(
             "checkpoints hold the weights that a run trains, of which its result may be an average (train.ema, "
-            f"train.optimizer={kind}): leave out --checkpoints"
+            f"train.optimizer={told.train.optimizer}): leave out --checkpoints"
         )
-
-
-def _checkpoints(folder: Path) -> list[tuple[int, dict[str, Any]]]:
-    """The adapters' tensors of every checkpoint of a run, by step."""
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    from visiontune.training import checkpoint
-
-    steps = checkpoint.steps(folder)
-    if not steps:
-        raise UserError(f"{folder} has no checkpoints: leave out --checkpoints")
-    states = []
-    for step in steps:
-        file = checkpoint.folder(folder, step) / checkpoint.WEIGHTS
-        try:
-            tensors = load_file(file)
-        except (SafetensorError, OSError) as error:
-            raise UserError(f"{file} cannot be read ({error}): remove that checkpoint") from error
-        states.append((step, {name.removeprefix("adapters."): tensor for name, tensor in tensors.items()}))
-    return states
 
 
 def _scales(text: str) -> list[float]:

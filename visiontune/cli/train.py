@@ -21,7 +21,7 @@ def run(args: argparse.Namespace) -> None:
     from visiontune.config import load_run
 
     try:
-        out = train(load_run(*split(args.words)))
+        out = train(load_run(*split(args.words)), print)
     except Interrupted as error:
         words = [word for word in args.words if not word.startswith("train.resume=")]
         raise Interrupted(f"{error}: {go_on('train', *words, 'train.resume=true')}", error.number) from error

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import torch
 from PIL import Image
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor
 
 from visiontune.data import transforms
@@ -21,11 +24,14 @@ from visiontune.evaluation.personalise import measure
 from visiontune.models.clip import load_clip
 from visiontune.pocket.world import SUBJECTS
 from visiontune.sampling.pipeline import images
+from visiontune.training import checkpoint
+from visiontune.training.optim import OPTIMIZERS
 
 if TYPE_CHECKING:
     from visiontune.adapters.base import AdapterSet
     from visiontune.config import Run
     from visiontune.models.pipeline import PipelineModel
+    from visiontune.training.config import TrainConfig
 
 _PICTURES, _SEEDS = 20, (101, 102, 103, 104)
 
@@ -46,6 +52,9 @@ class Point:
     kept: float
     scores: dict[str, float]
 
+    def __str__(self) -> str:
+        return f"step {self.step} at strength {self.scale:g}: {self.learnt:.0%} learnt, {self.kept:.0%} kept"
+
 
 class Judge(Protocol):
     """Looks at the model as it is now."""
@@ -61,10 +70,12 @@ class Oracle:
     and of prompts for its plain class that are drawn right.
     """
 
-    def __init__(self, run: Run, ordinary: int = 60, steps: int = 25, cfg_scale: float = 4.0) -> None:
+    def __init__(
+        self, run: Run, ordinary: int = 60, steps: int = 25, cfg_scale: float = 4.0, seeds: int = len(_SEEDS)
+    ) -> None:
         self.subject, self.trigger = run.data.root.removeprefix("pocket/"), run.data.trigger
         self.references = np.stack([np.asarray(sample.sources["image"].open()) for sample in read(run.data)])
-        self.ordinary, self.steps, self.cfg_scale = ordinary, steps, cfg_scale
+        self.ordinary, self.steps, self.cfg_scale, self.seeds = ordinary, steps, cfg_scale, _SEEDS[:seeds]
 
     def __call__(self, model: PipelineModel) -> tuple[float, float, dict[str, float]]:
         scores = measure(
@@ -73,6 +84,7 @@ class Oracle:
             self.trigger,
             self.references,
             ordinary=self.ordinary,
+            seeds=self.seeds,
             steps=self.steps,
             cfg_scale=self.cfg_scale,
         ).scores()
@@ -88,8 +100,16 @@ class Likeness:
     A CLIP does not see everything: what it is blind to counts as learnt and kept.
     """
 
-    def __init__(self, run: Run, clip: str, ordinary: int = 24, steps: int = 25, cfg_scale: float = 4.0) -> None:
-        self.encoder, self.steps, self.cfg_scale = load_clip(clip), steps, cfg_scale
+    def __init__(
+        self,
+        run: Run,
+        clip: str,
+        ordinary: int = 24,
+        steps: int = 25,
+        cfg_scale: float = 4.0,
+        seeds: int = len(_SEEDS),
+    ) -> None:
+        self.encoder, self.steps, self.cfg_scale, self.seeds = load_clip(clip), steps, cfg_scale, _SEEDS[:seeds]
         samples = read(run.data)[:_PICTURES]
         if len(samples) < 2:
             raise UserError("how alike the subject's pictures are cannot be told from one: give two or more")
@@ -102,7 +122,7 @@ class Likeness:
         self.base: tuple[Tensor, Tensor] | None = None
 
     def __call__(self, model: PipelineModel) -> tuple[float, float, dict[str, float]]:
-        subject = self._features(self._draw(model, self.asked, _SEEDS))
+        subject = self._features(self._draw(model, self.asked, self.seeds))
         ordinary = self._features(self._draw(model, self.ordinary, _SEEDS[:1]))
         if self.base is None:
             self.base = subject, ordinary
@@ -138,16 +158,16 @@ def _between(value: float, low: float, high: float) -> float:
     return float(np.clip((value - low) / max(high - low, 1e-6), 0, 1))
 
 
-def judge_of(run: Run, clip: str | None = None) -> Judge:
-    """The oracle for subjects of the pocket world, else a CLIP.
+def judge_of(run: Run, clip: str | None = None, **sizes: Any) -> Judge:
+    """The oracle for subjects of the pocket world, else a CLIP; ``sizes`` are those of its class.
 
     Raises:
         UserError: none is named, and the subject is the user's own.
     """
     if clip is not None:
-        return Likeness(run, clip)
+        return Likeness(run, clip, **sizes)
     if run.data.root.removeprefix("pocket/") in SUBJECTS and run.model.source == "pocket/sd":
-        return Oracle(run)
+        return Oracle(run, **sizes)
     raise UserError(
         "only the pocket world has a judge of its own: name a CLIP for this subject, for instance "
         "--clip openai/clip-vit-large-patch14"
@@ -157,25 +177,23 @@ def judge_of(run: Run, clip: str | None = None) -> Judge:
 def points(
     model: PipelineModel,
     adapters: AdapterSet,
-    states: Sequence[tuple[int, dict[str, Tensor]]],
-    scales: Sequence[float],
+    states: Sequence[tuple[int, Mapping[str, Tensor], Sequence[float]]],
     judge: Judge,
 ) -> Iterator[Point]:
-    """Judge the base, and then every checkpoint at every strength.
+    """Judge the base, and then every checkpoint at its strengths; the last one's tensors stay in the adapters.
 
     Args:
         model: with the adapters attached.
-        states: of each checkpoint the step, and the adapters' tensors by their names in the set.
-        scales: strengths.
+        states: of each checkpoint the step, the adapters' tensors by their names in the set, and strengths.
         judge: see :func:`judge_of`.
 
     Raises:
         UserError: a checkpoint has other tensors than the adapter.
     """
     with adapters.disable():
-        yield _point(0, 0.0, judge(model))
+        yield point(0, 0.0, judge(model))
     own = {**dict(adapters.named_parameters()), **dict(adapters.named_buffers())}
-    for step, state in states:
+    for step, state, scales in states:
         strange = [name for name, tensor in own.items() if name not in state or state[name].shape != tensor.shape]
         if strange:
             raise UserError(f"the checkpoint of step {step} does not fit the adapter ({strange[0]}): leave it out")
@@ -185,12 +203,37 @@ def points(
         adapters.refresh()
         for scale in scales:
             adapters.scale = scale
-            yield _point(step, scale, judge(model))
+            yield point(step, scale, judge(model))
 
 
-def _point(step: int, scale: float, judged: tuple[float, float, dict[str, float]]) -> Point:
+def point(step: int, scale: float, judged: tuple[float, float, dict[str, float]]) -> Point:
+    """What a judge said of a checkpoint at a strength."""
     learnt, kept, scores = judged
     return Point(step=step, scale=scale, learnt=learnt, kept=kept, scores=scores)
+
+
+def comparable(train: TrainConfig) -> bool:
+    """Whether the weights in a run's checkpoints are those that it would have left as its result."""
+    kind = train.optimizer
+    # Of others nobody knows whether they have a second mode, unless their code is imported.
+    return train.ema is None and (kind in OPTIMIZERS or kind.startswith("torch.optim."))
+
+
+def saved(folder: Path) -> list[tuple[int, dict[str, Tensor]]]:
+    """Of every checkpoint of a run that trained an adapter, the step and the adapters' tensors.
+
+    Raises:
+        UserError: one cannot be read.
+    """
+    states = []
+    for step in checkpoint.steps(folder):
+        file = checkpoint.folder(folder, step) / checkpoint.WEIGHTS
+        try:
+            tensors = load_file(file)
+        except (SafetensorError, OSError) as error:
+            raise UserError(f"{file} cannot be read ({error}): remove that checkpoint") from error
+        states.append((step, {name.removeprefix("adapters."): tensor for name, tensor in tensors.items()}))
+    return states
 
 
 def best(found: Sequence[Point]) -> Point:
@@ -206,9 +249,13 @@ def table(found: Sequence[Point]) -> str:
     for point in found:
         cells = "  ".join(f"{point.scores[name]:>16.3f}" for name in names)
         lines.append(f"{point.step:>6}  {point.scale:>8.2f}  {point.learnt:>6.3f}  {point.kept:>6.3f}  {cells}")
+    return "\n".join([*lines, verdict(found)])
+
+
+def verdict(found: Sequence[Point]) -> str:
+    """The best point in words."""
     top, base = best(found), found[0]
-    lines.append(
+    return (
         f"best: step {top.step} at strength {top.scale:g}, with {top.learnt:.0%} of the subject learnt and "
         f"{top.kept:.0%} kept (the base: {base.learnt:.0%} and {base.kept:.0%})"
     )
-    return "\n".join(lines)

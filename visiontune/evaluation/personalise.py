@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 
 from visiontune.evaluation.metrics import (
     clip_image_similarity,
@@ -18,7 +18,7 @@ from visiontune.evaluation.metrics import (
     subject_fidelity,
     subject_recognition,
 )
-from visiontune.models.clip import load_clip
+from visiontune.models.clip import ClipEncoder, load_clip
 from visiontune.pocket import oracle
 from visiontune.pocket.scenes import article, stream
 from visiontune.pocket.world import COLORS, RELATIONS, SHAPES, SUBJECTS, Subject
@@ -60,6 +60,12 @@ class Personalisation:
     def scores(self) -> dict[str, float]:
         """The numbers alone, rounded for a report."""
         return {k: round(v, 4) for k, v in vars(self).items() if isinstance(v, float)}
+
+
+@functools.cache
+def _judge() -> ClipEncoder:
+    """pocket-clip, which many measurements share."""
+    return load_clip("pocket/clip")
 
 
 def subject_prompts(subject: Subject, trigger: str) -> list[str]:
@@ -105,7 +111,6 @@ def measure(
     seeds: Sequence[int] = _SEEDS,
     steps: int = 25,
     cfg_scale: float = 4.0,
-    bf16: bool = False,
 ) -> Personalisation:
     """Sample and judge.
 
@@ -118,15 +123,13 @@ def measure(
         seeds: seeds of each subject prompt and class prompt.
         steps: DDIM steps.
         cfg_scale: scale of classifier-free guidance.
-        bf16: sample under bfloat16 autocast, which is the faster where the device has it.
     """
-    individual, kind = SUBJECTS[subject], model.device.type
+    individual = SUBJECTS[subject]
 
     def draw(prompts: Sequence[str], own_seeds: Sequence[int]) -> tuple[list[str], np.ndarray]:
         pairs = [(p, s) for p in prompts for s in own_seeds]
         every, every_seed = [p for p, _ in pairs], [s for _, s in pairs]
-        with torch.autocast(kind, torch.bfloat16, enabled=bf16):
-            return every, images(model, every, every_seed, steps=steps, cfg_scale=cfg_scale, batch_size=50)
+        return every, images(model, every, every_seed, steps=steps, cfg_scale=cfg_scale, batch_size=50)
 
     _, subject_pictures = draw(subject_prompts(individual, trigger), seeds)
     composed = composed_prompts(individual, trigger)
@@ -144,7 +147,7 @@ def measure(
                 ]
             )
         ),
-        subject_clip=clip_image_similarity(subject_pictures, references, load_clip("pocket/clip")),
+        subject_clip=clip_image_similarity(subject_pictures, references, _judge()),
         prompt_accuracy=prompt_accuracy(ordinary_pictures, ordinary_texts),
         ground_accuracy=ground_accuracy(ordinary_pictures, ordinary_texts),
         class_kept=prompt_accuracy(class_pictures, classes),

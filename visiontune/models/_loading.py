@@ -5,8 +5,7 @@ from __future__ import annotations
 import importlib
 import pkgutil
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +25,7 @@ from visiontune.errors import UserError
 from visiontune.models import pocket
 from visiontune.models._quantise import Kind, quantise
 from visiontune.models.base import Model
+from visiontune.models.sources import without_bars
 from visiontune.schema import nearest
 
 # What says how a folder is to be read, in order: a pipeline has a file of the second name in every part.
@@ -72,7 +72,7 @@ def load(
     if variant:
         fetching["variant"] = variant
     try:
-        with _without_bars(fetching):
+        with without_bars(fetching.get("local_files_only", False)):
             model = family.open(name, str(folder or source), source, dtype, index, **fetching)
     except _BROKEN as error:
         mend = f"give a complete {LAYOUTS[layout]} folder with safetensors weights"
@@ -81,23 +81,6 @@ def load(
         for network in model.of(*model.names()).values():
             quantise(network, quantize)
     return model.to(device)
-
-
-@contextmanager
-def _without_bars(fetching: dict[str, Any]) -> Iterator[None]:
-    """No bars of components and weights where all lies on the disk; a download keeps its own."""
-    from diffusers.utils import logging as of_diffusers
-    from transformers.utils import logging as of_transformers
-
-    local = fetching.get("local_files_only", False)
-    shown = [kind for kind in (of_diffusers, of_transformers) if local and kind.is_progress_bar_enabled()]
-    for kind in shown:
-        kind.disable_progress_bar()
-    try:
-        yield
-    finally:
-        for kind in shown:
-            kind.enable_progress_bar()
 
 
 def _family(source: str, layout: str, index: dict[str, Any]) -> tuple[str, Any]:

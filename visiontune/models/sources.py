@@ -37,6 +37,22 @@ def _fetch(source: str, file: str, option: str, revision: str | None) -> str:
     return f"give a local folder, or fetch it with `{command} --local-dir FOLDER` and set {option}: FOLDER"
 
 
+@contextmanager
+def without_bars(local: bool) -> Iterator[None]:
+    """No bars of components and weights where all lies on the disk; a download keeps its own."""
+    from diffusers.utils import logging as of_diffusers
+    from transformers.utils import logging as of_transformers
+
+    shown = [kind for kind in (of_diffusers, of_transformers) if local and kind.is_progress_bar_enabled()]
+    for kind in shown:
+        kind.disable_progress_bar()
+    try:
+        yield
+    finally:
+        for kind in shown:
+            kind.enable_progress_bar()
+
+
 def pretrained(
     kind: Any, place: str, *, unread: tuple[str, ...] = (), variant: str | None = None, **options: Any
 ) -> Any:
@@ -56,7 +72,8 @@ def pretrained(
     folder = Path(place, options.get("subfolder") or "")
     if folder.is_dir():
         variant = _variants.choose([file.name for file in folder.iterdir()], variant, f"{kind.__name__} of {folder}")
-    model, report = kind.from_pretrained(place, output_loading_info=True, variant=variant, **options)
+    with without_bars(folder.is_dir()):
+        model, report = kind.from_pretrained(place, output_loading_info=True, variant=variant, **options)
     other = [key if isinstance(key, str) else key[0] for key in report["mismatched_keys"]]
     lacking = sorted(key for key in {*report["missing_keys"], *other} if not key.startswith(unread))
     if lacking:

@@ -138,7 +138,11 @@ def _draw(
     if not chunks:
         return
     write_json(files[0].parent / "settings.json", settings)
+    # Runs that begin together, and share the cache, each draw what the others have not come to.
+    random.SystemRandom().shuffle(chunks)
     for chunk in tqdm(chunks, desc="prior pictures"):
+        if all(files[i].exists() for i in chunk):
+            continue
         assert tools.draw is not None
         made = tools.draw(
             model,

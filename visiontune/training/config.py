@@ -106,6 +106,28 @@ class PreviewConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class JudgeConfig:
+    """The ``judge:`` section: what the run has learnt of its subject and kept of its base, looked at when it has ended.
+
+    The result is judged at every strength, and the checkpoints before it that are still there at strength 1.
+    """
+
+    clip: str | None = option(
+        None,
+        help="who judges: a CLIP's folder or Hub id; null: the oracle for subjects of the pocket world, or nobody",
+    )
+    scales: list[float] = option([0.7, 1.0], least=-4, greatest=4, help="strengths of the result")
+    prompts: int = option(24, least=2, greatest=10_000, help="ordinary prompts that are drawn")
+    seeds: int = option(2, least=1, greatest=4, help="pictures of each prompt for the subject")
+    steps: int = option(25, least=1, greatest=100_000, help="sampling steps")
+    cfg_scale: float = option(4.0, least=-1000, greatest=1000, help="guidance scale")
+
+    def __post_init__(self) -> None:
+        if not self.scales:
+            raise ValueError("scales names none: give one, or set judge to none")
+
+
+@dataclass(frozen=True, kw_only=True)
 class GuardsConfig:
     """The ``guards:`` section of a recipe: alarms for online objectives whose reward rises while the pictures rot.
 

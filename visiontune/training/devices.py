@@ -14,11 +14,6 @@ from visiontune.training.config import TrainConfig
 from visiontune.training.trackers import check_trackers
 
 
-def native_bf16() -> bool:
-    """Whether this machine's processor multiplies bfloat16 itself; others take longer with it than with float32."""
-    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-
-
 def make_accelerator(train: TrainConfig, out: Path) -> Accelerator:
     """Device, precision, accumulation and processes for one run.
 
