@@ -19,11 +19,12 @@ from visiontune import catalogue
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "visiontune"
 
-GROUND = {"errors", "signals", "outside", "files", "ranges", "schema", "yaml_text", "plugin", "catalogue"}
+GROUND = {"errors", "quiet", "signals", "outside", "files", "ranges", "schema", "yaml_text", "plugin", "catalogue"}
 LIBRARY = {"core", "diffusion", "models", "adapters", "objectives", "rewards", "data", "ops"}
 # What a module, or the modules of a folder, may import from the package. A longer name wins over a shorter one.
 MAY_IMPORT = {
     "errors": set(),
+    "quiet": set(),
     "outside": {"errors"},
     "signals": {"errors"},
     "files": {"errors", "outside"},
@@ -44,9 +45,9 @@ MAY_IMPORT = {
     "objectives": {"errors", "files", "outside", "schema", "plugin", "core", "diffusion", "models.base", "data"},
     "sampling": GROUND | LIBRARY - {"objectives", "rewards"} | {"pocket"},
     "training": GROUND | LIBRARY - {"rewards"} | {"sampling"},
-    "evaluation": GROUND | LIBRARY - {"objectives"} | {"pocket", "sampling"},
+    "evaluation": GROUND | LIBRARY - {"objectives"} | {"pocket", "sampling", "training"},
     "config": GROUND | LIBRARY | {"sampling", "training"},
-    "assemble": GROUND | LIBRARY | {"sampling", "training", "config"},
+    "assemble": GROUND | LIBRARY | {"sampling", "training", "evaluation", "config"},
     "estimate": GROUND | LIBRARY | {"sampling", "training", "config", "assemble"},
     "demo": GROUND | LIBRARY | {"pocket", "sampling", "training", "evaluation", "config", "assemble"},
     "cli": GROUND

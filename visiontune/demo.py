@@ -130,7 +130,7 @@ def _all(jobs: Mapping[str, _Job], workers: int) -> dict[str, Personalisation]:
 
 def _begin() -> None:
     """A process of the pool: one thread, no bars of its own, and it ends with the one that began it."""
-    from visiontune.cli.quiet import hushed
+    from visiontune.quiet import hushed
 
     hushed().__enter__()
     os.environ["TQDM_DISABLE"] = "1"

@@ -14,9 +14,9 @@ from types import ModuleType
 from typing import NoReturn
 
 from visiontune import __version__, cli
-from visiontune.cli.quiet import hushed
 from visiontune.errors import UserError
 from visiontune.outside import shown
+from visiontune.quiet import hushed
 from visiontune.signals import Terminated, terminable
 
 _EXAMPLES = """examples:
