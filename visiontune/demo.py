@@ -130,9 +130,10 @@ def _all(jobs: Mapping[str, _Job], workers: int) -> dict[str, Personalisation]:
 
 def _begin() -> None:
     """A process of the pool: one thread, no bars of its own, and it ends with the one that began it."""
-    from visiontune.quiet import hushed
+    from visiontune.quiet import defer, hushed
 
     hushed().__enter__()
+    defer()
     os.environ["TQDM_DISABLE"] = "1"
     parent = multiprocessing.parent_process()
     assert parent is not None

@@ -1,16 +1,22 @@
-"""What other libraries say while they are imported, kept off the terminal; visiontune's own words are one line each."""
+"""How the command line starts: what other libraries say while they are imported stays off the terminal, and what is
+imported for a rare case waits for it."""
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
 import logging
 import os
 import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.machinery import ModuleSpec
+from types import ModuleType
 from typing import Any
 
 # Optional packages and old interfaces, reported to whoever imports diffusers: nothing that a user of it can mend.
+_RARE = ("scipy.stats",)  # a second of start-up, for samplers with beta sigmas
 _CHATTY = ("torch.utils._pytree", "bitsandbytes", "torchao")
 
 
@@ -27,6 +33,33 @@ def hushed() -> Iterator[None]:
                 warnings.simplefilter("ignore", kind)
             warnings.showwarning = _show
         yield
+
+
+def defer() -> None:
+    """Have modules that libraries import for rare cases loaded when something in them is asked for."""
+    for name in _RARE:
+        spec = None if name in sys.modules else importlib.util.find_spec(name)
+        if spec is not None:
+            sys.modules[name] = _stand_in(name, spec)
+
+
+def _stand_in(name: str, spec: ModuleSpec) -> ModuleType:
+    """A module that becomes the one of its name when it is asked for what is in that.
+
+    ``importlib.util.LazyLoader`` makes one that is loaded by the second module that imports it.
+    """
+    module = ModuleType(name)
+    module.__spec__ = spec
+
+    def load(attribute: str) -> Any:
+        if sys.modules.get(name) is module:
+            del sys.modules[name]
+        real = importlib.import_module(name)
+        vars(module).update(vars(real))
+        return getattr(real, attribute)
+
+    module.__getattr__ = load  # type: ignore[method-assign]
+    return module
 
 
 def _show(message: Any, *_: Any, file: Any = None, **__: Any) -> None:

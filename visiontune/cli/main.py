@@ -16,7 +16,7 @@ from typing import NoReturn
 from visiontune import __version__, cli
 from visiontune.errors import UserError
 from visiontune.outside import shown
-from visiontune.quiet import hushed
+from visiontune.quiet import defer, hushed
 from visiontune.signals import Terminated, terminable
 
 _EXAMPLES = """examples:
@@ -78,6 +78,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         args.words += rest
     try:
         with terminable(), hushed():
+            defer()
             args.run(args)
         sys.stdout.flush()
     except UserError as error:
