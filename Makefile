@@ -7,7 +7,7 @@ BIN := .venv/bin
 
 .PHONY: demo test lint tables install clean
 
-demo: .venv/installed
+demo: .venv/plain
 	$(BIN)/visiontune demo
 
 test: .venv/installed
@@ -23,10 +23,16 @@ tables: .venv/installed
 
 install: .venv/installed
 
-# The lower bound keeps pip from preferring an older local torch whose operators the newest torchvision does not fit.
-.venv/installed: pyproject.toml
+# What users have. The lower bound keeps pip from preferring an older local torch whose operators the newest torchvision
+# does not fit.
+.venv/plain: pyproject.toml
 	@test -n "$(PYTHON)" || { echo "no Python 3.11 or newer found: install one, or run make PYTHON=/path/to/python3"; exit 1; }
 	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet "torch>=2.14" -e .
+	@touch $@
+
+# And what tests need besides.
+.venv/installed: .venv/plain
 	$(BIN)/python -m pip install --quiet "torch>=2.14" -e ".[dev]"
 	@touch $@
 
