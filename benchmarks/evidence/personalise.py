@@ -41,11 +41,19 @@ SCORES = ("subject_oracle", "subject_known", "subject_composed", "subject_clip",
 
 
 def train_and_measure(
-    method: str | None, subject: str, seed: int, work: Path, overrides: list[str], label: str = "", **sizes: int
+    method: str | None,
+    subject: str,
+    seed: int,
+    work: Path,
+    overrides: list[str],
+    label: str = "",
+    weaker: Sequence[float] = (),
+    **sizes: int,
 ) -> dict:
     """Scores of one run; ``method`` None measures the base model.
 
-    ``label`` tells runs with other overrides apart; ``sizes`` are those of ``measure``.
+    ``label`` tells runs with other overrides apart; at ``weaker`` strengths of an adapter it is judged too, and their
+    scores are the row's ``curve``; ``sizes`` are those of ``measure``.
     """
     name = f"{method or 'base'}{label}-{subject}-{seed}"
     file = work / f"{name}.json"
@@ -61,8 +69,9 @@ def train_and_measure(
     recipe = config.load_run(f"personalise/{method or 'lora'}", [*own, *overrides])
     before = energies(load("pocket/sd"))
     references = np.stack([np.asarray(sample.sources["image"].open()) for sample in read(recipe.data)])
+    trainer = None
     if method is None:
-        model, trained, change = load("pocket/sd"), 0, 0.0
+        model, trained = load("pocket/sd"), 0
     else:
         shutil.rmtree(recipe.folder, ignore_errors=True)
         trainer = assemble(recipe)
@@ -70,10 +79,15 @@ def train_and_measure(
         model = trainer.model
         trained = sum(p.numel() for p in trainer.parameters.values())
         shutil.rmtree(recipe.folder, ignore_errors=True)
-        change = energy_change(trainer, before)
-    scores = measure(model, subject, recipe.data.trigger, references, **sizes).scores()
-    row = {"method": method or "base", "subject": subject, "seed": seed, "parameters": trained, **scores}
-    row["energy_change"] = change
+    curve = {}
+    for strength in (*weaker, 1.0) if trainer is not None and trainer.adapters is not None else (1.0,):
+        if trainer is not None and trainer.adapters is not None:
+            trainer.adapters.scale = strength
+        curve[strength] = measure(model, subject, recipe.data.trigger, references, **sizes).scores()
+    row = {"method": method or "base", "subject": subject, "seed": seed, "parameters": trained, **curve[1.0]}
+    if weaker:
+        row["curve"] = {str(strength): {s: scores[s] for s in SCORES} for strength, scores in curve.items()}
+    row["energy_change"] = 0.0 if trainer is None else energy_change(trainer, before)
     write_json(file, row)
     print(json.dumps(row), flush=True)
     return row
