@@ -23,7 +23,7 @@ from visiontune.adapters.oft import Config as OFT
 from visiontune.adapters.plane_oft import Config as Planes
 from visiontune.files import write_json, write_text
 
-WIDTHS, SEEDS, STEPS = (64, 128, 512), (0, 1), 600
+WIDTHS, SEEDS, STEPS = (64, 128, 256), (0, 1), 600
 METHODS: dict[str, Callable[[int], tuple[object, float]]] = {
     "lora, rank 8": lambda d: (LoRA(rank=8), 3e-3),
     "plane_oft, rank 8": lambda d: (Planes(rank=8), 3e-3),
