@@ -19,10 +19,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     from visiontune.assemble import train
     from visiontune.config import load_run
+    from visiontune.training.preview import BEFORE_AFTER
 
     try:
         out = train(load_run(*split(args.words)), print)
     except Interrupted as error:
         words = [word for word in args.words if not word.startswith("train.resume=")]
         raise Interrupted(f"{error}: {go_on('train', *words, 'train.resume=true')}", error.number) from error
-    print(f"finished: {out}")
+    pictures = out.parent / BEFORE_AFTER
+    print(f"finished: {out}" + (f" ({pictures} shows before and after)" if pictures.is_file() else ""))

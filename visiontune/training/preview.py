@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 
     from visiontune.models.pipeline import PipelineModel
 
+BEFORE_AFTER = "samples/before_after.png"
+
 
 def due(step: int, total: int, config: PreviewConfig) -> bool:
     """Whether previews are drawn after ``step`` steps: at 0, at every ``every``-th, and at the end."""
@@ -53,7 +55,7 @@ def draw(model: PipelineModel, out: Path, step: int, config: PreviewConfig) -> n
 
 
 def compare(out: Path, step: int, config: PreviewConfig) -> None:
-    """Write ``samples/before_after.png``: under each preview of step 0, from the same noise, that of ``step``.
+    """Write ``BEFORE_AFTER``: under each preview of step 0, from the same noise, that of ``step``.
 
     Nothing is written where either is not there.
     """
@@ -69,7 +71,7 @@ def compare(out: Path, step: int, config: PreviewConfig) -> None:
         row_captions=[f"{config.prompts[i]} (step {when})" for i, when in pairs],
         column_captions=[f"seed {seed}" for seed in config.seeds],
     )
-    with atomic_write(out / "samples" / "before_after.png") as partial:
+    with atomic_write(out / BEFORE_AFTER) as partial:
         sheet.save(partial, format="PNG")
 
 
