@@ -133,7 +133,7 @@ def test_scores_can_cross_the_threshold_within_the_recipe():
         optimizer.step()
         schedule.step()
     # Adam moves a score by about the rate a step at most, and by much less where its gradients disagree.
-    assert way > 5 * (run.adapter["initial"] - run.adapter["threshold"])
+    assert way > 2 * (run.adapter["initial"] - run.adapter["threshold"])
 
 
 @pytest.mark.parametrize(
