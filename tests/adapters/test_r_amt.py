@@ -8,8 +8,10 @@ from contracts.declared import Declared
 from safetensors.torch import load_file
 from torch import nn
 
+from visiontune import config
 from visiontune.adapters import attach, load
 from visiontune.errors import UserError
+from visiontune.training.optim import make_schedule
 
 CONTRACT = {"r_amt": Declared(lambda module, options: module.weight.numel(), straight_through=True)}
 
@@ -105,6 +107,33 @@ def test_spoilt_weights_are_found():
     left_out = ~adapters.adapters()["0"].kept()
     assert left_out[spoilt].all()
     assert not left_out[~spoilt & (good.abs() > 0.3)].any()
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_run_that_left_nothing_out_says_so_at_its_end():
+    _, adapters, mask = masked(spread=0.0)
+    with torch.no_grad():
+        mask.score[2, 3] = 0.006
+    adapters.after_step(0.99)
+    with pytest.warns(UserWarning, match=r"no score fell from 0\.01 below 0\.006, .* 0\.005; raise train\.lr"):
+        adapters.after_step(1.0)
+    with torch.no_grad():
+        mask.score[2, 3] = 0.005
+    adapters.after_step(1.0)
+
+
+def test_scores_can_cross_the_threshold_within_the_recipe():
+    run = config.load_run("personalise/r_amt")
+    score = nn.Parameter(torch.zeros(()))
+    optimizer = torch.optim.Adam([score], run.train.lr)
+    schedule = make_schedule(optimizer, run.train)
+    way = 0.0
+    for _ in range(run.train.steps):
+        way += schedule.get_last_lr()[0]
+        optimizer.step()
+        schedule.step()
+    # Adam moves a score by about the rate a step at most, and by much less where its gradients disagree.
+    assert way > 2 * (run.adapter["initial"] - run.adapter["threshold"])
 
 
 @pytest.mark.parametrize(

@@ -12,11 +12,13 @@ out.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from visiontune.adapters import _bits
 from visiontune.adapters._layers import CONVOLUTIONS, masters
@@ -63,6 +65,19 @@ class Masks(Method):
             if score.grad is not None and self.norm:
                 length = score.norm().clamp_min(torch.finfo(score.dtype).tiny)
                 score.grad.add_(score / length, alpha=self.norm * loss_scale)
+
+    @torch.no_grad()
+    def after_step(self, done: float = 0.0, optimizer: Optimizer | None = None) -> None:
+        """Say at the end of a run that it changed nothing, which the scores alone do not show."""
+        masks = [a for a in self.adapters.values() if isinstance(a, Mask)]
+        if done < 1 or not all(mask.kept().all() for mask in masks):
+            return
+        first, lowest = masks[0], min(float(mask.score.min()) for mask in masks)
+        warnings.warn(
+            f"r_amt leaves nothing out: no score fell from {first.initial:g} below {lowest:.2g}, and the threshold is "
+            f"{first.threshold:g}; raise train.lr or train.steps",
+            stacklevel=2,
+        )
 
 
 class Mask(nn.Module, Adapter):
