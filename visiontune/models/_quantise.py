@@ -148,7 +148,8 @@ def keep(layer: Any, down: Tensor, up: Tensor) -> None:
     """Let a layer of codes add what they lost: ``up down`` is part of its weight from here on."""
     layer.register_buffer("lost_down", down)
     layer.register_buffer("lost_up", up)
-    layer.__class__ = _keeping(type(layer))
+    cls: Any = type(layer)
+    layer.__class__ = _keeping(cls)
 
 
 @functools.cache
