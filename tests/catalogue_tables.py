@@ -42,7 +42,9 @@ def _recipes() -> list[list[object]]:
     rows = []
     for name in catalogue.names("pipelines"):
         r = catalogue.load("pipelines", name)
-        what = [r.get("model", "the adapter's"), _name(r.get("adapter", "")), _name(r.get("objective", ""))]
+        model = r.get("model", "the adapter's")
+        model = model["source"] if isinstance(model, dict) else model
+        what = [model, _name(r.get("adapter", "")), _name(r.get("objective", ""))]
         rows.append([f"[{name}]({name}.yaml)", r["verb"], *what, r["description"]])
     return rows
 

@@ -44,6 +44,9 @@ class ModelConfig:
     )
     dtype: Dtype = option("fp32", help="number format of the frozen weights; full fine-tuning needs fp32")
     quantize: Literal["int8", "nf4"] | None = option(None, help="store the denoiser's linear layers in 8 or 4 bits")
+    quantize_rank: int = option(
+        0, least=0, greatest=16384, help="rank of the part of the codes' error that is kept beside them; 0 keeps none"
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,6 +141,8 @@ def parse_run(content: Mapping[str, Any]) -> Run:
     outside.target(Path(run.out) / run.name, "the run's folder (out and name)")
     if run.model.quantize and run.adapter is None:
         raise UserError("model.quantize keeps weights frozen, and adapter=none trains them all: choose an adapter")
+    if run.model.quantize_rank and not run.model.quantize:
+        raise UserError("model.quantize_rank keeps part of what codes lose: set model.quantize to nf4 or int8")
     objective = _spelt_out("objectives", run.objective, "objective")
     return dataclasses.replace(run, adapter=_adapter(run.adapter), objective=objective, data=resolve(run.data))
 

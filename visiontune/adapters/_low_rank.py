@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from visiontune.adapters._layers import CONVOLUTIONS, fan_in, pointwise, run
+from visiontune.adapters._layers import CONVOLUTIONS, fan_in, masters, pointwise, run
 from visiontune.adapters.base import Adapter, Beneath
 
 LAYERS: tuple[type[nn.Module], ...] = (nn.Linear, *CONVOLUTIONS)
@@ -65,3 +65,30 @@ class LowRank(nn.Module, Adapter):
             return None
         down, up = self.factors()
         return down, scale * self.strength * up
+
+
+class Difference(LowRank):
+    """``W' = W + s (B A - B0 A0)`` with ``A = A0 + dA``, ``B = B0 + dB``: the start is the base bit for bit.
+
+    ``down`` (dA) [groups r, in / groups, kernel ...] and ``up`` (dB) [out, r] are trained, from zero, beside the frozen
+    ``down0`` and ``up0`` of the same shapes, zero until they are filled.
+    """
+
+    down0: Tensor
+    up0: Tensor
+
+    def __init__(self, layer: Any, rank: int, strength: float = 1.0) -> None:
+        super().__init__(layer, strength)
+        weight, place = layer.weight, masters(layer)
+        self.down = nn.Parameter(torch.zeros(self.groups * rank, *weight.shape[1:], **place))
+        self.up = nn.Parameter(torch.zeros(weight.shape[0], rank, **place))
+        self.register_buffer("down0", torch.zeros_like(self.down, requires_grad=False))
+        self.register_buffer("up0", torch.zeros_like(self.up, requires_grad=False))
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """[A; dA] and [dB, B0]: their product is B A - B0 A0."""
+        parts = [v.unflatten(0, (self.groups, -1)) for v in (self.down0 + self.down, self.down)]
+        return torch.cat(parts, 1).flatten(0, 1), torch.cat([self.up, self.up0], 1)
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {"down": self.down, "up": self.up, "down0": self.down0, "up0": self.up0}

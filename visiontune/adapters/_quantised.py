@@ -24,13 +24,25 @@ def weight_of(layer: Any) -> Any:
     return dequantised(layer) if is_quantised(layer) else layer.weight
 
 
+def lost_of(layer: Any) -> tuple[Tensor, Tensor] | None:
+    """``down`` [r, in] and ``up`` [out, r], whose product a quantised layer adds to its codes; none for others."""
+    return (layer.lost_down, layer.lost_up) if hasattr(layer, "lost_down") else None
+
+
 @torch.no_grad()
 def dequantised(layer: Any) -> Tensor:
-    """What the codes of a layer stand for, [out, in]; float32 for bitsandbytes' int8, which has no dtype of its own.
+    """The numbers of a quantised layer, [out, in]: what its codes stand for, and what it adds to them.
+
+    They are float32 for bitsandbytes' int8, which has no dtype of its own.
 
     Raises:
         TypeError: codes of an unknown kind.
     """
+    values, lost = _of_codes(layer), lost_of(layer)
+    return values if lost is None else values + (lost[1] @ lost[0]).to(values)
+
+
+def _of_codes(layer: Any) -> Tensor:
     weight = layer.weight
     if _is_subclass(weight):
         return weight.dequantize()
@@ -52,12 +64,14 @@ def error_of(layer: Any, values: Tensor) -> float:
     """How far the dequantised ``values`` may be from the weight that was quantised; 0 where none was.
 
     Int8 rounds to 1/127 of a row's largest magnitude. Four bits (nf4) have a gap of 0.3 of a block's largest, whose own
-    rounding comes on top.
+    rounding comes on top. What a layer adds to its codes moves single numbers by as much again.
     """
     if not is_quantised(layer):
         return 0.0
     codes = getattr(layer.weight, "qdata", layer.weight)
-    return float(values.abs().max()) * (0.005 if codes.dtype == torch.int8 else 0.18)
+    lost = lost_of(layer)
+    added = 0.0 if lost is None else float((lost[1] @ lost[0]).abs().max())
+    return float(values.abs().max()) * (0.005 if codes.dtype == torch.int8 else 0.18) + added
 
 
 def _is_subclass(weight: Tensor) -> bool:
@@ -74,6 +88,8 @@ class Plain(nn.Linear):
 
     weight = property(lambda self: dequantised(self.layer))
     bias = property(lambda self: self.layer.bias)
+    lost_down = property(lambda self: self.layer.lost_down)
+    lost_up = property(lambda self: self.layer.lost_up)
 
     def parameters(self, recurse: bool = True) -> Iterator[nn.Parameter]:
         """Those of the layer itself."""

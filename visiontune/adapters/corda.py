@@ -23,8 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from visiontune.adapters._evidence import Evidence
-from visiontune.adapters._layers import masters
-from visiontune.adapters._low_rank import LAYERS, LowRank, full_rank, matrices
+from visiontune.adapters._low_rank import LAYERS, Difference, full_rank, matrices
 from visiontune.adapters._method import must_start
 from visiontune.adapters.base import Method
 from visiontune.schema import option
@@ -56,7 +55,7 @@ class Config:
 
 def build(config: Config, layers: Mapping[str, nn.Module]) -> Method:
     """CorDA for the layers of one component, with C = I until it is prepared."""
-    return CorDA({name: Difference(config, layer) for name, layer in layers.items()})
+    return CorDA({name: Components(config, layer) for name, layer in layers.items()})
 
 
 class CorDA(Method):
@@ -69,24 +68,16 @@ class CorDA(Method):
         for portion in evidence.portions():
             for name, moments in portion.items():
                 adapter = self.adapters[name]
-                assert isinstance(adapter, Difference)
+                assert isinstance(adapter, Components)
                 adapter.start(evidence.layers[name], moments.second.cpu().double())
 
 
-class Difference(LowRank):
-    """``down`` (dA) [groups r, ...] and ``up`` (dB) [out, r] beside the frozen ``down0`` and ``up0``."""
-
-    down0: Tensor
-    up0: Tensor
+class Components(Difference):
+    """A difference that starts at components of the weight."""
 
     def __init__(self, config: Config, layer: Any) -> None:
-        super().__init__(layer, config.strength)
-        self.config, weight = config, layer.weight
-        rank, place = min(config.rank, full_rank(layer)), masters(layer)
-        self.down = nn.Parameter(torch.zeros(self.groups * rank, *weight.shape[1:], **place))
-        self.up = nn.Parameter(torch.zeros(weight.shape[0], rank, **place))
-        self.register_buffer("down0", torch.zeros_like(self.down, requires_grad=False))
-        self.register_buffer("up0", torch.zeros_like(self.up, requires_grad=False))
+        super().__init__(layer, min(config.rank, full_rank(layer)), config.strength)
+        self.config = config
         if must_start():
             self.start(layer, [None] * self.groups)
 
@@ -96,14 +87,6 @@ class Difference(LowRank):
         pairs = [components(w, second, rank, self.config) for w, second in zip(parts, seconds, strict=True)]
         self.up0.copy_(torch.cat([up for up, _ in pairs]))
         self.down0.copy_(torch.cat([down for _, down in pairs]).reshape(self.down0.shape))
-
-    def factors(self) -> tuple[Tensor, Tensor]:
-        """[A; dA] and [dB, B0]: their product is B A - B0 A0."""
-        parts = [v.unflatten(0, (self.groups, -1)) for v in (self.down0 + self.down, self.down)]
-        return torch.cat(parts, 1).flatten(0, 1), torch.cat([self.up, self.up0], 1)
-
-    def tensors(self) -> dict[str, Tensor]:
-        return {"down": self.down, "up": self.up, "down0": self.down0, "up0": self.up0}
 
 
 def components(w: Tensor, second: Tensor | None, rank: int, config: Config) -> tuple[Tensor, Tensor]:

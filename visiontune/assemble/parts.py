@@ -106,6 +106,7 @@ def open_model(run: Run, fetch: bool = True) -> Model:
         revision=spec.revision,
         variant=spec.variant,
         quantize=spec.quantize,
+        quantize_rank=spec.quantize_rank,
         fetch=fetch,
     )
 

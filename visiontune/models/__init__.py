@@ -8,6 +8,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     import torch
 
     from visiontune.models._quantise import Kind
@@ -21,6 +23,7 @@ def load(
     revision: str | None = None,
     device: str = "cpu",
     quantize: Kind | None = None,
+    quantize_rank: int = 0,
     fetch: bool = True,
     variant: str | None = None,
 ) -> Any:
@@ -35,6 +38,7 @@ def load(
         fetch: whether the Hub may be asked for what is not on this machine; false where a file named the model.
         quantize: store the main networks' linear layers in 8 bits (``int8``, by torchao) or 4 (``nf4``, by
             bitsandbytes).
+        quantize_rank: see ``rank`` of :func:`quantise`.
         variant: which files of weights are read where there are several, ``fp16`` for ``*.fp16.safetensors``; without
             it the plain ones, or the only variant that there is, which a warning names.
 
@@ -43,7 +47,28 @@ def load(
     """
     from visiontune.models import _loading
 
-    return _loading.load(source, dtype or _loading.DEFAULT_DTYPE, revision, device, quantize, fetch, variant)
+    quantized = None if quantize is None else (quantize, quantize_rank)
+    return _loading.load(source, dtype or _loading.DEFAULT_DTYPE, revision, device, quantized, fetch, variant)
+
+
+def quantise(
+    module: torch.nn.Module, kind: Kind, *, rank: int = 0, squares: Mapping[str, torch.Tensor] | None = None
+) -> None:
+    """Store the weights of all linear layers of a module in few bits: ``int8`` by torchao, ``nf4`` by bitsandbytes.
+
+    Args:
+        module: changed in place; layers that are subclasses of ``nn.Linear`` stay as they are with ``nf4``.
+        rank: of the part of the codes' error that is kept beside them in the dtype of the weights (LQ-LoRA,
+            arXiv 2311.12023), at most the smaller side of a weight; 0 keeps none.
+        squares: mean squared gradients of the weights, by the layer's name, which weigh the error that is kept small;
+            in layers without an entry every number counts alike.
+
+    Raises:
+        UserError: the library is not installed, or squares of another shape than their weight.
+    """
+    from visiontune.models import _quantise
+
+    _quantise.quantise(module, kind, rank, squares)
 
 
 def families() -> dict[str, type[Model]]:

@@ -60,7 +60,7 @@ def load(
     dtype: torch.dtype,
     revision: str | None,
     device: str,
-    quantize: Kind | None = None,
+    quantized: tuple[Kind, int] | None = None,
     fetch: bool = True,
     variant: str | None = None,
 ) -> Model:
@@ -77,9 +77,9 @@ def load(
     except _BROKEN as error:
         mend = f"give a complete {LAYOUTS[layout]} folder with safetensors weights"
         raise UserError(f"model '{source}' cannot be read ({_first_line(error)}): {mend}") from error
-    if quantize:
+    if quantized:
         for network in model.of(*model.names()).values():
-            quantise(network, quantize)
+            quantise(network, *quantized)
     return model.to(device)
 
 

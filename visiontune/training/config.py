@@ -38,7 +38,7 @@ class TrainConfig:
         [], help="parts that leave the accelerator once data are encoded, such as [text, vae]; drawing brings them back"
     )
     optimizer: str = option(
-        "adamw", help="adamw, sgd, adafactor, galore, or the dotted path of any torch optimiser class"
+        "adamw", help="adamw, sgd, adafactor, galore, natural_galore, or the dotted path of any torch optimiser class"
     )
     optimizer_options: dict[str, Any] = option({}, help="further arguments of the optimiser")
     matrix_options: dict[str, Any] = option(

@@ -26,12 +26,15 @@ OPTIMIZERS = {
     "sgd": "torch.optim.SGD",
     "adafactor": "transformers.optimization.Adafactor",
     "galore": "pytorch_optimizer.GaLore",
+    "natural_galore": "visiontune.training.natural_galore.NaturalGaLore",
 }
-# It takes all four or none; the values are the paper's for fine-tuning, but for the rank.
+# The first takes all four or none, the second projects where there is a rank; the values are the paper's for
+# fine-tuning, but for the rank.
 _MATRIX_DEFAULTS: dict[str, dict[str, Any]] = {
-    "pytorch_optimizer.GaLore": {"rank": 128, "update_proj_gap": 200, "scale": 0.25, "projection_type": "std"}
+    "pytorch_optimizer.GaLore": {"rank": 128, "update_proj_gap": 200, "scale": 0.25, "projection_type": "std"},
+    "visiontune.training.natural_galore.NaturalGaLore": {"rank": 128},
 }
-_CLOSED = ("torch", "transformers")
+_CLOSED = ("torch", "transformers", "visiontune")
 
 
 def choose(model: Model, adapters: Any, parts: Sequence[str] | None) -> dict[str, Parameter]:
@@ -130,7 +133,8 @@ def make_optimizer(
     # What torch's optimisers do not know in a group they pass over in silence.
     unread = [name for name in matrix if name not in made.defaults]
     if unread and _package(made) in _CLOSED:
-        raise UserError(f"train.matrix_options.{unread[0]} is no option of {train.optimizer}: did you mean galore?")
+        mend = nearest(unread[0], made.defaults) if "rank" in made.defaults else ": did you mean galore?"
+        raise UserError(f"train.matrix_options.{unread[0]} is no option of {train.optimizer}{mend}")
     if two_modes(made):
         made.train()
     return made
