@@ -4,10 +4,19 @@ from __future__ import annotations
 
 import pytest
 import torch
+from contracts.declared import Declared
 from torch import nn
 
 from visiontune.adapters.plane_oft import Planes
 from visiontune.evaluation.metrics import hyperspherical_energy
+
+
+def _count(layer: nn.Module, options: dict) -> int:
+    groups, d = getattr(layer, "groups", 1), layer.weight[0].numel()
+    return 2 * groups * d * max(1, min(options["rank"], d // 2))
+
+
+CONTRACT = {"plane_oft": Declared(_count, {"rank": 2}, variants=({"rank": 5},))}
 
 
 def planes(layer: nn.Module, rank: int = 3, spread: float = 0.5) -> Planes:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 
 import pytest
@@ -109,6 +110,21 @@ def test_sampled_and_dense_gradients_agree_with_autograd(density: float) -> None
     layer(x).pow(2).sum().backward()
     assert weight.grad is not None
     torch.testing.assert_close(entry.change.grad, weight.grad.take(entry.index), rtol=1e-12, atol=1e-12)
+
+
+def test_a_model_that_is_copied_or_moved_keeps_its_gradient() -> None:
+    """Few entries on a CPU have a CSR pattern, which torch neither copies nor multiplies with another device."""
+    model = nn.ModuleDict({"layer": nn.Linear(40, 30)})
+    attach(model, "sara", targets="layer", budget=0.05, biases=False)
+    x = torch.randn(6, 40)
+    twin = copy.deepcopy(model)
+    entries = [net["layer"].entries[0].adapter for net in (model, twin)]
+    for net in (model, twin):
+        net["layer"](x).pow(2).sum().backward()
+    assert torch.equal(entries[0].change.grad, entries[1].change.grad)
+    product, index = entries[0].product, entries[0].index.to("meta")
+    g, x = (torch.zeros(6, width, device="meta") for width in (30, 40))
+    assert product.grad_entries(g, x, model["layer"].weight.to("meta"), index).shape == index.shape
 
 
 # ---------------------------------------------------------------------------------------------------- rank loss

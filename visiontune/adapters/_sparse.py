@@ -7,7 +7,7 @@ backward pass of its layer. Positions are flat indices (int64) of a weight in it
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from visiontune.adapters._layers import NORMS, Beneath, compute_dtype, masters
-from visiontune.adapters._method import Adapter
+from visiontune.adapters._method import Adapter, Method
 
 SAMPLED_DENSITY = 0.1
 
@@ -49,6 +49,10 @@ class Matmul:
 
     pattern: Tensor | None
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> Matmul:
+        # Torch has no deep copy of CSR tensors, and nobody writes to this one.
+        return self
+
     def forward(self, x: Tensor, w: Tensor, bias: Tensor | None) -> Tensor:
         return F.linear(x, w, bias)
 
@@ -57,9 +61,11 @@ class Matmul:
 
     def grad_entries(self, g: Tensor, x: Tensor, w: Tensor, index: Tensor) -> Tensor:
         g, x = g.reshape(-1, g.shape[-1]), x.reshape(-1, x.shape[-1])
-        if self.pattern is None or x.dtype not in (torch.float32, torch.float64):
+        pattern = self.pattern
+        # The model may have been moved since the pattern was made.
+        if pattern is None or pattern.device != x.device or x.dtype not in (torch.float32, torch.float64):
             return (g.mT @ x).take(index)
-        pattern = self.pattern.to(x.dtype)
+        pattern = pattern.to(x.dtype)
         return torch.sparse.sampled_addmm(pattern, g.mT.contiguous(), x.contiguous(), beta=0.0).values()
 
 
@@ -237,6 +243,17 @@ class Entries(nn.Module, Adapter):
     def tensors(self) -> dict[str, Tensor]:
         saved = {"index": self.index, "bias_index": self.bias_index}
         return saved | {name: parameter for name, parameter in self.named_parameters()}
+
+
+class InPlace(Method):
+    """A method whose adapters are :class:`Entries`."""
+
+    def fit(self, saved: Mapping[str, Mapping[str, Tensor]]) -> None:
+        """Take the saved choice of entries: chosen anew, from a rounded base or by chance, it would be another."""
+        for name, tensors in saved.items():
+            entry = self.adapters[name]
+            if isinstance(entry, Entries) and {"index", "bias_index"} <= tensors.keys():
+                entry.choose(tensors["index"], tensors["bias_index"])
 
 
 def _scattered(w: Tensor, index: Tensor, change: Tensor) -> Tensor:

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from visiontune.adapters._layers import CONVOLUTIONS, NORMS, masters
-from visiontune.adapters._sparse import Entries
+from visiontune.adapters._sparse import Entries, InPlace
 from visiontune.adapters.base import Adapter, Method
 from visiontune.errors import UserError
 from visiontune.schema import option
@@ -58,7 +58,7 @@ def build(config: Config, layers: Mapping[str, nn.Module]) -> Method:
     return SaRA(config, layers)
 
 
-class SaRA(Method):
+class SaRA(InPlace):
     """The chosen entries of one component."""
 
     reselected: Tensor
@@ -77,13 +77,6 @@ class SaRA(Method):
     def entries(self) -> list[Unused]:
         """The adapters."""
         return [a for a in self.adapters.values() if isinstance(a, Unused)]
-
-    def fit(self, saved: Mapping[str, Mapping[str, Tensor]]) -> None:
-        """Take the saved choice of entries: the base at hand may be rounded, and choose others."""
-        for name, tensors in saved.items():
-            entry = self.adapters[name]
-            if isinstance(entry, Entries) and {"index", "bias_index"} <= tensors.keys():
-                entry.choose(tensors["index"], tensors["bias_index"])
 
     @torch.no_grad()
     def before_step(self, step: int = 0, loss_scale: float = 1.0) -> None:
