@@ -29,6 +29,8 @@ from visiontune.adapters.base import Adapter, Beneath, Method
 from visiontune.schema import option
 
 LAYERS: tuple[type[nn.Module], ...] = (nn.Linear, *CONVOLUTIONS)
+# U V^T is the same for any; at the start it keeps A^T A below 1, so that the inverse needs no pivots and is exact.
+_BALANCE = 4.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,7 +59,7 @@ class Planes(nn.Module, Adapter):
         """T and V [groups, d, 2 r] of ``scale * Q``, in the dtype of the parameters."""
         with torch.autocast(self.first.device.type, enabled=False):
             a, b = self.first, scale * self.second
-            u, v = torch.cat([a, -b], 2), torch.cat([b, a], 2)
+            u, v = torch.cat([a, -_BALANCE * b], 2), torch.cat([b, a / _BALANCE], 2)
             small = torch.eye(u.shape[2], device=u.device, dtype=u.dtype) - v.mT @ u
             # I - V^T U has the eigenvalues of I - Q that are not 1, so it is never singular.
             return 2 * u @ torch.linalg.inv_ex(small).inverse, v

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,7 +17,7 @@ from visiontune.evaluation.metrics import (
     subject_fidelity,
     subject_recognition,
 )
-from visiontune.models.clip import ClipEncoder, load_clip
+from visiontune.models.clip import load_clip
 from visiontune.pocket import oracle
 from visiontune.pocket.scenes import article, stream
 from visiontune.pocket.world import COLORS, RELATIONS, SHAPES, SUBJECTS, Subject
@@ -60,12 +59,6 @@ class Personalisation:
     def scores(self) -> dict[str, float]:
         """The numbers alone, rounded for a report."""
         return {k: round(v, 4) for k, v in vars(self).items() if isinstance(v, float)}
-
-
-@functools.cache
-def _judge() -> ClipEncoder:
-    """pocket-clip, which many measurements share."""
-    return load_clip("pocket/clip")
 
 
 def subject_prompts(subject: Subject, trigger: str) -> list[str]:
@@ -147,7 +140,7 @@ def measure(
                 ]
             )
         ),
-        subject_clip=clip_image_similarity(subject_pictures, references, _judge()),
+        subject_clip=clip_image_similarity(subject_pictures, references, load_clip("pocket/clip")),
         prompt_accuracy=prompt_accuracy(ordinary_pictures, ordinary_texts),
         ground_accuracy=ground_accuracy(ordinary_pictures, ordinary_texts),
         class_kept=prompt_accuracy(class_pictures, classes),
