@@ -153,8 +153,9 @@ class Trainer:
                     metrics.log(0, self._check(0))
                     self._preview(0, metrics)
                 self._stop_if_alarmed()
-                quiet = not self.accelerator.is_local_main_process
-                bar = tqdm(range(start, self.train.steps), "training", self.train.steps, initial=start, disable=quiet)
+                # Only where it must be, so that TQDM_DISABLE is heard elsewhere.
+                quiet = {} if self.accelerator.is_local_main_process else {"disable": True}
+                bar = tqdm(range(start, self.train.steps), "training", self.train.steps, initial=start, **quiet)
                 self.threads.begin(self._trial)
                 with self.precise.training(), signals.Asked("the step") as asked:
                     for step in bar:
