@@ -14,6 +14,7 @@ from tiny import tiny_model
 
 from visiontune.adapters import attach, load, read_header
 from visiontune.models.sd import StableDiffusion
+from visiontune.weights.formats import peft as peft_format
 
 
 @pytest.fixture
@@ -170,6 +171,14 @@ def test_a_peft_folder_is_for_a_component(cli, tmp_path, tiny_folder) -> None:
     assert done.code == 0 and "not written: text_encoder; each needs a folder of its own" in done.out
     kept = json.loads((tmp_path / "folder" / "adapter_config.json").read_text())["target_modules"]
     assert kept and all(f"unet.{name}" in adapters.layers for name in kept)
+
+
+def test_a_peft_folder_without_peft_is_one_line(cli, tmp_path, tiny_folder, monkeypatch) -> None:
+    adapters = attach(tiny_model().of("unet"), "lora", targets=["to_q"], rank=2)
+    path = adapters.save(tmp_path / "adapter.safetensors", {"base_model": str(tiny_folder)})
+    monkeypatch.setattr(peft_format.importlib.util, "find_spec", lambda name: None)
+    refused = cli("export", path, "folder", "--format", "peft")
+    assert refused.code == 2 and "is not installed: pip install 'visiontune[peft]'" in refused.err
 
 
 def test_an_adapter_without_a_base_needs_one(cli, tmp_path, tiny_folder) -> None:

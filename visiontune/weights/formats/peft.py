@@ -5,6 +5,7 @@ OFT and BOFT go over as they are; sets of other methods where they are factors, 
 
 from __future__ import annotations
 
+import importlib.util
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -36,9 +37,11 @@ def check(changes: Changes, job: Job) -> None:
 
     Raises:
         UserError: several components, or a method or a layer that PEFT's format cannot hold, such as a part of an
-            ``nn.MultiheadAttention``.
+            ``nn.MultiheadAttention``; PEFT, which writes its own config, is not installed.
     """
     part = _part(changes, job)
+    if importlib.util.find_spec("peft") is None:
+        raise UserError("PEFT, which writes its own config, is not installed: pip install 'visiontune[peft]'")
     if own := _own(part, job):
         for layer in part.layers:
             refuse_kernel(layer, part.layer(layer).weight)
