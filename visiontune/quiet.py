@@ -15,8 +15,8 @@ from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
 
-# Optional packages and old interfaces, reported to whoever imports diffusers: nothing that a user of it can mend.
 _RARE = ("scipy.stats",)  # a second of start-up, for samplers with beta sigmas
+# Optional packages and old interfaces, reported to whoever imports diffusers: nothing that a user of it can mend.
 _CHATTY = ("torch.utils._pytree", "bitsandbytes", "torchao")
 
 

@@ -80,9 +80,10 @@ def train_and_measure(
         trained = sum(p.numel() for p in trainer.parameters.values())
         shutil.rmtree(recipe.folder, ignore_errors=True)
     curve = {}
-    for strength in (*weaker, 1.0) if trainer is not None and trainer.adapters is not None else (1.0,):
-        if trainer is not None and trainer.adapters is not None:
-            trainer.adapters.scale = strength
+    adapters = None if trainer is None else trainer.adapters
+    for strength in (1.0,) if adapters is None else (*weaker, 1.0):
+        if adapters is not None:
+            adapters.scale = strength
         curve[strength] = measure(model, subject, recipe.data.trigger, references, **sizes).scores()
     row = {"method": method or "base", "subject": subject, "seed": seed, "parameters": trained, **curve[1.0]}
     if weaker:

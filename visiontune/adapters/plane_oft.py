@@ -66,9 +66,9 @@ class Planes(nn.Module, Adapter):
 
     def weight(self, w: Tensor, scale: float) -> Tensor:
         """``W R^T``, group by group; a scale other than 1 multiplies Q, so R stays orthogonal."""
-        t, v = self.factors(scale)
-        rows = w.reshape(self.groups, w.shape[0] // self.groups, -1)
-        return w + ((rows.to(v.dtype) @ v) @ t.mT).to(w.dtype).view(w.shape)
+        down, up = self._product(w, scale)
+        r = up.shape[1]
+        return w + (up.reshape(self.groups, -1, r) @ down.reshape(self.groups, r, -1)).to(w.dtype).view(w.shape)
 
     def forward(self, x: Tensor, beneath: Beneath, scale: float) -> Tensor:
         """``layer(x R)`` of a linear layer; of a convolution ``layer(x) + (W V) T^T x``. R is never formed."""

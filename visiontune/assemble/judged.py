@@ -20,7 +20,7 @@ def judge_of(run: Run) -> Judge | None:
     """Who judges the run when it has ended, opened before it begins; ``None`` for nobody.
 
     Raises:
-        UserError: the CLIP that was named cannot be opened, or the run has no subject.
+        UserError: the CLIP that was named cannot be opened, or there is but one picture for it to compare.
     """
     if run.judge is None:
         return None
@@ -60,10 +60,10 @@ def _points(run: Run, trainer: Trainer, judge: Judge) -> Sequence[Point]:
         return _of_all_weights(run, model, judge)
     result = {name: tensor.clone() for name, tensor in trainer.adapters.state_dict().items()}
     earlier = kept.saved(run.folder) if kept.comparable(run.train) else []
-    states: list[tuple[int, Any, Sequence[float]]] = [(step, state, [1.0]) for step, state in earlier]
-    states = [state for state in states if state[0] < run.train.steps]
+    states: list[tuple[int, Any, Sequence[float]]] = [(s, t, [1.0]) for s, t in earlier if s < run.train.steps]
+    states.append((run.train.steps, result, run.judge.scales))
     try:
-        return list(kept.points(model, trainer.adapters, [*states, (run.train.steps, result, run.judge.scales)], judge))
+        return list(kept.points(model, trainer.adapters, states, judge))
     finally:
         trainer.adapters.scale = 1.0
 
