@@ -98,8 +98,23 @@ def test_a_full_fine_tune_is_judged_against_its_base_opened_anew(cli, recipe):
     assert written["points"][0]["kept"] == pytest.approx(1, abs=1e-3) and written["points"][1]["kept"] < 0.999
 
 
+def test_evaluating_a_subject_of_one_s_own_needs_a_clip(cli, recipe):
+    assert cli("train", recipe).code == 0
+    result = cli("evaluate", "runs/tiny")
+    assert result.code == 2 and "--clip" in result.err and result.err.count("\n") == 1
+
+
+def test_a_run_without_pictures_is_not_judged(cli):
+    words = ["reward_tune/alignprop", "name=red", "judge={clip: pocket/clip}"]
+    for verb in ("train", "check"):
+        result = cli(verb, *words)
+        assert result.code == 2 and "leave judge out" in result.err and not Path("runs/red").exists()
+
+
 def test_who_judges_is_asked_before_the_run_begins(cli, recipe):
-    unknown = cli("train", recipe, "judge={clip: nowhere}")
-    assert unknown.code == 2 and "'nowhere' cannot be loaded" in unknown.err and not Path("runs/tiny").exists()
+    for verb in ("check", "train"):
+        unknown = cli(verb, recipe, "judge={clip: nowhere}")
+        assert unknown.code == 2 and "'nowhere' cannot be loaded" in unknown.err and not Path("runs/tiny").exists()
+    assert "judge: nobody can: name a CLIP" in cli("check", recipe, "judge={}").out
     nobody = cli("train", recipe, "judge={}")
     assert nobody.code == 0 and "not judged: name a CLIP" in nobody.out

@@ -67,12 +67,11 @@ def test_likeness_places_a_model_between_its_base_and_the_pictures(likeness):
     assert judge("shuffled")[0] == 0 and judge("shuffled")[1] < 0.5
 
 
-def test_a_subject_of_one_s_own_needs_a_named_judge(monkeypatch):
+def test_a_subject_of_one_s_own_has_no_judge_unless_one_is_named(monkeypatch):
     monkeypatch.setattr(kept, "Oracle", lambda run: "oracle")
     assert judge_of(run()) == "oracle"
     for own in (run("photos"), run(source="some/model")):
-        with pytest.raises(UserError, match="--clip"):
-            judge_of(own)
+        assert judge_of(own) is None
 
 
 def test_every_checkpoint_is_judged_at_every_strength_after_the_base():

@@ -46,7 +46,7 @@ def test_a_model_of_the_users_own_is_not_replaced_by_the_result(tmp_path):
     assert names(tmp_path / "model") == ["mine.txt"]
 
 
-@pytest.mark.parametrize("name", ["README.md", "metrics.jsonl"])
+@pytest.mark.parametrize("name", ["README.md", "metrics.jsonl", "judged.json"])
 def test_a_file_of_the_users_own_is_not_written_over_by_a_run_that_begins(tmp_path, name):
     (tmp_path / name).write_text("mine")
     with pytest.raises(UserError, match=f"{name} lies where the run writes"):

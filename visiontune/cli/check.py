@@ -19,6 +19,10 @@ def run(args: argparse.Namespace) -> None:
 
     run = config.load_run(*split(args.words))
     print(f"recipe: every option is known; the run would write to {run.folder}", flush=True)
+    from visiontune.assemble import judged
     from visiontune.estimate import measure
 
+    judge = judged.judge_of(run)
     print(measure(run).text())
+    if run.judge is not None and judge is None:
+        print(f"judge: nobody can: {judged.NOBODY}")

@@ -49,6 +49,11 @@ def run(args: argparse.Namespace) -> None:
     if args.checkpoints:
         _check_checkpoints(told)
     judge = kept.judge_of(told, args.clip)
+    if judge is None:
+        raise UserError(
+            "only the pocket world has a judge of its own: name a CLIP for this subject, for instance "
+            "--clip openai/clip-vit-large-patch14"
+        )
     model: Any = open_model(told, fetch=False)
     attached = adapters.load(model.of(*model.names(told.train.parts)), weights)
     result = {name: tensor.clone() for name, tensor in attached.state_dict().items()}

@@ -158,20 +158,16 @@ def _between(value: float, low: float, high: float) -> float:
     return float(np.clip((value - low) / max(high - low, 1e-6), 0, 1))
 
 
-def judge_of(run: Run, clip: str | None = None, **sizes: Any) -> Judge:
+def judge_of(run: Run, clip: str | None = None, **sizes: Any) -> Judge | None:
     """The oracle for subjects of the pocket world, else a CLIP; ``sizes`` are those of its class.
 
-    Raises:
-        UserError: none is named, and the subject is the user's own.
+    ``None`` where no CLIP is named, and the subject is the user's own.
     """
     if clip is not None:
         return Likeness(run, clip, **sizes)
     if run.data.root.removeprefix("pocket/") in SUBJECTS and run.model.source == "pocket/sd":
         return Oracle(run, **sizes)
-    raise UserError(
-        "only the pocket world has a judge of its own: name a CLIP for this subject, for instance "
-        "--clip openai/clip-vit-large-patch14"
-    )
+    return None
 
 
 def points(

@@ -16,9 +16,10 @@ from visiontune import files
 from visiontune.errors import UserError
 
 RECORD, RECIPE = ".written", "recipe.yaml"
+JUDGED = "judged.json"
 # What a run leaves behind: one of the two.
 RESULTS = ("adapter.safetensors", "model")
-_FILES = (RECORD, RECIPE, "metrics.jsonl", "README.md", "plan.safetensors")
+_FILES = (RECORD, RECIPE, "metrics.jsonl", "README.md", "plan.safetensors", JUDGED)
 _FOLDERS = ("checkpoints", "samples", "guards", "tensorboard")
 _STEP = re.compile(r"step-(\d{6,})")
 _PARTIAL = re.compile(r"\.step-\d{6,}\.(\d+\.tmp|old)")
@@ -72,7 +73,7 @@ def refuse_unknown(out: Path) -> None:
     """
     if any((out / name).exists() for name in (RECORD, RECIPE, "checkpoints")):
         return
-    for name in ("README.md", "metrics.jsonl"):
+    for name in ("README.md", "metrics.jsonl", JUDGED):
         refuse_others(out, out / name)
 
 
