@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from visiontune import adapters
 from visiontune.errors import UserError
 from visiontune.files import Lock
 from visiontune.models import load as load_model
+from visiontune.ops.threads import Threads
 from visiontune.sampling import generate as module
 from visiontune.sampling.config import SampleConfig
 from visiontune.sampling.generate import generate
@@ -214,6 +216,37 @@ def test_without_a_model_an_adapter_is_drawn_with_on_the_one_it_was_trained_on(f
     nameless = _adapter(tmp_path / "nameless.safetensors")
     with pytest.raises(UserError, match="does not say what it was trained on: name the base with model="):
         base_of(_config(folder, tmp_path, model=None, adapter=str(nameless)))
+
+
+def test_the_number_of_threads_is_tried_once_and_told_to_a_run_that_goes_on(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usual = torch.get_num_threads()
+    tried: list[object] = []
+
+    def choose(self: Threads, work: Callable[[], object]) -> int:
+        tried.append(work())
+        torch.set_num_threads(usual + 1)
+        return usual + 1
+
+    monkeypatch.setattr(Threads, "choose", choose)
+    for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
+        monkeypatch.delenv(name, raising=False)
+    generate(_config(folder, tmp_path / "few"))
+    assert not tried and {row["threads"] for row in _rows(tmp_path / "few")} == {usual}
+    monkeypatch.setattr(module, "_WORTH_TRYING", 1)
+    generate(_config(folder, tmp_path / "many"))
+    assert len(tried) == 1 and {row["threads"] for row in _rows(tmp_path / "many")} == {usual + 1}
+    assert torch.get_num_threads() == usual
+    # What is drawn later is drawn as the rest was, without another trial.
+    kept = _rows(tmp_path / "few")[:-1]
+    (tmp_path / "few" / "manifest.jsonl").write_text("".join(json.dumps({**row, "threads": 1}) + "\n" for row in kept))
+    torch.set_num_threads(2)
+    try:
+        generate(_config(folder, tmp_path / "few"))
+    finally:
+        torch.set_num_threads(usual)
+    assert len(tried) == 1 and _rows(tmp_path / "few")[-1]["threads"] == 1
 
 
 def test_two_runs_do_not_draw_into_one_folder(folder: Path, tmp_path: Path) -> None:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import hashlib
 import logging
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+import numpy as np
 import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, gather_object
@@ -20,6 +22,7 @@ from visiontune.data.prompt_files import read_prompts
 from visiontune.errors import UserError
 from visiontune.models.words import lost
 from visiontune.ops.devices import check_device
+from visiontune.ops.threads import Threads
 from visiontune.sampling import manifest
 from visiontune.sampling.config import AdapterConfig, SampleConfig
 from visiontune.sampling.grid import grid
@@ -38,6 +41,8 @@ _log = logging.getLogger(__name__)
 _GRID_COLUMNS = 8
 # Pictures of one folder: from the first on a run is likely to take days, from the second on it was not meant.
 _MANY, _MOST = 10_000, 1_000_000
+# Steps of a batch: a trial of numbers of threads costs about ten.
+_WORTH_TRYING = 200
 
 
 def generate(config: SampleConfig, model: PipelineModel | None = None) -> Path:
@@ -78,7 +83,7 @@ def _draw(
     model: PipelineModel | None,
     state: PartialState,
     jobs: Sequence[Job],
-    finished: set[str],
+    finished: dict[str, int],
     settings: dict[str, Any],
     out: Path,
 ) -> None:
@@ -94,6 +99,7 @@ def _draw(
             loaded(config, model, state) as ready,
             tqdm(total=todo, unit="image", disable=hidden) as bar,
             signals.Asked("the batch") as asked,
+            _threads(config, ready, mine, finished),
         ):
             named = [(f"prompts[{job.index}]", job.prompt) for job in {job.index: job for job in jobs}.values()]
             for line in lost(ready, {"prompt": [*named, ("negative_prompt", config.negative_prompt)]}):
@@ -109,16 +115,28 @@ def _draw(
     _on_main(state, lambda: _close(config, out, jobs, number))
 
 
-def _run(
-    config: SampleConfig,
-    model: PipelineModel,
-    batch: Sequence[Job],
-    finished: set[str],
-    settings: dict[str, Any],
-    part: Path,
-) -> int:
-    """Sample one batch whole, so that its bits do not depend on what was finished; write what is missing."""
-    pixels = images(
+@contextmanager
+def _threads(
+    config: SampleConfig, model: PipelineModel, batches: Sequence[Sequence[Job]], finished: dict[str, int]
+) -> Iterator[None]:
+    """As many threads as drew what is finished, since another number rounds otherwise; else as many as are faster."""
+    before = torch.get_num_threads()
+    size = sum(tensor.numel() for network in model.networks().values() for tensor in network.parameters())
+    threads = Threads(model.device, size)
+    first = batches[0]
+    if finished:
+        threads.load_state_dict({"count": next(iter(finished.values())) or before})
+    elif len(batches) * config.steps >= _WORTH_TRYING:
+        one = replace(config, steps=1)
+        threads.choose(lambda: _pixels(one, model, first))
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _pixels(config: SampleConfig, model: PipelineModel, batch: Sequence[Job]) -> np.ndarray:
+    return images(
         model,
         [job.prompt for job in batch],
         [job.seed for job in batch],
@@ -130,24 +148,39 @@ def _run(
         width=config.width,
         scheduler=config.scheduler,
     )
+
+
+def _run(
+    config: SampleConfig,
+    model: PipelineModel,
+    batch: Sequence[Job],
+    finished: dict[str, int],
+    settings: dict[str, Any],
+    part: Path,
+) -> int:
+    """Sample one batch whole, so that its bits do not depend on what was finished; write what is missing."""
+    pixels = _pixels(config, model, batch)
     missing = [(job, image) for job, image in zip(batch, pixels, strict=True) if job.file not in finished]
     try:
         for job, image in missing:
             digest = write_image(part.parent / job.file, image)
             row = {"file": job.file, "index": job.index, "prompt": job.prompt, "seed": job.seed, "sha256": digest}
-            files.append_jsonl(part, {**row, "settings": settings})
+            files.append_jsonl(part, {**row, "threads": torch.get_num_threads(), "settings": settings})
     except UserError as error:
         raise UserError(f"{error}; then run the same command again, which goes on from here") from error
     return len(missing)
 
 
-def _open(out: Path, jobs: Sequence[Job], settings: dict[str, Any], lock: files.Lock) -> set[str]:
-    """Names of the finished images, once the folder has been put in order and found to be of this run."""
+def _open(out: Path, jobs: Sequence[Job], settings: dict[str, Any], lock: files.Lock) -> dict[str, int]:
+    """The finished images, each with the threads that drew it, 0 where the manifest does not say.
+
+    The folder has been put in order then, and found to be of this run.
+    """
     lock.hold()
     files.refuse_folders(out, [manifest.NAME, manifest.GRID, *(job.file for job in jobs)])
     rows = manifest.collect(out)
     manifest.check(rows, jobs, settings, out)
-    return {row["file"] for row in rows}
+    return {row["file"]: row.get("threads", 0) for row in rows}
 
 
 def _close(config: SampleConfig, out: Path, jobs: Sequence[Job], number: int) -> None:
