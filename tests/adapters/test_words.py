@@ -164,6 +164,27 @@ def test_every_text_encoder_has_its_rows(family):
             own.rows.zero_()
 
 
+def test_the_class_keeps_its_meaning(tmp_path):
+    model = tiny_model()
+    before = read(model, "a circle", "a red circle", "a red square")
+    words = rows_of(model, "red circle", "circle")
+    made = adapters.attach(model.of("denoiser"), "lora", targets="attention", rank=2, words=words)
+    model.embed(["a red circle"]).tokens.square().sum().backward()
+    (own,) = made.embeddings().values()
+    red, circle = (own.ids.index(model.pipe.tokenizer(word)["input_ids"][1]) for word in ("red", "circle"))
+    assert own.rows.grad[red].abs().sum() > 0 and own.rows.grad[circle].abs().sum() == 0
+    with torch.no_grad():
+        own.rows[red].normal_()
+    after = read(model, "a circle", "a red circle", "a red square")
+    assert torch.equal(after[0], before[0]) and not torch.allclose(after[1:], before[1:], atol=1e-2)
+    file = made.save(tmp_path / "a.safetensors")
+    made.detach()
+    adapters.load(model.networks(), file)
+    assert torch.equal(read(model, "a circle", "a red circle", "a red square"), after)
+    with pytest.raises(UserError, match="take another"):
+        rows_of(model, "circle", "red circle")
+
+
 def test_words_that_cannot_be_had_are_refused():
     model = tiny_model()
     model.pipe.tokenizer = copy.deepcopy(model.pipe.tokenizer)

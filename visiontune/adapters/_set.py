@@ -69,8 +69,8 @@ class AdapterSet(nn.Module):
                 full = _full(component, layer_name)
                 self._layers[full], self._adapters[full] = layer, built.adapters[layer_name]
         self.words = nn.ModuleDict()
-        for full, (embedding, rows) in (words or {}).items():
-            self._layers[full], self._adapters[full] = embedding, Words(embedding, rows)
+        for full, (embedding, rows, known) in (words or {}).items():
+            self._layers[full], self._adapters[full] = embedding, Words(embedding, rows, known)
             self.words[full.partition(".")[0]] = Method({full: self._adapters[full]})
         self._handles: list[RemovableHandle] = []
         self.fused = [name for name, layer in self._layers.items() if layer in owners]

@@ -48,7 +48,8 @@ def attach(
         name: must differ from the other sets' on these layers; later sets act on top of earlier ones.
         presets: further target presets, for instance ``DiffusionModel.presets()``.
         words: words whose rows of embeddings are trained too: name of the embedding, with its component's -> the
-            embedding, and the rows of each word; see :func:`visiontune.models.words.rows_of`.
+            embedding, the rows of each word, and those that stay as they are, as
+            :func:`visiontune.models.words.rows_of` finds them.
 
     Raises:
         UserError: unknown method or option, a target that matches nothing, a layer that the method cannot adapt.
@@ -146,7 +147,7 @@ def load(
     words = _words(roots, header, path)
     if not allow_other_base:
         flat = {f"{c}.{n}" if c else n: layer for c, found in layers.items() for n, layer in found.items()}
-        _storage.check_base(path, header, {**flat, **{name: layer for name, (layer, _) in words.items()}})
+        _storage.check_base(path, header, {**flat, **{name: layer for name, (layer, *_) in words.items()}})
     adapted = [layer for found in layers.values() for layer in found.values()]
     adapters = None
     try:
@@ -162,13 +163,13 @@ def load(
 
 def _words(
     roots: Mapping[str, nn.Module], header: Mapping[str, Any], path: str | Path
-) -> dict[str, tuple[nn.Embedding, dict[str, list[int]]]]:
+) -> dict[str, tuple[nn.Embedding, dict[str, list[int]], set[int]]]:
     """The embeddings of which a file has rows.
 
     Raises:
         UserError: there is none of that name, or it has fewer rows.
     """
-    found = {}
+    found: dict[str, tuple[nn.Embedding, dict[str, list[int]], set[int]]] = {}
     for name, words in header["words"].items():
         layers, missing = _find(roots, [name], (nn.Embedding,))
         layer = next((layer for own in layers.values() for layer in own.values()), None)
@@ -177,7 +178,7 @@ def _words(
                 f"{path}: no embedding '{outside.shown(name)}' with as many words: load it into the model it was "
                 "trained on, its text encoders among the modules"
             )
-        found[name] = (layer, words)
+        found[name] = (layer, words, set())
     return found
 
 

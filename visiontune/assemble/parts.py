@@ -121,7 +121,7 @@ def attach_adapter(run: Run, model: Model) -> AdapterSet | None:
     targets = run.adapter["targets"]
     _, config = plugin.configure("adapters", _without(run.adapter, "targets", "start"), "adapter")
     trained = model.names(run.train.networks)
-    words = rows_of(model, run.data.trigger) if run.train.trigger else {}
+    words = rows_of(model, run.data.trigger, run.data.class_noun or "") if run.train.trigger else {}
     try:
         made = adapters.attach(model.of(*trained), config, targets=targets, presets=model.presets(trained), words=words)
         if "start" in run.adapter:

@@ -78,12 +78,18 @@ def lost(model: Any, texts: Mapping[str, Sequence[tuple[str, str]]]) -> list[str
     return [] if reader is None else [line for kind, named in texts.items() for line in reader.lost(kind, named)]
 
 
-def rows_of(model: Any, word: str) -> dict[str, tuple[nn.Embedding, dict[str, list[int]]]]:
-    """Where a pipeline's text encoders look a word up: name of the embedding -> the embedding, and the word's rows.
+def rows_of(model: Any, word: str, known: str = "") -> dict[str, tuple[nn.Embedding, dict[str, list[int]], set[int]]]:
+    """Where a pipeline's text encoders look a word up, as :func:`visiontune.adapters.attach` takes it.
+
+    Args:
+        word: one or several. known: words that keep their meaning: of "sks dog" the dog.
+
+    Returns:
+        Name of the embedding -> the embedding, the rows of ``word``, and those of ``known``.
 
     Raises:
-        UserError: the model has no text encoders; one of them does not know the word, or has no embedding of its own
-            that it looks words up in.
+        UserError: the model has no text encoders; one of them does not know the word, or nothing of it but what is
+            known, or reads it otherwise in a sentence.
     """
     encoders = model.of(*model.roles().get("text", ()))
     if not encoders:
@@ -93,7 +99,8 @@ def rows_of(model: Any, word: str) -> dict[str, tuple[nn.Embedding, dict[str, li
     for name, encoder in encoders.items():
         tokenizer = getattr(model.pipe, name.replace("text_encoder", "tokenizer"))
         ids = tokenizer(word, add_special_tokens=False)["input_ids"]
-        if not ids or tokenizer.unk_token_id in ids:
+        kept = {*tokenizer(known, add_special_tokens=False)["input_ids"]} if known else set()
+        if not {*ids} - kept or tokenizer.unk_token_id in ids:
             raise UserError(f"data.trigger: {name} does not know the word '{shown(word)}': take another")
         # Positions are looked up too, in tables of few rows.
         tables = [m for m in encoder.modules() if m in seen and m.num_embeddings >= len(tokenizer)]
@@ -103,7 +110,7 @@ def rows_of(model: Any, word: str) -> dict[str, tuple[nn.Embedding, dict[str, li
                 f"data.trigger: {name} reads '{shown(word)}' in a sentence as other tokens than alone: take another"
             )
         own = next(path for path, module in encoder.named_modules() if module is layer)
-        found[f"{name}.{own}"] = (layer, {word: list(ids)})
+        found[f"{name}.{own}"] = (layer, {word: list(ids)}, kept)
     return found
 
 
