@@ -23,8 +23,11 @@ def rows(path: str) -> torch.Tensor:
 
 @pytest.mark.parametrize("parts", ["[denoiser, trigger]", "[denoiser, text, trigger]"])
 def test_the_word_is_learnt_at_its_own_rate_and_prompts_without_it_stay(cli, recipe, parts):
+    checked = cli("check", recipe, f"train.parts={parts}", *OPTIONS)
+    assert checked.code == 0 and "trained word: 'red' in text_encoder.embeddings.token_embedding" in checked.out
     result = cli("train", recipe, f"train.parts={parts}", *OPTIONS)
     assert result.code == 0, result.err
+    assert "`red`, whose meaning is part of the weights" in Path("runs/tiny/README.md").read_text()
     file = Path("runs/tiny/adapter.safetensors")
     # Two steps of AdamW at 0.1: no decay, which would have halved it.
     moved = rows(file).abs()
