@@ -136,6 +136,8 @@ def test_rollout_and_decode_give_the_pictures_of_the_stock_pipeline(model, scale
 
 def test_a_negative_prompt_is_what_the_stock_pipeline_guides_away_from(model):
     negatives, size, guidance = ["small", "a photo"], sizes(model)[0], model.guidance(3.0)
+    if not guidance.contrasts:
+        pytest.skip("its guidance is inside the network and guides away from nothing")
     expected, _ = stock(model, size, guidance, negatives)
     final = rollout(
         model,
@@ -286,11 +288,12 @@ def test_presets_choose_their_kind_of_layer_in_every_network(model):
         every = sum(isinstance(m, nn.Linear | nn.Conv2d) for root in modules.values() for m in root.modules())
         assert 0 < counts["attention"] < counts["attention+ff"] <= counts["all"] == every
     assert model.names() == tuple(denoisers)
-    convolutions = attach(model.of("denoiser"), "lora", targets="conv", presets=model.presets())
     found = [m for name in denoisers for m in model.networks()[name].modules() if isinstance(m, nn.Conv2d)]
-    assert len(convolutions.layers) == len(found)
-    convolutions.detach()
-    assert not model.presets(text)["conv"]
+    if found:
+        convolutions = attach(model.of("denoiser"), "lora", targets="conv", presets=model.presets())
+        assert len(convolutions.layers) == len(found)
+        convolutions.detach()
+    assert bool(model.presets()["conv"]) == bool(found) and not model.presets(text)["conv"]
 
 
 def test_fingerprint_tells_weights_apart(model, request):
@@ -333,13 +336,13 @@ class TestDraw:
         latents = torch.randn(model.latent_shape(*size), generator=own_generator(self.REQUESTS[0]))[None]
         assert found.shape == (1, *size, 3) and found.std() > 0.01
         theirs = model.pipe(
-            PROMPTS[0],
+            PROMPTS[:1],
             latents=model._stock_latents(latents),
             num_inference_steps=STEPS,
             height=size[0],
             width=size[1],
             output_type="np",
-            guidance_scale=model._stock(guidance, self.REQUESTS[:1])["guidance_scale"],
+            **model._stock(guidance, self.REQUESTS[:1]),
         ).images
         np.testing.assert_allclose(found, theirs, rtol=0, atol=1e-6)
         final = rollout(
@@ -350,12 +353,17 @@ class TestDraw:
 
     def test_a_picture_does_not_depend_on_what_else_is_drawn(self, model):
         options = {"steps": STEPS, "guidance": model.guidance(3.0)}
-        one, two, other = (model.draw([request], **options)[0] for request in self.REQUESTS)
+        plain = replace(self.REQUESTS[1], negative="")
+        one, plain, other = (model.draw([r], **options)[0] for r in (self.REQUESTS[0], plain, self.REQUESTS[2]))
         assert abs(one - other).max() > 0.01
         together = model.draw(self.REQUESTS[::2], **options)
         np.testing.assert_allclose(together, np.stack([one, other]), rtol=0, atol=1e-5)
-        plain = model.draw([replace(self.REQUESTS[1], negative="")], **options)[0]
-        assert abs(two - plain).max() > 1e-4
+        if options["guidance"].contrasts:
+            two = model.draw(self.REQUESTS[1:2], **options)[0]
+            assert abs(two - plain).max() > 1e-4
+        else:
+            with pytest.raises(UserError, match="leave the negative prompt out"):
+                model.draw(self.REQUESTS[1:2], **options)
 
     def test_every_sampler_comes_to_what_the_familys_own_comes_to(self, model, request):
         model = fresh(request)
@@ -389,6 +397,6 @@ def test_a_saved_model_opens_as_it_was(model, tmp_path):
         assert opened.fingerprint(name) == model.fingerprint(name)
     assert opened.latent_shape() == model.latent_shape() and opened.unit == model.unit
     options = {"steps": STEPS, "guidance": model.guidance(3.0)}
-    requests = TestDraw.REQUESTS[:2]
+    requests = TestDraw.REQUESTS[::2]
     np.testing.assert_allclose(opened.draw(requests, **options), model.draw(requests, **options), rtol=0, atol=1e-6)
     assert not any(p.requires_grad for network in opened.networks().values() for p in network.parameters())

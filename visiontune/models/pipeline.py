@@ -264,6 +264,11 @@ class PipelineModel(Model):
                 "negative_prompt": negatives if any(negatives) else None,
             }
         if isinstance(guidance, Embedded):
+            if any(request.negative for request in requests):
+                raise UserError(
+                    f"'{self.source}' carries its guidance inside, which guides away from nothing: leave the negative "
+                    "prompt out"
+                )
             return {"guidance_scale": guidance.scale}
         return {"guidance_scale": 1.0 - self.GUIDANCE_OFFSET}
 

@@ -23,6 +23,13 @@ _ATTENTION = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "a
 _FEED_FORWARD = ("net.0.proj", "net.2")  # of `ff` and of `ff_context`
 _CLIP_ATTENTION = ("q_proj", "k_proj", "v_proj", "out_proj")
 _T5_ATTENTION = tuple(f"SelfAttention.{name}" for name in "qkvo")
+# Of CLIP and T5.
+TEXT_TARGETS: Presets = {
+    "attention": (*_CLIP_ATTENTION, *_T5_ATTENTION),
+    "attention+ff": (*_CLIP_ATTENTION, "mlp.fc1", "mlp.fc2", *_T5_ATTENTION, "wi", "wi_0", "wi_1", "wo"),
+    "conv": (),
+    "all": ("Linear",),
+}
 
 
 class StableDiffusion3(DiffusionModel):
@@ -38,12 +45,7 @@ class StableDiffusion3(DiffusionModel):
             "conv": ("Conv2d",),
             "all": ("Linear", "Conv2d"),
         },
-        "text": {
-            "attention": (*_CLIP_ATTENTION, *_T5_ATTENTION),
-            "attention+ff": (*_CLIP_ATTENTION, "mlp.fc1", "mlp.fc2", *_T5_ATTENTION, "wi", "wi_0", "wi_1", "wo"),
-            "conv": (),
-            "all": ("Linear",),
-        },
+        "text": TEXT_TARGETS,
     }
 
     def __init__(self, pipe: Any, source: str = "") -> None:
