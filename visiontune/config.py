@@ -144,7 +144,7 @@ def parse_run(content: Mapping[str, Any]) -> Run:
     if run.train.trigger and run.adapter is None:
         raise UserError(
             "train.parts has trigger, which is trained beside an adapter: choose one, or set "
-            "train.parts=[denoiser, text], which trains all embeddings, and train.part_lr={}"
+            "train.parts=[denoiser, text], which trains all embeddings"
         )
     if run.model.quantize_rank and not run.model.quantize:
         raise UserError("model.quantize_rank keeps part of what codes lose: set model.quantize to nf4 or int8")

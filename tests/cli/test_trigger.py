@@ -12,7 +12,7 @@ from tiny import tiny_model
 from visiontune import adapters, config
 from visiontune.assemble import assemble
 
-OPTIONS = ["train.part_lr={trigger: 0.1}", "train.weight_decay=5", "objective={name: dreambooth, prior_images: 2}"]
+OPTIONS = ["train.trigger_lr=0.1", "train.weight_decay=5", "objective={name: dreambooth, prior_images: 2}"]
 OPTIONS += ["objective.prior_steps=1", "objective.prior_prompts=[a square]", "data.trigger=red"]
 
 
@@ -78,7 +78,7 @@ def test_a_reader_of_matrices_leaves_the_rows_to_plain_steps(cli, recipe):
     [
         (["train.parts=[trigger]"], "parts has trigger alone"),
         (["train.parts=[denoiser, trigger]", "adapter=none"], "trained beside an adapter"),
-        (["train.part_lr={trigger: 0.1}"], "train.part_lr has 'trigger', which is not trained"),
+        (["train.part_lr={trigger: 0.1}"], "whose rate is train.trigger_lr"),
         (["train.parts=[denoiser, triger]"], "has no part 'triger'"),
     ],
 )

@@ -33,6 +33,9 @@ class TrainConfig:
     part_lr: dict[str, float] = option(
         {}, above=0, greatest=100, help="learning rates of parts that have another: {text: 5e-5}"
     )
+    trigger_lr: float | None = option(
+        None, above=0, greatest=100, help="learning rate of the trigger's embedding, where it is trained; null: lr"
+    )
     parts: list[str] | None = option(
         None,
         help="what is trained: networks by name (unet) or role (denoiser, text, vae), and with an adapter trigger, the "

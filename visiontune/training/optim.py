@@ -93,9 +93,9 @@ def rates(model: Model, train: TrainConfig) -> dict[str, tuple[str, float]]:
     """
     trained = model.names(train.networks)
     for part in train.part_lr:
-        if part == TRIGGER and train.trigger:
-            continue
-        if part == TRIGGER or not set(model.names([part])) & set(trained):
+        if part == TRIGGER:
+            raise UserError("train.part_lr has 'trigger', whose rate is train.trigger_lr")
+        if not set(model.names([part])) & set(trained):
             raise UserError(f"train.part_lr has '{part}', which is not trained: add it to train.parts")
     roles = {name: role for role, names in model.roles().items() for name in names}
     found = {}
@@ -103,7 +103,7 @@ def rates(model: Model, train: TrainConfig) -> dict[str, tuple[str, float]]:
         role = roles.get(name, name)
         group = name if name in train.part_lr else role
         found[name] = (group, train.part_lr.get(name, train.part_lr.get(role, train.lr)))
-    return {**found, TRIGGER: (TRIGGER, train.part_lr.get(TRIGGER, train.lr))}
+    return {**found, TRIGGER: (TRIGGER, train.trigger_lr or train.lr)}
 
 
 def make_optimizer(
