@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from diffusers import AutoencoderKL
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     CLIPImageProcessor,
     CLIPTextConfig,
@@ -26,11 +27,18 @@ from transformers import (
     LlavaConfig,
     LlavaForConditionalGeneration,
     LlavaProcessor,
+    PreTrainedTokenizerFast,
 )
 
 WORDS = "a an of the in on photo picture circle square triangle red green blue small large left right above below"
 CHARACTERS = "abcdefghijklmnopqrstuvwxyz0123456789.,:;!?'-_()[]<>"
 MAX_TOKENS = 32
+CHAT = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n"
+    "{% if m['content'] is string %}{{ m['content'] }}{% else %}"
+    "{% for c in m['content'] %}{{ c['text'] if c['type'] == 'text' }}{% endfor %}{% endif %}"
+    "<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
 SIZE = 16  # pixels per side
 
 
@@ -108,6 +116,32 @@ def tokenizer() -> CLIPTokenizer:
     tokens = dict.fromkeys([*pieces, "<|startoftext|>", "<|endoftext|>"])
     vocab = {token: i for i, token in enumerate(tokens)}
     return CLIPTokenizer(vocab=vocab, merges=list(dict.fromkeys(merges)), model_max_length=MAX_TOKENS)
+
+
+def chat_tokenizer() -> PreTrainedTokenizerFast:
+    """A byte-level BPE with a token for each of WORDS after a space, and a chat template as Qwen's."""
+    made = Tokenizer(models.BPE(unk_token=None))
+    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    made.decoder = decoders.ByteLevel()
+    made.train_from_iterator(
+        [f" {word}" for word in WORDS.split() for _ in range(4)],
+        trainers.BpeTrainer(
+            vocab_size=400,
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+            special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
+            show_progress=False,
+        ),
+    )
+    words = PreTrainedTokenizerFast(
+        tokenizer_object=made,
+        pad_token="<|endoftext|>",
+        eos_token="<|im_end|>",
+        bos_token="<|im_start|>",
+        model_max_length=1024,
+        padding_side="right",
+    )
+    words.chat_template = CHAT
+    return words
 
 
 def clip_config(words: CLIPTokenizer) -> CLIPTextConfig:

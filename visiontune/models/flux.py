@@ -17,9 +17,9 @@ from torch import Tensor
 from visiontune.core import Condition, Request
 from visiontune.diffusion.guidance import CFG, Embedded, Guidance
 from visiontune.diffusion.schedule import calculate_mu
+from visiontune.models._text import CLIP_AND_T5
 from visiontune.models.base import Presets, require
 from visiontune.models.diffusion import DiffusionModel
-from visiontune.models.sd3 import TEXT_TARGETS
 from visiontune.models.words import Reader
 
 _PATCH = 2
@@ -42,7 +42,7 @@ class Flux(DiffusionModel):
             "conv": (),
             "all": ("Linear",),
         },
-        "text": TEXT_TARGETS,
+        "text": CLIP_AND_T5,
     }
 
     def __init__(self, pipe: Any, source: str = "") -> None:

@@ -14,6 +14,7 @@ from torch import Tensor
 from visiontune.core import Condition
 from visiontune.diffusion.schedule import calculate_mu
 from visiontune.errors import UserError
+from visiontune.models._text import CLIP_AND_T5
 from visiontune.models.base import Presets, require
 from visiontune.models.diffusion import DiffusionModel
 from visiontune.models.words import Reader
@@ -21,15 +22,7 @@ from visiontune.models.words import Reader
 _T5_TOKENS = 256
 _ATTENTION = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
 _FEED_FORWARD = ("net.0.proj", "net.2")  # of `ff` and of `ff_context`
-_CLIP_ATTENTION = ("q_proj", "k_proj", "v_proj", "out_proj")
-_T5_ATTENTION = tuple(f"SelfAttention.{name}" for name in "qkvo")
-# Of CLIP and T5.
-TEXT_TARGETS: Presets = {
-    "attention": (*_CLIP_ATTENTION, *_T5_ATTENTION),
-    "attention+ff": (*_CLIP_ATTENTION, "mlp.fc1", "mlp.fc2", *_T5_ATTENTION, "wi", "wi_0", "wi_1", "wo"),
-    "conv": (),
-    "all": ("Linear",),
-}
+
 
 
 class StableDiffusion3(DiffusionModel):
@@ -45,7 +38,7 @@ class StableDiffusion3(DiffusionModel):
             "conv": ("Conv2d",),
             "all": ("Linear", "Conv2d"),
         },
-        "text": TEXT_TARGETS,
+        "text": CLIP_AND_T5,
     }
 
     def __init__(self, pipe: Any, source: str = "") -> None:

@@ -1,0 +1,75 @@
+"""Z-Image (Alibaba, 2025): one stream of picture and prompt, read by a Qwen3, in a transformer that predicts flow.
+
+Its network is told how clean its input is, predicts from noise to picture, and takes a list of pictures and a list of
+prompts of any lengths, so that padding never reaches it. Its pipeline adds g (c - u) to the prompt's own prediction: what
+it calls g is a scale of 1 + g.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from visiontune.core import Condition
+from visiontune.diffusion.schedule import calculate_mu
+from visiontune.models._text import DECODER, chat_overhead
+from visiontune.models.base import Presets, require
+from visiontune.models.diffusion import DiffusionModel
+from visiontune.models.words import Reader
+
+_PATCH = 2
+_TOKENS = 512
+_ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
+
+
+class ZImage(DiffusionModel):
+    """`ZImagePipeline`; its Condition has `tokens` and `mask`."""
+
+    family = "z_image"
+    pipeline_classes = ("ZImagePipeline",)
+    DENOISERS = ("transformer",)
+    GUIDANCE_OFFSET = 1.0
+    TARGETS: ClassVar[Mapping[str, Presets]] = {
+        "denoiser": {
+            "attention": _ATTENTION,
+            "attention+ff": (*_ATTENTION, "feed_forward.w1", "feed_forward.w2", "feed_forward.w3"),
+            "conv": (),
+            "all": ("Linear",),
+        },
+        "text": DECODER,
+    }
+
+    def __init__(self, pipe: Any, source: str = "") -> None:
+        super().__init__(pipe, source)
+        channels = pipe.transformer.config.in_channels
+        require(channels == self.latent_channels, source, f"its transformer takes {channels} channels")
+        require(self.schedule.prediction == "flow", self.source, "its scheduler is not one of flow")
+        self.reader = Reader(pipe.tokenizer, _TOKENS - chat_overhead(pipe.tokenizer, enable_thinking=True))
+        self.unit = max(self.unit, self.downsample * _PATCH)
+        self.resolution = int(self.vae.config.sample_size)
+
+    def chain(self, steps: int, shape: Sequence[int]) -> tuple[Tensor, Tensor]:
+        height, width = (side // _PATCH for side in shape[-2:])
+        mu = calculate_mu(height * width, self.schedule.spacing.config)
+        return self.schedule.timesteps(steps, mu=mu, sigmas=np.linspace(1.0, 1 / steps, steps))
+
+    def _embed(self, prompts: list[str]) -> Condition:
+        found, _ = self.pipe.encode_prompt(
+            prompts, self.pipe.text_encoder.device, do_classifier_free_guidance=False, max_sequence_length=_TOKENS
+        )
+        tokens = pad_sequence(found, batch_first=True)
+        lengths = torch.tensor([len(one) for one in found], device=tokens.device)
+        return Condition(tokens=tokens, mask=torch.arange(tokens.shape[1], device=tokens.device) < lengths[:, None])
+
+    def _predict(self, x_t: Tensor, t: Tensor, cond: Condition) -> Tensor:
+        if cond.mask is None:
+            raise ValueError("Z-Image needs the lengths of its prompts: make the Condition with embed()")
+        prompts = [tokens[mask] for tokens, mask in zip(cond.tokens, cond.mask, strict=True)]
+        clean = 1 - t.float() / self.schedule.num_train_timesteps
+        found = self.denoiser([row[:, None] for row in x_t], clean, prompts, return_dict=False)[0]
+        return -torch.stack(found).squeeze(2)
