@@ -103,7 +103,7 @@ def stock(model, size, guidance, negatives=("", ""), **options):
     options = {"latents": model._stock_latents(noise(model, size)), **model._stock(guidance, requests), **options}
     with calls(model) as found:
         shown = model.pipe(
-            [*PROMPTS], num_inference_steps=STEPS, height=size[0], width=size[1], output_type="pt", **options
+            prompt=[*PROMPTS], num_inference_steps=STEPS, height=size[0], width=size[1], output_type="pt", **options
         ).images
     return shown, found
 
@@ -244,7 +244,7 @@ def test_gradients_reach_latents_prompts_and_start(model):
         x_t = noise(model).requires_grad_()
         model.predict(x_t, somewhere(model), model.embed(PROMPTS)).square().mean().backward()
         assert x_t.grad.abs().sum() > 0
-        words = next(encoder.parameters())  # the table of words, which all else comes after
+        words = encoder.get_input_embeddings().weight  # which all else comes after
         assert words.grad is not None and words.grad.abs().sum() > 0, name
         encoder.requires_grad_(False)
 
@@ -290,7 +290,9 @@ def test_presets_choose_their_kind_of_layer_in_every_network(model):
             assert {layer.split(".")[0] for layer in adapters.layers} == set(names)
             adapters.detach()
         every = sum(isinstance(m, nn.Linear | nn.Conv2d) for root in modules.values() for m in root.modules())
-        assert 0 < counts["attention"] < counts["attention+ff"] <= counts["all"] == every
+        assert 0 < counts["attention"] < counts["attention+ff"] <= counts["all"] <= every
+        # Text encoders may have heads and towers that no prompt passes through.
+        assert counts["all"] == every or not {*names} <= {*denoisers}
     assert model.names() == tuple(denoisers)
     found = [m for name in denoisers for m in model.networks()[name].modules() if isinstance(m, nn.Conv2d)]
     if found:
@@ -340,7 +342,7 @@ class TestDraw:
         latents = torch.randn(model.latent_shape(*size), generator=own_generator(self.REQUESTS[0]))[None]
         assert found.shape == (1, *size, 3) and found.std() > 0.01
         theirs = model.pipe(
-            PROMPTS[:1],
+            prompt=PROMPTS[:1],
             latents=model._stock_latents(latents),
             num_inference_steps=STEPS,
             height=size[0],

@@ -8,7 +8,10 @@ from visiontune.models.base import Presets
 
 _CLIP_ATTENTION = ("q_proj", "k_proj", "v_proj", "out_proj")
 _T5_ATTENTION = tuple(f"SelfAttention.{name}" for name in "qkvo")
-_DECODER_ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
+# Some decoders are part of a model that reads pictures too, whose tower no prompt passes through.
+_DECODER = r"(?!.*(?:vision|visual)).*layers\.\d+\."
+_DECODER_ATTENTION = (_DECODER + r"self_attn\.[qkvo]_proj",)
+_DECODER_FF = (_DECODER + r"mlp\.(?:gate|up|down)_proj",)
 # Target presets of text encoders: CLIP and T5, and decoders such as Qwen, Gemma and Mistral.
 CLIP_AND_T5: Presets = {
     "attention": (*_CLIP_ATTENTION, *_T5_ATTENTION),
@@ -18,14 +21,23 @@ CLIP_AND_T5: Presets = {
 }
 DECODER: Presets = {
     "attention": _DECODER_ATTENTION,
-    "attention+ff": (*_DECODER_ATTENTION, "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"),
+    "attention+ff": (*_DECODER_ATTENTION, *_DECODER_FF),
     "conv": (),
-    "all": ("Linear",),
+    "all": (*_DECODER_ATTENTION, *_DECODER_FF),
 }
 
 
-def chat_overhead(tokenizer: Any, **options: Any) -> int:
-    """How many tokens a chat template puts around a prompt; `options` are those that the pipeline gives it."""
-    empty = [{"role": "user", "content": ""}]
-    text = tokenizer.apply_chat_template(empty, tokenize=False, add_generation_prompt=True, **options)
-    return len(tokenizer(text)["input_ids"])
+def chat_overhead(tokenizer: Any, system: str | None = None, **options: Any) -> int:
+    """How many tokens a chat template puts around a prompt.
+
+    Args:
+        system: what the pipeline says before it, and then has no opening of an answer after it.
+        options: those that the pipeline gives the template.
+    """
+    said = {"user": ""} if system is None else {"system": system, "user": ""}
+    talk = [{"role": role, "content": [{"type": "text", "text": text}]} for role, text in said.items()]
+    if system is None:
+        talk = [{"role": "user", "content": ""}]
+    text = tokenizer.apply_chat_template(talk, tokenize=False, add_generation_prompt=system is None, **options)
+    plain = getattr(tokenizer, "tokenizer", tokenizer)
+    return len(plain(text)["input_ids"])

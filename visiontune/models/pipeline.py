@@ -63,7 +63,9 @@ class PipelineModel(Model):
         freeze(self.networks().values())
         self.downsample = int(pipe.vae_scale_factor)
         self.unit = max(self.downsample, _LEAST_UNIT)
-        self.reader = Reader(pipe.tokenizer, int(pipe.tokenizer.model_max_length))
+        # Some have a processor, of pictures too, in its place.
+        tokenizer = getattr(pipe.tokenizer, "tokenizer", pipe.tokenizer)
+        self.reader = Reader(tokenizer, int(tokenizer.model_max_length))
         self._float32_codec: Any = None
 
     @classmethod

@@ -24,7 +24,6 @@ _ATTENTION = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "a
 _FEED_FORWARD = ("net.0.proj", "net.2")  # of `ff` and of `ff_context`
 
 
-
 class StableDiffusion3(DiffusionModel):
     """`StableDiffusion3Pipeline`; its Condition has `tokens` and `pooled`."""
 

@@ -1,0 +1,82 @@
+"""A FLUX.2 klein of a double and two single blocks, and a dev, whose Mistral has as many layers as are read."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from diffusers import (
+    AutoencoderKLFlux2,
+    FlowMatchEulerDiscreteScheduler,
+    Flux2KleinPipeline,
+    Flux2Pipeline,
+    Flux2Transformer2DModel,
+)
+from families.z_image import qwen3_config
+from tiny import SIZE, chat_tokenizer
+from transformers import Mistral3Config, Mistral3ForConditionalGeneration, Qwen3ForCausalLM
+
+VARIANTS = ({"dev": True},)
+READ = {True: 31, False: 28}  # layers: three of them are read, up to this one
+
+
+def pipeline(dev: bool = False) -> Flux2Pipeline | Flux2KleinPipeline:
+    words = chat_tokenizer()
+    parts: dict[str, Any] = {
+        "transformer": Flux2Transformer2DModel(
+            in_channels=16,
+            num_layers=1,
+            num_single_layers=2,
+            attention_head_dim=16,
+            num_attention_heads=2,
+            joint_attention_dim=48,
+            timestep_guidance_channels=32,
+            axes_dims_rope=(4, 4, 4, 4),
+            guidance_embeds=dev,
+        ).eval(),
+        "scheduler": FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True),
+        "vae": autoencoder(),
+        "tokenizer": words,
+    }
+    if dev:
+        return Flux2Pipeline(**parts, text_encoder=Mistral3ForConditionalGeneration(mistral_config(words)).eval())
+    return Flux2KleinPipeline(**parts, text_encoder=Qwen3ForCausalLM(qwen3_config(words, READ[dev])).eval())
+
+
+def autoencoder() -> AutoencoderKLFlux2:
+    vae = AutoencoderKLFlux2(
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        block_out_channels=(8, 16),
+        latent_channels=4,
+        norm_num_groups=4,
+        sample_size=SIZE,
+    ).eval()
+    vae.bn.running_mean.copy_(torch.randn(16) * 0.2)
+    vae.bn.running_var.copy_(torch.rand(16) + 0.5)
+    return vae
+
+
+def mistral_config(words) -> Mistral3Config:
+    text = {
+        "model_type": "mistral",
+        "hidden_size": 16,
+        "intermediate_size": 32,
+        "num_hidden_layers": READ[True],
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "head_dim": 8,
+        "vocab_size": len(words),
+        "max_position_embeddings": 1024,
+    }
+    vision = {
+        "model_type": "pixtral",
+        "hidden_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 4,
+        "intermediate_size": 16,
+        "image_size": 30,
+        "patch_size": 6,
+        "num_channels": 3,
+    }
+    return Mistral3Config(text_config=text, vision_config=vision, vision_feature_layer=-1, image_token_index=8)

@@ -1,0 +1,114 @@
+"""FLUX.2 (Black Forest Labs, 2025): `dev`, read by a Mistral, and `klein`, read by a Qwen3.
+
+What the transformer sees are patches of 2 x 2 of the VAE's latents, each channel brought to mean 0 and deviation 1 by the
+statistics that the VAE keeps; that is the order of its pipelines, and of no other family. Padding is attended to, as the
+models were trained. `dev` carries guidance inside and trains at scale 1; `klein` is guided in a second call.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from diffusers.pipelines.flux2.pipeline_flux2 import compute_empirical_mu
+from torch import Tensor
+
+from visiontune.core import Condition, Request
+from visiontune.diffusion.guidance import CFG, Embedded, Guidance
+from visiontune.models._text import DECODER, chat_overhead
+from visiontune.models.base import Presets, require
+from visiontune.models.diffusion import DiffusionModel
+from visiontune.models.words import Reader
+
+_PATCH = 2
+_TOKENS = 512
+# Single blocks have one layer for queries, keys, values and the feed-forward, and one out of both.
+_SINGLE = ("to_qkv_mlp_proj", r"single_transformer_blocks\.\d+\.attn\.to_out")
+_ATTENTION = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out", *_SINGLE)
+
+
+class Flux2(DiffusionModel):
+    """`Flux2Pipeline` and `Flux2KleinPipeline`; its Condition has `tokens`, and of `dev` `extra["guidance"]`."""
+
+    family = "flux2"
+    pipeline_classes = ("Flux2Pipeline", "Flux2KleinPipeline")
+    DENOISERS = ("transformer",)
+    TARGETS: ClassVar[Mapping[str, Presets]] = {
+        "denoiser": {
+            "attention": _ATTENTION,
+            "attention+ff": (*_ATTENTION, "linear_in", "linear_out"),
+            "conv": (),
+            "all": ("Linear",),
+        },
+        "text": DECODER,
+    }
+
+    def __init__(self, pipe: Any, source: str = "") -> None:
+        super().__init__(pipe, source)
+        self.latent_channels *= _PATCH**2
+        self.downsample *= _PATCH
+        self.unit = max(self.unit, self.downsample)
+        self.resolution = int(self.vae.config.sample_size)
+        config = pipe.transformer.config
+        require(
+            config.in_channels == self.latent_channels, source, f"its transformer takes {config.in_channels} channels"
+        )
+        require(self.schedule.prediction == "flow", self.source, "its scheduler is not one of flow")
+        self.embedded = bool(config.guidance_embeds)
+        own = {"system": pipe.system_message} if self.embedded else {"enable_thinking": False}
+        self.reader = Reader(self.reader.tokenizer, _TOKENS - chat_overhead(pipe.tokenizer, **own))
+
+    # -- shape, scale and grid ----------------------------------------------------------------------------------
+
+    def to_latents(self, z: Tensor) -> Tensor:
+        mean, std = self._statistics(z)
+        return (self.pipe._patchify_latents(z) - mean) / std
+
+    def from_latents(self, latents: Tensor) -> Tensor:
+        mean, std = self._statistics(latents)
+        return self.pipe._unpatchify_latents(latents * std + mean)
+
+    def _statistics(self, like: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and deviation of every channel of the patches, [1, c, 1, 1]."""
+        norm = self.vae.bn
+        std = (norm.running_var + self.vae.config.batch_norm_eps).sqrt()
+        return norm.running_mean.view(1, -1, 1, 1).to(like), std.view(1, -1, 1, 1).to(like)
+
+    def chain(self, steps: int, shape: Sequence[int]) -> tuple[Tensor, Tensor]:
+        mu = compute_empirical_mu(shape[-2] * shape[-1], steps)
+        return self.schedule.timesteps(steps, mu=mu, sigmas=np.linspace(1.0, 1 / steps, steps))
+
+    # -- prompts and guidance -----------------------------------------------------------------------------------
+
+    def guidance(self, scale: float) -> Guidance:
+        return Embedded(scale=scale) if self.embedded else super().guidance(scale)
+
+    def _embed(self, prompts: list[str]) -> Condition:
+        device = self.pipe.text_encoder.device
+        return Condition(tokens=self.pipe.encode_prompt(prompts, device, max_sequence_length=_TOKENS)[0])
+
+    def _stock(self, guidance: Guidance, requests: Sequence[Request]) -> dict[str, Any]:
+        options = {"max_sequence_length": _TOKENS, **super()._stock(guidance, requests)}
+        negatives = options.pop("negative_prompt", None)
+        if isinstance(guidance, CFG) and negatives:
+            # Its pipeline takes no words to guide away from.
+            options["negative_prompt_embeds"] = self.embed(negatives).tokens
+        return options
+
+    # -- the denoiser -------------------------------------------------------------------------------------------
+
+    def _predict(self, x_t: Tensor, t: Tensor, cond: Condition) -> Tensor:
+        rows, _, height, width = x_t.shape
+        told = cond.extra.get("guidance", x_t.new_ones(rows, dtype=torch.float32)) if self.embedded else None
+        packed = self.denoiser(
+            hidden_states=self.pipe._pack_latents(x_t),
+            timestep=t / self.schedule.num_train_timesteps,
+            guidance=told,
+            encoder_hidden_states=cond.tokens,
+            txt_ids=self.pipe._prepare_text_ids(cond.tokens).to(x_t.device),
+            img_ids=self.pipe._prepare_latent_ids(x_t).to(x_t.device),
+            return_dict=False,
+        )[0]
+        return packed.mT.reshape(rows, -1, height, width)
