@@ -10,13 +10,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, get_args
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from visiontune.diffusion._schedulers import Prediction, ddim_scheduler, flow_sigmas, flow_spacing, prediction_of
 from visiontune.errors import UserError
 
-__all__ = ["Prediction", "Schedule", "calculate_mu", "ddim_scheduler"]
+__all__ = ["Prediction", "Schedule", "calculate_mu", "ddim_scheduler", "evenly"]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -242,3 +243,8 @@ def calculate_mu(tokens: int, config: Mapping[str, Any]) -> float:
     low, high = config.get("base_image_seq_len", 256), config.get("max_image_seq_len", 4096)
     start, end = config.get("base_shift", 0.5), config.get("max_shift", 1.15)
     return start + (end - start) / (high - low) * (tokens - low)
+
+
+def evenly(steps: int) -> list[float]:
+    """Sampling sigmas from 1 to 1 / steps, still to be shifted, as the pipelines of FLUX and later ones give them."""
+    return np.linspace(1.0, 1 / steps, steps).tolist()

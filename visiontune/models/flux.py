@@ -1,8 +1,8 @@
 """FLUX.1 (Black Forest Labs, 2024): a transformer of double and single blocks that predicts flow on patches of latents.
 
-A CLIP gives one vector for the prompt and a T5 its tokens; nothing is masked, so that the padding is attended to as in the
-stock pipeline. The `dev` models carry guidance inside: the network is told its scale. Denoising is trained at scale 1,
-where what it predicts is what it was distilled from without guidance.
+A CLIP gives one vector for the prompt and a T5 its tokens; nothing is masked, so that the padding is attended to as in
+the stock pipeline. The `dev` models carry guidance inside: the network is told its scale. Denoising is trained at scale
+1, where what it predicts is what it was distilled from without guidance.
 """
 
 from __future__ import annotations
@@ -10,13 +10,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from visiontune.core import Condition, Request
 from visiontune.diffusion.guidance import CFG, Embedded, Guidance
-from visiontune.diffusion.schedule import calculate_mu
+from visiontune.diffusion.schedule import calculate_mu, evenly
 from visiontune.models._text import CLIP_AND_T5
 from visiontune.models.base import Presets, require
 from visiontune.models.diffusion import DiffusionModel
@@ -30,7 +29,7 @@ _FEED_FORWARD = ("net.0.proj", "net.2", "proj_mlp", "proj_out")
 
 
 class Flux(DiffusionModel):
-    """`FluxPipeline`; its Condition has `tokens` and `pooled`, and of models with guidance inside `extra["guidance"]`."""
+    """`FluxPipeline`; its Condition has `tokens` and `pooled`, and with guidance inside `extra["guidance"]`."""
 
     family = "flux"
     pipeline_classes = ("FluxPipeline",)
@@ -60,7 +59,7 @@ class Flux(DiffusionModel):
     def chain(self, steps: int, shape: Sequence[int]) -> tuple[Tensor, Tensor]:
         height, width = (side // _PATCH for side in shape[-2:])
         mu = calculate_mu(height * width, self.schedule.spacing.config)
-        return self.schedule.timesteps(steps, mu=mu, sigmas=np.linspace(1.0, 1 / steps, steps))
+        return self.schedule.timesteps(steps, mu=mu, sigmas=evenly(steps))
 
     def guidance(self, scale: float) -> Guidance:
         return Embedded(scale=scale) if self.embedded else super().guidance(scale)

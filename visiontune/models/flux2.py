@@ -1,8 +1,8 @@
 """FLUX.2 (Black Forest Labs, 2025): `dev`, read by a Mistral, and `klein`, read by a Qwen3.
 
-What the transformer sees are patches of 2 x 2 of the VAE's latents, each channel brought to mean 0 and deviation 1 by the
-statistics that the VAE keeps; that is the order of its pipelines, and of no other family. Padding is attended to, as the
-models were trained. `dev` carries guidance inside and trains at scale 1; `klein` is guided in a second call.
+What the transformer sees are patches of 2 x 2 of the VAE's latents, each channel brought to mean 0 and deviation 1 by
+the statistics that the VAE keeps; that is the order of its pipelines, and of no other family. Padding is attended to,
+as the models were trained. `dev` carries guidance inside and trains at scale 1; `klein` is guided in a second call.
 """
 
 from __future__ import annotations
@@ -10,13 +10,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
-import numpy as np
 import torch
 from diffusers.pipelines.flux2.pipeline_flux2 import compute_empirical_mu
 from torch import Tensor
 
 from visiontune.core import Condition, Request
 from visiontune.diffusion.guidance import CFG, Embedded, Guidance
+from visiontune.diffusion.schedule import evenly
 from visiontune.models._text import DECODER, chat_overhead
 from visiontune.models.base import Presets, require
 from visiontune.models.diffusion import DiffusionModel
@@ -78,7 +78,7 @@ class Flux2(DiffusionModel):
 
     def chain(self, steps: int, shape: Sequence[int]) -> tuple[Tensor, Tensor]:
         mu = compute_empirical_mu(shape[-2] * shape[-1], steps)
-        return self.schedule.timesteps(steps, mu=mu, sigmas=np.linspace(1.0, 1 / steps, steps))
+        return self.schedule.timesteps(steps, mu=mu, sigmas=evenly(steps))
 
     # -- prompts and guidance -----------------------------------------------------------------------------------
 

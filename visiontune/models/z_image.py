@@ -1,8 +1,8 @@
 """Z-Image (Alibaba, 2025): one stream of picture and prompt, read by a Qwen3, in a transformer that predicts flow.
 
 Its network is told how clean its input is, predicts from noise to picture, and takes a list of pictures and a list of
-prompts of any lengths, so that padding never reaches it. Its pipeline adds g (c - u) to the prompt's own prediction: what
-it calls g is a scale of 1 + g.
+prompts of any lengths, so that padding never reaches it. Its pipeline adds g (c - u) to the prompt's own prediction:
+what it calls g is a scale of 1 + g.
 """
 
 from __future__ import annotations
@@ -10,13 +10,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from visiontune.core import Condition
-from visiontune.diffusion.schedule import calculate_mu
+from visiontune.diffusion.schedule import calculate_mu, evenly
 from visiontune.models._text import DECODER, chat_overhead
 from visiontune.models.base import Presets, require
 from visiontune.models.diffusion import DiffusionModel
@@ -56,7 +55,7 @@ class ZImage(DiffusionModel):
     def chain(self, steps: int, shape: Sequence[int]) -> tuple[Tensor, Tensor]:
         height, width = (side // _PATCH for side in shape[-2:])
         mu = calculate_mu(height * width, self.schedule.spacing.config)
-        return self.schedule.timesteps(steps, mu=mu, sigmas=np.linspace(1.0, 1 / steps, steps))
+        return self.schedule.timesteps(steps, mu=mu, sigmas=evenly(steps))
 
     def _embed(self, prompts: list[str]) -> Condition:
         found, _ = self.pipe.encode_prompt(
