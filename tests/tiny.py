@@ -172,6 +172,21 @@ def autoencoder(**options: Any) -> AutoencoderKL:
     ).eval()
 
 
+def small_default(pipeline: Any, size: int) -> None:
+    """Let a pipeline's class draw pictures of so many pixels where it has the size in its code, however it is made."""
+    init = pipeline.__init__
+    if getattr(init, "small", False):
+        return
+
+    @functools.wraps(init)
+    def made(self: Any, *args: Any, **kwargs: Any) -> None:
+        init(self, *args, **kwargs)
+        self.default_sample_size = size // self.vae_scale_factor
+
+    made.small = True  # type: ignore[attr-defined]
+    pipeline.__init__ = made
+
+
 # -- building and copying -----------------------------------------------------------------------------------------
 
 

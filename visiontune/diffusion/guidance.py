@@ -92,9 +92,34 @@ class CFG(Guidance):
         both = Condition.cat([uncond, cond])
         without, given = call(torch.cat([x, x]), torch.cat([t, t]), both).chunk(2)
         if whole:
-            return without + self.scale * (given - without)
+            return self._apart(without, given, self.scale)
         scale = torch.where(inside, self.scale, 1.0).to(given).view(-1, *(1,) * (given.ndim - 1))
+        return self._apart(without, given, scale)
+
+    def _apart(self, without: Tensor, given: Tensor, scale: float | Tensor) -> Tensor:
         return without + scale * (given - without)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PatchLengthCFG(CFG):
+    """`CFG` of which every patch is then brought to the length that it has in the conditional prediction.
+
+    Attributes:
+        patch: side of a patch.
+    """
+
+    patch: int = 2
+
+    def _apart(self, without: Tensor, given: Tensor, scale: float | Tensor) -> Tensor:
+        far = self._patches(super()._apart(without, given, scale))
+        near = self._patches(given)
+        kept = torch.linalg.vector_norm(near, dim=(1, 3, 5), keepdim=True)
+        reached = torch.linalg.vector_norm(far, dim=(1, 3, 5), keepdim=True)
+        return (far * (kept / reached)).reshape(given.shape)
+
+    def _patches(self, x: Tensor) -> Tensor:
+        """[b, c, h, w] -> [b, c, h / p, p, w / p, p]."""
+        return x.unflatten(3, (-1, self.patch)).unflatten(2, (-1, self.patch))
 
 
 @dataclass(frozen=True, kw_only=True)

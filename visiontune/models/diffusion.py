@@ -40,7 +40,8 @@ class DiffusionModel(PipelineModel):
             "SNR): set prediction_type in its scheduler_config.json to v_prediction if it was trained so, else "
             "rescale_betas_zero_snr to false",
         )
-        self.latent_channels = int(self.vae.config.latent_channels)
+        own = self.vae.config
+        self.latent_channels = int(own["latent_channels"] if "latent_channels" in own else own["z_dim"])
         self._shift, self._scale = _latent_affine(self.vae.config)
 
     # -- shape, scale and grid ----------------------------------------------------------------------------------
