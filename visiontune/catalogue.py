@@ -28,9 +28,13 @@ def root() -> Path:
 
 
 def names(kind: str) -> list[str]:
-    """All entries of a kind (``pipelines``, ``rewards`` or ``datasets``), sorted."""
+    """All entries of a kind (``pipelines``, ``rewards`` or ``datasets``), sorted.
+
+    A name with a leading underscore is what others have in common: to be extended, and not listed.
+    """
     folder = root() / kind
-    return sorted(file.relative_to(folder).with_suffix("").as_posix() for file in folder.rglob("*.yaml"))
+    files = (file for file in folder.rglob("*.yaml") if not file.name.startswith("_"))
+    return sorted(file.relative_to(folder).with_suffix("").as_posix() for file in files)
 
 
 def find(kind: str, name: str) -> Path:
@@ -39,9 +43,11 @@ def find(kind: str, name: str) -> Path:
     Raises:
         UserError: there is no such entry.
     """
-    if name not in names(kind):
+    folder = root() / kind
+    common = {file.relative_to(folder).with_suffix("").as_posix() for file in folder.rglob("_*.yaml")}
+    if name not in {*names(kind), *common}:
         raise UserError(f"'{name}' is not {_NOUNS[kind]}{nearest(name, names(kind))}")
-    return root() / kind / f"{name}.yaml"
+    return folder / f"{name}.yaml"
 
 
 def load(kind: str, name: str) -> dict[str, Any]:

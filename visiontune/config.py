@@ -141,6 +141,11 @@ def parse_run(content: Mapping[str, Any]) -> Run:
     outside.target(Path(run.out) / run.name, "the run's folder (out and name)")
     if run.model.quantize and run.adapter is None:
         raise UserError("model.quantize keeps weights frozen, and adapter=none trains them all: choose an adapter")
+    if run.train.trigger and run.adapter is None:
+        raise UserError(
+            "train.parts has trigger, which is trained beside an adapter: choose one, or set "
+            "train.parts=[denoiser, text], which trains all embeddings"
+        )
     if run.model.quantize_rank and not run.model.quantize:
         raise UserError("model.quantize_rank keeps part of what codes lose: set model.quantize to nf4 or int8")
     objective = _spelt_out("objectives", run.objective, "objective")

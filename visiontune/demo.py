@@ -31,8 +31,7 @@ if TYPE_CHECKING:
     from visiontune.config import Run
     from visiontune.evaluation.personalise import Personalisation
 
-# OFT for less than its recipe, so that both take equally long; with 300 steps ordinary pictures are spoilt.
-METHODS: Mapping[str, Sequence[str]] = {"oft": ["train.steps=400"], "lora": []}
+METHODS = ("oft", "lora")
 # In a run's folder it says that a demo made the run, and may remove it.
 MARK = ".demo"
 # Enough to judge by; the evidence asks for more, and takes longer.
@@ -67,10 +66,7 @@ def run(out: Path, overrides: Sequence[str] = (), workers: int | None = None) ->
     """
     start = time.monotonic()
     own = [f"out={out}", "preview.prompts=[]"]
-    recipes = {
-        m: config.load_run(f"personalise/{m}", [*own, f"name={m}", *options, *overrides])
-        for m, options in METHODS.items()
-    }
+    recipes = {m: config.load_run(f"personalise/{m}", [*own, f"name={m}", *overrides]) for m in METHODS}
     check_target(out / "report.json")
     for recipe in recipes.values():
         _check(recipe.folder)

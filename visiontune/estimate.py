@@ -196,7 +196,9 @@ def _counts(trainer: Trainer) -> dict[str, Any]:
 def _used(run: Run, trainer: Trainer) -> list[str]:
     """What the run uses of its data, and the layers that it passes over."""
     data = inventory(trainer.rows.rows.samples, run.data) if isinstance(trainer.rows, BatchSampler) else []
-    return [*data, *passed_over(run, trainer.model)]
+    words = trainer.adapters.embeddings() if trainer.adapters is not None else {}
+    learnt = [f"trained word: '{word}' in {name}" for name, own in words.items() for word in own.words]
+    return [*data, *learnt, *passed_over(run, trainer.model)]
 
 
 def _step(trainer: Trainer, step: int) -> None:

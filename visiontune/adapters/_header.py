@@ -12,7 +12,7 @@ from visiontune import outside
 from visiontune.errors import UserError
 
 FORMAT = 1
-_JSON = ("config", "targets", "layers", "base_sample", "base_error")
+_JSON = ("config", "targets", "layers", "words", "base_sample", "base_error")
 # More than safetensors itself reads.
 _LONGEST = 100_000_000
 _HASH = re.compile("[0-9a-f]{64}")
@@ -50,7 +50,8 @@ def read_header(path: str | Path) -> dict[str, Any]:
     Returns:
         ``visiontune_format`` (int), ``method``, ``config`` (mapping), ``targets`` and ``layers`` (lists of text, the
         second not empty), ``base_hash`` (64 hexadecimal digits), ``base_sample`` (layer -> numbers, for every layer),
-        ``base_error`` (layer -> number), and whatever else the writer put in (``trigger``, ``prompt``, ...), as text.
+        ``base_error`` (layer -> number), ``words`` (embedding -> word -> rows), and whatever else the writer put in
+        (``trigger``, ``prompt``, ...), as text.
 
     Raises:
         UserError: no such file, not a visiontune adapter, one of a newer format, or one whose header is incomplete.
@@ -66,7 +67,7 @@ def read_header(path: str | Path) -> dict[str, Any]:
         raise _damaged(path, "'visiontune_format' is no number")
     if int(version) > FORMAT:
         raise UserError(f"'{path}' was written by a newer visiontune: upgrade visiontune to read it")
-    texts = {"base_error": "{}", **metadata}
+    texts = {"base_error": "{}", "words": "{}", **metadata}
     parsed = {key: outside.parse_json(texts[key], f"'{key}' of '{path}'") for key in _JSON if key in texts}
     header = {**metadata, **parsed, "visiontune_format": int(version)}
     for key, (holds, what) in _CHECKS.items():
@@ -74,7 +75,7 @@ def read_header(path: str | Path) -> dict[str, Any]:
             raise _damaged(path, f"it has no '{key}'")
         if not holds(header[key]):
             raise _damaged(path, f"'{key}' is not {what}")
-    if lacking := [layer for layer in header["layers"] if not header["base_sample"].get(layer)]:
+    if lacking := [name for name in (*header["layers"], *header["words"]) if not header["base_sample"].get(name)]:
         raise _damaged(path, f"'base_sample' has nothing of the layer '{outside.shown(lacking[0])}'")
     return header
 
@@ -115,6 +116,16 @@ def _errors(value: Any) -> bool:
     return isinstance(value, dict) and all(_number(error) and error >= 0 for error in value.values())
 
 
+def _words(value: Any) -> bool:
+    return isinstance(value, dict) and all(
+        isinstance(words, dict) and words and all(map(_rows, words.values())) for words in value.values()
+    )
+
+
+def _rows(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and all(type(i) is int and 0 <= i < 2**31 for i in value)
+
+
 # What each entry must be; the rest is text.
 _CHECKS: Mapping[str, tuple[Any, str]] = {
     "method": (lambda value: isinstance(value, str), "text"),
@@ -124,4 +135,5 @@ _CHECKS: Mapping[str, tuple[Any, str]] = {
     "base_hash": (_HASH.fullmatch, "a hash"),
     "base_sample": (_sample, "a mapping of lists of numbers"),
     "base_error": (_errors, "a mapping of numbers"),
+    "words": (_words, "a mapping of words and their rows"),
 }

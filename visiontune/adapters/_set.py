@@ -18,6 +18,7 @@ from visiontune.adapters import _attention, _header, _layers, _quantised, _stora
 from visiontune.adapters._evidence import Evidence, Reduce
 from visiontune.adapters._layers import Beneath, Entry
 from visiontune.adapters._method import Adapter, Method
+from visiontune.adapters._words import Places, Words
 from visiontune.errors import UserError
 
 
@@ -33,9 +34,11 @@ class AdapterSet(nn.Module):
         method: the plug-in's name; config: its ``Config``; build: its ``build``; targets: as the user named them.
         layers: component -> layer name -> layer.
         owners: layer -> the attention module that reads its weight, where there is one.
+        words: the words whose rows of embeddings are trained.
 
     Attributes:
         fused: names of the layers that have such an owner.
+        words: what is trained of embeddings, by components.
 
     Raises:
         UserError: the method cannot serve a layer.
@@ -50,6 +53,7 @@ class AdapterSet(nn.Module):
         targets: Sequence[str],
         layers: Mapping[str, Mapping[str, nn.Module]],
         owners: Mapping[nn.Module, nn.MultiheadAttention],
+        words: Places | None = None,
     ) -> None:
         super().__init__()
         self.name, self.method, self.config, self.targets = name, method, config, list(targets)
@@ -64,6 +68,10 @@ class AdapterSet(nn.Module):
             for layer_name, layer in found.items():
                 full = _full(component, layer_name)
                 self._layers[full], self._adapters[full] = layer, built.adapters[layer_name]
+        self.words = nn.ModuleDict()
+        for full, (embedding, rows, known) in (words or {}).items():
+            self._layers[full], self._adapters[full] = embedding, Words(embedding, rows, known)
+            self.words[full.partition(".")[0]] = Method({full: self._adapters[full]})
         self._handles: list[RemovableHandle] = []
         self.fused = [name for name, layer in self._layers.items() if layer in owners]
         for name in self.fused:
@@ -78,6 +86,9 @@ class AdapterSet(nn.Module):
             for layer_name, layer in found.items():
                 entry = Entry(self, own, own.adapters[layer_name])
                 _attention.adopt(layer, entry, owners.get(layer))
+        for reading in self._of_words():
+            for full, adapter in reading.adapters.items():
+                _attention.adopt(self._layers[full], Entry(self, reading, adapter), None)
 
     def watch(self, roots: Mapping[str, nn.Module]) -> None:
         """Let the methods watch their components until the set is detached; see :meth:`Method.watch`."""
@@ -88,8 +99,12 @@ class AdapterSet(nn.Module):
 
     @property
     def layers(self) -> list[str]:
-        """Names of the adapted layers, with the component's prefix."""
-        return list(self._layers)
+        """Names of the layers that the method adapts, with the component's prefix."""
+        return [name for name in self._layers if not isinstance(self._adapters[name], Words)]
+
+    def embeddings(self) -> dict[str, Words]:
+        """What is trained of embeddings, by their names with the component's prefix."""
+        return {name: adapter for name, adapter in self._adapters.items() if isinstance(adapter, Words)}
 
     def base_layers(self) -> dict[str, nn.Module]:
         """The adapted layers themselves, by the same names."""
@@ -233,8 +248,11 @@ class AdapterSet(nn.Module):
     # -- training and files -------------------------------------------------------------------------------------
 
     def methods(self) -> list[Method]:
-        """The methods of the components."""
-        return list(self._methods.values())
+        """The methods of the components, and those of words."""
+        return [*self._methods.values(), *self._of_words()]
+
+    def _of_words(self) -> list[Method]:
+        return [method for method in self.words.values() if isinstance(method, Method)]
 
     @property
     def plans(self) -> bool:
@@ -324,10 +342,12 @@ class AdapterSet(nn.Module):
             "method": self.method,
             "config": json.dumps(asdict(self.config)),
             "targets": json.dumps(self.targets),
-            "layers": json.dumps(list(self._adapters)),
+            "layers": json.dumps(self.layers),
             "base_hash": self.base.digest,
             "base_sample": json.dumps(self.base.sample),
         }
+        if words := self.embeddings():
+            header["words"] = json.dumps({name: own.words for name, own in words.items()})
         if self.base.error:
             header["base_error"] = json.dumps(self.base.error)
         return _storage.write(path, self.tensors(), header, metadata or {})

@@ -36,6 +36,11 @@ def start(adapters: AdapterSet, path: str | Path) -> None:
             f"start: '{other[0]}' and {len(other) - 1} more layers are adapted either in {path} or here: "
             f"set targets to {header['targets']}, and train.parts as it was"
         )
+    if words := sorted(set(header["words"]) ^ set(adapters.embeddings())):
+        raise UserError(
+            f"start: words of '{words[0]}' are trained either in {path} or here: put trigger into train.parts, or "
+            "leave it out"
+        )
     _storage.check_base(path, header, adapters.base_layers(), "start from an adapter of this base")
     module = sys.modules[type(adapters.config).__module__]
     if hasattr(module, "refit"):
@@ -56,6 +61,8 @@ def _refitted(
     made: dict[str, Tensor] = {}
     with _bounded.building(path, saved, list(adapters.base_layers().values())):
         for layer, adapter in adapters.adapters().items():
+            if layer in adapters.embeddings():
+                continue
             own, now = grouped.pop(layer, {}), adapter.tensors()
             for name in own.keys() & now.keys():
                 _storage.check_kind(path, f"{layer}.{name}", now[name], own[name])

@@ -16,12 +16,13 @@ from typing import Any
 
 from torch import nn
 
-from visiontune import plugin
+from visiontune import outside, plugin
 from visiontune.adapters import _attention, _bounded, _layers, _storage, _targets
 from visiontune.adapters._layers import Beneath
 from visiontune.adapters._method import Adapter, Method, start_follows
 from visiontune.adapters._set import AdapterSet
 from visiontune.adapters._start import start
+from visiontune.adapters._words import Places
 from visiontune.errors import UserError
 
 __all__ = ["Adapter", "AdapterSet", "Beneath", "Method", "attach", "attached", "load", "start"]
@@ -35,6 +36,7 @@ def attach(
     targets: str | Sequence[str] = "attention",
     name: str = "default",
     presets: Mapping[str, Sequence[str]] | None = None,
+    words: Places | None = None,
     **config: Any,
 ) -> AdapterSet:
     """Adapt layers of ``modules`` and freeze everything else in them.
@@ -45,6 +47,9 @@ def attach(
         targets: see :func:`visiontune.adapters._targets.match`.
         name: must differ from the other sets' on these layers; later sets act on top of earlier ones.
         presets: further target presets, for instance ``DiffusionModel.presets()``.
+        words: words whose rows of embeddings are trained too: name of the embedding, with its component's -> the
+            embedding, the rows of each word, and those that stay as they are, as
+            :func:`visiontune.models.words.rows_of` finds them.
 
     Raises:
         UserError: unknown method or option, a target that matches nothing, a layer that the method cannot adapt.
@@ -52,7 +57,8 @@ def attach(
     roots = dict(modules) if isinstance(modules, Mapping) else {"": modules}
     key, module, options = _resolve(method, config)
     layers = _targets.match(roots, targets, module.LAYERS, presets)
-    return assemble(roots, name, key, options, module, [targets] if isinstance(targets, str) else targets, layers)
+    listed = [targets] if isinstance(targets, str) else targets
+    return assemble(roots, name, key, options, module, listed, layers, words)
 
 
 def assemble(
@@ -63,6 +69,7 @@ def assemble(
     module: ModuleType,
     targets: Sequence[str],
     layers: Mapping[str, Mapping[str, nn.Module]],
+    words: Places | None = None,
 ) -> AdapterSet:
     """An attached set over layers that are already chosen."""
     owners: dict[nn.Module, nn.MultiheadAttention] = {}
@@ -79,7 +86,7 @@ def assemble(
     for root in roots.values():
         root.requires_grad_(False)
     chosen = {component: found for component, found in layers.items() if found}
-    made = AdapterSet(name, key, config, module.build, targets, chosen, owners)
+    made = AdapterSet(name, key, config, module.build, targets, chosen, owners, words)
     made.watch({component: roots[component] for component in chosen})
     return made
 
@@ -137,20 +144,42 @@ def load(
             raise UserError(f"{message}: load it into the model it was trained on, or pass strict=False")
         warnings.warn(message, stacklevel=2)
         tensors = {k: v for k, v in tensors.items() if k.rpartition(".")[0] not in missing}
+    words = _words(roots, header, path)
     if not allow_other_base:
         flat = {f"{c}.{n}" if c else n: layer for c, found in layers.items() for n, layer in found.items()}
-        _storage.check_base(path, header, flat)
+        _storage.check_base(path, header, {**flat, **{name: layer for name, (layer, *_) in words.items()}})
     adapted = [layer for found in layers.values() for layer in found.values()]
     adapters = None
     try:
         with start_follows(), _bounded.building(path, tensors, adapted):
-            adapters = assemble(roots, name, key, config, module, header["targets"], layers)
+            adapters = assemble(roots, name, key, config, module, header["targets"], layers, words)
             adapters.fill(path, tensors)
     except UserError:
         if adapters is not None:
             adapters.detach()
         raise
     return adapters.eval()
+
+
+def _words(
+    roots: Mapping[str, nn.Module], header: Mapping[str, Any], path: str | Path
+) -> dict[str, tuple[nn.Embedding, dict[str, list[int]], set[int]]]:
+    """The embeddings of which a file has rows.
+
+    Raises:
+        UserError: there is none of that name, or it has fewer rows.
+    """
+    found: dict[str, tuple[nn.Embedding, dict[str, list[int]], set[int]]] = {}
+    for name, words in header["words"].items():
+        layers, missing = _find(roots, [name], (nn.Embedding,))
+        layer = next((layer for own in layers.values() for layer in own.values()), None)
+        if missing or not isinstance(layer, nn.Embedding) or max(map(max, words.values())) >= layer.num_embeddings:
+            raise UserError(
+                f"{path}: no embedding '{outside.shown(name)}' with as many words: load it into the model it was "
+                "trained on, its text encoders among the modules"
+            )
+        found[name] = (layer, words, set())
+    return found
 
 
 def _find(

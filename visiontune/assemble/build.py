@@ -216,9 +216,9 @@ def encoded(
     """Batches of encoded samples, with so many prior rows each; with ``fill`` all are encoded now."""
     from visiontune.data.loader import BatchSampler
     from visiontune.data.rows import Rows
+    from visiontune.training.optim import trains_text
 
-    trained = set(model.names(run.train.parts)) & set(model.roles().get("text", ()))
-    rows = Rows(model, samples, run.data, cache_dir, bool(trained))
+    rows = Rows(model, samples, run.data, cache_dir, trains_text(model, run.train))
     rank, world = accelerator.process_index, accelerator.num_processes
     if fill:
         rows.fill(rank, world)

@@ -116,12 +116,14 @@ def attach_adapter(run: Run, model: Model) -> AdapterSet | None:
     if run.adapter is None:
         return None
     from visiontune import adapters
+    from visiontune.models.words import rows_of
 
     targets = run.adapter["targets"]
     _, config = plugin.configure("adapters", _without(run.adapter, "targets", "start"), "adapter")
-    trained = model.names(run.train.parts)
+    trained = model.names(run.train.networks)
+    words = rows_of(model, run.data.trigger, run.data.class_noun or "") if run.train.trigger else {}
     try:
-        made = adapters.attach(model.of(*trained), config, targets=targets, presets=model.presets(trained))
+        made = adapters.attach(model.of(*trained), config, targets=targets, presets=model.presets(trained), words=words)
         if "start" in run.adapter:
             adapters.start(made, run.adapter["start"])
         return made
@@ -135,7 +137,7 @@ def passed_over(run: Run, model: Model) -> list[str]:
         return []
     from visiontune.adapters import _targets
 
-    trained = model.names(run.train.parts)
+    trained = model.names(run.train.networks)
     method = plugin.load("adapters", run.adapter["name"])
     layers = _targets.passed_over(model.of(*trained), run.adapter["targets"], method.LAYERS, model.presets(trained))
     name = run.adapter["name"]

@@ -55,7 +55,7 @@ def run(args: argparse.Namespace) -> None:
             "--clip openai/clip-vit-large-patch14"
         )
     model: Any = open_model(told, fetch=False)
-    attached = adapters.load(model.of(*model.names(told.train.parts)), weights)
+    attached = adapters.load(model.networks(), weights)
     result = {name: tensor.clone() for name, tensor in attached.state_dict().items()}
     states = kept.saved(args.folder) if args.checkpoints else [(told.train.steps, result)]
     if not states:

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import torch
+from torch import Tensor, nn
+
+from visiontune.errors import UserError
 from visiontune.outside import shown
 
 _log = logging.getLogger(__name__)
@@ -72,6 +76,60 @@ def lost(model: Any, texts: Mapping[str, Sequence[tuple[str, str]]]) -> list[str
     """What is said of texts that a model reads in part: :meth:`Reader.lost` of each kind; nothing without a reader."""
     reader = getattr(model, "reader", None)
     return [] if reader is None else [line for kind, named in texts.items() for line in reader.lost(kind, named)]
+
+
+def rows_of(model: Any, word: str, known: str = "") -> dict[str, tuple[nn.Embedding, dict[str, list[int]], set[int]]]:
+    """Where a pipeline's text encoders look a word up, as :func:`visiontune.adapters.attach` takes it.
+
+    Args:
+        word: one or several. known: words that keep their meaning: of "sks dog" the dog.
+
+    Returns:
+        Name of the embedding -> the embedding, the rows of ``word``, and those of ``known``.
+
+    Raises:
+        UserError: the model has no text encoders; one of them does not know the word, or nothing of it but what is
+            known, or reads it otherwise in a sentence.
+    """
+    encoders = model.of(*model.roles().get("text", ()))
+    if not encoders:
+        raise UserError(f"'{model.source}' ({model.family}) has no text encoders: leave trigger out of train.parts")
+    seen = _looked_up(encoders, lambda: model.embed([f"a {word}"]))
+    found = {}
+    for name, encoder in encoders.items():
+        tokenizer = getattr(model.pipe, name.replace("text_encoder", "tokenizer"))
+        ids = tokenizer(word, add_special_tokens=False)["input_ids"]
+        kept = {*tokenizer(known, add_special_tokens=False)["input_ids"]} if known else set()
+        if not {*ids} - kept or tokenizer.unk_token_id in ids:
+            raise UserError(f"data.trigger: {name} does not know the word '{shown(word)}': take another")
+        # Positions are looked up too, in tables of few rows.
+        tables = [m for m in encoder.modules() if m in seen and m.num_embeddings >= len(tokenizer)]
+        layer = next((table for table in tables if {*ids} <= seen[table]), None)
+        if layer is None:
+            raise UserError(
+                f"data.trigger: {name} reads '{shown(word)}' in a sentence as other tokens than alone: take another"
+            )
+        own = next(path for path, module in encoder.named_modules() if module is layer)
+        found[f"{name}.{own}"] = (layer, {word: list(ids)}, kept)
+    return found
+
+
+def _looked_up(encoders: Mapping[str, nn.Module], read: Callable[[], object]) -> dict[nn.Embedding, set[int]]:
+    """The rows that every embedding of the encoders is asked for while a text is read."""
+    seen: dict[nn.Embedding, set[int]] = {}
+
+    def note(layer: nn.Embedding, asked: tuple[Tensor, ...]) -> None:
+        seen.setdefault(layer, set()).update(asked[0].flatten().tolist())
+
+    layers = [m for encoder in encoders.values() for m in encoder.modules() if isinstance(m, nn.Embedding)]
+    handles = [layer.register_forward_pre_hook(note) for layer in layers]
+    try:
+        with torch.no_grad():
+            read()
+    finally:
+        for handle in handles:
+            handle.remove()
+    return seen
 
 
 @contextmanager

@@ -159,7 +159,9 @@ class Objective(ABC):
             UserError: text encoders are trained, which would get no gradient from a rollout's conditions.
         """
         if trained and not self.needs.text:
-            raise UserError("objective keeps the conditions of its rollouts: take text encoders out of train.parts")
+            raise UserError(
+                "objective keeps the conditions of its rollouts: take text encoders and trigger out of train.parts"
+            )
 
     def prepare(
         self, model: PipelineModel, data: Any, samples: Sequence[Sample], cache_dir: Path, tools: Tools

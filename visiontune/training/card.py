@@ -60,7 +60,8 @@ def _body(
     what = f"A {method} adapter for" if method else "A full fine-tune of"
     lines = [f"# {out.name}", "", f"{what} `{public_name(source)}`, trained with visiontune.", ""]
     if metadata.get("trigger"):
-        lines += [f"The trained subject answers to `{metadata['trigger']}`.", ""]
+        own = ", whose meaning is part of the weights" if train.trigger else ""
+        lines += [f"The trained subject answers to `{metadata['trigger']}`{own}.", ""]
     rows = {
         "steps": train.steps,
         "batch size": train.batch_size * train.accumulate,

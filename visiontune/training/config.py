@@ -7,6 +7,8 @@ from typing import Any, ClassVar, Literal
 
 from visiontune.schema import option
 
+# The part that is no network.
+TRIGGER = "trigger"
 MEASURES = ("reward", "diversity", "high_frequency", "blank", "distance", "change")
 
 
@@ -31,8 +33,13 @@ class TrainConfig:
     part_lr: dict[str, float] = option(
         {}, above=0, greatest=100, help="learning rates of parts that have another: {text: 5e-5}"
     )
+    trigger_lr: float | None = option(
+        None, above=0, greatest=100, help="learning rate of the trigger's embedding, where it is trained; null: lr"
+    )
     parts: list[str] | None = option(
-        None, help="networks that are trained, by name (unet) or by role (denoiser, text, vae); null: the denoiser"
+        None,
+        help="what is trained: networks by name (unet) or role (denoiser, text, vae), and with an adapter trigger, the "
+        "meaning of data.trigger alone; null: the denoiser",
     )
     release: list[str] = option(
         [], help="parts that leave the accelerator once data are encoded, such as [text, vae]; drawing brings them back"
@@ -80,6 +87,18 @@ class TrainConfig:
             raise ValueError(f"warmup={self.warmup} is longer than steps={self.steps}: the rate would never be reached")
         if self.parts is not None and not self.parts:
             raise ValueError("parts leaves nothing to train: name a network or a role, or set it to null")
+        if self.parts == [TRIGGER]:
+            raise ValueError(f"parts has {TRIGGER} alone: name a network or a role beside it")
+
+    @property
+    def networks(self) -> list[str] | None:
+        """The names and roles of networks among the parts."""
+        return None if self.parts is None else [part for part in self.parts if part != TRIGGER]
+
+    @property
+    def trigger(self) -> bool:
+        """Whether the embedding of the trigger is trained."""
+        return TRIGGER in (self.parts or ())
 
 
 @dataclass(frozen=True, kw_only=True)

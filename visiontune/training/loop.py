@@ -84,9 +84,9 @@ class Trainer:
         check_train(objective, train)
         if guard is not None:
             guards.check(guard.config, objective)
-        self.parameters = optim.choose(model, adapters, train.parts)
-        networks, trained = model.networks(), model.names(train.parts)
-        text = bool({*trained} & {*model.roles().get("text", ())})
+        self.parameters = optim.choose(model, adapters, train.networks)
+        networks, trained = model.networks(), model.names(train.networks)
+        text = optim.trains_text(model, train)
         objective.check_text(text)
         objective.check(model, reward)
         if unwanted := {*model.names(train.release)} & {*trained, *model.names()}:

@@ -16,7 +16,7 @@ from torch.nn import Parameter
 from visiontune import plugin
 from visiontune.errors import UserError
 from visiontune.schema import convert, nearest, spelt
-from visiontune.training.config import TrainConfig
+from visiontune.training.config import TRIGGER, TrainConfig
 
 if TYPE_CHECKING:
     from visiontune.models.base import Model
@@ -52,12 +52,12 @@ def choose(model: Model, adapters: Any, parts: Sequence[str] | None) -> dict[str
     if adapters is not None:
         everything = {f"adapters.{name}": p for name, p in adapters.named_parameters() if p.requires_grad}
         adapters.requires_grad_(False)
-        if strange := {network_of(name) for name in everything} - model.networks().keys():
+        if strange := {network_of(name) for name in everything} - {*model.networks(), TRIGGER}:
             raise UserError(
                 f"the adapter is attached to '{min(strange)}', which is no network of '{model.source}': attach it to "
                 "model.of(...), under the networks' own names"
             )
-        chosen = {name: p for name, p in everything.items() if network_of(name) in trained}
+        chosen = {name: p for name, p in everything.items() if network_of(name) in {*trained, TRIGGER}}
     else:
         chosen = {f"{part}.{name}": p for part in trained for name, p in model.networks()[part].named_parameters()}
     used = {network_of(name) for name in chosen}
@@ -73,8 +73,14 @@ def choose(model: Model, adapters: Any, parts: Sequence[str] | None) -> dict[str
 
 
 def network_of(name: str) -> str:
-    """The network that a trained parameter belongs to."""
-    return name.removeprefix("adapters.").partition(".")[0]
+    """The network that a trained parameter belongs to, or the part ``trigger``."""
+    plain = name.removeprefix("adapters.")
+    return TRIGGER if plain != name and plain.startswith("words.") else plain.partition(".")[0]
+
+
+def trains_text(model: Model, train: TrainConfig) -> bool:
+    """Whether what the text encoders give changes in training."""
+    return train.trigger or bool({*model.names(train.networks)} & {*model.roles().get("text", ())})
 
 
 def rates(model: Model, train: TrainConfig) -> dict[str, tuple[str, float]]:
@@ -85,8 +91,10 @@ def rates(model: Model, train: TrainConfig) -> dict[str, tuple[str, float]]:
     Raises:
         UserError: a rate for a part that the model does not have, or that is not trained.
     """
-    trained = model.names(train.parts)
+    trained = model.names(train.networks)
     for part in train.part_lr:
+        if part == TRIGGER:
+            raise UserError("train.part_lr has 'trigger', whose rate is train.trigger_lr")
         if not set(model.names([part])) & set(trained):
             raise UserError(f"train.part_lr has '{part}', which is not trained: add it to train.parts")
     roles = {name: role for role, names in model.roles().items() for name in names}
@@ -95,7 +103,7 @@ def rates(model: Model, train: TrainConfig) -> dict[str, tuple[str, float]]:
         role = roles.get(name, name)
         group = name if name in train.part_lr else role
         found[name] = (group, train.part_lr.get(name, train.part_lr.get(role, train.lr)))
-    return found
+    return {**found, TRIGGER: (TRIGGER, train.trigger_lr or train.lr)}
 
 
 def make_optimizer(
@@ -114,7 +122,6 @@ def make_optimizer(
     for name, parameter in chosen.items():
         group, rate = rates.get(network_of(name), ("", train.lr))
         of_group.setdefault(group, {"params": [], "lr": rate})["params"].append(parameter)
-    groups = list(of_group.values())
     factory = _factory(train.optimizer)
     options: dict[str, Any] = _decay(factory, train)
     if train.optimizer == "adamw":
@@ -123,8 +130,11 @@ def make_optimizer(
         options |= {"scale_parameter": False, "relative_step": False, "warmup_init": False}
     given = _typed(factory, train.optimizer_options)
     matrix = _MATRIX_DEFAULTS.get(OPTIMIZERS.get(train.optimizer, train.optimizer), {}) | _spelt(train.matrix_options)
-    if matrix:
-        groups = [part for group in groups for part in _split(group, matrix)]
+    if "weight_decay" in options and TRIGGER in of_group:
+        # Decay holds what is known in place, and the trigger stands for what is not.
+        of_group[TRIGGER]["weight_decay"] = 0.0
+    words = [of_group.pop(TRIGGER)] if TRIGGER in of_group else []
+    groups = [part for group in of_group.values() for part in _split(group, matrix)] + words
     try:
         with plugin.guarded(factory, f"train.optimizer '{train.optimizer}', when it is made,"):
             made = factory([g for g in groups if g["params"]], lr=train.lr, **options | given)
@@ -199,7 +209,9 @@ def _typed(factory: type, options: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _split(group: Mapping[str, Any], matrix: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The group's matrices, with their options, and its other parameters."""
+    """The group's matrices, with their options, and its other parameters; the group itself without options."""
+    if not matrix:
+        return [dict(group)]
     flat = [p for p in group["params"] if p.dim() == 2]
     rest = [p for p in group["params"] if p.dim() != 2]
     return [{**group, "params": flat, **matrix}, {**group, "params": rest}]

@@ -22,7 +22,9 @@ class Changes:
 
     def __init__(self, sets: Sequence[AdapterSet]) -> None:
         self.sets = list(sets)
-        self._layers = {name: layer for found in self.sets for name, layer in found.base_layers().items()}
+        layers = {name: layer for found in self.sets for name, layer in found.base_layers().items()}
+        embeddings = {name for found in self.sets for name in found.embeddings()}
+        self._layers = {name: layer for name, layer in layers.items() if name not in embeddings}
 
     def only(self, component: str) -> Changes:
         """The same of one component's layers alone; not to be merged."""
@@ -73,6 +75,15 @@ class Changes:
         if others or not isinstance(first.adapter, DoRA):
             return None
         return first.adapter.decomposed(self.layer(name).weight, first.owner.scale)
+
+    def words(self) -> dict[str, dict[str, Tensor]]:
+        """Word -> component -> the rows ``[n, d]`` that are looked up for it, as the sets leave them."""
+        made: dict[str, dict[str, Tensor]] = {}
+        for found in self.sets:
+            for name, own in found.embeddings().items():
+                for word, ids in own.words.items():
+                    made.setdefault(word, {})[name.partition(".")[0]] = found.weight(name).detach()[ids].float().cpu()
+        return made
 
     def merge(self) -> None:
         """Write all into the base."""

@@ -103,6 +103,8 @@ def export(
     Raises:
         UserError: unknown format, a merged or disabled set, or what the format cannot hold, with the formats that can.
     """
+    from visiontune.weights import words
+
     writer = formats.load(kind)
     sets = [adapters] if isinstance(adapters, AdapterSet) else list(adapters)
     for found in sets:
@@ -116,7 +118,13 @@ def export(
         writer.check(changes, job)
     except UserError as error:
         raise UserError(f"{error}: {_mend(changes, job)}") from error
-    return writer.write(changes, Path(path), job)
+    if kind == "merged":
+        return writer.write(changes, Path(path), job)
+    words.check(changes)
+    at = words.places(changes, Path(path))
+    done = writer.write(changes, Path(path), job)
+    done.notes += words.write(changes, at, dtype)
+    return done
 
 
 def _mend(changes: Changes, job: Job) -> str:
