@@ -17,19 +17,22 @@ Step = Callable[[], Any]
 def ratios(steps: Mapping[str, Step], base: str, rounds: int = 9) -> dict[str, float]:
     """Median over rounds of each step's time in units of the step ``base`` of the same round.
 
-    The steps take turns, so that a busy machine slows all of them; each runs twice before.
+    The steps take turns, so that a busy machine slows all of them; each runs twice before. Without an accelerator it is
+    processor time, which other programs lengthen less than the clock's: a thread that waits for another of its own
+    that is not running makes whatever is split among threads look slow.
     """
     for step in steps.values():
         step()
         step()
     times: dict[str, list[float]] = {name: [] for name in steps}
+    now = time.perf_counter if torch.cuda.is_available() else time.process_time
     for _ in range(rounds):
         for name, step in steps.items():
             _wait()
-            start = time.perf_counter()
+            start = now()
             step()
             _wait()
-            times[name].append(time.perf_counter() - start)
+            times[name].append(now() - start)
     return {n: statistics.median(a / b for a, b in zip(own, times[base], strict=True)) for n, own in times.items()}
 
 

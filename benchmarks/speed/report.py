@@ -22,16 +22,26 @@ def row(goal: int, what: str, value: float, bar: float | None = None) -> dict[st
     return {"goal": goal, "what": what, "value": value, "at most": bar, "met": met}
 
 
+def parser(about: str | None, rounds: int = 9, threads: int = 1) -> argparse.ArgumentParser:
+    """The options that every speed benchmark has."""
+    made = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
+    made.add_argument("--rounds", type=int, default=rounds)
+    made.add_argument("--threads", type=int, default=threads)
+    made.add_argument("--out", type=Path, default=RESULTS)
+    return made
+
+
 def main(name: str, about: str | None, measure: Callable[[int], Iterable[dict[str, Any]]]) -> None:
-    """Measure in as many rounds as the user asks for; write ``<name>.json`` and ``<name>.md``, sorted by goal."""
-    parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--out", type=Path, default=RESULTS)
-    args = parser.parse_args()
+    """Measure in as many rounds as the user asks for, and write the table."""
+    args = parser(about).parse_args()
     torch.set_num_threads(args.threads)
     warnings.simplefilter("ignore")
-    rows = sorted(measure(args.rounds), key=lambda r: r["goal"] or 99)
+    write(name, args, measure(args.rounds))
+
+
+def write(name: str, args: argparse.Namespace, measured: Iterable[dict[str, Any]]) -> None:
+    """Write ``<name>.json`` and ``<name>.md``, sorted by goal."""
+    rows = sorted(measured, key=lambda r: r["goal"] or 99)
     args.out.mkdir(parents=True, exist_ok=True)
     write_json(args.out / f"{name}.json", {"threads": args.threads, "rounds": args.rounds, "rows": rows})
     lines = ["| goal | what | measured | at most | met |", "|---|---|---|---|---|"]

@@ -105,6 +105,13 @@ def peft_oft(net: nn.Module) -> None:
     peft(net, oft_config(8))
 
 
+def frozen(net: nn.Module) -> None:
+    """No adapter, but a shift of what the first adapted layer would read: the least that is trained from there on."""
+    first = next(m for n, m in net.named_modules() if n.endswith(TARGETS[0]))
+    first.register_parameter("shift", shift := nn.Parameter(torch.zeros(first.in_features)))
+    first.register_forward_pre_hook(lambda _, args: (args[0] + shift,))
+
+
 def loss_of(model: Model) -> Callable[[Tensor], Tensor]:
     """A stand-in for decoder and reward."""
     return lambda latents: -model.decode(latents).sigmoid().mean()
@@ -178,13 +185,15 @@ def goal_10() -> Iterator[dict]:
 def goal_4(rounds: int) -> Iterator[dict]:
     """Ten steps with our OFT and walk against PEFT's exact OFT with checkpointing."""
     for rows in (1, ROWS):
-        models = {"peft": Model(peft_oft), "oft": Model(oft), "lora": Model(lora)}
+        changes = {"peft": peft_oft, "oft": oft, "lora": lora, "frozen": frozen}
+        models = {name: Model(change) for name, change in changes.items()}
         steps = {
             name: walk(m, rows, STEPS, "checkpoint" if name == "peft" else "deferred") for name, m in models.items()
         }
         measured = ratios(steps, "peft", rounds)
         yield row(4, f"OFT and walk / PEFT's exact OFT and checkpointing, {rows} rows", measured["oft"], 0.70)
         yield row(4, f"LoRA and walk / PEFT's exact OFT and checkpointing, {rows} rows", measured["lora"])
+        yield row(4, f"no adapter and walk / PEFT's exact OFT and checkpointing, {rows} rows", measured["frozen"])
 
 
 def sampling(rounds: int) -> Iterator[dict]:

@@ -138,3 +138,19 @@ def test_dropout_leaves_out_whole_blocks_in_training_only() -> None:
     adapters.eval()
     full = net["layer"](torch.eye(16))
     assert not any(torch.equal(full[4 * i : 4 * i + 4, 4 * i : 4 * i + 4], torch.eye(4)) for i in range(4))
+
+
+@pytest.mark.parametrize("factors", [1, 3, 4])
+@pytest.mark.parametrize("tokens", [5, 30, 90])
+def test_every_way_to_the_output_has_the_gradients_of_the_adapted_weight(factors: int, tokens: int) -> None:
+    torch.manual_seed(0)
+    layer = nn.Linear(32, 40).double()
+    adapters = attach(nn.ModuleDict({"layer": layer}), "boft", targets="layer", block_size=4, factors=factors)
+    (parameter,) = adapters.parameters()
+    with torch.no_grad():
+        parameter.normal_(std=0.3)
+    x, g = torch.randn(tokens, 32).double().requires_grad_(), torch.randn(tokens, 40).double()
+    found = torch.autograd.grad(layer(x), (x, parameter), g)
+    dense = nn.functional.linear(x, adapters.weight("layer"), layer.bias)
+    expected = torch.autograd.grad(dense, (x, parameter), g)
+    torch.testing.assert_close(found, expected)

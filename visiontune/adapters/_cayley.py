@@ -14,7 +14,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from visiontune.adapters._layers import masters
 from visiontune.adapters._rotate import Through
 
-_SMALL = 8
+_SMALL = 4
 
 
 @functools.lru_cache(maxsize=64)
@@ -183,8 +183,8 @@ class Bank(nn.Module):
         key = self.key(scale)
         return self._cast.get((key, dtype), lambda: self._split(key, scale, dtype))
 
-    def through(self, scale: float, dtype: torch.dtype) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
-        """For each layer R as :func:`kept_linear` takes it, and R^T in a layout of its own."""
+    def through(self, scale: float, dtype: torch.dtype) -> tuple[Tensor, ...]:
+        """R of each layer as :func:`kept_linear` takes it."""
         key = self.key(scale)
         return self._kept.get((key, dtype), lambda: self._split_through(key, scale, dtype))
 
@@ -202,13 +202,10 @@ class Bank(nn.Module):
             # Split once: the gradients of all layers are then joined once, and a slice each would be a full bank each.
             return r.to(dtype).split(self.counts)
 
-    def _split_through(
-        self, key: Hashable, scale: float, dtype: torch.dtype
-    ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+    def _split_through(self, key: Hashable, scale: float, dtype: torch.dtype) -> tuple[Tensor, ...]:
         r = self._exact.get(key, lambda: self._make(scale))
         with torch.inference_mode(False), torch.enable_grad(), _plain(r.device):
-            through = Through.apply(r.to(dtype))
-            return through.split(self.counts), through.detach().mT.contiguous().split(self.counts)
+            return Through.apply(r.to(dtype)).split(self.counts)
 
     def _make(self, scale: float) -> Tensor:
         r = rotations(self.v, self.b, scale, self.terms)

@@ -22,6 +22,16 @@ def multiply(x: Tensor, rotation: Tensor) -> Tensor:
     return y
 
 
+def rotated(w: Tensor, rotation: Tensor) -> Tensor:
+    """``W R^T`` [out, r b] for rotation [r, b, b], a view of its transpose.
+
+    As rows of the transpose the blocks are written by one batched product, whose result must be contiguous to be one;
+    :func:`multiply` takes a product for each block. A linear layer reads either layout as fast.
+    """
+    r, b = rotation.shape[:2]
+    return torch.bmm(rotation, blocks_of(w, r).mT).view(r * b, -1).mT
+
+
 class _RotateInput(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, rotation: Tensor) -> Tensor:
@@ -72,7 +82,7 @@ class _RotatedLinear(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, rotation: Tensor, w: Tensor, bias: Tensor | None) -> Tensor:
         # Keeping the rotated weight would hold a copy of every weight until the backward pass.
         ctx.save_for_backward(x, rotation, w)
-        return F.linear(x, multiply(w, rotation.mT), bias)
+        return F.linear(x, rotated(w, rotation), bias)
 
     @staticmethod
     @once_differentiable
@@ -87,16 +97,16 @@ class _KeptLinear(torch.autograd.Function):
     """The same with W R^T at hand; the gradient of R is short of a last factor R, see :func:`kept_linear`."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, through: Tensor, rotated: Tensor, bias: Tensor | None) -> Tensor:
+    def forward(ctx: Any, x: Tensor, through: Tensor, kept: Tensor, bias: Tensor | None) -> Tensor:
         ctx.blocks = len(through)
-        ctx.save_for_backward(x, rotated)
-        return F.linear(x, rotated, bias)
+        ctx.save_for_backward(x, kept)
+        return F.linear(x, kept, bias)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor, Tensor, None, None]:
-        x, rotated = ctx.saved_tensors
-        grad_x = g.reshape(-1, g.shape[-1]) @ rotated
+        x, kept = ctx.saved_tensors
+        grad_x = g.reshape(-1, g.shape[-1]) @ kept
         return grad_x.view(x.shape), _blocks_of_product(x, grad_x, ctx.blocks), None, None
 
 
@@ -115,13 +125,13 @@ def rotated_linear(x: Tensor, rotation: Tensor, w: Tensor, bias: Tensor | None) 
     return _RotatedLinear.apply(x, rotation, w, bias)
 
 
-def kept_linear(x: Tensor, through: Tensor, rotated: Tensor, bias: Tensor | None) -> Tensor:
+def kept_linear(x: Tensor, through: Tensor, kept: Tensor, bias: Tensor | None) -> Tensor:
     """A linear layer whose rotated weight ``W R^T`` is kept: two products fewer. Only for orthogonal R.
 
     The gradient x^T g W R^T of that weight is the one of R times R^T, so R is undone on the small matrices: by
     ``through`` [r, b, b], which is R with a backward pass that multiplies by R, once for the layers of a whole bank.
     """
-    return _KeptLinear.apply(x, through, rotated, bias)
+    return _KeptLinear.apply(x, through, kept, bias)
 
 
 class Through(torch.autograd.Function):

@@ -31,16 +31,28 @@ def changed(w: Tensor, index: Tensor, change: Tensor, dtype: torch.dtype) -> Ite
     for bit. That is why the version counter is passed by: for everybody else nothing has happened.
     """
     data = w.data
-    before = data.take(index)
+    before = _taken(data, index)
     after = (before.to(change.dtype) + change).to(dtype)
     if w.dtype != dtype:
-        yield data.to(dtype).put_(index, after)
+        yield _put(data.to(dtype), index, after)
         return
-    data.put_(index, after)
+    _put(data, index, after)
     try:
         yield data
     finally:
-        data.put_(index, before)
+        _put(data, index, before)
+
+
+def _taken(w: Tensor, index: Tensor) -> Tensor:
+    """``w.take(index)``, in a third to two thirds of the time where the memory is in that order."""
+    return w.view(-1).index_select(0, index) if w.is_contiguous() else w.take(index)
+
+
+def _put(w: Tensor, index: Tensor, values: Tensor) -> Tensor:
+    if not w.is_contiguous():
+        return w.put_(index, values)
+    w.view(-1).index_copy_(0, index, values)
+    return w
 
 
 @dataclass
@@ -64,9 +76,11 @@ class Matmul:
         pattern = self.pattern
         # The model may have been moved since the pattern was made.
         if pattern is None or pattern.device != x.device or x.dtype not in (torch.float32, torch.float64):
-            return (g.mT @ x).take(index)
+            return _taken(g.mT @ x, index)
         pattern = pattern.to(x.dtype)
-        return torch.sparse.sampled_addmm(pattern, g.mT.contiguous(), x.contiguous(), beta=0.0).values()
+        # It multiplies rows by columns; left to itself it lays the columns out more slowly.
+        rows, columns = g.mT.contiguous(), x.mT.contiguous().mT
+        return torch.sparse.sampled_addmm(pattern, rows, columns, beta=0.0).values()
 
 
 @dataclass
@@ -86,7 +100,7 @@ class Convolution:
         return self._backward(g, x, w, [True, False, False])[0]
 
     def grad_entries(self, g: Tensor, x: Tensor, w: Tensor, index: Tensor) -> Tensor:
-        return self._backward(g, x, w, [False, True, False])[1].take(index)
+        return _taken(self._backward(g, x, w, [False, True, False])[1], index)
 
     def _backward(self, g: Tensor, x: Tensor, w: Tensor, wanted: list[bool]) -> Any:
         zeros = [0] * len(self.stride)
@@ -110,7 +124,7 @@ class Lookup:
 
     def grad_entries(self, g: Tensor, x: Tensor, w: Tensor, index: Tensor) -> Tensor:
         backward = torch.ops.aten.embedding_dense_backward
-        return backward(g, x, w.shape[0], self.padding_idx, self.by_frequency).take(index)
+        return _taken(backward(g, x, w.shape[0], self.padding_idx, self.by_frequency), index)
 
 
 Product = Matmul | Convolution | Lookup

@@ -6,8 +6,10 @@ sections 4 and 5.
     W' = W R^T,   x R = x B_(m-1) .. B_1 B_0,   B_j = P_j blockdiag(R_j1 .. R_jD) P_j^T,   R_ji exact Cayley of Q_ji
 
 P_j puts beside each half-block (b / 2 inputs) the one that lies 2^j half-blocks further, in runs of b 2^j inputs. One
-factor is OFT with the same blocks; m = log2(2 d / b) factors reach every input from every other. Permutations are
-transposed views here, and no d x d matrix exists. Permutations and order are those of the authors' code in PEFT.
+factor is OFT with the same blocks; m = log2(2 d / b) factors reach every input from every other. Fewer leave R
+block-diagonal, with blocks of b 2^(m-1): where these are small, a linear layer multiplies the factors first and is OFT
+with such blocks. Permutations are transposed views here, and no d x d matrix exists. Permutations and order are those
+of the authors' code in PEFT.
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ from torch.utils.checkpoint import checkpoint
 
 from visiontune.adapters._cayley import Bank, make_banks
 from visiontune.adapters._layers import CONVOLUTIONS, compute_dtype, fan_in
-from visiontune.adapters._rotate import rotate_input, rotate_weight
+from visiontune.adapters._rotate import blocks_of, rotate_input, rotate_weight, rotated_linear
 from visiontune.adapters.base import Adapter, Beneath, Method
 from visiontune.adapters.oft import blocks, new_gain
 from visiontune.errors import UserError
@@ -129,11 +131,27 @@ class Butterfly(Adapter):
 
     def forward(self, x: Tensor, beneath: Beneath, scale: float) -> Tensor:
         """``layer(x R)`` for few tokens, ``(W R^T) x`` for many and for convolutions."""
-        layer, dtype = beneath.layer, compute_dtype(x)
+        dtype = compute_dtype(x)
         factors = self._dropped(self.factors(scale, dtype))
-        if self.gain is None and isinstance(layer, nn.Linear) and x.numel() // x.shape[-1] <= layer.out_features:
-            return beneath(turn_input(x.to(dtype), factors))
-        w = beneath.weight().to(dtype)
+        if self.gain is None and isinstance(beneath.layer, nn.Linear):
+            return self._linear(x.to(dtype), factors, beneath, scale)
+        return self._by_weight(x, factors, beneath, scale)
+
+    def _linear(self, x: Tensor, factors: Tensor, beneath: Beneath, scale: float) -> Tensor:
+        layer: Any = beneath.layer
+        tokens, run = x.numel() // x.shape[-1], reach(factors)
+        many = tokens > layer.out_features
+        # Its product costs as many rows as it has, and each product with it that many columns.
+        if tokens > run and 2 * run <= layer.out_features:
+            whole = product(factors)
+            if many and beneath.frozen and layer.weight.is_floating_point():
+                bias = None if layer.bias is None else layer.bias.to(x.dtype)
+                return rotated_linear(x, whole, layer.weight.to(x.dtype), bias)
+            return beneath(rotate_input(x, whole))
+        return self._by_weight(x, factors, beneath, scale) if many else beneath(turn_input(x, factors))
+
+    def _by_weight(self, x: Tensor, factors: Tensor, beneath: Beneath, scale: float) -> Tensor:
+        w = beneath.weight().to(factors.dtype)
         # What lies between two factors is as large as the weight: made again in the backward pass, not kept.
         turned = checkpoint(self._turned, w, factors, scale, use_reentrant=False, preserve_rng_state=False)
         return beneath.using(x, turned)
@@ -154,6 +172,21 @@ class Butterfly(Adapter):
         keep = torch.rand(factors.shape[:2], device=factors.device) >= self.dropout
         identity = torch.eye(factors.shape[-1], device=factors.device, dtype=factors.dtype)
         return torch.where(keep[..., None, None], factors, identity)
+
+
+def reach(factors: Tensor) -> int:
+    """How many inputs in a row the product of ``factors`` [m, D, b, b] mixes: b 2^(m-1)."""
+    return int(factors.shape[-1]) << len(factors) - 1
+
+
+def product(factors: Tensor) -> Tensor:
+    """The blocks [d / n, n, n] of ``B_(m-1) .. B_0``, which is block-diagonal with n = :func:`reach`."""
+    m, count, b = factors.shape[:3]
+    n, d = reach(factors), count * b
+    if m == 1:
+        return factors[0]
+    rows = torch.eye(n, device=factors.device, dtype=factors.dtype).repeat(1, d // n)
+    return blocks_of(turn_input(rows, factors), d // n)
 
 
 def turn_input(x: Tensor, factors: Tensor) -> Tensor:

@@ -28,10 +28,10 @@ from visiontune.adapters._cayley import Bank, Cache, make_banks
 from visiontune.adapters._layers import CONVOLUTIONS, compute_dtype, fan_in, masters
 from visiontune.adapters._rotate import (
     kept_linear,
-    multiply,
     rotate_channels,
     rotate_input,
     rotate_weight,
+    rotated,
     rotated_linear,
 )
 from visiontune.adapters.base import Adapter, Beneath, Method
@@ -224,19 +224,19 @@ class Rotation(Adapter):
         bias = None if layer.bias is None else layer.bias.to(dtype)
         if not keep:
             return rotated_linear(x.to(dtype), self.rotation(scale, dtype), layer.weight.to(dtype), bias)
-        through, inverse = (parts[self.index] for parts in self.bank.through(scale, dtype))
-        kept = self._kept(layer.weight, inverse)
+        through = self.bank.through(scale, dtype)[self.index]
+        kept = self._kept(layer.weight, through)
         return kept_linear(x.to(dtype), through.expand(self.blocks, -1, -1), kept, bias)
 
-    def _kept(self, w: Tensor, inverse: Tensor) -> Tensor:
+    def _kept(self, w: Tensor, rotation: Tensor) -> Tensor:
         """``W R^T``, made once for a version of both."""
-        # The value holds `inverse`, so that no other tensor can come by its id.
-        key = (id(inverse), id(w), w._version, w.data_ptr())
-        return self.kept.get(key, lambda: (self._rotated(w, inverse), inverse))[0]
+        # The value holds `rotation`, so that no other tensor can come by its id.
+        key = (id(rotation), id(w), w._version, w.data_ptr())
+        return self.kept.get(key, lambda: (self._rotated(w, rotation), rotation))[0]
 
-    def _rotated(self, w: Tensor, inverse: Tensor) -> Tensor:
+    def _rotated(self, w: Tensor, rotation: Tensor) -> Tensor:
         with torch.inference_mode(False), torch.no_grad():
-            return multiply(w.to(inverse.dtype), inverse.expand(self.blocks, -1, -1))
+            return rotated(w.to(rotation.dtype), rotation.expand(self.blocks, -1, -1))
 
     def _weight_side(self, tokens: int, beneath: Beneath) -> bool:
         """Rotating the weight costs ``out`` rows, rotating the input ``tokens`` rows."""
