@@ -14,6 +14,7 @@ from torch import Tensor
 from visiontune.core import Condition, Request
 from visiontune.diffusion.samplers import make_sampler, sampler_names
 from visiontune.diffusion.schedule import Schedule
+from visiontune.errors import UserError
 from visiontune.models.base import dtype_of, require
 from visiontune.models.pipeline import PipelineModel, own_generator
 
@@ -43,6 +44,11 @@ class DiffusionModel(PipelineModel):
         own = self.vae.config
         self.latent_channels = int(own["latent_channels"] if "latent_channels" in own else own["z_dim"])
         self._shift, self._scale = _latent_affine(self.vae.config)
+
+    def check_steps(self, steps: int) -> None:
+        super().check_steps(steps)
+        if steps < 2 and self.pipe.scheduler.config.get("shift_terminal"):
+            raise UserError("one sampling step is both ends of a noise schedule with shift_terminal: take two or more")
 
     # -- shape, scale and grid ----------------------------------------------------------------------------------
 
