@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 
 from torch import nn
@@ -23,6 +24,8 @@ PRESETS: dict[str, tuple[str, ...]] = {
 }
 _TYPES: dict[str, type[nn.Module]] = {"Linear": nn.Linear, "Embedding": nn.Embedding}
 _TYPES |= {kind.__name__: kind for kind in (*CONVOLUTIONS, *NORMS)}
+# `unet:Linear`: the layers of one component, which presets of several need.
+_SCOPED = re.compile(r"([a-z_0-9]+):(.+)")
 _REGEX_CHARACTERS = set("*+?[](){}^$|\\")
 
 
@@ -135,6 +138,9 @@ def _usable(module: nn.Module, supported: tuple[type[nn.Module], ...]) -> bool:
 
 
 def _matches(pattern: str, component: str, name: str, module: nn.Module) -> bool:
+    if (scoped := _SCOPED.fullmatch(pattern)) is not None:
+        # With one component alone nobody has named it.
+        return component in ("", scoped[1]) and _matches(scoped[2], component, name, module)
     if pattern in _TYPES:
         return isinstance(module, _TYPES[pattern])
     full = f"{component}.{name}" if component else name

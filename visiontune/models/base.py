@@ -77,14 +77,17 @@ class Model(ABC):
         return {name: networks[name] for name in self.names(parts)}
 
     def presets(self, parts: Iterable[str] | None = None) -> dict[str, tuple[str, ...]]:
-        """Target presets for some networks: the patterns of their roles and of no others."""
-        names = set(self.names(parts))
-        concerned = [
-            self.TARGETS[role] for role, own in self.roles().items() if role in self.TARGETS and names & {*own}
-        ]
-        presets = dict.fromkeys(preset for targets in concerned for preset in targets)
+        """Target presets for some networks: to each the patterns of its role, as `network:pattern`."""
+        names = self.names(parts)
+        concerned = {
+            name: self.TARGETS[role]
+            for role, own in self.roles().items()
+            for name in own
+            if role in self.TARGETS and name in names
+        }
+        presets = dict.fromkeys(preset for targets in concerned.values() for preset in targets)
         return {
-            preset: tuple(dict.fromkeys(pattern for targets in concerned for pattern in targets.get(preset, ())))
+            preset: tuple(f"{name}:{p}" for name, targets in concerned.items() for p in targets.get(preset, ()))
             for preset in presets
         }
 
