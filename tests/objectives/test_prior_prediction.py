@@ -31,7 +31,9 @@ DATA = DataConfig(root="none", class_noun="dog")
 def adapted(model, amount: float = 0.0):
     """Changes of all weights of the denoiser and the text encoder, moved off the identity by ``amount``."""
     model.encoder = nn.Sequential(model.encoder)  # layers are adapted by their names, and a root has none
-    made = adapters.attach(model.of("denoiser", "text"), "dense", targets="all", presets=model.presets(["denoiser", "text"]))
+    made = adapters.attach(
+        model.of("denoiser", "text"), "dense", targets="all", presets=model.presets(["denoiser", "text"])
+    )
     move(made, amount)
     return made
 

@@ -1,0 +1,159 @@
+"""Train the transformer of pocket-flow, a Stable Diffusion 3 in small, on latents of the pocket world.
+
+    python pipelines/pretrain/text_to_flow.py --out runs/pretrain/flow
+
+The text encoders are those of pocket-sd and pocket-clip as they are, of which the second tells apart what stands on
+which side; the VAE is pocket-sd's. What is trained is an MMDiT of 7 million parameters on 8 x 8 patches, by flow
+matching with logit-normal times (Esser et al., 2024, arXiv 2403.03206). Scenes of two objects come in twins, equal but
+for their relation and seen through the same noise; a part of the single objects has a second colour and a pattern, as
+the subjects of fine-tuning will. Run it again to go on after an interruption. The finished pipeline lands in
+``<out>/model``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+from pathlib import Path
+
+import numpy as np
+import torch
+from diffusers import FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
+from PIL import Image
+from ship import ASSETS
+from text_to_image import DROPOUT, latents_of, training_captions, training_scenes
+from torch import nn
+from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+
+from visiontune.models import load
+from visiontune.pocket.oracle import matches
+from visiontune.pocket.scenes import stream
+from visiontune.training.pretrain import fit
+
+KINDS = {"one": 0.4, "two": 0.4, "many": 0.1, "three": 0.1}
+PATTERNS = 0.35
+HEADS, HEAD, LAYERS = 5, 32, 8
+
+
+def encoders(text: CLIPTextModel) -> tuple[CLIPTextModelWithProjection, CLIPTextModelWithProjection]:
+    """That of pocket-sd, whose end token goes through as it is, and that of pocket-clip."""
+    config = copy.deepcopy(text.config)
+    config.projection_dim = config.hidden_size
+    first = CLIPTextModelWithProjection(config)
+    missing, unexpected = first.load_state_dict({f"text_model.{k}": v for k, v in text.state_dict().items()}, False)
+    assert missing == ["text_projection.weight"] and not unexpected
+    nn.init.eye_(first.text_projection.weight)
+    second = CLIPTextModelWithProjection.from_pretrained(ASSETS / "pocket-clip", dtype=torch.float32)
+    return first.eval().requires_grad_(False), second.eval().requires_grad_(False)
+
+
+def build(first: CLIPTextModelWithProjection, second: CLIPTextModelWithProjection) -> SD3Transformer2DModel:
+    """The transformer for what the two give."""
+    return SD3Transformer2DModel(
+        sample_size=16,
+        patch_size=2,
+        in_channels=4,
+        out_channels=4,
+        num_layers=LAYERS,
+        attention_head_dim=HEAD,
+        num_attention_heads=HEADS,
+        joint_attention_dim=first.config.hidden_size + second.config.hidden_size,
+        caption_projection_dim=HEADS * HEAD,
+        pooled_projection_dim=first.config.projection_dim + second.config.projection_dim,
+        pos_embed_max_size=16,
+        qk_norm="rms_norm",
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("runs/pretrain/flow"))
+    parser.add_argument("--scenes", type=int, default=50_000)
+    parser.add_argument("--steps", type=int, default=8000)
+    parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--lr", type=float, default=1e-3)
+    parser.add_argument("--probe-every", type=int, default=1000)
+    args = parser.parse_args()
+    torch.manual_seed(0)
+    args.out.mkdir(parents=True, exist_ok=True)
+    base = load("pocket/sd").pipe
+    base.vae.register_to_config(shift_factor=0.0)  # which the pipeline of Stable Diffusion 3 wants to know
+    first, second = encoders(base.text_encoder)
+    transformer = build(first, second)
+    scenes = training_scenes(args.scenes, KINDS, 41, PATTERNS)
+    file = args.out / "latents.pt"
+    if not file.exists():
+        torch.save(latents_of(scenes, base.vae), file)
+    latents = torch.load(file, weights_only=True)
+
+    def pipeline(trained: nn.Module) -> StableDiffusion3Pipeline:
+        tokenizer: CLIPTokenizer = base.tokenizer
+        made = StableDiffusion3Pipeline(
+            transformer=trained,
+            scheduler=FlowMatchEulerDiscreteScheduler(shift=1.0),
+            vae=base.vae,
+            text_encoder=first,
+            tokenizer=tokenizer,
+            text_encoder_2=second,
+            tokenizer_2=tokenizer,
+            text_encoder_3=None,
+            tokenizer_3=None,
+        )
+        made.set_progress_bar_config(disable=True)
+        return made
+
+    reading = pipeline(transformer)
+
+    @torch.no_grad()
+    def read(prompts: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
+        tokens, _, pooled, _ = reading.encode_prompt(prompts, None, None, do_classifier_free_guidance=False)
+        return tokens, pooled
+
+    def loss_at(step: int) -> dict[str, torch.Tensor]:
+        draw, generator = np.random.default_rng([42, step]), torch.Generator().manual_seed(step)
+        start = 2 * draw.integers(len(scenes) // 2, size=args.batch // 2)
+        rows = np.stack([start, start + 1], 1).ravel()
+        pairs = [scenes[i] for i in rows]
+        captions = training_captions(pairs, [45, step])
+        empty = (torch.rand(args.batch // 2, generator=generator) < DROPOUT).repeat_interleave(2)
+        tokens, pooled = read(["" if e else caption for e, caption in zip(empty, captions, strict=True)])
+        x_0 = latents[rows].float()
+        eps = torch.randn(x_0.shape, generator=generator)
+        sigma = torch.sigmoid(torch.randn(args.batch, generator=generator))
+        twins = torch.tensor([scene.relation is not None for scene in pairs[::2]])
+        eps[1::2][twins], sigma[1::2][twins] = eps[::2][twins], sigma[::2][twins]
+        level = sigma.view(-1, 1, 1, 1)
+        predicted = transformer(
+            (1 - level) * x_0 + level * eps,
+            encoder_hidden_states=tokens,
+            pooled_projections=pooled,
+            timestep=1000 * sigma,
+            return_dict=False,
+        )[0]
+        return {"loss": (predicted - (eps - x_0)).square().mean()}
+
+    def probe(averaged: nn.Module, step: int) -> None:
+        if step % args.probe_every and step != args.steps:
+            return
+        pipe = pipeline(averaged)
+        pipe.save_pretrained(args.out / "model")
+        pictures, verdict = [], {}
+        for kind in ("one", "two", "three"):
+            pairs = stream(77, kind, holdout=True)
+            prompts = [next(pairs)[1] for _ in range(40)]
+            generator = torch.Generator().manual_seed(0)
+            images = pipe(
+                prompts, num_inference_steps=25, guidance_scale=4.0, height=64, width=64, generator=generator,
+                output_type="np",
+            ).images  # fmt: skip
+            arrays = (images * 255).round().astype(np.uint8)
+            verdict[kind] = float(np.mean([matches(a, p) for a, p in zip(arrays, prompts, strict=True)]))
+            pictures.append(np.concatenate([np.concatenate(arrays[i : i + 10], 1) for i in range(0, 40, 10)]))
+        print(f"step {step}: prompt accuracy {verdict}", flush=True)
+        Image.fromarray(np.concatenate(pictures)).save(args.out / f"samples-{step:05d}.png")
+
+    fit(transformer, loss_at, steps=args.steps, lr=args.lr, folder=args.out, warmup=300, ema=0.999, probe=probe)
+
+
+if __name__ == "__main__":
+    main()
