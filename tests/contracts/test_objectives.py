@@ -286,7 +286,7 @@ def test_the_loss_is_finite_and_the_same_for_the_same_seed(case, tmp_path):
 @pytest.mark.parametrize("parts", [None, ["denoiser", "text"]])
 def test_the_gradient_reaches_what_is_trained_and_nothing_else(case, adapter, parts, tmp_path):
     if parts and not case.needs.text:
-        with pytest.raises(UserError, match="take text encoders out"):
+        with pytest.raises(UserError, match="take text encoders and trigger out"):
             trainer(case, tmp_path, adapter=adapter, parts=parts)
         return
     run = trainer(case, tmp_path, adapter=adapter, parts=parts)

@@ -98,6 +98,7 @@ def test_lists_may_grow_but_not_change(tmp_path: Path) -> None:
         {"prompt": 5},
         {"index": "x"},
         {"seed": []},
+        {"threads": "4"},
         {"settings": 5},
         "[" * 100_000,
         '{"file": "\\ud800", "prompt": ""}',

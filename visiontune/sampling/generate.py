@@ -125,7 +125,7 @@ def _threads(
     threads = Threads(model.device, size)
     first = batches[0]
     if finished:
-        threads.load_state_dict({"count": next(iter(finished.values())) or before})
+        threads.load_state_dict({"count": max(next(iter(finished.values())), 0) or before})
     elif len(batches) * config.steps >= _WORTH_TRYING:
         one = replace(config, steps=1)
         threads.choose(lambda: _pixels(one, model, first))

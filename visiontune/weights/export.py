@@ -120,10 +120,11 @@ def export(
         raise UserError(f"{error}: {_mend(changes, job)}") from error
     if kind == "merged":
         return writer.write(changes, Path(path), job)
-    words.check(changes)
-    at = words.places(changes, Path(path))
+    found = changes.words()
+    words.check(found)
+    at = words.places(found, Path(path))
     done = writer.write(changes, Path(path), job)
-    done.notes += words.write(changes, at, dtype)
+    done.notes += words.write(found, at, dtype)
     return done
 
 

@@ -7,47 +7,50 @@ one for each, under the names that ComfyUI and A1111 know.
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from visiontune import files
 from visiontune.errors import UserError
 from visiontune.weights._factors import save_tensors
-from visiontune.weights._sets import Changes
 
+# As `Changes.words` gives them: word -> component -> rows.
+Words = Mapping[str, Mapping[str, Tensor]]
 _ENCODERS = {"text_encoder": "clip_l", "text_encoder_2": "clip_g"}
 
 
-def places(changes: Changes, path: Path) -> dict[str, Path]:
+def places(words: Words, path: Path) -> dict[str, Path]:
     """Word -> the file that it is written to, beside ``path``.
 
     Raises:
         UserError: something is there.
     """
     found = {}
-    for word in changes.words():
+    for word in words:
         name = re.sub(r"[^\w-]", "_", word)
         found[word] = path.with_name(f"{path.stem}-{name}.safetensors")
         files.check_new(found[word])
     return found
 
 
-def check(changes: Changes) -> None:
+def check(words: Words) -> None:
     """Refuse words of encoders that no tool has a name for.
 
     Raises:
         UserError: naming the encoder.
     """
-    for tensors in changes.words().values():
+    for tensors in words.values():
         if len(tensors) > 1 and (strange := sorted(tensors.keys() - _ENCODERS.keys())):
             raise UserError(f"other tools have no name for words of '{strange[0]}': export as merged")
 
 
-def write(changes: Changes, at: dict[str, Path], dtype: torch.dtype) -> list[str]:
+def write(words: Words, at: Mapping[str, Path], dtype: torch.dtype) -> list[str]:
     """Write each word, and say how it is used."""
     notes = []
-    for word, own in changes.words().items():
+    for word, own in words.items():
         tensors = {_ENCODERS.get(name, name) if len(own) > 1 else word: rows for name, rows in own.items()}
         save_tensors({key: rows.to(dtype) for key, rows in tensors.items()}, at[word], {"format": "pt"})
         use = f"load_textual_inversion('{at[word]}', token='{word}')" if len(own) == 1 else "each with its encoder"
