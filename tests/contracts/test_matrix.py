@@ -1,0 +1,56 @@
+"""An adapter, an objective and a family, from the recipe to pictures: each of their names in at least one cell.
+
+`benchmarks/matrix.py` runs many more.
+"""
+
+from __future__ import annotations
+
+import pytest
+from cells import ACTIONS, FAMILIES, YES, Cell, covering, refusal, run
+from workshop import Workshop
+
+from visiontune import plugin
+
+ADAPTERS = plugin.names("adapters")
+# A diagonal of the table of adapters and families.
+SELECTION = [c for c in covering() if ADAPTERS.index(c.adapter) % len(FAMILIES) == FAMILIES.index(c.family)]
+
+
+@pytest.fixture(scope="module")
+def shops(tmp_path_factory):
+    made = {}
+
+    def shop(family: str) -> Workshop:
+        if family not in made:
+            made[family] = Workshop(family, tmp_path_factory.mktemp(family))
+        return made[family]
+
+    return shop
+
+
+@pytest.mark.parametrize("cell", SELECTION, ids=str)
+def test_a_cell_is_trained_resumed_exported_and_sampled(cell, shops):
+    found = run(cell, shops(cell.family))
+    assert found.keys() == {*ACTIONS}
+    assert all(line.startswith(YES) for line in found.values()), found
+
+
+def test_every_name_is_in_a_cell():
+    assert {c.adapter for c in SELECTION} == {*ADAPTERS}
+    assert {c.objective for c in SELECTION} == {*plugin.names("objectives")}
+    assert {c.family for c in SELECTION} == {*FAMILIES}
+
+
+def test_the_covering_has_every_two_that_go_together():
+    cells = list(covering())
+    pairs = {(c.adapter, c.family) for c in cells} | {(c.objective, c.family) for c in cells}
+    pairs |= {(c.adapter, c.objective) for c in cells}
+    objectives = plugin.names("objectives")
+    assert pairs >= {(a, f) for a in ADAPTERS for f in FAMILIES}
+    assert pairs >= {(o, f) for o in objectives for f in FAMILIES if refusal(o, f) is None}
+    assert pairs >= {(a, o) for a in ADAPTERS for o in objectives}
+
+
+def test_an_objective_that_a_family_does_not_take_is_refused_in_every_action(shops):
+    found = run(Cell("lora", "ddpo", "amused"), shops("amused"))
+    assert len({*found.values()}) == 1 and "amused" in found["train"]
