@@ -7,13 +7,29 @@ from __future__ import annotations
 
 import pytest
 from cells import ACTIONS, FAMILIES, YES, Cell, covering, refusal, run
+from contracts.declared import declared
 from workshop import Workshop
 
 from visiontune import plugin
 
-ADAPTERS = plugin.names("adapters")
-# A diagonal of the table of adapters and families.
-SELECTION = [c for c in covering() if ADAPTERS.index(c.adapter) % len(FAMILIES) == FAMILIES.index(c.family)]
+ADAPTERS, OBJECTIVES = plugin.names("adapters"), plugin.names("objectives")
+
+
+def selected(adapter: str) -> Cell:
+    """About a diagonal of the table of adapters and families; those that look at the task first need one with data."""
+    at = ADAPTERS.index(adapter)
+    cells = {c.family: c for c in covering() if c.adapter == adapter}
+    turned = [cells[FAMILIES[(at + step) % len(FAMILIES)]] for step in range(len(FAMILIES))]
+    planned = declared()[adapter].plan_options is not None
+    return next(c for c in turned if not (planned and online(c.objective)))
+
+
+def online(objective: str) -> bool:
+    module = plugin.load("objectives", objective)
+    return module.build(module.Config()).needs.online
+
+
+SELECTION = [selected(adapter) for adapter in ADAPTERS]
 
 
 @pytest.fixture(scope="module")
@@ -31,13 +47,15 @@ def shops(tmp_path_factory):
 @pytest.mark.parametrize("cell", SELECTION, ids=str)
 def test_a_cell_is_trained_resumed_exported_and_sampled(cell, shops):
     found = run(cell, shops(cell.family))
-    assert found.keys() == {*ACTIONS}
-    assert all(line.startswith(YES) for line in found.values()), found
+    exported = found.pop("export")
+    assert found == {action: YES for action in ACTIONS if action != "export"}
+    # A bias for layers without one, as SSF has, fits into no file of another tool.
+    assert exported.startswith(YES) or "only visiontune can use it" in exported
 
 
 def test_every_name_is_in_a_cell():
     assert {c.adapter for c in SELECTION} == {*ADAPTERS}
-    assert {c.objective for c in SELECTION} == {*plugin.names("objectives")}
+    assert {c.objective for c in SELECTION} == {*OBJECTIVES}
     assert {c.family for c in SELECTION} == {*FAMILIES}
 
 
@@ -45,10 +63,9 @@ def test_the_covering_has_every_two_that_go_together():
     cells = list(covering())
     pairs = {(c.adapter, c.family) for c in cells} | {(c.objective, c.family) for c in cells}
     pairs |= {(c.adapter, c.objective) for c in cells}
-    objectives = plugin.names("objectives")
     assert pairs >= {(a, f) for a in ADAPTERS for f in FAMILIES}
-    assert pairs >= {(o, f) for o in objectives for f in FAMILIES if refusal(o, f) is None}
-    assert pairs >= {(a, o) for a in ADAPTERS for o in objectives}
+    assert pairs >= {(o, f) for o in OBJECTIVES for f in FAMILIES if refusal(o, f) is None}
+    assert pairs >= {(a, o) for a in ADAPTERS for o in OBJECTIVES}
 
 
 def test_an_objective_that_a_family_does_not_take_is_refused_in_every_action(shops):
