@@ -296,7 +296,8 @@ def test_presets_choose_their_kind_of_layer_in_every_network(model):
         every = sum(isinstance(m, nn.Linear | nn.Conv2d) for root in modules.values() for m in root.modules())
         assert 0 < counts["attention"] < counts["attention+ff"] <= counts["all"] <= every
         # Text encoders may have heads and towers that no prompt passes through.
-        assert counts["all"] == every or not {*names} <= {*denoisers}
+        idle = sum(layer.partition(".")[0] in names for layer in model.idle())
+        assert counts["all"] == every - idle or not {*names} <= {*denoisers}
     assert model.names() == tuple(denoisers)
     found = [m for name in denoisers for m in model.networks()[name].modules() if isinstance(m, nn.Conv2d)]
     if found:
@@ -304,6 +305,18 @@ def test_presets_choose_their_kind_of_layer_in_every_network(model):
         assert len(convolutions.layers) == len(found)
         convolutions.detach()
     assert bool(model.presets()["conv"]) == bool(found) and not model.presets(text)["conv"]
+
+
+def test_what_presets_leave_out_is_what_takes_no_part_in_a_prediction(model):
+    layers = {
+        f"{name}.{inner}": layer
+        for name, network in model.of("denoiser").items()
+        for inner, layer in network.requires_grad_(True).named_modules()
+        if isinstance(layer, nn.Linear | nn.Conv2d)
+    }
+    model.predict(noise(model), somewhere(model), model.embed(PROMPTS)).square().mean().backward()
+    unread = {name for name, layer in layers.items() if layer.weight.grad is None or not layer.weight.grad.any()}
+    assert {*model.idle()} == unread
 
 
 def test_fingerprint_tells_weights_apart(model, request):

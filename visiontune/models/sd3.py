@@ -68,6 +68,9 @@ class StableDiffusion3(DiffusionModel):
             steps, mu=calculate_mu(height * width, {"max_shift": 1.16, **self.schedule.spacing.config})
         )
 
+    def idle(self) -> tuple[str, ...]:
+        return (f"transformer.transformer_blocks.{len(self.denoiser.transformer_blocks) - 1}.attn.add_q_proj",)
+
     def _embed(self, prompts: list[str]) -> Condition:
         tokens, _, pooled, _ = self.pipe.encode_prompt(
             prompts,
