@@ -149,19 +149,28 @@ class PipelineModel(Model):
 
     # -- text ---------------------------------------------------------------------------------------------------
 
-    def embed(self, prompts: Sequence[str]) -> Condition:
-        """Encode prompts as the stock pipeline does; differentiable where a text encoder requires gradients."""
+    def embed(self, prompts: Sequence[str], *, negative: bool = False) -> Condition:
+        """Encode prompts as the stock pipeline does; differentiable where a text encoder requires gradients.
+
+        Args:
+            negative: whether they are what it guides away from, which a few pipelines encode otherwise.
+        """
         self.reader.say(prompts)
         with self.autocast(), quiet():
-            return self._embed(list(prompts)).to(self.device)
+            encode = self._embed_negative if negative else self._embed
+            return encode(list(prompts)).to(self.device)
 
     @abstractmethod
     def _embed(self, prompts: list[str]) -> Condition:
         """`embed`, on whatever device the text encoders are."""
 
+    def _embed_negative(self, prompts: list[str]) -> Condition:
+        """`embed` of negative prompts."""
+        return self._embed(prompts)
+
     def unconditional(self, count: int) -> Condition:
         """What the stock pipeline guides away from when no negative prompt is given, `count` times."""
-        return self.embed([""] * count)
+        return self.embed([""] * count, negative=True)
 
     # -- pictures -----------------------------------------------------------------------------------------------
 
