@@ -146,7 +146,7 @@ def test_a_negative_prompt_is_what_the_stock_pipeline_guides_away_from(model):
     final = rollout(
         model,
         model.embed(PROMPTS),
-        uncond=model.embed(negatives),
+        uncond=model.embed(negatives, negative=True),
         guidance=guidance,
         chain=STEPS,
         start=Start(latents=noise(model, size)),
