@@ -28,6 +28,7 @@ from visiontune.errors import UserError
 from visiontune.models import families
 from visiontune.models.diffusion import DiffusionModel
 from visiontune.models.pipeline import PipelineModel, own_generator
+from visiontune.models.words import rows_of
 
 PROMPTS = ["a red circle above a blue square", "green triangle"]
 STEPS = 3
@@ -190,6 +191,17 @@ def test_a_prompt_reads_the_same_beside_a_longer_one(model):
         alone = model.predict(x_t[row : row + 1], t[row : row + 1], model.embed([prompt]))
         torch.testing.assert_close(together[row : row + 1], alone, rtol=0, atol=1e-5)
     assert not torch.allclose(model.predict(x_t, t, model.embed(prompts[::-1])), together, atol=1e-3)
+
+
+def test_the_rows_of_a_word_are_those_that_prompts_with_it_read(model):
+    prompts = ["a green circle", "a red circle"]
+    before = model.embed(prompts)
+    with torch.no_grad():
+        for layer, words, kept in rows_of(model, "green", "circle").values():
+            assert kept and kept.isdisjoint(words["green"])
+            layer.weight[words["green"]] += 1
+    moved = (model.embed(prompts).tokens - before.tokens).flatten(1).abs().amax(1)
+    assert moved[0] > 1e-3 and moved[1] == 0
 
 
 def test_guidance_extrapolates_from_the_unconditional_prediction(model):
