@@ -15,9 +15,9 @@ from torch import Tensor
 from visiontune.core import Condition, Request
 from visiontune.diffusion.guidance import CFG, NO_GUIDANCE, Guidance, PatchLengthCFG
 from visiontune.diffusion.schedule import calculate_mu, evenly
+from visiontune.models._frames import OneFrame
 from visiontune.models._text import DECODER
 from visiontune.models.base import Presets, require
-from visiontune.models.diffusion import DiffusionModel
 from visiontune.models.words import Reader
 
 _PATCH = 2
@@ -25,7 +25,7 @@ _TOKENS = 512
 _ATTENTION = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
 
 
-class QwenImage(DiffusionModel):
+class QwenImage(OneFrame):
     """`QwenImagePipeline`; its Condition has `tokens` and `mask`."""
 
     family = "qwen_image"
@@ -58,14 +58,6 @@ class QwenImage(DiffusionModel):
         return tuple(
             f"{last}.{own}" for own in ("attn.add_q_proj", "attn.to_add_out", "txt_mlp.net.0.proj", "txt_mlp.net.2")
         )
-
-    # -- pixels -------------------------------------------------------------------------------------------------
-
-    def moments(self, pixels: Tensor) -> Tensor:
-        return super().moments(pixels.unsqueeze(2)).squeeze(2)
-
-    def decode(self, latents: Tensor) -> Tensor:
-        return super().decode(latents.unsqueeze(2)).squeeze(2)
 
     def chain(self, steps: int, shape: Sequence[int]) -> tuple[Tensor, Tensor]:
         height, width = (side // _PATCH for side in shape[-2:])
