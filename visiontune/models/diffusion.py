@@ -63,7 +63,20 @@ class DiffusionModel(PipelineModel):
         Args:
             shape: [c, (f), h, w] of the latents, by which some families shift their steps.
         """
-        return self.schedule.timesteps(steps)
+        return self.schedule.timesteps(steps, mu=self.mu(shape, steps))
+
+    def mu(self, shape: Sequence[int], steps: int | None = None) -> float | None:
+        """The shift by resolution that the family's pipeline tells its sampler; None where it tells none.
+
+        Args:
+            shape: [c, (f), h, w] of the latents.
+            steps: of the sampler, by which one family shifts too; None in training, which has none.
+        """
+        return None
+
+    def sampling_shift(self, shape: Sequence[int]) -> float:
+        """k of the shift by which the family's own sampler moves its steps at latents [c, (f), h, w]; 1 for none."""
+        return self.schedule.sampling_shift(self.mu(shape))
 
     def to_latents(self, z: Tensor) -> Tensor:
         """What the denoiser works on, of what the VAE gives: (z - shift) scale, a number or one for each channel."""

@@ -57,9 +57,11 @@ class Flux(DiffusionModel):
         self.resolution = int(self.vae.config.sample_size)
 
     def chain(self, steps: int, shape: Sequence[int]) -> tuple[Tensor, Tensor]:
+        return self.schedule.timesteps(steps, mu=self.mu(shape), sigmas=evenly(steps))
+
+    def mu(self, shape: Sequence[int], steps: int | None = None) -> float:
         height, width = (side // _PATCH for side in shape[-2:])
-        mu = calculate_mu(height * width, self.schedule.spacing.config)
-        return self.schedule.timesteps(steps, mu=mu, sigmas=evenly(steps))
+        return calculate_mu(height * width, self.schedule.spacing.config)
 
     def guidance(self, scale: float) -> Guidance:
         return Embedded(scale=scale) if self.embedded else super().guidance(scale)

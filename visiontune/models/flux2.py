@@ -24,6 +24,8 @@ from visiontune.models.words import Reader
 
 _PATCH = 2
 _TOKENS = 512
+# The number of steps at which its pipeline's shift is FLUX.1's, that of training.
+_MANY_STEPS = 200
 # Single blocks have one layer for queries, keys, values and the feed-forward, and one out of both.
 _SINGLE = ("to_qkv_mlp_proj", r"single_transformer_blocks\.\d+\.attn\.to_out")
 _ATTENTION = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out", *_SINGLE)
@@ -77,8 +79,10 @@ class Flux2(DiffusionModel):
         return norm.running_mean.view(1, -1, 1, 1).to(like), std.view(1, -1, 1, 1).to(like)
 
     def chain(self, steps: int, shape: Sequence[int]) -> tuple[Tensor, Tensor]:
-        mu = compute_empirical_mu(shape[-2] * shape[-1], steps)
-        return self.schedule.timesteps(steps, mu=mu, sigmas=evenly(steps))
+        return self.schedule.timesteps(steps, mu=self.mu(shape, steps), sigmas=evenly(steps))
+
+    def mu(self, shape: Sequence[int], steps: int | None = None) -> float:
+        return compute_empirical_mu(shape[-2] * shape[-1], _MANY_STEPS if steps is None else steps)
 
     # -- prompts and guidance -----------------------------------------------------------------------------------
 

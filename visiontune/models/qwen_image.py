@@ -62,9 +62,11 @@ class QwenImage(DiffusionModel):
         return super().decode(latents.unsqueeze(2)).squeeze(2)
 
     def chain(self, steps: int, shape: Sequence[int]) -> tuple[Tensor, Tensor]:
+        return self.schedule.timesteps(steps, mu=self.mu(shape), sigmas=evenly(steps))
+
+    def mu(self, shape: Sequence[int], steps: int | None = None) -> float:
         height, width = (side // _PATCH for side in shape[-2:])
-        mu = calculate_mu(height * width, self.schedule.spacing.config)
-        return self.schedule.timesteps(steps, mu=mu, sigmas=evenly(steps))
+        return calculate_mu(height * width, self.schedule.spacing.config)
 
     # -- prompts and guidance -----------------------------------------------------------------------------------
 

@@ -61,12 +61,10 @@ class StableDiffusion3(DiffusionModel):
             raise UserError(f"height and width must be at most {longest}, not {sides[0]} and {sides[1]}")
         return sides
 
-    def chain(self, steps: int, shape: Sequence[int]) -> tuple[Tensor, Tensor]:
+    def mu(self, shape: Sequence[int], steps: int | None = None) -> float:
         height, width = (side // self._patch for side in shape[-2:])
         # The stock pipeline's own default differs from that of others.
-        return self.schedule.timesteps(
-            steps, mu=calculate_mu(height * width, {"max_shift": 1.16, **self.schedule.spacing.config})
-        )
+        return calculate_mu(height * width, {"max_shift": 1.16, **self.schedule.spacing.config})
 
     def _embed(self, prompts: list[str]) -> Condition:
         tokens, _, pooled, _ = self.pipe.encode_prompt(
