@@ -17,6 +17,7 @@ from visiontune.core import Condition, Request
 from visiontune.diffusion.guidance import CFG, Embedded, Guidance
 from visiontune.diffusion.schedule import calculate_mu, evenly
 from visiontune.models._text import CLIP_AND_T5
+from visiontune.models._time import exact_time
 from visiontune.models.base import Presets, require
 from visiontune.models.diffusion import DiffusionModel
 from visiontune.models.words import Reader
@@ -77,16 +78,18 @@ class Flux(DiffusionModel):
             raise ValueError("FLUX needs the pooled text vector: make the Condition with embed()")
         rows, (height, width) = len(x_t), (side // _PATCH for side in x_t.shape[-2:])
         told = cond.extra.get("guidance", x_t.new_ones(rows, dtype=torch.float32)) if self.embedded else None
-        packed = self.denoiser(
-            hidden_states=self._stock_latents(x_t),
-            timestep=t / self.schedule.num_train_timesteps,
-            guidance=told,
-            pooled_projections=cond.pooled,
-            encoder_hidden_states=cond.tokens,
-            txt_ids=x_t.new_zeros(cond.tokens.shape[1], 3),
-            img_ids=self.pipe._prepare_latent_image_ids(rows, height, width, x_t.device, x_t.dtype),
-            return_dict=False,
-        )[0]
+        time = t.float() / self.schedule.num_train_timesteps
+        with exact_time(self.denoiser.time_text_embed.time_proj, time * 1000):
+            packed = self.denoiser(
+                hidden_states=self._stock_latents(x_t),
+                timestep=time,
+                guidance=told,
+                pooled_projections=cond.pooled,
+                encoder_hidden_states=cond.tokens,
+                txt_ids=x_t.new_zeros(cond.tokens.shape[1], 3),
+                img_ids=self.pipe._prepare_latent_image_ids(rows, height, width, x_t.device, x_t.dtype),
+                return_dict=False,
+            )[0]
         sides = (side * self.downsample for side in x_t.shape[-2:])
         return self.pipe._unpack_latents(packed, *sides, self.downsample)
 

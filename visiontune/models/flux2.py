@@ -18,6 +18,7 @@ from visiontune.core import Condition, Request
 from visiontune.diffusion.guidance import CFG, Embedded, Guidance
 from visiontune.diffusion.schedule import evenly
 from visiontune.models._text import DECODER, chat_overhead
+from visiontune.models._time import exact_time
 from visiontune.models.base import Presets, require
 from visiontune.models.diffusion import DiffusionModel
 from visiontune.models.words import Reader
@@ -106,13 +107,15 @@ class Flux2(DiffusionModel):
     def _predict(self, x_t: Tensor, t: Tensor, cond: Condition) -> Tensor:
         rows, _, height, width = x_t.shape
         told = cond.extra.get("guidance", x_t.new_ones(rows, dtype=torch.float32)) if self.embedded else None
-        packed = self.denoiser(
-            hidden_states=self.pipe._pack_latents(x_t),
-            timestep=t / self.schedule.num_train_timesteps,
-            guidance=told,
-            encoder_hidden_states=cond.tokens,
-            txt_ids=self.pipe._prepare_text_ids(cond.tokens).to(x_t.device),
-            img_ids=self.pipe._prepare_latent_ids(x_t).to(x_t.device),
-            return_dict=False,
-        )[0]
+        time = t.float() / self.schedule.num_train_timesteps
+        with exact_time(self.denoiser.time_guidance_embed.time_proj, time * 1000):
+            packed = self.denoiser(
+                hidden_states=self.pipe._pack_latents(x_t),
+                timestep=time,
+                guidance=told,
+                encoder_hidden_states=cond.tokens,
+                txt_ids=self.pipe._prepare_text_ids(cond.tokens).to(x_t.device),
+                img_ids=self.pipe._prepare_latent_ids(x_t).to(x_t.device),
+                return_dict=False,
+            )[0]
         return packed.mT.reshape(rows, -1, height, width)

@@ -16,6 +16,7 @@ from visiontune.core import Condition, Request
 from visiontune.diffusion.guidance import CFG, NO_GUIDANCE, Guidance, PatchLengthCFG
 from visiontune.diffusion.schedule import calculate_mu, evenly
 from visiontune.models._text import DECODER
+from visiontune.models._time import exact_time
 from visiontune.models.base import Presets, require
 from visiontune.models.diffusion import DiffusionModel
 from visiontune.models.words import Reader
@@ -90,14 +91,16 @@ class QwenImage(DiffusionModel):
 
     def _predict(self, x_t: Tensor, t: Tensor, cond: Condition) -> Tensor:
         rows, channels, height, width = x_t.shape
-        packed = self.denoiser(
-            hidden_states=self._stock_latents(x_t),
-            timestep=t / self.schedule.num_train_timesteps,
-            encoder_hidden_states=cond.tokens,
-            encoder_hidden_states_mask=None if cond.mask is None or cond.mask.all() else cond.mask,
-            img_shapes=[[(1, height // _PATCH, width // _PATCH)]] * rows,
-            return_dict=False,
-        )[0]
+        time = t.float() / self.schedule.num_train_timesteps
+        with exact_time(self.denoiser.time_text_embed.time_proj, time):  # which multiplies by 1000 itself
+            packed = self.denoiser(
+                hidden_states=self._stock_latents(x_t),
+                timestep=time,
+                encoder_hidden_states=cond.tokens,
+                encoder_hidden_states_mask=None if cond.mask is None or cond.mask.all() else cond.mask,
+                img_shapes=[[(1, height // _PATCH, width // _PATCH)]] * rows,
+                return_dict=False,
+            )[0]
         sides = (side * self.downsample for side in (height, width))
         return self.pipe._unpack_latents(packed, *sides, self.downsample).view(rows, channels, height, width)
 
