@@ -23,6 +23,7 @@ from visiontune.adapters import attach
 from visiontune.core import Condition, Request
 from visiontune.diffusion.dynamics import DDIM
 from visiontune.diffusion.guidance import classifier_free, guided
+from visiontune.diffusion.schedule import shifted
 from visiontune.diffusion.trajectory import Start, Window, rollout
 from visiontune.errors import UserError
 from visiontune.models import families
@@ -356,6 +357,31 @@ def test_low_precision_model_takes_and_gives_float32(model):
     assert model.decode(x_t).dtype == model.encode(torch.zeros(1, 3, *sizes(model)[0])).dtype == torch.float32
     cond = model.embed(PROMPTS)
     assert model.predict(x_t, t, cond).isfinite().all()
+
+
+def test_the_time_that_the_network_is_told_is_not_rounded_to_its_type(model):
+    """In bfloat16 999 and 1000 are one number, as shares too, and so are what a half and one thousandth leave of 1."""
+    pairs = [(998, 999)] if model.schedule.prediction != "flow" else [(999.0, 1000.0), (0.5, 1.0)]
+    cond, x_t = model.embed(PROMPTS[:1] * 2), noise(model)[:1].repeat(2, *[1] * (noise(model).ndim - 1))
+    half = model.at(torch.bfloat16)
+    with torch.no_grad():
+        found = [half.predict(x_t, torch.tensor(pair), cond) for pair in pairs]
+        model.pipe.to(torch.bfloat16)
+        found += [model.predict(x_t, torch.tensor(pair), cond) for pair in pairs]
+    for one, other in found:
+        assert not torch.equal(one, other)
+
+
+def test_training_is_shifted_as_sampling_is(model):
+    """What the shift is undone of is spread evenly, as the pipeline places steps before it."""
+    if model.schedule.prediction == "flow":
+        model.schedule.spacing.register_to_config(shift_terminal=None)
+    for size in (*sizes(model), (4 * model.resolution, 4 * model.resolution)):
+        shape = model.latent_shape(*size)
+        start, _ = model.chain(200, shape)
+        k = model.sampling_shift(shape)
+        places = shifted(start.double() / model.schedule.num_train_timesteps, 1 / k).diff()
+        torch.testing.assert_close(places, places.mean().expand_as(places), rtol=2e-3, atol=1e-6)
 
 
 class TestDraw:

@@ -20,6 +20,7 @@ class PatchModel(DiffusionModel):
     """
 
     DENOISERS = ("transformer",)
+    EVENLY = True
 
     def __init__(self, pipe: Any, source: str = "") -> None:
         super().__init__(pipe, source)

@@ -12,14 +12,13 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-import torch
 from diffusers.models.transformers.transformer_chroma import ChromaSingleTransformerBlock
 from diffusers.models.transformers.transformer_flux import FluxAttnProcessor
 from torch import Tensor, nn
 
 from visiontune.core import Condition
-from visiontune.diffusion.schedule import calculate_mu, evenly
 from visiontune.models._text import ragged
+from visiontune.models._time import exact_time
 from visiontune.models.base import require
 from visiontune.models.diffusion import DiffusionModel
 from visiontune.models.flux import Flux
@@ -35,6 +34,7 @@ class Chroma(DiffusionModel):
     family = "chroma"
     pipeline_classes = ("ChromaPipeline",)
     DENOISERS = ("transformer",)
+    EVENLY = True
     TARGETS = Flux.TARGETS
 
     def __init__(self, pipe: Any, source: str = "") -> None:
@@ -51,10 +51,8 @@ class Chroma(DiffusionModel):
         # It says that it loads adapters of its text encoder too, and then looks for the layers of a CLIP.
         pipe._lora_loadable_modules = ["transformer"]
 
-    def chain(self, steps: int, shape: Sequence[int]) -> tuple[Tensor, Tensor]:
-        height, width = (side // _PATCH for side in shape[-2:])
-        mu = calculate_mu(height * width, self.schedule.spacing.config)
-        return self.schedule.timesteps(steps, mu=mu, sigmas=evenly(steps))
+    def mu(self, shape: Sequence[int], steps: int | None = None) -> float:
+        return self._mu_of_patches(shape, _PATCH)
 
     def _embed(self, prompts: list[str]) -> Condition:
         tokens, _, mask, *_ = self.pipe.encode_prompt(
@@ -70,7 +68,10 @@ class Chroma(DiffusionModel):
         text = None if cond.mask is None or cond.mask.all() else cond.mask
         mask = self.pipe._prepare_attention_mask(rows, height * width, x_t.dtype, text)
         level = t.float() / self.schedule.num_train_timesteps
-        with _mask_in_single_blocks(self.denoiser, mask), _exact_time(self.denoiser, level, x_t.dtype):
+        with (
+            _mask_in_single_blocks(self.denoiser, mask),
+            exact_time(self.denoiser.time_text_embed.time_proj, level * 1000),
+        ):
             packed = self.denoiser(
                 hidden_states=self._stock_latents(x_t),
                 timestep=level,
@@ -117,16 +118,3 @@ def _mask_in_single_blocks(denoiser: Any, mask: Tensor | None) -> Iterator[None]
         yield
     finally:
         denoiser._gradient_checkpointing_func = plain
-
-
-@contextmanager
-def _exact_time(denoiser: Any, level: Tensor, dtype: torch.dtype) -> Iterator[None]:
-    """In the block, the network embeds the time of levels [b] in [0, 1] in float32, and rounds to `dtype` after it."""
-    embedding = denoiser.time_text_embed
-    told = embedding.register_forward_pre_hook(lambda module, given: (level * 1000,))
-    cast = embedding.register_forward_hook(lambda module, given, found: found.to(dtype))
-    try:
-        yield
-    finally:
-        told.remove()
-        cast.remove()

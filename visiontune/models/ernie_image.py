@@ -14,7 +14,6 @@ from torch import Tensor
 
 from visiontune.core import Condition, Request
 from visiontune.diffusion.guidance import Guidance
-from visiontune.diffusion.schedule import evenly
 from visiontune.models._patches import PatchModel
 from visiontune.models._text import DECODER, ragged
 from visiontune.models.base import Presets
@@ -43,9 +42,6 @@ class ErnieImage(PatchModel):
     def __init__(self, pipe: Any, source: str = "") -> None:
         super().__init__(pipe, source)
         require_fixed_shift(pipe.scheduler, self.source)
-
-    def chain(self, steps: int, shape: Sequence[int]) -> tuple[Tensor, Tensor]:
-        return self.schedule.timesteps(steps, sigmas=evenly(steps))
 
     def _least_variance(self) -> float:
         """What the model was trained with, and its pipeline has in its code: the VAE's config says another."""

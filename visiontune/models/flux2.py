@@ -16,13 +16,15 @@ from torch import Tensor
 
 from visiontune.core import Condition, Request
 from visiontune.diffusion.guidance import CFG, Embedded, Guidance
-from visiontune.diffusion.schedule import evenly
 from visiontune.models._patches import PatchModel
 from visiontune.models._text import DECODER, chat_overhead
+from visiontune.models._time import exact_time
 from visiontune.models.base import Presets
 from visiontune.models.words import Reader
 
 _TOKENS = 512
+# The number of steps at which its pipeline's shift is FLUX.1's, that of training.
+_MANY_STEPS = 200
 # Single blocks have one layer for queries, keys, values and the feed-forward, and one out of both.
 _SINGLE = ("to_qkv_mlp_proj", r"single_transformer_blocks\.\d+\.attn\.to_out")
 _ATTENTION = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out", *_SINGLE)
@@ -49,9 +51,8 @@ class Flux2(PatchModel):
         own = {"system": pipe.system_message} if self.embedded else {"enable_thinking": False}
         self.reader = Reader(self.reader.tokenizer, _TOKENS - chat_overhead(pipe.tokenizer, **own))
 
-    def chain(self, steps: int, shape: Sequence[int]) -> tuple[Tensor, Tensor]:
-        mu = compute_empirical_mu(shape[-2] * shape[-1], steps)
-        return self.schedule.timesteps(steps, mu=mu, sigmas=evenly(steps))
+    def mu(self, shape: Sequence[int], steps: int | None = None) -> float:
+        return compute_empirical_mu(shape[-2] * shape[-1], _MANY_STEPS if steps is None else steps)
 
     # -- prompts and guidance -----------------------------------------------------------------------------------
 
@@ -75,13 +76,15 @@ class Flux2(PatchModel):
     def _predict(self, x_t: Tensor, t: Tensor, cond: Condition) -> Tensor:
         rows, _, height, width = x_t.shape
         told = cond.extra.get("guidance", x_t.new_ones(rows, dtype=torch.float32)) if self.embedded else None
-        packed = self.denoiser(
-            hidden_states=self.pipe._pack_latents(x_t),
-            timestep=t / self.schedule.num_train_timesteps,
-            guidance=told,
-            encoder_hidden_states=cond.tokens,
-            txt_ids=self.pipe._prepare_text_ids(cond.tokens).to(x_t.device),
-            img_ids=self.pipe._prepare_latent_ids(x_t).to(x_t.device),
-            return_dict=False,
-        )[0]
+        time = t.float() / self.schedule.num_train_timesteps
+        with exact_time(self.denoiser.time_guidance_embed.time_proj, time * 1000):
+            packed = self.denoiser(
+                hidden_states=self.pipe._pack_latents(x_t),
+                timestep=time,
+                guidance=told,
+                encoder_hidden_states=cond.tokens,
+                txt_ids=self.pipe._prepare_text_ids(cond.tokens).to(x_t.device),
+                img_ids=self.pipe._prepare_latent_ids(x_t).to(x_t.device),
+                return_dict=False,
+            )[0]
         return packed.mT.reshape(rows, -1, height, width)

@@ -103,19 +103,15 @@ class HiDream(DiffusionModel):
                 f"{height}x{width} pixels are {count} patches of {patch}x{patch}, and the model reads {most}: take less"
             )
 
-    @property
-    def _mu(self) -> float:
-        """The shift of its pipeline, which is that of the largest picture for all."""
+    def mu(self, shape: Sequence[int] = (), steps: int | None = None) -> float:
+        # Its pipeline has that of the largest picture for all.
         return calculate_mu(self.denoiser.max_seq, {})
-
-    def chain(self, steps: int, shape: Sequence[int]) -> tuple[Tensor, Tensor]:
-        return self.schedule.timesteps(steps, mu=self._mu)
 
     def sampler(self, name: str) -> Any:
         made = super().sampler(name)
         if isinstance(made, UniPCMultistepScheduler) and made.config.get("use_dynamic_shifting"):
             # Its pipeline tells every scheduler the shift but this one.
-            made.set_timesteps = partial(made.set_timesteps, mu=self._mu)
+            made.set_timesteps = partial(made.set_timesteps, mu=self.mu())
         return made
 
     # -- prompts and the denoiser -------------------------------------------------------------------------------

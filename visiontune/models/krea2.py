@@ -14,7 +14,6 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from visiontune.core import Condition
-from visiontune.diffusion.schedule import calculate_mu, evenly
 from visiontune.models._frames import OneFrame
 from visiontune.models._text import DECODER, ragged
 from visiontune.models.base import Presets, require
@@ -31,6 +30,7 @@ class Krea2(OneFrame):
     family = "krea2"
     pipeline_classes = ("Krea2Pipeline",)
     DENOISERS = ("transformer",)
+    EVENLY = True
     GUIDANCE_OFFSET = 1.0
     TARGETS: ClassVar[Mapping[str, Presets]] = {
         "denoiser": {
@@ -55,12 +55,11 @@ class Krea2(OneFrame):
         self.reader = Reader(pipe.tokenizer, _TOKENS + room - before)
         self.unit = max(self.unit, self.downsample * pipe.patch_size)
 
-    def chain(self, steps: int, shape: Sequence[int]) -> tuple[Tensor, Tensor]:
-        height, width = (side // self.pipe.patch_size for side in shape[-2:])
+    def mu(self, shape: Sequence[int], steps: int | None = None) -> float:
+        if self.pipe.config.is_distilled:
+            return _DISTILLED_MU
         # The stock pipeline's own default differs from that of others.
-        own = {"max_image_seq_len": 6400, **self.schedule.spacing.config}
-        mu = _DISTILLED_MU if self.pipe.config.is_distilled else calculate_mu(height * width, own)
-        return self.schedule.timesteps(steps, mu=mu, sigmas=evenly(steps))
+        return self._mu_of_patches(shape, self.pipe.patch_size, max_image_seq_len=6400)
 
     def _embed(self, prompts: list[str]) -> Condition:
         device = self.pipe.text_encoder.device

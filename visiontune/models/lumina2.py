@@ -14,7 +14,7 @@ from torch import Tensor
 
 from visiontune.core import Condition
 from visiontune.diffusion.guidance import NO_GUIDANCE, Guidance, RowLengthCFG
-from visiontune.diffusion.schedule import calculate_mu, evenly
+from visiontune.diffusion.schedule import calculate_mu
 from visiontune.models._text import DECODER
 from visiontune.models.base import Presets, require
 from visiontune.models.diffusion import DiffusionModel
@@ -32,6 +32,7 @@ class Lumina2(DiffusionModel):
     family = "lumina2"
     pipeline_classes = ("Lumina2Pipeline",)
     DENOISERS = ("transformer",)
+    EVENLY = True
     TARGETS: ClassVar[Mapping[str, Presets]] = {
         "denoiser": {
             "attention": _ATTENTION,
@@ -55,10 +56,9 @@ class Lumina2(DiffusionModel):
         self.resolution = self.downsample * int(config.sample_size)
         self.longest = patch * min(config.axes_lens[1:])
 
-    def chain(self, steps: int, shape: Sequence[int]) -> tuple[Tensor, Tensor]:
+    def mu(self, shape: Sequence[int], steps: int | None = None) -> float:
         # Its pipeline shifts by the number of channels, whatever the size.
-        mu = calculate_mu(shape[0], self.schedule.spacing.config)
-        return self.schedule.timesteps(steps, mu=mu, sigmas=evenly(steps))
+        return calculate_mu(shape[0], self.schedule.spacing.config)
 
     # -- prompts and guidance -----------------------------------------------------------------------------------
 

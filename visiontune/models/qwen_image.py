@@ -14,9 +14,9 @@ from torch import Tensor
 
 from visiontune.core import Condition, Request
 from visiontune.diffusion.guidance import CFG, NO_GUIDANCE, Guidance, PatchLengthCFG
-from visiontune.diffusion.schedule import calculate_mu, evenly
 from visiontune.models._frames import OneFrame
 from visiontune.models._text import DECODER
+from visiontune.models._time import exact_time
 from visiontune.models.base import Presets, require
 from visiontune.models.words import Reader
 
@@ -31,6 +31,7 @@ class QwenImage(OneFrame):
     family = "qwen_image"
     pipeline_classes = ("QwenImagePipeline",)
     DENOISERS = ("transformer",)
+    EVENLY = True
     TARGETS: ClassVar[Mapping[str, Presets]] = {
         "denoiser": {
             "attention": _ATTENTION,
@@ -59,10 +60,8 @@ class QwenImage(OneFrame):
             f"{last}.{own}" for own in ("attn.add_q_proj", "attn.to_add_out", "txt_mlp.net.0.proj", "txt_mlp.net.2")
         )
 
-    def chain(self, steps: int, shape: Sequence[int]) -> tuple[Tensor, Tensor]:
-        height, width = (side // _PATCH for side in shape[-2:])
-        mu = calculate_mu(height * width, self.schedule.spacing.config)
-        return self.schedule.timesteps(steps, mu=mu, sigmas=evenly(steps))
+    def mu(self, shape: Sequence[int], steps: int | None = None) -> float:
+        return self._mu_of_patches(shape, _PATCH)
 
     # -- prompts and guidance -----------------------------------------------------------------------------------
 
@@ -86,14 +85,16 @@ class QwenImage(OneFrame):
 
     def _predict(self, x_t: Tensor, t: Tensor, cond: Condition) -> Tensor:
         rows, channels, height, width = x_t.shape
-        packed = self.denoiser(
-            hidden_states=self._stock_latents(x_t),
-            timestep=t / self.schedule.num_train_timesteps,
-            encoder_hidden_states=cond.tokens,
-            encoder_hidden_states_mask=None if cond.mask is None or cond.mask.all() else cond.mask,
-            img_shapes=[[(1, height // _PATCH, width // _PATCH)]] * rows,
-            return_dict=False,
-        )[0]
+        time = t.float() / self.schedule.num_train_timesteps
+        with exact_time(self.denoiser.time_text_embed.time_proj, time):  # which multiplies by 1000 itself
+            packed = self.denoiser(
+                hidden_states=self._stock_latents(x_t),
+                timestep=time,
+                encoder_hidden_states=cond.tokens,
+                encoder_hidden_states_mask=None if cond.mask is None or cond.mask.all() else cond.mask,
+                img_shapes=[[(1, height // _PATCH, width // _PATCH)]] * rows,
+                return_dict=False,
+            )[0]
         sides = (side * self.downsample for side in (height, width))
         return self.pipe._unpack_latents(packed, *sides, self.downsample).view(rows, channels, height, width)
 

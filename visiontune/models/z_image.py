@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from visiontune.core import Condition
-from visiontune.diffusion.schedule import calculate_mu, evenly
 from visiontune.models._text import DECODER, chat_overhead, ragged
 from visiontune.models.base import Presets, require
 from visiontune.models.diffusion import DiffusionModel
@@ -31,6 +30,7 @@ class ZImage(DiffusionModel):
     family = "z_image"
     pipeline_classes = ("ZImagePipeline",)
     DENOISERS = ("transformer",)
+    EVENLY = True
     GUIDANCE_OFFSET = 1.0
     TARGETS: ClassVar[Mapping[str, Presets]] = {
         "denoiser": {
@@ -51,10 +51,8 @@ class ZImage(DiffusionModel):
         self.unit = max(self.unit, self.downsample * _PATCH)
         self.resolution = int(self.vae.config.sample_size)
 
-    def chain(self, steps: int, shape: Sequence[int]) -> tuple[Tensor, Tensor]:
-        height, width = (side // _PATCH for side in shape[-2:])
-        mu = calculate_mu(height * width, self.schedule.spacing.config)
-        return self.schedule.timesteps(steps, mu=mu, sigmas=evenly(steps))
+    def mu(self, shape: Sequence[int], steps: int | None = None) -> float:
+        return self._mu_of_patches(shape, _PATCH)
 
     def _embed(self, prompts: list[str]) -> Condition:
         found, _ = self.pipe.encode_prompt(
