@@ -43,10 +43,10 @@ def pipeline(dynamic: bool = False) -> Lumina2Pipeline:
     )
 
 
-def gemma_tokenizer() -> GemmaTokenizer:
-    """One token for each of WORDS after a space, and for each printable character."""
+def gemma_tokenizer(more: str = "") -> GemmaTokenizer:
+    """One token for each of WORDS, and of more words, after a space, and for each printable character."""
     merges, pieces = [], ["▁", *string.printable.strip()]
-    for word in WORDS.split():
+    for word in (*WORDS.split(), *more.split()):
         for end in range(len(word)):
             merges.append((f"▁{word[:end]}", word[end]))
             pieces.append(f"▁{word[: end + 1]}")

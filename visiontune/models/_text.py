@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterable
 from typing import Any
 
@@ -30,6 +31,11 @@ DECODER: Presets = {
     "conv": (),
     "all": (*_DECODER_ATTENTION, *_DECODER_FF),
 }
+
+
+def default_of(pipeline: type, option: str) -> Any:
+    """What the call of a class of pipelines takes for an option of which nothing is said."""
+    return inspect.signature(pipeline.__call__).parameters[option].default
 
 
 def chat_overhead(tokenizer: Any, system: str | None = None, **options: Any) -> int:
