@@ -68,6 +68,7 @@ def build(
 
     model: Any = parts.open_model(run)
     _check_sizes(run, model, objective)
+    _check_dropout(run, model)
     objective.check(model, reward)
     # Some adapters start from random values; everything later draws from generators of its own.
     set_seed(run.seed)
@@ -167,6 +168,24 @@ def _check_sizes(run: Run, model: Any, objective: Objective) -> None:
     with _named("train.batch_size"):
         rows = min(getattr(options, "micro_batch", None) or run.train.batch_size, run.train.batch_size)
         check_batch(rows, side, side)
+
+
+def _check_dropout(run: Run, model: Any) -> None:
+    """Refuse rows without captions that no trained network would see.
+
+    Raises:
+        UserError: it names the network.
+    """
+    from visiontune.training.optim import trains_text
+
+    apart = getattr(model, "WORDLESS", None)
+    if not run.data.caption_dropout or apart is None or trains_text(model, run.train):
+        return
+    if apart not in model.names(run.train.networks):
+        raise UserError(
+            f"data.caption_dropout: rows without a caption pass the {apart} of '{model.source}', which is not trained: "
+            f"set it to 0, or add {apart} to train.parts"
+        )
 
 
 @contextmanager

@@ -138,6 +138,20 @@ class PatchLengthCFG(LengthCFG):
 
 
 @dataclass(frozen=True, kw_only=True)
+class WordlessCFG(CFG):
+    """`CFG` away from the same rows without their words: all that it needs of another condition is an empty mask."""
+
+    contrasts: ClassVar[bool] = False
+
+    def __call__(
+        self, call: Call, x: Tensor, t: Tensor, level: Tensor, cond: Condition, uncond: Condition | None
+    ) -> Tensor:
+        if cond.mask is None:
+            raise ValueError("guidance away from rows without words needs conditions with a mask")
+        return super().__call__(call, x, t, level, cond, replace(cond, mask=torch.zeros_like(cond.mask)))
+
+
+@dataclass(frozen=True, kw_only=True)
 class Embedded(Guidance):
     """Guidance that was distilled into the network, which is told the scale as `extra["guidance"]` [b]."""
 

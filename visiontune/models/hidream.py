@@ -80,7 +80,7 @@ class HiDream(DiffusionModel):
 
     def _drawn(self, size: tuple[int, int]) -> tuple[int, int]:
         """The size of the picture that the pipeline draws when it is asked for one."""
-        scale, division = self._side() / math.sqrt(math.prod(size)), self.downsample * _PATCH
+        scale, division = math.sqrt(self._side() ** 2 / math.prod(size)), self.downsample * _PATCH
         height, width = (int(side * scale // division * division) for side in size)
         return height, width
 
@@ -109,7 +109,8 @@ class HiDream(DiffusionModel):
 
     def sampler(self, name: str) -> Any:
         made = super().sampler(name)
-        if isinstance(made, UniPCMultistepScheduler) and made.config.get("use_dynamic_shifting"):
+        untold = isinstance(made, UniPCMultistepScheduler)
+        if untold and made.config.get("use_dynamic_shifting"):
             # Its pipeline tells every scheduler the shift but this one.
             made.set_timesteps = partial(made.set_timesteps, mu=self.mu())
         return made
@@ -139,10 +140,10 @@ class HiDream(DiffusionModel):
 def _let_gradients_through(transformer: Any) -> None:
     """Let a network with routed experts compute in training and in evaluation mode alike, and differentiably."""
     transformer.unpatchify = MethodType(_unpatchify, transformer)
-    for module in transformer.modules():
-        if isinstance(module, MOEFeedForwardSwiGLU):
-            module._force_inference_output = False
-            module.forward = MethodType(_route, module)
+    routed: list[Any] = [module for module in transformer.modules() if isinstance(module, MOEFeedForwardSwiGLU)]
+    for module in routed:
+        module._force_inference_output = False
+        module.forward = MethodType(_route, module)
 
 
 def _unpatchify(self: Any, x: Tensor, img_sizes: Tensor, is_training: bool) -> Tensor:

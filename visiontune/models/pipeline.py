@@ -42,6 +42,7 @@ class PipelineModel(Model):
         DENOISERS: the components that compute the prediction. CODEC: the one between pixels and what they work on.
         GUIDANCE_OFFSET: what the pipeline's guidance scale lacks to the weight w of u + w (c - u); 1 for pipelines that
             compute c + scale (c - u).
+        WORDLESS: the component that predicts rows without words, where it is another than the denoiser.
         pipe: the pipeline.
         downsample: pixels per latent along one side. unit: the sides of a picture are multiples of this.
         resolution: pixels per side the model was made for.
@@ -55,6 +56,7 @@ class PipelineModel(Model):
     DENOISERS: ClassVar[tuple[str, ...]] = ("unet",)
     CODEC: ClassVar[str] = "vae"
     GUIDANCE_OFFSET: ClassVar[float] = 0.0
+    WORDLESS: ClassVar[str | None] = None
 
     resolution: int
     longest: int | None = None
