@@ -15,6 +15,7 @@ from torch import Tensor
 
 from visiontune.core import Batch, Condition, Loss
 from visiontune.diffusion.timesteps import Timesteps
+from visiontune.errors import UserError
 from visiontune.objectives.base import Needs, Supervised, Tools, combine, condition_of, continuous, per_row
 from visiontune.schema import option
 
@@ -40,6 +41,7 @@ class Config:
     timesteps: Timesteps = option(
         Timesteps(), help="the noise that is trained at: density, mean, std, shift, low, high"
     )
+    distilled: bool = option(False, help="train a model that was distilled to few steps all the same, and so undo that")
 
 
 def build(config: Config) -> Denoising:
@@ -77,9 +79,15 @@ class Denoising(Supervised):
         return Needs(columns=("image",), optional=("mask",))
 
     def check(self, model: Any, reward: Any) -> None:
-        """Besides, refuse a model without continuous latents."""
+        """Besides, refuse a model without continuous latents, and one whose distillation would be undone."""
         super().check(model, reward)
         continuous(model)
+        if model.distilled and not self.config.distilled:
+            raise UserError(
+                f"model '{model.source}' ({model.family}) was distilled to few steps ({model.distilled}), which a "
+                "denoising loss undoes: train the model that it came from, put an assistant under the adapter "
+                "(adapter.under=FILE), or set objective.distilled=true"
+            )
 
     def loss(self, model: DiffusionModel, batch: Batch, tools: Tools) -> Loss:
         return Loss(total=combine(self.errors(model, batch, tools), batch), terms={})
