@@ -28,6 +28,7 @@ from visiontune.errors import UserError
 from visiontune.models import families
 from visiontune.models.diffusion import DiffusionModel
 from visiontune.models.pipeline import PipelineModel, own_generator
+from visiontune.models.words import rows_of
 from visiontune.objectives import alignprop, denoising
 from visiontune.rewards import brightness
 
@@ -148,7 +149,7 @@ def test_a_negative_prompt_is_what_the_stock_pipeline_guides_away_from(model):
     final = rollout(
         model,
         model.embed(PROMPTS),
-        uncond=model.embed(negatives),
+        uncond=model.embed(negatives, negative=True),
         guidance=guidance,
         chain=STEPS,
         start=Start(latents=noise(model, size)),
@@ -192,6 +193,17 @@ def test_a_prompt_reads_the_same_beside_a_longer_one(model):
         alone = model.predict(x_t[row : row + 1], t[row : row + 1], model.embed([prompt]))
         torch.testing.assert_close(together[row : row + 1], alone, rtol=0, atol=1e-5)
     assert not torch.allclose(model.predict(x_t, t, model.embed(prompts[::-1])), together, atol=1e-3)
+
+
+def test_the_rows_of_a_word_are_those_that_prompts_with_it_read(model):
+    prompts = ["a green circle", "a red circle"]
+    before = model.embed(prompts)
+    with torch.no_grad():
+        for layer, words, kept in rows_of(model, "green", "circle").values():
+            assert kept and kept.isdisjoint(words["green"])
+            layer.weight[words["green"]] += 1
+    moved = (model.embed(prompts).tokens - before.tokens).flatten(1).abs().amax(1)
+    assert moved[0] > 1e-3 and moved[1] == 0
 
 
 def test_guidance_extrapolates_from_the_unconditional_prediction(model):
@@ -298,7 +310,8 @@ def test_presets_choose_their_kind_of_layer_in_every_network(model):
         every = sum(isinstance(m, nn.Linear | nn.Conv2d) for root in modules.values() for m in root.modules())
         assert 0 < counts["attention"] < counts["attention+ff"] <= counts["all"] <= every
         # Text encoders may have heads and towers that no prompt passes through.
-        assert counts["all"] == every or not {*names} <= {*denoisers}
+        idle = sum(layer.partition(".")[0] in names for layer in model.idle())
+        assert counts["all"] == every - idle or not {*names} <= {*denoisers}
     assert model.names() == tuple(denoisers)
     found = [m for name in denoisers for m in model.networks()[name].modules() if isinstance(m, nn.Conv2d)]
     if found:
@@ -306,6 +319,18 @@ def test_presets_choose_their_kind_of_layer_in_every_network(model):
         assert len(convolutions.layers) == len(found)
         convolutions.detach()
     assert bool(model.presets()["conv"]) == bool(found) and not model.presets(text)["conv"]
+
+
+def test_what_presets_leave_out_is_what_takes_no_part_in_a_prediction(model):
+    layers = {
+        f"{name}.{inner}": layer
+        for name, network in model.of("denoiser").items()
+        for inner, layer in network.requires_grad_(True).named_modules()
+        if isinstance(layer, nn.Linear | nn.Conv2d)
+    }
+    model.predict(noise(model), somewhere(model), model.embed(PROMPTS)).square().mean().backward()
+    unread = {name for name, layer in layers.items() if layer.weight.grad is None or not layer.weight.grad.any()}
+    assert {*model.idle()} == unread
 
 
 def test_fingerprint_tells_weights_apart(model, request):

@@ -13,59 +13,17 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
-from tiny import SIZE, save_tiny
 from tiny_training import interrupt
+from workshop import Workshop
 
-from visiontune import adapters, assemble, models
+from visiontune import adapters, models
 from visiontune.cli.main import main
-from visiontune.config import load_run
 from visiontune.core import Request
 from visiontune.models.diffusion import DiffusionModel
 from visiontune.weights.keys import Keys, keys_of
 
 FAMILIES = sorted(name for name, cls in models.families().items() if issubclass(cls, DiffusionModel))
 REQUESTS = [Request(prompt="a red circle", seed=1), Request(prompt="small", seed=2)]
-
-
-class Workshop:
-    """A folder with a tiny model of one family, three photos and some prompts."""
-
-    def __init__(self, family: str, folder: Path) -> None:
-        self.family, self.folder, self.model = family, folder, save_tiny(folder / "model", family)
-        (folder / "prompts.txt").write_text("a red circle\na blue square\n")
-        (folder / "photos").mkdir()
-        rng = np.random.default_rng(0)
-        for i in range(3):
-            pixels = rng.integers(0, 255, (SIZE, SIZE, 3), dtype=np.uint8)
-            Image.fromarray(pixels).save(folder / "photos" / f"{i}.png")
-            (folder / "photos" / f"{i}.txt").write_text("a photo of a [trigger] circle")
-        flow = self.open().schedule.prediction == "flow"
-        self.noisy = "{name: flow-sde, eta: 0.7}" if flow else "{name: ddim, eta: 1.0}"
-
-    def open(self, folder: Path | None = None):
-        return models.load(str(folder or self.model))
-
-    def trainer(self, recipe: str, name: str, *more: str):
-        common = ["train.trackers=[]", "train.device=cpu", "train.precision=no", "train.checkpoint_every=1"]
-        shown = ["preview.prompts=['a circle']", "preview.seeds=[0]", "preview.steps=2"]
-        where = [f"model={self.model}", f"out={self.folder / 'runs'}", f"name={name}"]
-        return assemble.assemble(load_run(recipe, [*where, *common, *shown, "train.steps=2", *more]))
-
-    def personalise(self, name: str, *more: str):
-        data = [f"data.root={self.folder / 'photos'}", "data.prompt=null", "data.class_noun=circle"]
-        prior = ["objective.prior_images=2", "objective.prior_steps=2"]
-        parts = "train.parts=[denoiser, text_encoder]"
-        return self.trainer(
-            "personalise/lora", name, *data, *prior, parts, "train.batch_size=1", "train.lr=0.03", *more
-        )
-
-    def reward(self, recipe: str, name: str, *more: str):
-        data = [f"data={self.folder / 'prompts.txt'}", "reward=redness", "objective.steps=3"]
-        return self.trainer(recipe, name, *data, *more)
-
-    def grpo(self, name: str, *more: str):
-        sizes = ["train.batch_size=4", "objective.group=2", "objective.micro_batch=2", "objective.cfg_scale=2"]
-        return self.reward("reward_tune/grpo", name, f"objective.dynamics={self.noisy}", *sizes, *more)
 
 
 @pytest.fixture(scope="module", params=FAMILIES)

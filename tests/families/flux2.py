@@ -58,12 +58,12 @@ def autoencoder() -> AutoencoderKLFlux2:
     return vae
 
 
-def mistral_config(words) -> Mistral3Config:
+def mistral_config(words, layers: int = READ[True]) -> Mistral3Config:
     text = {
         "model_type": "mistral",
         "hidden_size": 16,
         "intermediate_size": 32,
-        "num_hidden_layers": READ[True],
+        "num_hidden_layers": layers,
         "num_attention_heads": 2,
         "num_key_value_heads": 1,
         "head_dim": 8,

@@ -159,6 +159,13 @@ class DiffusionModel(PipelineModel):
         return noise
 
 
+def require_fixed_shift(scheduler: Any, source: str) -> None:
+    """Refuse a scheduler that shifts by resolution, for pipelines that do not tell it how far."""
+    fixed = not scheduler.config.get("use_dynamic_shifting", False)
+    why = "its pipeline shifts no steps by resolution: set use_dynamic_shifting to false in its scheduler_config.json"
+    require(fixed, source, why)
+
+
 def device_of(module: Any) -> torch.device:
     """Where a module lies."""
     return next(module.parameters()).device

@@ -46,6 +46,7 @@ class PipelineModel(Model):
         pipe: the pipeline.
         downsample: pixels per latent along one side. unit: the sides of a picture are multiples of this.
         resolution: pixels per side the model was made for.
+        longest: pixels of the longest side that the denoiser has places for, where their number is fixed.
         reader: knows how much of a prompt is read; longer ones are cut, and named once.
     """
 
@@ -57,6 +58,7 @@ class PipelineModel(Model):
     GUIDANCE_OFFSET: ClassVar[float] = 0.0
 
     resolution: int
+    longest: int | None = None
 
     def __init__(self, pipe: Any, source: str = "") -> None:
         self.pipe = pipe
@@ -153,19 +155,28 @@ class PipelineModel(Model):
 
     # -- text ---------------------------------------------------------------------------------------------------
 
-    def embed(self, prompts: Sequence[str]) -> Condition:
-        """Encode prompts as the stock pipeline does; differentiable where a text encoder requires gradients."""
+    def embed(self, prompts: Sequence[str], *, negative: bool = False) -> Condition:
+        """Encode prompts as the stock pipeline does; differentiable where a text encoder requires gradients.
+
+        Args:
+            negative: whether they are what it guides away from, which a few pipelines encode otherwise.
+        """
         self.reader.say(prompts)
         with self.autocast(), quiet():
-            return self._embed(list(prompts)).to(self.device)
+            encode = self._embed_negative if negative else self._embed
+            return encode(list(prompts)).to(self.device)
 
     @abstractmethod
     def _embed(self, prompts: list[str]) -> Condition:
         """`embed`, on whatever device the text encoders are."""
 
+    def _embed_negative(self, prompts: list[str]) -> Condition:
+        """`embed` of negative prompts."""
+        return self._embed(prompts)
+
     def unconditional(self, count: int) -> Condition:
         """What the stock pipeline guides away from when no negative prompt is given, `count` times."""
-        return self.embed([""] * count)
+        return self.embed([""] * count, negative=True)
 
     # -- pictures -----------------------------------------------------------------------------------------------
 
@@ -198,10 +209,10 @@ class PipelineModel(Model):
         return height, width
 
     def check_area(self, height: int, width: int) -> None:
-        """Refuse pictures of many times as many pixels as the model was made for.
+        """Refuse pictures of many times as many pixels as the model was made for, or longer than it has places for.
 
         Raises:
-            UserError: naming how many times.
+            UserError: naming how many times, or how long they may be.
         """
         times = height * width / self.resolution**2
         if times > _MOST_AREA:
@@ -209,6 +220,8 @@ class PipelineModel(Model):
                 f"{height}x{width} pixels are {times:.0f} times the {self.resolution}x{self.resolution} that the model "
                 f"was made for, and its attention takes {times**2:.0f} times as long: take at most {_MOST_AREA} times"
             )
+        if self.longest is not None and max(height, width) > self.longest:
+            raise UserError(f"height and width must be at most {self.longest}, not {height} and {width}")
 
     def check_steps(self, steps: int) -> None:
         """Refuse more sampling steps than the noise schedule has.

@@ -53,6 +53,12 @@ class QwenImage(DiffusionModel):
         self.unit = max(self.unit, self.downsample * _PATCH)
         self.resolution = self.downsample * int(pipe.default_sample_size)
 
+    def idle(self) -> tuple[str, ...]:
+        last = f"transformer.transformer_blocks.{len(self.denoiser.transformer_blocks) - 1}"
+        return tuple(
+            f"{last}.{own}" for own in ("attn.add_q_proj", "attn.to_add_out", "txt_mlp.net.0.proj", "txt_mlp.net.2")
+        )
+
     # -- pixels -------------------------------------------------------------------------------------------------
 
     def moments(self, pixels: Tensor) -> Tensor:

@@ -12,11 +12,10 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 
 from visiontune.core import Condition
 from visiontune.diffusion.schedule import calculate_mu, evenly
-from visiontune.models._text import DECODER, chat_overhead
+from visiontune.models._text import DECODER, chat_overhead, ragged
 from visiontune.models.base import Presets, require
 from visiontune.models.diffusion import DiffusionModel
 from visiontune.models.words import Reader
@@ -67,9 +66,7 @@ class ZImage(DiffusionModel):
         found, _ = self.pipe.encode_prompt(
             prompts, self.pipe.text_encoder.device, do_classifier_free_guidance=False, max_sequence_length=_TOKENS
         )
-        tokens = pad_sequence(found, batch_first=True)
-        lengths = torch.tensor([len(one) for one in found], device=tokens.device)
-        return Condition(tokens=tokens, mask=torch.arange(tokens.shape[1], device=tokens.device) < lengths[:, None])
+        return ragged(found)
 
     def _predict(self, x_t: Tensor, t: Tensor, cond: Condition) -> Tensor:
         if cond.mask is None:
