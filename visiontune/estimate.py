@@ -17,7 +17,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from visiontune.assemble.build import build
 from visiontune.assemble.folder import check_folder
-from visiontune.assemble.parts import passed_over
+from visiontune.assemble.parts import passed_over, told_under
 from visiontune.config import Run
 from visiontune.data.buckets import Size
 from visiontune.data.inventory import inventory
@@ -236,7 +236,7 @@ def _used(run: Run, trainer: Trainer) -> list[str]:
     data = inventory(trainer.rows.rows.samples, run.data) if isinstance(trainer.rows, BatchSampler) else []
     words = trainer.adapters.embeddings() if trainer.adapters is not None else {}
     learnt = [f"trained word: '{word}' in {name}" for name, own in words.items() for word in own.words]
-    return [*data, *learnt, *passed_over(run, trainer.model)]
+    return [*data, *learnt, *told_under(run, trainer.under), *passed_over(run, trainer.model)]
 
 
 def _step(trainer: Trainer, step: int) -> None:
@@ -271,8 +271,9 @@ class Kept(saved_tensors_hooks):
 
 
 def _tensors(trainer: Trainer) -> list[Tensor]:
-    """Weights and buffers of all the model's networks."""
-    return [t for network in trainer.model.networks().values() for t in (*network.parameters(), *network.buffers())]
+    """Weights and buffers of all the model's networks, and of what lies under the adapter."""
+    held = [*trainer.model.networks().values(), *([] if trainer.under is None else [trainer.under])]
+    return [t for module in held for t in (*module.parameters(), *module.buffers())]
 
 
 def _bytes(tensors: Iterable[Tensor]) -> int:

@@ -336,4 +336,4 @@ def test_loading_a_part_on_request(net, tmp_path) -> None:
 @pytest.mark.parametrize("method", plugin.names("adapters"))
 def test_no_option_has_a_name_that_recipes_use_themselves(method: str) -> None:
     fields = {field.name for field in dataclasses.fields(plugin.load("adapters", method).Config)}
-    assert not fields & {"name", "targets", "start"}
+    assert not fields & {"name", "targets", "start", "under"}

@@ -31,6 +31,8 @@ from visiontune.models import families
 from visiontune.models.diffusion import DiffusionModel
 from visiontune.models.pipeline import PipelineModel, own_generator
 from visiontune.models.words import rows_of
+from visiontune.objectives import alignprop, denoising
+from visiontune.rewards import brightness
 
 PROMPTS = ["a red circle above a blue square", "green triangle"]
 STEPS = 3
@@ -453,6 +455,17 @@ class TestDraw:
         with pytest.raises(UserError, match=f"must be multiples of {model.unit}"):
             model.size(model.resolution, model.resolution + model.unit // 2)
         assert model.size() == (model.resolution, model.resolution)
+
+
+def test_what_was_distilled_to_few_steps_is_refused_by_a_plain_denoising_loss_alone(model):
+    alone, all_the_same = (denoising.Denoising(denoising.Config(distilled=told)) for told in (False, True))
+    if model.distilled is None:
+        alone.check(model, None)
+    else:
+        with pytest.raises(UserError, match=r"was distilled to few steps .* or set objective\.distilled=true"):
+            alone.check(model, None)
+    all_the_same.check(model, None)
+    alignprop.build(alignprop.Config()).check(model, brightness.build(brightness.Config()))
 
 
 def test_every_family_of_a_pipeline_has_a_tiny_one_and_a_row_of_the_table():

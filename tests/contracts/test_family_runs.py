@@ -5,6 +5,7 @@ Runs are of two steps. What they draw, resume and export is judged by the stock 
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -47,6 +48,12 @@ def moved(file: Path) -> bool:
     return len(changes) > 4 and sum(changes) > 0.8 * len(changes)
 
 
+def logged(folder: Path, name: str) -> list[float]:
+    """What a run logged under a name, in order."""
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [row[name] for row in rows if name in row]
+
+
 def test_data_and_prior_pictures_train_an_adapter_of_every_part(shop, personal):
     folders = list((shop.folder / "runs" / ".cache").glob("prior-*"))
     assert len(folders) == 1 and len(list(folders[0].glob("*.png"))) == 2
@@ -65,6 +72,22 @@ def test_an_interrupted_run_ends_in_the_same_bits(shop, recipe):
     for name, tensor in whole.items():
         assert torch.equal(tensor, broken[name]), name
     assert any(tensor.any() for name, tensor in whole.items() if name.endswith("up"))
+
+
+def test_to_its_steps_an_assistant_under_the_adapter_is_a_base_with_it_merged(shop, personal, tmp_path):
+    merged = tmp_path / "merged"
+    assert main(["export", str(personal), str(merged), "--format", "merged", "--dtype", "fp32"]) == 0
+    common = ["objective.prior=none", "train.optimizer=sgd", "train.lr=0.1", "train.log_every=1"]
+    bases = {"over": [f"adapter.under={personal}"], "base": [f"model={merged}"], "plain": []}
+    found = {name: load_file(shop.personalise(name, *common, *more).fit()) for name, more in bases.items()}
+    losses = {name: logged(shop.folder / "runs" / name, "loss") for name in bases}
+    assert losses["over"] == pytest.approx(losses["base"], rel=1e-5)
+    assert abs(losses["over"][0] - losses["plain"][0]) > 1e-4
+    for name, tensor in found["base"].items():
+        torch.testing.assert_close(found["over"][name], tensor, rtol=0, atol=1e-5)
+    first = "samples/step-000000/00_seed0.png"
+    over, base, plain = ((shop.folder / "runs" / name / first).read_bytes() for name in bases)
+    assert over == plain != base
 
 
 def test_a_rewards_gradient_reaches_the_adapter_through_the_sampler(shop):

@@ -16,11 +16,11 @@ from families.z_image import qwen3_config
 from tiny import SIZE, chat_tokenizer
 from transformers import Mistral3Config, Mistral3ForConditionalGeneration, Qwen3ForCausalLM
 
-VARIANTS = ({"dev": True},)
+VARIANTS = ({"dev": True}, {"distilled": True})
 READ = {True: 31, False: 28}  # layers: three of them are read, up to this one
 
 
-def pipeline(dev: bool = False) -> Flux2Pipeline | Flux2KleinPipeline:
+def pipeline(dev: bool = False, distilled: bool = False) -> Flux2Pipeline | Flux2KleinPipeline:
     words = chat_tokenizer()
     parts: dict[str, Any] = {
         "transformer": Flux2Transformer2DModel(
@@ -40,7 +40,8 @@ def pipeline(dev: bool = False) -> Flux2Pipeline | Flux2KleinPipeline:
     }
     if dev:
         return Flux2Pipeline(**parts, text_encoder=Mistral3ForConditionalGeneration(mistral_config(words)).eval())
-    return Flux2KleinPipeline(**parts, text_encoder=Qwen3ForCausalLM(qwen3_config(words, READ[dev])).eval())
+    encoder = Qwen3ForCausalLM(qwen3_config(words, READ[dev])).eval()
+    return Flux2KleinPipeline(**parts, text_encoder=encoder, is_distilled=distilled)
 
 
 def autoencoder() -> AutoencoderKLFlux2:

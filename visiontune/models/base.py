@@ -33,6 +33,7 @@ class Model(ABC):
             name, a layer class, or a regular expression. Its first role is what is trained when nothing is said.
         source: what the user named: a pocket name, a folder or a Hub id.
         precision: the type that the networks compute in under `autocast`, whatever their weights are; None for theirs.
+        distilled: why the model counts as distilled to few steps, which a plain denoising loss undoes; None for others.
     """
 
     family: ClassVar[str]
@@ -41,6 +42,7 @@ class Model(ABC):
 
     source: str
     precision: torch.dtype | None = None
+    distilled: str | None = None
 
     @abstractmethod
     def networks(self) -> dict[str, nn.Module]:

@@ -57,6 +57,11 @@ class Flux(DiffusionModel):
         self.unit = max(self.unit, self.downsample * _PATCH)
         self.resolution = int(self.vae.config.sample_size)
 
+    def _few_steps(self) -> str | None:
+        shifted = self.pipe.scheduler.config.get("use_dynamic_shifting")
+        schnell = not self.pipe.transformer.config.guidance_embeds and not shifted
+        return "neither guidance_embeds nor use_dynamic_shifting, as in schnell" if schnell else None
+
     def mu(self, shape: Sequence[int], steps: int | None = None) -> float:
         return self._mu_of_patches(shape, _PATCH)
 

@@ -56,7 +56,13 @@ class Flux2(PatchModel):
 
     # -- prompts and guidance -----------------------------------------------------------------------------------
 
+    def _few_steps(self) -> str | None:
+        return "is_distilled in its model_index.json" if self.pipe.config.get("is_distilled") else None
+
     def guidance(self, scale: float) -> Guidance:
+        if self.pipe.config.get("is_distilled"):
+            # Its pipeline guides away from nothing, whatever the scale.
+            return Embedded(scale=1.0)
         return Embedded(scale=scale) if self.embedded else super().guidance(scale)
 
     def _embed(self, prompts: list[str]) -> Condition:

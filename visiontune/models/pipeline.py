@@ -22,6 +22,7 @@ from visiontune.core import Condition, Request
 from visiontune.diffusion.guidance import CFG, Embedded, Guidance, classifier_free
 from visiontune.errors import UserError
 from visiontune.models import _variants
+from visiontune.models._distilled import few_steps
 from visiontune.models.base import Model, dtype_of, freeze
 from visiontune.models.sources import pretrained
 from visiontune.models.words import Reader, quiet
@@ -70,6 +71,7 @@ class PipelineModel(Model):
         # Some have a processor, of pictures too, in its place.
         tokenizer = getattr(pipe.tokenizer, "tokenizer", pipe.tokenizer)
         self.reader = Reader(tokenizer, int(tokenizer.model_max_length))
+        self.distilled = few_steps(self.source, self._few_steps())
         self._float32_codec: Any = None
 
     @classmethod
@@ -108,6 +110,10 @@ class PipelineModel(Model):
             if part.startswith("tokenizer") and value is not None and len(value) <= len(value.all_special_ids) + 1:
                 raise UserError(f"model '{source}' has no vocabulary in its {part} folder: download it again")
         return cls(pipe, source=source)
+
+    def _few_steps(self) -> str | None:
+        """What of the pipeline's configuration says that it was distilled to few steps; None where nothing does."""
+        return None
 
     # -- networks -----------------------------------------------------------------------------------------------
 

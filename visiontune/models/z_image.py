@@ -21,6 +21,7 @@ from visiontune.models.words import Reader
 
 _PATCH = 2
 _TOKENS = 512
+_TURBO_SHIFT = 3.0
 _ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 
 
@@ -50,6 +51,11 @@ class ZImage(DiffusionModel):
         self.reader = Reader(pipe.tokenizer, _TOKENS - chat_overhead(pipe.tokenizer, enable_thinking=True))
         self.unit = max(self.unit, self.downsample * _PATCH)
         self.resolution = int(self.vae.config.sample_size)
+
+    def _few_steps(self) -> str | None:
+        config = self.pipe.scheduler.config
+        turbo = config.get("shift") == _TURBO_SHIFT and not config.get("use_dynamic_shifting")
+        return f"a shift of {_TURBO_SHIFT:g}, as in Turbo, where the base has 6" if turbo else None
 
     def mu(self, shape: Sequence[int], steps: int | None = None) -> float:
         return self._mu_of_patches(shape, _PATCH)

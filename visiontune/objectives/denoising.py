@@ -45,6 +45,7 @@ class Config:
     timesteps: Timesteps = option(
         Timesteps(), help="the noise that is trained at: density, with its numbers (mean, std, ...), shift, low, high"
     )
+    distilled: bool = option(False, help="train a model that was distilled to few steps all the same, and so undo that")
 
     def __post_init__(self) -> None:
         if self.snr_gamma is not None and self.weighting_scheme != "none":
@@ -103,7 +104,7 @@ class Denoising(Supervised):
         return Needs(columns=("image",), optional=("mask",))
 
     def check(self, model: Any, reward: Any) -> None:
-        """Besides, refuse a model without continuous latents, and weights of another kind of model."""
+        """Besides, refuse what has no continuous latents, weights of another kind, and a distillation to be undone."""
         super().check(model, reward)
         continuous(model)
         scheme, predicted = self.config.weighting_scheme, model.schedule.prediction
@@ -111,6 +112,12 @@ class Denoising(Supervised):
             raise UserError(
                 f"objective.weighting_scheme={scheme} weighs errors of flow, and '{model.source}' predicts "
                 f"{predicted}: leave it out, or take objective.snr_gamma=5"
+            )
+        if model.distilled and not self.config.distilled:
+            raise UserError(
+                f"model '{model.source}' ({model.family}) was distilled to few steps ({model.distilled}), which a "
+                "denoising loss undoes: train the model that it came from, put an assistant under the adapter "
+                "(adapter.under=FILE), or set objective.distilled=true"
             )
 
     def loss(self, model: DiffusionModel, batch: Batch, tools: Tools) -> Loss:
