@@ -3,10 +3,10 @@
     python benchmarks/evidence/rewards.py
 
 Every method has the same LoRA on what it tunes, five sampling steps, no guidance, and a learning rate that was chosen
-of three or more on a seed of its own by the reward (``--pilot``). Methods that see only scores get twice the processor time of those that see
-gradients. The reward is pocket-clip plus five times redness: both pull, one past what the prompt says. Unseen
-prompts are drawn by the stock pipeline and judged by both terms and by the oracle, which no method sees. DDPO and PRDP
-also raise redness alone, on 400 prompts and on few.
+of three or more by the reward on a seed of its own (``--pilot``). Methods that see only scores get twice the processor
+time of those that see gradients. The reward is pocket-clip plus five times redness: both pull, one past what the prompt
+says. Unseen prompts are drawn by the stock pipeline and judged by both terms and by the oracle, which no method sees.
+DDPO and PRDP also raise redness alone, on 400 prompts and on few.
 
 Then redness alone is raised, the quickest way to ruin a model, and guards that see other prompts and the oracle look
 after every update: do they stop the run before a tenth of the unseen prompts is lost? And do they keep silent where
