@@ -33,6 +33,7 @@ def ancestral(family, spacing):
         (lambda: tiny_model("flux"), None),
         (lambda: tiny_model("flux2"), None),
         (lambda: tiny_model("flux2", dev=True), None),
+        (lambda: tiny_model("krea2"), None),
         (lambda: tiny_model("z_image"), None),
         (lambda: tiny_model("z_image", dynamic=True), None),
         (lambda: tiny_model("krea2"), None),

@@ -55,9 +55,6 @@ class Krea2(OneFrame):
         self.reader = Reader(pipe.tokenizer, _TOKENS + room - before)
         self.unit = max(self.unit, self.downsample * pipe.patch_size)
 
-    def _few_steps(self) -> str | None:
-        return "is_distilled in its model_index.json" if self.pipe.config.is_distilled else None
-
     def mu(self, shape: Sequence[int], steps: int | None = None) -> float:
         if self.pipe.config.is_distilled:
             return _DISTILLED_MU
