@@ -36,7 +36,6 @@ def ancestral(family, spacing):
         (lambda: tiny_model("krea2"), None),
         (lambda: tiny_model("z_image"), None),
         (lambda: tiny_model("z_image", dynamic=True), None),
-        (lambda: tiny_model("krea2"), None),
         (lambda: tiny_model("sd3"), None),
         (lambda: tiny_model("sd"), None),
     ],
