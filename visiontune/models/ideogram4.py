@@ -7,6 +7,7 @@ an order of its own. Both networks are told how clean their input is, and predic
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
@@ -63,10 +64,16 @@ class Ideogram4(PatchModel):
     def _unpatched(self, patches: Tensor) -> Tensor:
         return patches.unflatten(1, (2, 2, -1)).permute(0, 3, 4, 1, 5, 2).flatten(4).flatten(2, 3)
 
-    def chain(self, steps: int, shape: Sequence[int]) -> tuple[Tensor, Tensor]:
+    def _mean(self, shape: Sequence[int]) -> float:
+        """Of the logit-normal that sampling steps follow at latents of a shape."""
         height, width = (side * self.downsample for side in shape[-2:])
-        sigmas = _logit_normal_sigmas(steps, _resolution_aware_mu(height, width, _MEAN), std=_STD)
-        return self.schedule.timesteps(steps, sigmas=sigmas.tolist())
+        return _resolution_aware_mu(height, width, _MEAN)
+
+    def chain(self, steps: int, shape: Sequence[int]) -> tuple[Tensor, Tensor]:
+        return self.schedule.timesteps(steps, sigmas=_logit_normal_sigmas(steps, self._mean(shape), std=_STD).tolist())
+
+    def sampling_shift(self, shape: Sequence[int]) -> float:
+        return super().sampling_shift(shape) * math.exp(self._mean(shape))
 
     # -- prompts and guidance -----------------------------------------------------------------------------------
 
