@@ -52,6 +52,8 @@ class Ideogram4(PatchModel):
     def __init__(self, pipe: Any, source: str = "") -> None:
         super().__init__(pipe, source)
         require_fixed_shift(pipe.scheduler, self.source)
+        for network in (self.denoiser, getattr(pipe, self.WORDLESS)):
+            network.t_embedding.mlp_in.register_forward_pre_hook(_in_its_type)
 
     def roles(self) -> dict[str, tuple[str, ...]]:
         return {**super().roles(), "unconditional": (self.WORDLESS,)}
@@ -131,7 +133,7 @@ class Ideogram4(PatchModel):
         places, segments, roles = self.pipe._prepare_ids(lengths, height, width, longest, x_t.device)
         flow = network(
             hidden_states=pad(self._stock_latents(x_t), (0, 0, longest, 0)),
-            timestep=(1 - t.float() / self.schedule.num_train_timesteps).to(x_t.dtype),
+            timestep=1 - t.float() / self.schedule.num_train_timesteps,
             encoder_hidden_states=pad(text, (0, 0, 0, height * width)),
             position_ids=places,
             segment_ids=segments,
@@ -142,3 +144,12 @@ class Ideogram4(PatchModel):
 
     def _stock_latents(self, noise: Tensor) -> Tensor:
         return noise.flatten(2).mT
+
+
+def _in_its_type(layer: Any, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """What a layer is given, in its own type.
+
+    The embedding of time has the type of the time, which its pipeline rounds: in bfloat16 all below 2 of 1000 is then
+    clean. The time is given in float32 here, and rounded as sines and cosines.
+    """
+    return (args[0].to(layer.bias.dtype),)
