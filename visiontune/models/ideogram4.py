@@ -28,8 +28,7 @@ from visiontune.models.diffusion import require_fixed_shift
 from visiontune.outside import shown
 
 _TOKENS = 2048
-# The logit-normal that sampling steps follow, of a picture of 512 x 512.
-_MEAN, _STD = 0.0, 1.5
+_MEAN = 0.0  # of the logit-normal that sampling steps follow, at 512 x 512 pixels
 _ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 _DENOISER: Presets = {
     "attention": _ATTENTION,
@@ -45,6 +44,8 @@ class Ideogram4(PatchModel):
     family = "ideogram4"
     pipeline_classes = ("Ideogram4Pipeline",)
     WORDLESS = "unconditional_transformer"
+    EVENLY = False
+    LOGIT_STD = 1.5
     # With it, and when asked to, its pipeline would write prompts anew.
     load_options: ClassVar[dict[str, Any]] = {"prompt_enhancer_head": None}
     TARGETS: ClassVar[Mapping[str, Presets]] = {"denoiser": _DENOISER, "text": DECODER, "unconditional": _DENOISER}
@@ -72,7 +73,8 @@ class Ideogram4(PatchModel):
         return _resolution_aware_mu(height, width, _MEAN)
 
     def chain(self, steps: int, shape: Sequence[int]) -> tuple[Tensor, Tensor]:
-        return self.schedule.timesteps(steps, sigmas=_logit_normal_sigmas(steps, self._mean(shape), std=_STD).tolist())
+        sigmas = _logit_normal_sigmas(steps, self._mean(shape), std=self.LOGIT_STD)
+        return self.schedule.timesteps(steps, sigmas=sigmas.tolist())
 
     def sampling_shift(self, shape: Sequence[int]) -> float:
         return super().sampling_shift(shape) * math.exp(self._mean(shape))
