@@ -47,7 +47,7 @@ MAY_IMPORT = {
     "training": GROUND | LIBRARY - {"rewards"} | {"sampling"},
     "evaluation": GROUND | LIBRARY - {"objectives"} | {"pocket", "sampling", "training"},
     "config": GROUND | LIBRARY | {"sampling", "training"},
-    "assemble": GROUND | LIBRARY | {"sampling", "training", "evaluation", "config"},
+    "assemble": GROUND | LIBRARY | {"weights", "sampling", "training", "evaluation", "config"},
     "estimate": GROUND | LIBRARY | {"sampling", "training", "config", "assemble"},
     "demo": GROUND | LIBRARY | {"pocket", "sampling", "training", "evaluation", "config", "assemble"},
     "cli": GROUND

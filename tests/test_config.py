@@ -157,6 +157,8 @@ def test_no_adapter_means_full_fine_tuning(adapter):
         ),
         ({"adapter": {"name": "lora", "targets": {"a": 1}}}, "adapter.targets must be text or a list of texts"),
         ({"adapter": {"rank": 2}}, "adapter.name is missing"),
+        ({"adapter": {"name": "lora", "start": [1]}}, "adapter.start must be the adapter.safetensors of a run, not"),
+        ({"adapter": {"name": "lora", "under": [1]}}, "adapter.under must be an adapter file, the folder of a run, or"),
         ({"adapter": 5}, "adapter must be a mapping"),
         ({"objective": {"name": "denoising", "gamma": 1}}, "objective.gamma is not an option of denoising"),
         ({"data": {"root": "photos", "caption_dropout": 2}}, "data"),

@@ -1,8 +1,12 @@
 from __future__ import annotations
 
+import dataclasses
+import math
+from itertools import pairwise
+
 import pytest
 import torch
-from tiny import tiny_model
+from tiny import save_tiny, tiny_model
 
 from visiontune import config
 from visiontune.estimate import Estimate, Kept, measure, size
@@ -10,8 +14,6 @@ from visiontune.estimate import Estimate, Kept, measure, size
 
 @pytest.fixture(scope="module")
 def tiny_run(tmp_path_factory):
-    from tiny import save_tiny
-
     folder = tmp_path_factory.mktemp("estimate")
     recipe = {
         "name": "tiny",
@@ -162,3 +164,37 @@ def test_text_says_everything_in_words():
     assert "0.5 s/step on this cuda, 2.8 h for 20000 steps" in text
     assert "memory: 10 B" in text and "peak of the measured step: 1.0 MiB" in text
     assert "5 images, and 2 of prior preservation" in text
+
+
+def noise_of(estimate):
+    """The header of the plot, and the share of each tenth in it."""
+    lines = estimate.text().splitlines()
+    place = next(i for i, line in enumerate(lines) if line.startswith("noise: "))
+    return lines[place], [float(line.split()[1].rstrip("%")) for line in lines[place + 1 : place + 11]]
+
+
+def test_the_noise_that_is_trained_at_is_plotted(tiny_run):
+    plain = measure(tiny_run())
+    header, shares = noise_of(plain)
+    assert header.startswith("noise: 10,000 timesteps drawn for 16x16, mean 0.") and "1 being pure noise" in header
+    assert plain.noise.mean == pytest.approx(0.5, abs=0.01) and shares == pytest.approx([10] * 10, abs=1)
+    several = dataclasses.replace(plain, sizes=((16, 16), (24, 8), (8, 24)))
+    assert noise_of(several)[0].startswith("noise: 10,000 timesteps drawn for 16x16 and 2 other sizes, mean 0.")
+    _, shares = noise_of(measure(tiny_run("objective={name: denoising, timesteps: {shift: 3, low: 0.2}}")))
+    # Uniform numbers from 1/13 to 1, which the shift moves to s where they were s / (3 - 2 s).
+    places = [max(s, 0.2) / (3 - 2 * max(s, 0.2)) for s in (i / 10 for i in range(11))]
+    expected = [100 * (b - a) / (12 / 13) for a, b in pairwise(places)]
+    assert shares == pytest.approx(expected, abs=1) and shares[:2] == [0, 0]
+    assert measure(tiny_run(*REWARDED)).noise is None
+
+
+def test_noise_is_plotted_at_the_sizes_of_the_data(tiny_run, tmp_path):
+    """A flow whose shift grows with the number of tokens: its mean is that of k s / (1 + (k - 1) s)."""
+    flux = save_tiny(tmp_path / "flux", "flux")
+
+    for side in (16, 64):
+        words = [f"model={flux}", f"data.resolution={side}", "adapter.targets=[to_q]"]
+        found = measure(tiny_run(*words, "objective={name: denoising, timesteps: {shift: model}}"))
+        k = math.exp(0.5 + (1.15 - 0.5) / (64 - 4) * ((side // 4) ** 2 - 4))
+        expected = k / (k - 1) - k * math.log(k) / (k - 1) ** 2
+        assert found.noise.mean == pytest.approx(expected, abs=0.01) and found.sizes == ((side, side),)

@@ -44,7 +44,7 @@ def test_sections_of_a_run(section):
 
 
 @pytest.mark.parametrize("section", ["adapter", "objective", "reward"])
-@pytest.mark.parametrize("option", ["name", "targets", "start"])
+@pytest.mark.parametrize("option", ["name", "targets", "start", "under"])
 def test_options_of_every_method(section, option):
     name = {"adapter": "lora", "objective": "denoising", "reward": "oracle"}[section]
     for value in VALUES:

@@ -160,12 +160,12 @@ def clip_config(words: CLIPTokenizer) -> CLIPTextConfig:
     )
 
 
-def autoencoder(**options: Any) -> AutoencoderKL:
-    """A VAE of two levels: 2 pixels per latent along a side."""
+def autoencoder(block_out_channels: tuple[int, ...] = (8, 16), **options: Any) -> AutoencoderKL:
+    """A VAE, of two levels unless more are given: 2 pixels per latent along a side."""
     return AutoencoderKL(
-        block_out_channels=(8, 16),
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
+        block_out_channels=block_out_channels,
+        down_block_types=("DownEncoderBlock2D",) * len(block_out_channels),
+        up_block_types=("UpDecoderBlock2D",) * len(block_out_channels),
         norm_num_groups=4,
         sample_size=SIZE,
         **options,

@@ -200,6 +200,7 @@ def tiny_trainer(
     model=None,
     rows=None,
     adapters=None,
+    under=None,
     seed=0,
     preview=None,
     reward=None,
@@ -212,6 +213,7 @@ def tiny_trainer(
     return Trainer(
         model=model,
         adapters=adapters,
+        under=under,
         objective=objective or denoising.build(denoising.Config()),
         rows=rows or TinyRows(model),
         train=TrainConfig(**{"steps": 4, "trackers": [], "device": "cpu", **train}),

@@ -27,6 +27,8 @@ Dtype = Literal["fp32", "bf16", "fp16"]
 
 # More dots than the path of any option has.
 _DEEPEST = 20
+# Files that every adapter may be given, beside its options.
+_FILES = {"start": "the adapter.safetensors of a run", "under": "an adapter file, the folder of a run, or one of PEFT"}
 # The option that a bare value of a section stands for: `adapter: oft` is `adapter: {name: oft}`.
 _SHORTHANDS = {"model": "source", "data": "root", "adapter": "name", "objective": "name", "reward": "name"}
 
@@ -54,7 +56,8 @@ class Run:
     """A training run, whole: what ``runs/<name>/recipe.yaml`` holds.
 
     ``adapter`` and ``objective`` are validated and hold every option of the method they name; ``adapter`` is ``None``
-    when all weights are trained (``adapter: none`` in a recipe), and may have the ``start`` of its training, a file.
+    when all weights are trained (``adapter: none`` in a recipe), and may have two files: the ``start`` of its training,
+    and what lies ``under`` it meanwhile.
     """
 
     name: str = option(help="name of the run; it writes to <out>/<name>")
@@ -63,7 +66,8 @@ class Run:
     description: str = option("", help="one line for the catalogue and the model card")
     model: ModelConfig = option(ModelConfig(), help="the base model")
     adapter: dict[str, Any] | None = option(
-        help="adapter name, targets, start (a trained file) and options; none trains all weights"
+        help="adapter name, targets, start (a trained file), under (an assistant's file) and options; none trains all "
+        "weights"
     )
     objective: dict[str, Any] = option({"name": "denoising"}, help="objective name and options")
     reward: dict[str, Any] | None = option(None, help="what pictures are scored by: a reward's name, and its options")
@@ -217,17 +221,20 @@ def _read(recipe: str | Path, verb: str, overrides: Sequence[str]) -> dict[str, 
 def _adapter(spec: Mapping[str, Any] | None) -> dict[str, Any] | None:
     if spec is None:
         return None
-    method = {key: value for key, value in spec.items() if key not in ("targets", "start")}
+    method = {key: value for key, value in spec.items() if key not in ("targets", *_FILES)}
     try:
         targets = convert(str | list[str], spec.get("targets", "attention"), "adapter.targets")
     except UserError as error:
         raise UserError(f"{error}: name a preset, a pattern or a list of patterns") from error
     options = _spelt_out("adapters", method, "adapter")
-    start = spec.get("start")
-    if start is not None and not isinstance(start, (str, Path)):
-        raise UserError(f"adapter.start must be the adapter.safetensors of a run, not {start!r}")
-    started = {} if start is None or start in ("", "none") else {"start": str(start)}
-    return {"name": options.pop("name"), "targets": targets, **started, **options}
+    files = {}
+    for key, what in _FILES.items():
+        file = spec.get(key)
+        if file is not None and not isinstance(file, (str, Path)):
+            raise UserError(f"adapter.{key} must be {what}, not {file!r}")
+        if file not in (None, "", "none"):
+            files[key] = str(file)
+    return {"name": options.pop("name"), "targets": targets, **files, **options}
 
 
 def _spelt_out(kind: str, spec: Mapping[str, Any], path: str) -> dict[str, Any]:

@@ -1,7 +1,8 @@
-"""What a run costs, found by doing one step of it: seconds and bytes, on the device at hand."""
+"""What a run costs, found by doing one step of it: seconds and bytes, on the device at hand; and at which noise."""
 
 from __future__ import annotations
 
+import math
 import tempfile
 import time
 from collections.abc import Iterable, Sequence
@@ -16,17 +17,21 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from visiontune.assemble.build import build
 from visiontune.assemble.folder import check_folder
-from visiontune.assemble.parts import passed_over
+from visiontune.assemble.parts import passed_over, told_under
 from visiontune.config import Run
+from visiontune.data.buckets import Size
 from visiontune.data.inventory import inventory
 from visiontune.data.loader import BatchSampler
 from visiontune.data.prompts import PromptBatches
+from visiontune.diffusion.timesteps import Histogram
+from visiontune.objectives.base import generator
 from visiontune.training import optim, resume
 
 if TYPE_CHECKING:
     from visiontune.training.loop import Trainer
 
 _SHOWN = 12
+_DRAWS = 10_000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,6 +53,8 @@ class Estimate:
         activation_bytes: what one batch keeps from the forward pass for the backward pass; with an online objective,
             what one prediction of a micro-batch keeps.
         peak_bytes: the most that the device had allocated; ``None`` on a CPU, where nobody counts.
+        noise: timesteps as the objective draws them; ``None`` where it takes those of a sampler.
+        sizes: heights and widths of the pictures that they were drawn for.
     """
 
     device: str
@@ -67,6 +74,8 @@ class Estimate:
     prompts: int | None = None
     guard_prompts: int = 0
     said: tuple[str, ...] = ()
+    noise: Histogram | None = None
+    sizes: tuple[Size, ...] = ()
 
     @property
     def memory_bytes(self) -> int:
@@ -88,6 +97,7 @@ class Estimate:
             *self.said,
             f"trainable: {self.trained:,} of {self.total:,} parameters ({self.trained / self.total:.2%})",
             *self._layer_lines(),
+            *self._noise_lines(),
             f"time: {self.step_seconds:.3g} s/step on this {self.device}, {self._hours()} for {self.steps} steps",
             f"memory: {size(self.memory_bytes)} = " + " + ".join(f"{name} {size(n)}" for name, n in parts.items()),
         ]
@@ -107,6 +117,14 @@ class Estimate:
             return ["adapted layers: none; all weights are trained"]
         more = [f"  and {len(self.layers) - _SHOWN} more"] if len(self.layers) > _SHOWN else []
         return [f"adapted layers: {len(self.layers)}", *(f"  {name}" for name in self.layers[:_SHOWN]), *more]
+
+    def _noise_lines(self) -> list[str]:
+        if self.noise is None:
+            return []
+        shown, *others = (f"{height}x{width}" for height, width in self.sizes)
+        more = f" and {len(others)} other {'size' if len(others) == 1 else 'sizes'}" if others else ""
+        drawn = f"noise: {self.noise.count:,} timesteps drawn for {shown}{more}"
+        return [f"{drawn}, mean {self.noise.mean:.3f} of the schedule, 1 being pure noise", *self.noise.lines()]
 
     def _hours(self) -> str:
         seconds = round(self.step_seconds * self.steps)
@@ -180,6 +198,7 @@ def _estimate(run: Run, trainer: Trainer, activations: int, seconds: float, said
         activation_bytes=activations,
         reference_bytes=_bytes(trained) if trainer.adapters is None and trainer.objective.needs.reference else 0,
         said=(*_used(run, trainer), *said),
+        **_noise(run, trainer),
         peak_bytes=torch.cuda.max_memory_allocated() if cuda else None,
     )
 
@@ -193,12 +212,31 @@ def _counts(trainer: Trainer) -> dict[str, Any]:
     return {"samples": len(trainer.rows.rows), "prior_samples": len(trainer.rows.rows.prior)}
 
 
+def _noise(run: Run, trainer: Trainer) -> dict[str, Any]:
+    """Timesteps drawn by the objective for latents of the sizes that it trains on, each as often as it comes."""
+    model, rng = trainer.model, generator(run.seed, "check")
+    if not hasattr(model, "schedule"):
+        return {}
+    counts = {(model.resolution, model.resolution): 1}
+    if isinstance(trainer.rows, BatchSampler):
+        buckets = trainer.rows.rows.buckets
+        counts = {size: len(buckets[size]) for size in sorted(buckets, key=lambda size: -len(buckets[size]))}
+    drawn = []
+    for size, count in counts.items():
+        rows = math.ceil(_DRAWS * count / sum(counts.values()))
+        t = trainer.objective.draw_timesteps(model, model.latent_shape(*size), rows, rng)
+        if t is None:
+            return {}
+        drawn.append(t.double() / model.schedule.num_train_timesteps)
+    return {"noise": Histogram.of(torch.cat(drawn)), "sizes": tuple(counts)}
+
+
 def _used(run: Run, trainer: Trainer) -> list[str]:
     """What the run uses of its data, and the layers that it passes over."""
     data = inventory(trainer.rows.rows.samples, run.data) if isinstance(trainer.rows, BatchSampler) else []
     words = trainer.adapters.embeddings() if trainer.adapters is not None else {}
     learnt = [f"trained word: '{word}' in {name}" for name, own in words.items() for word in own.words]
-    return [*data, *learnt, *passed_over(run, trainer.model)]
+    return [*data, *learnt, *told_under(run, trainer.under), *passed_over(run, trainer.model)]
 
 
 def _step(trainer: Trainer, step: int) -> None:
@@ -233,8 +271,9 @@ class Kept(saved_tensors_hooks):
 
 
 def _tensors(trainer: Trainer) -> list[Tensor]:
-    """Weights and buffers of all the model's networks."""
-    return [t for network in trainer.model.networks().values() for t in (*network.parameters(), *network.buffers())]
+    """Weights and buffers of all the model's networks, and of what lies under the adapter."""
+    held = [*trainer.model.networks().values(), *([] if trainer.under is None else [trainer.under])]
+    return [t for module in held for t in (*module.parameters(), *module.buffers())]
 
 
 def _bytes(tensors: Iterable[Tensor]) -> int:

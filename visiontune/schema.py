@@ -64,7 +64,8 @@ def from_mapping(cls: type[T], data: Any, path: str = "") -> T:
 
     Text is read as a number where a number is expected (YAML reads ``1e-4`` as text), and as a list or a mapping where
     one is (see :func:`structure`). A ``ValueError`` or :class:`UserError` of the dataclass's own ``__post_init__`` is
-    reported with the path.
+    reported with the path. A name in ``RENAMED`` is refused with today's; one that is an option again, of no number, is
+    so where a number stands for it.
 
     Args:
         cls: the dataclass.
@@ -83,7 +84,7 @@ def from_mapping(cls: type[T], data: Any, path: str = "") -> T:
     fields = {f.name: f for f in dataclasses.fields(cls) if f.init}  # type: ignore[arg-type]
     renamed = getattr(cls, "RENAMED", {})
     for key in data:
-        if key in renamed:
+        if key in renamed and (key not in fields or read_number(float, data[key]) is not None):
             raise UserError(f"{_join(path, key)} is now {_join(path, renamed[key])}")
         if key not in fields:
             raise UserError(f"{_join(path, key)} is not an option of {label(cls)}{nearest(_join('', key), fields)}")
@@ -304,7 +305,7 @@ def type_name(kind: Any, within: Range = Range()) -> str:  # noqa: B008 (it is f
     if kind in words:
         return words[kind]
     if origin is Literal:
-        return "one of " + ", ".join(map(str, args))
+        return f"'{args[0]}'" if len(args) == 1 else "one of " + ", ".join(map(str, args))
     if origin in (Union, types.UnionType):
         return " or ".join(type_name(a, within) for a in args)
     if origin and isinstance(origin, type) and issubclass(origin, Mapping):

@@ -60,6 +60,7 @@ def net() -> Net:
         ("conv", ["conv"]),
         ("Conv2d", ["conv"]),
         ("mine", ["blocks.0.to_k", "blocks.1.to_k"]),
+        ("rest", ["blocks.0.to_k"]),
         (
             "attention",
             [f"blocks.{i}.{n}" for i in range(2) for n in ("to_q", "to_k", "to_out.0")],
@@ -71,7 +72,8 @@ def test_targets(net, targets, expected) -> None:
         with pytest.raises(UserError, match="target 'q' matches no layer"):
             attach(net, "lora", targets=targets)
     else:
-        assert attach(net, "lora", targets=targets, presets={"mine": ["to_k", "absent"]}).layers == expected
+        presets = {"mine": ["to_k", "absent"], "rest": ["to_k", "-net:blocks.1.to_k"]}
+        assert attach(net, "lora", targets=targets, presets=presets).layers == expected
 
 
 def test_the_all_preset_takes_every_linear_and_convolution(net) -> None:
@@ -334,4 +336,4 @@ def test_loading_a_part_on_request(net, tmp_path) -> None:
 @pytest.mark.parametrize("method", plugin.names("adapters"))
 def test_no_option_has_a_name_that_recipes_use_themselves(method: str) -> None:
     fields = {field.name for field in dataclasses.fields(plugin.load("adapters", method).Config)}
-    assert not fields & {"name", "targets", "start"}
+    assert not fields & {"name", "targets", "start", "under"}

@@ -234,6 +234,7 @@ READERS = {
     "sample": ("sample", "prompts=a", "adapter={}", "steps=1", "device=cpu", "out=o", "model={base}"),
     "export": ("export", "{}", "out.safetensors", "--model", "{base}"),
     "train": ("train", "{recipe}", "adapter.start={}"),
+    "train under": ("train", "{recipe}", "adapter.under={}"),
 }
 
 

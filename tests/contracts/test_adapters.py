@@ -342,7 +342,7 @@ def test_checkpointing_gives_the_same_gradients(method: str, options: dict, kind
 @pytest.mark.parametrize("method", plugin.names("adapters"))
 def test_no_option_is_called_as_one_that_every_adapter_has(method: str) -> None:
     options = {field.name for field in dataclasses.fields(plugin.load("adapters", method).Config)}
-    assert not options & {"name", "targets", "start"}
+    assert not options & {"name", "targets", "start", "under"}
 
 
 @pytest.mark.parametrize(("method", "options", "kind"), CASES)

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import tiny
 import torch
+from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from tiny import tiny_model, tiny_pipe
 from torch import nn
 
@@ -23,11 +24,15 @@ from visiontune.adapters import attach
 from visiontune.core import Condition, Request
 from visiontune.diffusion.dynamics import DDIM
 from visiontune.diffusion.guidance import classifier_free, guided
+from visiontune.diffusion.schedule import shifted
 from visiontune.diffusion.trajectory import Start, Window, rollout
 from visiontune.errors import UserError
 from visiontune.models import families
 from visiontune.models.diffusion import DiffusionModel
 from visiontune.models.pipeline import PipelineModel, own_generator
+from visiontune.models.words import rows_of
+from visiontune.objectives import alignprop, denoising
+from visiontune.rewards import brightness
 
 PROMPTS = ["a red circle above a blue square", "green triangle"]
 STEPS = 3
@@ -146,7 +151,7 @@ def test_a_negative_prompt_is_what_the_stock_pipeline_guides_away_from(model):
     final = rollout(
         model,
         model.embed(PROMPTS),
-        uncond=model.embed(negatives),
+        uncond=model.embed(negatives, negative=True),
         guidance=guidance,
         chain=STEPS,
         start=Start(latents=noise(model, size)),
@@ -156,6 +161,8 @@ def test_a_negative_prompt_is_what_the_stock_pipeline_guides_away_from(model):
 
 @pytest.mark.parametrize("model", [case for case in CASES if with_eta(case[0])], ids=name_of, indirect=True)
 def test_noise_is_added_as_the_stock_pipeline_adds_it(model):
+    if "eta" not in inspect.signature(model.pipe.scheduler.step).parameters:
+        pytest.skip("its pipeline takes eta, and its samplers make nothing of it")
     size, guidance = sizes(model)[0], model.guidance(3.0)
     rng = torch.Generator().manual_seed(5)
     expected, _ = stock(model, size, guidance, latents=None, generator=rng, eta=0.7)
@@ -192,6 +199,17 @@ def test_a_prompt_reads_the_same_beside_a_longer_one(model):
     assert not torch.allclose(model.predict(x_t, t, model.embed(prompts[::-1])), together, atol=1e-3)
 
 
+def test_the_rows_of_a_word_are_those_that_prompts_with_it_read(model):
+    prompts = ["a green circle", "a red circle"]
+    before = model.embed(prompts)
+    with torch.no_grad():
+        for layer, words, kept in rows_of(model, "green", "circle").values():
+            assert kept and kept.isdisjoint(words["green"])
+            layer.weight[words["green"]] *= -2
+    moved = (model.embed(prompts).tokens - before.tokens).flatten(1).abs().amax(1)
+    assert moved[0] > 1e-3 and moved[1] == 0
+
+
 def test_guidance_extrapolates_from_the_unconditional_prediction(model):
     cond, x_t, t = model.embed(PROMPTS), noise(model), somewhere(model)
     given = model.predict(x_t, t, cond)
@@ -216,7 +234,12 @@ def test_latents_are_those_of_the_vae(model):
     # To a VAE of clips a picture is one frame.
     clips = any(isinstance(module, nn.Conv3d) for module in model.vae.modules())
     flat = (lambda z: z.squeeze(2)) if clips else (lambda z: z)
-    posterior = model.vae.encode(pixels.unsqueeze(2) if clips else pixels).latent_dist
+    encoded = model.vae.encode(pixels.unsqueeze(2) if clips else pixels)
+    if "latent_dist" in encoded:
+        posterior = encoded.latent_dist
+    else:  # an autoencoder that is sure of its latents
+        certain = torch.cat([encoded.latent, torch.zeros_like(encoded.latent)], dim=1)
+        posterior = DiagonalGaussianDistribution(certain, deterministic=True)
     mode = model.to_latents(flat(posterior.mode()))
     torch.testing.assert_close(model.encode(pixels, sample=False), mode)
     expected = model.to_latents(flat(posterior.sample(torch.Generator().manual_seed(3))))
@@ -281,6 +304,12 @@ def test_rollout_differentiates_its_last_steps(model):
     assert not torch.allclose(grads[0], grads[1])
 
 
+def adaptable(networks, kind=nn.Linear | nn.Conv2d):
+    """The layers of a kind, but for convolutions in groups, of which other tools read other factors."""
+    found = [m for network in networks for m in network.modules() if isinstance(m, kind)]
+    return [m for m in found if getattr(m, "groups", 1) == 1]
+
+
 def test_presets_choose_their_kind_of_layer_in_every_network(model):
     denoisers, text = list(model.of("denoiser")), list(model.of("text"))
     for names in (*([name] for name in [*denoisers, *text]), text, [*denoisers, *text]):
@@ -293,17 +322,30 @@ def test_presets_choose_their_kind_of_layer_in_every_network(model):
             counts[preset] = len(adapters.layers)
             assert {layer.split(".")[0] for layer in adapters.layers} == set(names)
             adapters.detach()
-        every = sum(isinstance(m, nn.Linear | nn.Conv2d) for root in modules.values() for m in root.modules())
+        every = len(adaptable(modules.values()))
         assert 0 < counts["attention"] < counts["attention+ff"] <= counts["all"] <= every
         # Text encoders may have heads and towers that no prompt passes through.
-        assert counts["all"] == every or not {*names} <= {*denoisers}
+        idle = sum(layer.partition(".")[0] in names for layer in model.idle())
+        assert counts["all"] == every - idle or not {*names} <= {*denoisers}
     assert model.names() == tuple(denoisers)
-    found = [m for name in denoisers for m in model.networks()[name].modules() if isinstance(m, nn.Conv2d)]
+    found = adaptable(model.of("denoiser").values(), nn.Conv2d)
     if found:
         convolutions = attach(model.of("denoiser"), "lora", targets="conv", presets=model.presets())
         assert len(convolutions.layers) == len(found)
         convolutions.detach()
     assert bool(model.presets()["conv"]) == bool(found) and not model.presets(text)["conv"]
+
+
+def test_what_presets_leave_out_is_what_takes_no_part_in_a_prediction(model):
+    layers = {
+        f"{name}.{inner}": layer
+        for name, network in model.of("denoiser").items()
+        for inner, layer in network.requires_grad_(True).named_modules()
+        if isinstance(layer, nn.Linear | nn.Conv2d)
+    }
+    model.predict(noise(model), somewhere(model), model.embed(PROMPTS)).square().mean().backward()
+    unread = {name for name, layer in layers.items() if layer.weight.grad is None or not layer.weight.grad.any()}
+    assert {*model.idle()} == unread
 
 
 def test_fingerprint_tells_weights_apart(model, request):
@@ -331,6 +373,31 @@ def test_low_precision_model_takes_and_gives_float32(model):
     assert model.decode(x_t).dtype == model.encode(torch.zeros(1, 3, *sizes(model)[0])).dtype == torch.float32
     cond = model.embed(PROMPTS)
     assert model.predict(x_t, t, cond).isfinite().all()
+
+
+def test_the_time_that_the_network_is_told_is_not_rounded_to_its_type(model):
+    """In bfloat16 999 and 1000 are one number, as shares too, and so are what a half and one thousandth leave of 1."""
+    pairs = [(998, 999)] if model.schedule.prediction != "flow" else [(999.0, 1000.0), (0.5, 1.0)]
+    cond, x_t = model.embed(PROMPTS[:1] * 2), noise(model)[:1].repeat(2, *[1] * (noise(model).ndim - 1))
+    half = model.at(torch.bfloat16)
+    with torch.no_grad():
+        found = [half.predict(x_t, torch.tensor(pair), cond) for pair in pairs]
+        model.pipe.to(torch.bfloat16)
+        found += [model.predict(x_t, torch.tensor(pair), cond) for pair in pairs]
+    for one, other in found:
+        assert not torch.equal(one, other)
+
+
+def test_training_is_shifted_as_sampling_is(model):
+    """What the shift is undone of is spread evenly, as the pipeline places steps before it."""
+    if model.schedule.prediction == "flow":
+        model.schedule.spacing.register_to_config(shift_terminal=None)
+    for size in (*sizes(model), (4 * model.resolution, 4 * model.resolution)):
+        shape = model.latent_shape(*size)
+        start, _ = model.chain(200, shape)
+        k = model.sampling_shift(shape)
+        places = shifted(start.double() / model.schedule.num_train_timesteps, 1 / k).diff()
+        torch.testing.assert_close(places, places.mean().expand_as(places), rtol=2e-3, atol=1e-6)
 
 
 class TestDraw:
@@ -390,6 +457,17 @@ class TestDraw:
         assert model.size() == (model.resolution, model.resolution)
 
 
+def test_what_was_distilled_to_few_steps_is_refused_by_a_plain_denoising_loss_alone(model):
+    alone, all_the_same = (denoising.Denoising(denoising.Config(distilled=told)) for told in (False, True))
+    if model.distilled is None:
+        alone.check(model, None)
+    else:
+        with pytest.raises(UserError, match=r"was distilled to few steps .* or set objective\.distilled=true"):
+            alone.check(model, None)
+    all_the_same.check(model, None)
+    alignprop.build(alignprop.Config()).check(model, brightness.build(brightness.Config()))
+
+
 def test_every_family_of_a_pipeline_has_a_tiny_one_and_a_row_of_the_table():
     expected = {name: cls for name, cls in families().items() if issubclass(cls, PipelineModel)}
     assert {path.stem for path in (Path(tiny.__file__).parent / "families").glob("*.py")} == set(expected)
@@ -399,7 +477,8 @@ def test_every_family_of_a_pipeline_has_a_tiny_one_and_a_row_of_the_table():
         assert f"\n| `{name}` |" in documented and all(f"`{kind}`" in documented for kind in cls.pipeline_classes)
 
 
-def test_a_saved_model_opens_as_it_was(model, tmp_path):
+def test_a_saved_model_opens_as_it_was(model, request, tmp_path):
+    model = fresh(request)
     model.save(tmp_path / "saved")
     opened = models.load(str(tmp_path / "saved"))
     assert type(opened) is type(model) and list(opened.networks()) == list(model.networks())

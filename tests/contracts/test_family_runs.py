@@ -5,72 +5,26 @@ Runs are of two steps. What they draw, resume and export is judged by the stock 
 
 from __future__ import annotations
 
-import functools
+import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from peft import PeftModel
 from PIL import Image
 from safetensors.torch import load_file
-from tiny import SIZE, save_tiny
 from tiny_training import interrupt
+from workshop import Workshop
 
-from visiontune import adapters, assemble, models
+from visiontune import adapters, models
 from visiontune.cli.main import main
-from visiontune.config import load_run
 from visiontune.core import Request
 from visiontune.models.diffusion import DiffusionModel
 from visiontune.weights.keys import Keys, keys_of
 
 FAMILIES = sorted(name for name, cls in models.families().items() if issubclass(cls, DiffusionModel))
 REQUESTS = [Request(prompt="a red circle", seed=1), Request(prompt="small", seed=2)]
-
-
-class Workshop:
-    """A folder with a tiny model of one family, three photos and some prompts."""
-
-    def __init__(self, family: str, folder: Path) -> None:
-        self.family, self.folder, self.model = family, folder, save_tiny(folder / "model", family)
-        (folder / "prompts.txt").write_text("a red circle\na blue square\n")
-        (folder / "photos").mkdir()
-        rng = np.random.default_rng(0)
-        for i in range(3):
-            pixels = rng.integers(0, 255, (SIZE, SIZE, 3), dtype=np.uint8)
-            Image.fromarray(pixels).save(folder / "photos" / f"{i}.png")
-            (folder / "photos" / f"{i}.txt").write_text("a photo of a [trigger] circle")
-        flow = self.open().schedule.prediction == "flow"
-        self.noisy = "{name: flow-sde, eta: 0.7}" if flow else "{name: ddim, eta: 1.0}"
-
-    def open(self, folder: Path | None = None):
-        return models.load(str(folder or self.model))
-
-    def trainer(self, recipe: str, name: str, *more: str):
-        common = ["train.trackers=[]", "train.device=cpu", "train.precision=no", "train.checkpoint_every=1"]
-        shown = ["preview.prompts=['a circle']", "preview.seeds=[0]", "preview.steps=2"]
-        where = [f"model={self.model}", f"out={self.folder / 'runs'}", f"name={name}"]
-        return assemble.assemble(load_run(recipe, [*where, *common, *shown, "train.steps=2", *more]))
-
-    def personalise(self, name: str, *more: str):
-        data = [f"data.root={self.folder / 'photos'}", "data.prompt=null", "data.class_noun=circle"]
-        prior = ["objective.prior_images=2", "objective.prior_steps=2"]
-        parts = "train.parts=[denoiser, text_encoder]"
-        return self.trainer(
-            "personalise/lora", name, *data, *prior, parts, "train.batch_size=1", "train.lr=0.03", *more
-        )
-
-    @functools.cached_property
-    def denoiser(self) -> Path:
-        """The adapter of a personalisation of the denoiser alone."""
-        return self.personalise("denoiser", "train.parts=[denoiser]").fit()
-
-    def reward(self, recipe: str, name: str, *more: str):
-        data = [f"data={self.folder / 'prompts.txt'}", "reward=redness", "objective.steps=3"]
-        return self.trainer(recipe, name, *data, *more)
-
-    def grpo(self, name: str, *more: str):
-        sizes = ["train.batch_size=4", "objective.group=2", "objective.micro_batch=2", "objective.cfg_scale=2"]
-        return self.reward("reward_tune/grpo", name, f"objective.dynamics={self.noisy}", *sizes, *more)
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
@@ -94,6 +48,12 @@ def moved(file: Path) -> bool:
     return len(changes) > 4 and sum(changes) > 0.8 * len(changes)
 
 
+def logged(folder: Path, name: str) -> list[float]:
+    """What a run logged under a name, in order."""
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [row[name] for row in rows if name in row]
+
+
 def test_data_and_prior_pictures_train_an_adapter_of_every_part(shop, personal):
     folders = list((shop.folder / "runs" / ".cache").glob("prior-*"))
     assert len(folders) == 1 and len(list(folders[0].glob("*.png"))) == 2
@@ -112,6 +72,22 @@ def test_an_interrupted_run_ends_in_the_same_bits(shop, recipe):
     for name, tensor in whole.items():
         assert torch.equal(tensor, broken[name]), name
     assert any(tensor.any() for name, tensor in whole.items() if name.endswith("up"))
+
+
+def test_to_its_steps_an_assistant_under_the_adapter_is_a_base_with_it_merged(shop, personal, tmp_path):
+    merged = tmp_path / "merged"
+    assert main(["export", str(personal), str(merged), "--format", "merged", "--dtype", "fp32"]) == 0
+    common = ["objective.prior=none", "train.optimizer=sgd", "train.lr=0.1", "train.log_every=1"]
+    bases = {"over": [f"adapter.under={personal}"], "base": [f"model={merged}"], "plain": []}
+    found = {name: load_file(shop.personalise(name, *common, *more).fit()) for name, more in bases.items()}
+    losses = {name: logged(shop.folder / "runs" / name, "loss") for name in bases}
+    assert losses["over"] == pytest.approx(losses["base"], rel=1e-5)
+    assert abs(losses["over"][0] - losses["plain"][0]) > 1e-4
+    for name, tensor in found["base"].items():
+        torch.testing.assert_close(found["over"][name], tensor, rtol=0, atol=1e-5)
+    first = "samples/step-000000/00_seed0.png"
+    over, base, plain = ((shop.folder / "runs" / name / first).read_bytes() for name in bases)
+    assert over == plain != base
 
 
 def test_a_rewards_gradient_reaches_the_adapter_through_the_sampler(shop):
@@ -135,17 +111,23 @@ def test_sample_draws_what_the_stock_pipeline_draws_with_the_adapter(shop, perso
 
 def test_the_stock_pipeline_loads_an_exported_lora_and_draws_the_same(shop, personal, tmp_path, capsys):
     ours = shop.open()
-    words = [str(tmp_path / "lora.safetensors"), "--dtype", "fp32"]
-    if "text_encoder" not in ours.pipe._lora_loadable_modules:
-        assert main(["export", str(personal), *words]) == 2
-        assert "loads no LoRA of its text_encoder" in capsys.readouterr().err
+    denoiser, loads = ours.names()[0], getattr(ours.pipe, "_lora_loadable_modules", ())
+    refused = next((name for name in (denoiser, "text_encoder") if name not in loads), None)
+    if refused:
+        assert main(["export", str(personal), str(tmp_path / "lora.safetensors")]) == 2
+        assert f"loads no LoRA of its {refused}" in capsys.readouterr().err
         personal = shop.denoiser
-    assert main(["export", str(personal), *words]) == 0
+    # Where the pipeline takes none at all, PEFT puts it into its network.
+    out, kind = (tmp_path / "lora.safetensors", "diffusers") if denoiser in loads else (tmp_path / "lora", "peft")
+    assert main(["export", str(personal), str(out), "--format", kind, "--dtype", "fp32"]) == 0
     plain = drawn(ours)
     adapters.load(ours.networks(), personal).eval()
     cls = type(ours)
     stock = type(ours.pipe).from_pretrained(shop.model, **cls.load_options)
-    stock.load_lora_weights(str(tmp_path), weight_name="lora.safetensors")
+    if kind == "diffusers":
+        stock.load_lora_weights(str(tmp_path), weight_name=out.name)
+    else:
+        PeftModel.from_pretrained(getattr(stock, denoiser), str(out))
     found = drawn(cls(stock))
     np.testing.assert_allclose(found, drawn(ours), rtol=0, atol=1e-5)
     assert abs(found - plain).max() > 1e-3

@@ -202,12 +202,22 @@ def test_euler_is_deterministic_where_the_model_s_own_scheduler_is_not():
 
 
 @pytest.mark.parametrize(
-    "scheduler", [TABLES["pndm"], FLOWS["unipc"][0], LCMScheduler(), AmusedScheduler(mask_token_id=17)]
+    "scheduler",
+    [
+        TABLES["pndm"],
+        FLOWS["unipc"][0],
+        make_sampler("euler", FLOWS["unipc"][0]),
+        LCMScheduler(),
+        AmusedScheduler(mask_token_id=17),
+    ],
 )
 def test_model_is_the_scheduler_itself_made_fresh(scheduler):
     made = make_sampler("model", scheduler)
     assert type(made) is type(scheduler) and made is not scheduler
     assert dict(made.config) == dict(scheduler.config)
+    for sampler in (made, scheduler):
+        sampler.set_timesteps(5)
+    assert torch.equal(made.timesteps, scheduler.timesteps)
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,7 @@ from diffusers import (
 )
 from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 
-from visiontune.diffusion.schedule import Schedule, calculate_mu
+from visiontune.diffusion.schedule import Schedule, calculate_mu, shifted
 from visiontune.diffusion.transition import transition
 from visiontune.errors import UserError
 
@@ -282,6 +282,27 @@ def test_flow_grids_are_those_of_the_stock_scheduler(kind, options, told, steps,
     torch.testing.assert_close(torch.cat([start, end[-1:]]) / train, expected, rtol=0, atol=1.1e-6)
     assert torch.equal(start[1:], end[:-1])
     assert end[-1] == 0
+
+
+OTHERWISE = {"shift_terminal", "use_karras_sigmas", "use_beta_sigmas", "use_exponential_sigmas"}
+
+
+@pytest.mark.parametrize(("kind", "options", "told"), [case for case in GRIDS if not OTHERWISE & {*case[1]}])
+def test_the_shift_of_a_sampler_is_that_of_its_grid(kind, options, told):
+    """Undone of it, the levels are spread evenly."""
+    schedule = Schedule.from_scheduler(kind(**options))
+    start, _ = schedule.timesteps(30, **told)
+    k = schedule.sampling_shift(**told)
+    places = shifted(start.double() / schedule.num_train_timesteps, 1 / k).diff()
+    torch.testing.assert_close(places, places.mean().expand_as(places), rtol=1e-2, atol=1e-6)
+    assert k != 1
+
+
+def test_what_has_no_shift_or_lacks_what_it_depends_on():
+    assert make("eps").sampling_shift() == make("v").sampling_shift(0.5) == 1
+    assert Schedule.flow(shift=3.0).sampling_shift() == 3
+    with pytest.raises(UserError, match="give mu, or set use_dynamic_shifting=false"):
+        Schedule.from_scheduler(FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)).sampling_shift()
 
 
 def test_a_family_s_own_sigmas_may_come_as_a_list_and_are_shifted_without_a_scheduler_too():

@@ -16,11 +16,11 @@ from families.z_image import qwen3_config
 from tiny import SIZE, chat_tokenizer
 from transformers import Mistral3Config, Mistral3ForConditionalGeneration, Qwen3ForCausalLM
 
-VARIANTS = ({"dev": True},)
+VARIANTS = ({"dev": True}, {"distilled": True})
 READ = {True: 31, False: 28}  # layers: three of them are read, up to this one
 
 
-def pipeline(dev: bool = False) -> Flux2Pipeline | Flux2KleinPipeline:
+def pipeline(dev: bool = False, distilled: bool = False) -> Flux2Pipeline | Flux2KleinPipeline:
     words = chat_tokenizer()
     parts: dict[str, Any] = {
         "transformer": Flux2Transformer2DModel(
@@ -40,7 +40,8 @@ def pipeline(dev: bool = False) -> Flux2Pipeline | Flux2KleinPipeline:
     }
     if dev:
         return Flux2Pipeline(**parts, text_encoder=Mistral3ForConditionalGeneration(mistral_config(words)).eval())
-    return Flux2KleinPipeline(**parts, text_encoder=Qwen3ForCausalLM(qwen3_config(words, READ[dev])).eval())
+    encoder = Qwen3ForCausalLM(qwen3_config(words, READ[dev])).eval()
+    return Flux2KleinPipeline(**parts, text_encoder=encoder, is_distilled=distilled)
 
 
 def autoencoder() -> AutoencoderKLFlux2:
@@ -57,12 +58,12 @@ def autoencoder() -> AutoencoderKLFlux2:
     return vae
 
 
-def mistral_config(words) -> Mistral3Config:
+def mistral_config(words, layers: int = READ[True]) -> Mistral3Config:
     text = {
         "model_type": "mistral",
         "hidden_size": 16,
         "intermediate_size": 32,
-        "num_hidden_layers": READ[True],
+        "num_hidden_layers": layers,
         "num_attention_heads": 2,
         "num_key_value_heads": 1,
         "head_dim": 8,

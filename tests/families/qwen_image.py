@@ -30,18 +30,23 @@ def pipeline() -> QwenImagePipeline:
         scheduler=FlowMatchEulerDiscreteScheduler(
             use_dynamic_shifting=True, base_image_seq_len=4, max_image_seq_len=64, shift_terminal=0.02
         ),
-        vae=AutoencoderKLQwenImage(
-            base_dim=24,
-            z_dim=4,
-            dim_mult=[1, 2],
-            num_res_blocks=1,
-            temperal_downsample=[False],
-            latents_mean=[0.1, -0.2, 0.3, 0.0],
-            latents_std=[1.5, 0.8, 1.1, 2.0],
-        ).eval(),
+        vae=autoencoder(),
         text_encoder=Qwen2_5_VLForConditionalGeneration(qwen_vl_config(words)).eval(),
         tokenizer=words,
     )
+
+
+def autoencoder(width: int = 24) -> AutoencoderKLQwenImage:
+    """A VAE of clips of two levels: 2 pixels per latent along a side."""
+    return AutoencoderKLQwenImage(
+        base_dim=width,
+        z_dim=4,
+        dim_mult=[1, 2],
+        num_res_blocks=1,
+        temperal_downsample=[False],
+        latents_mean=[0.1, -0.2, 0.3, 0.0],
+        latents_std=[1.5, 0.8, 1.1, 2.0],
+    ).eval()
 
 
 def qwen_vl_config(words) -> Qwen2_5_VLConfig:

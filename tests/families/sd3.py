@@ -54,9 +54,9 @@ def t5_tokenizer() -> T5Tokenizer:
     return T5Tokenizer(vocab=[*special, *pieces, *characters], extra_ids=0, model_max_length=512)
 
 
-def t5_config(pieces: T5Tokenizer) -> T5Config:
-    """Of a T5 of the first revision, whose feed-forward layers are gated."""
-    return T5Config(
+def t5_config(pieces: T5Tokenizer, kind: type = T5Config) -> T5Config:
+    """Of a T5 of the first revision, whose feed-forward layers are gated, or of another kind of it."""
+    return kind(
         vocab_size=len(pieces),
         d_model=WIDTH,
         d_kv=8,

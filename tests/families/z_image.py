@@ -9,7 +9,7 @@ from transformers import Qwen3Config, Qwen3Model
 VARIANTS = ({"dynamic": True},)
 
 
-def pipeline(dynamic: bool = False) -> ZImagePipeline:
+def pipeline(dynamic: bool = False, turbo: bool = False) -> ZImagePipeline:
     words = chat_tokenizer()
     shifting = {"use_dynamic_shifting": True, "base_image_seq_len": 4, "max_image_seq_len": 64}
     return ZImagePipeline(
@@ -24,7 +24,7 @@ def pipeline(dynamic: bool = False) -> ZImagePipeline:
             axes_dims=[8, 4, 4],
             axes_lens=[640, 32, 32],
         ).eval(),
-        scheduler=FlowMatchEulerDiscreteScheduler(shift=6.0, **(shifting if dynamic else {})),
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0 if turbo else 6.0, **(shifting if dynamic else {})),
         vae=autoencoder(
             latent_channels=16,
             scaling_factor=0.3611,

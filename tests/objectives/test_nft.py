@@ -187,7 +187,7 @@ def test_real_adapters_change_places_with_their_old_values(method):
 
 def by_hand(model, objective, collected, part, lent):
     """The loss of one update as one graph."""
-    t, eps = objective.noised(collected, part, lent)
+    t, eps = objective.noised(model, collected, part, lent)
     total = 0
     for k in range(t.shape[1]):
         x_t = model.schedule.add_noise(collected.x_0, eps[:, k], t[:, k]).to(collected.x_0)
@@ -228,9 +228,9 @@ def test_every_update_has_noise_of_its_own_and_each_timestep_once():
     model = Drawing()
     objective, lent = build(Config(**OPTIONS)), tools_of(model=model)
     collected = objective.collect(model, batch_of(GROUP, 1), lent)
-    t, eps = objective.noised(collected, 0, lent)
+    t, eps = objective.noised(model, collected, 0, lent)
     assert t.shape == (4, 3) and all(sorted(row) == sorted(collected.timesteps.tolist()) for row in t.tolist())
-    again, other = objective.noised(collected, 0, lent), objective.noised(collected, 1, lent)
+    again, other = objective.noised(model, collected, 0, lent), objective.noised(model, collected, 1, lent)
     assert torch.equal(eps, again[1]) and not torch.equal(eps, other[1])
     assert not torch.equal(eps[0], eps[1])
 

@@ -10,6 +10,7 @@ import torch
 from processes import ranks
 from tiny_training import CutRows, RowNoise, TinyModel, TinyRows, tiny_trainer
 
+from visiontune import adapters
 from visiontune.objectives import dreambooth
 from visiontune.signals import Interrupted
 from visiontune.training import checkpoint
@@ -92,18 +93,42 @@ def signalled(folder: str) -> list[int]:
     return ranks(2, work)
 
 
-def shared(out: Path, batch_size: int, rank: int = 0, world: int = 1):
-    """A run whose batches may be cut between processes."""
+def shared(out: Path, batch_size: int, rank: int = 0, world: int = 1, over: bool | None = False):
+    """A run whose batches may be cut between processes.
+
+    Args:
+        over: trains an adapter over another one; None an adapter alone, and False all weights.
+    """
     torch.set_num_threads(1)
     model = TinyModel()
+    sets = {} if over is False else {"under": stacked(model) if over else None, "adapters": adapted(model)}
     rows = CutRows(model, batch_size, rank, world)
     options = {"steps": 4, "optimizer": "sgd", "lr": 0.1, "accumulate": 2, "log_every": 2, "max_grad_norm": None}
-    return tiny_trainer(out, model=model, rows=rows, objective=RowNoise(), **options)
+    return tiny_trainer(out, model=model, rows=rows, objective=RowNoise(), **sets, **options)
+
+
+def adapted(model, name: str = "default"):
+    """A LoRA of the denoiser that starts at nothing."""
+    torch.manual_seed(0)
+    return adapters.attach(model.of("denoiser"), "lora", targets="all", presets=model.presets(), rank=2, name=name)
+
+
+def stacked(model):
+    """A frozen one that moves it much."""
+    made = adapted(model, "under").requires_grad_(False).eval()
+    for parameter in made.parameters():
+        parameter.copy_(torch.randn(parameter.shape) * 0.3)
+    return made
 
 
 def two(folder: str) -> list[int]:
     """The exit codes of two processes of one run."""
     return ranks(2, lambda rank: shared(Path(folder), 2, rank, 2).fit())
+
+
+def two_over(folder: str) -> list[int]:
+    """The same of a run that trains an adapter over another one."""
+    return ranks(2, lambda rank: shared(Path(folder), 2, rank, 2, over=True).fit())
 
 
 def deaths(folder: str, *places: str) -> list[list[int]]:

@@ -44,6 +44,19 @@ def called(method: str, config: Any) -> str:
     return method
 
 
+def is_own(path: str | Path) -> bool:
+    """Whether a file says of itself that visiontune wrote it.
+
+    Raises:
+        UserError: no such file, or one that cannot be read.
+    """
+    return _says_so(_metadata(path))
+
+
+def _says_so(metadata: Any) -> bool:
+    return isinstance(metadata, dict) and "visiontune_format" in metadata
+
+
 def read_header(path: str | Path) -> dict[str, Any]:
     """What an adapter file says of itself; all of it is of the types below, whoever wrote the file.
 
@@ -57,7 +70,7 @@ def read_header(path: str | Path) -> dict[str, Any]:
         UserError: no such file, not a visiontune adapter, one of a newer format, or one whose header is incomplete.
     """
     metadata = _metadata(path)
-    if not isinstance(metadata, dict) or "visiontune_format" not in metadata:
+    if not _says_so(metadata):
         raise UserError(f"'{path}' is not a visiontune adapter: name the adapter.safetensors of a run")
     for key, value in metadata.items():
         if not isinstance(value, str):

@@ -330,6 +330,11 @@ class AdapterSet(nn.Module):
             full = {layer: _full(component, layer) for layer in method.adapters}
             method.fit({layer: grouped[name] for layer, name in full.items() if name in grouped})
 
+    def digest(self) -> str:
+        """A hash of all that decides what the set does: method, options, strength, and every tensor."""
+        told = json.dumps([self.method, asdict(self.config), self.scale], sort_keys=True)
+        return _storage.digest(told, self.tensors())
+
     def save(self, path: str | Path, metadata: Mapping[str, str] | None = None) -> Path:
         """Write a safetensors file whose header holds method, config, targets, layers and a hash of the base.
 

@@ -76,6 +76,15 @@ def check_base(
             raise UserError(f"{path}: trained on other base weights (layer '{name}' differs): {mend}")
 
 
+def digest(told: str, tensors: Mapping[str, Tensor]) -> str:
+    """A short hash of a text and of tensors with their names, types and shapes, equal on every device."""
+    found = hashlib.sha256(told.encode())
+    for name, tensor in sorted(tensors.items()):
+        found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        found.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return found.hexdigest()[:16]
+
+
 def write(
     path: str | Path, tensors: Mapping[str, Tensor], header: Mapping[str, str], metadata: Mapping[str, str]
 ) -> Path:

@@ -44,7 +44,8 @@ def match(
         roots: component name -> module.
         targets: one target or several. Each must match; of a preset's own patterns one match is enough.
         supported: the layer classes that the method adapts; other modules are passed over.
-        presets: further presets, which win over the built-in ones.
+        presets: further presets, which win over the built-in ones. What a pattern of theirs names after a minus is
+            left out.
 
     Returns:
         Component -> layer name within the component -> layer, in the order of ``named_layers``.
@@ -95,7 +96,12 @@ def _modules(roots: Mapping[str, nn.Module]) -> dict[str, dict[str, nn.Module]]:
 
 
 def _hits(patterns: Sequence[str], modules: Mapping[str, Mapping[str, nn.Module]]) -> set[tuple[str, str]]:
-    """Components and names of the modules that some pattern matches."""
+    """Components and names of the modules that some pattern matches, and none after a minus."""
+    taken, left = ([p for p in patterns if p.startswith("-") is minus] for minus in (False, True))
+    return _found(taken, modules) - _found([pattern[1:] for pattern in left], modules)
+
+
+def _found(patterns: Sequence[str], modules: Mapping[str, Mapping[str, nn.Module]]) -> set[tuple[str, str]]:
     return {
         (component, name)
         for pattern in patterns

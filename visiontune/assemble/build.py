@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +19,7 @@ from visiontune.errors import UserError
 from visiontune.outside import shown
 
 if TYPE_CHECKING:
+    from visiontune.adapters.base import AdapterSet
     from visiontune.data.base import Sample
     from visiontune.data.loader import BatchSampler
     from visiontune.models.base import Model
@@ -54,7 +55,7 @@ def build(
     preview = dataclasses.replace(run.preview, prompts=[parts.in_words(run, p) for p in run.preview.prompts])
     objective = parts.open_objective(run)
     found = _data(run, objective)
-    parts.check_start(run)
+    parts.check_files(run)
     reward = parts.load_reward(run, objective)
     _check(run, objective, reward)
     guard = parts.make_guard(run, found.held, objective)
@@ -67,7 +68,9 @@ def build(
     from visiontune.training.loop import Trainer
 
     model: Any = parts.open_model(run)
+    under = parts.attach_under(run, model)
     _check_sizes(run, model, objective)
+    _check_dropout(run, model)
     objective.check(model, reward)
     # Some adapters start from random values; everything later draws from generators of its own.
     set_seed(run.seed)
@@ -85,12 +88,14 @@ def build(
             say(line)
     if accelerator.is_main_process:
         files.clear_abandoned(cache_dir)
-    rows = _rows(run, model, adapters, objective, found, accelerator, cache_dir, draw, fill)
+    sets = [one for one in (under, adapters) if one is not None]
+    rows = _rows(run, model, sets, objective, found, accelerator, cache_dir, draw, fill)
     if plan and adapters is not None and adapters.plans:
         _plan(run, model, adapters, objective, rows, accelerator)
     return Trainer(
         model=model,
         adapters=adapters,
+        under=under,
         objective=objective,
         rows=rows,
         train=run.train,
@@ -169,6 +174,24 @@ def _check_sizes(run: Run, model: Any, objective: Objective) -> None:
         check_batch(rows, side, side)
 
 
+def _check_dropout(run: Run, model: Any) -> None:
+    """Refuse rows without captions that no trained network would see.
+
+    Raises:
+        UserError: it names the network.
+    """
+    from visiontune.training.optim import trains_text
+
+    apart = getattr(model, "WORDLESS", None)
+    if not run.data.caption_dropout or apart is None or trains_text(model, run.train):
+        return
+    if apart not in model.names(run.train.networks):
+        raise UserError(
+            f"data.caption_dropout: rows without a caption pass the {apart} of '{model.source}', which is not trained: "
+            f"set it to 0, or add {apart} to train.parts"
+        )
+
+
 @contextmanager
 def _named(option: str) -> Iterator[None]:
     """Put the option that led to an error in front of its message."""
@@ -181,7 +204,7 @@ def _named(option: str) -> Iterator[None]:
 def _rows(
     run: Run,
     model: Any,
-    adapters: Any,
+    sets: Sequence[AdapterSet],
     objective: Objective,
     found: Data,
     accelerator: Any,
@@ -197,28 +220,43 @@ def _rows(
     rank, world = accelerator.process_index, accelerator.num_processes
     if objective.needs.online:
         return PromptBatches(found.prompts, run.train.batch_size, objective.group, run.seed, rank, world)
-    lent = Tools(reference=adapters.disable if adapters is not None else nullcontext, draw=draw or images)
+    lent = Tools(reference=lambda: _off(sets), draw=draw or images)
     with accelerator.main_process_first():
         prior = objective.prepare(model, run.data, found.samples, cache_dir, lent)
     beside = objective.prior_rows(run.train.batch_size)
-    return encoded(run, model, [*found.samples, *prior], accelerator, cache_dir, fill, beside)
+    return encoded(run, model, sets, [*found.samples, *prior], accelerator, cache_dir, fill, beside)
+
+
+@contextmanager
+def _off(sets: Sequence[AdapterSet]) -> Iterator[None]:
+    """The bare model for a while."""
+    with ExitStack() as stack:
+        for found in sets:
+            stack.enter_context(found.disable())
+        yield
 
 
 def encoded(
     run: Run,
     model: Any,
+    sets: Sequence[AdapterSet],
     samples: Sequence[Sample],
     accelerator: Any,
     cache_dir: Path,
     fill: bool,
     prior_rows: int | None = None,
 ) -> BatchSampler:
-    """Batches of encoded samples, with so many prior rows each; with ``fill`` all are encoded now."""
+    """Batches of encoded samples, with so many prior rows each; with ``fill`` all are encoded now.
+
+    What a set makes of the text encoders is no property of the base, so captions are left to the steps then.
+    """
     from visiontune.data.loader import BatchSampler
     from visiontune.data.rows import Rows
     from visiontune.training.optim import trains_text
 
-    rows = Rows(model, samples, run.data, cache_dir, trains_text(model, run.train))
+    reached = {name.partition(".")[0] for found in sets for name in found.base_layers()}
+    live = trains_text(model, run.train) or bool(reached & {*model.roles().get("text", ())})
+    rows = Rows(model, samples, run.data, cache_dir, live)
     rank, world = accelerator.process_index, accelerator.num_processes
     if fill:
         rows.fill(rank, world)

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from visiontune import plugin
+from visiontune import outside, plugin
 from visiontune.adapters import read_header
+from visiontune.adapters._header import is_own
 from visiontune.config import Run
 from visiontune.data.base import listed, substitute
 from visiontune.errors import UserError
@@ -119,7 +121,7 @@ def attach_adapter(run: Run, model: Model) -> AdapterSet | None:
     from visiontune.models.words import rows_of
 
     targets = run.adapter["targets"]
-    _, config = plugin.configure("adapters", _without(run.adapter, "targets", "start"), "adapter")
+    _, config = plugin.configure("adapters", _without(run.adapter, "targets", "start", "under"), "adapter")
     trained = model.names(run.train.networks)
     words = rows_of(model, run.data.trigger, run.data.class_noun or "") if run.train.trigger else {}
     try:
@@ -129,6 +131,54 @@ def attach_adapter(run: Run, model: Model) -> AdapterSet | None:
         return made
     except UserError as error:
         raise UserError(f"adapter: {error}") from error
+
+
+def attach_under(run: Run, model: Model) -> AdapterSet | None:
+    """Attach what is to lie under the run's adapter in its steps: frozen, in evaluation mode, at strength 1.
+
+    The model counts as one that is not distilled then: that is what an assistant is for.
+
+    Raises:
+        UserError: the file cannot be read, is of another base, or changes what pictures are encoded by.
+    """
+    if run.adapter is None or "under" not in run.adapter:
+        return None
+    from visiontune.weights.reading import read
+
+    try:
+        made = read(_under(run.adapter["under"]), model.networks(), model.family, model.names()[0], "under")
+        reached = {name.partition(".")[0] for name in made.base_layers()}
+        if strange := reached - {*model.names(), *model.roles().get("text", ())}:
+            raise UserError(
+                f"{run.adapter['under']} changes {min(strange)}, and what is encoded once serves all runs: give one of "
+                "the denoiser and the text encoders alone"
+            )
+    except UserError as error:
+        raise UserError(f"adapter.under: {error}") from error
+    model.distilled = None
+    return made.requires_grad_(False)
+
+
+def _under(name: str) -> Path:
+    """A folder that PEFT saved, a file, or that of a run's folder; what it says of itself is whole."""
+    from visiontune.sampling.sources import adapter_file
+
+    if outside.is_folder(name) and (outside.expanded(name) / "adapter_config.json").is_file():
+        return outside.expanded(name)
+    file = adapter_file(name)
+    if is_own(file):
+        read_header(file)
+    return file
+
+
+def told_under(run: Run, under: AdapterSet | None) -> list[str]:
+    """A line on what lies under the run's adapter."""
+    if run.adapter is None or under is None:
+        return []
+    return [
+        f"under the adapter in every step: {run.adapter['under']} ({under.method} on {len(under.layers)} layers); "
+        "pictures and the result are without it"
+    ]
 
 
 def passed_over(run: Run, model: Model) -> list[str]:
@@ -147,14 +197,15 @@ def passed_over(run: Run, model: Model) -> list[str]:
     ]
 
 
-def check_start(run: Run) -> None:
-    """Refuse a start of the adapter that is no adapter file, without opening the model."""
-    if run.adapter is None or "start" not in run.adapter:
-        return
-    try:
-        read_header(run.adapter["start"])
-    except UserError as error:
-        raise UserError(f"adapter.start: {error}") from error
+def check_files(run: Run) -> None:
+    """Refuse a start of the adapter that is no adapter file, or an assistant, without opening the model."""
+    for key, read in (("start", read_header), ("under", _under)):
+        if run.adapter is None or key not in run.adapter:
+            continue
+        try:
+            read(run.adapter[key])
+        except UserError as error:
+            raise UserError(f"adapter.{key}: {error}") from error
 
 
 def in_words(run: Run, text: str) -> str:
@@ -172,6 +223,7 @@ def metadata(run: Run) -> dict[str, str]:
         "objective": run.objective["name"],
         "resolution": str(run.data.resolution) if run.data.resolution else None,
         "start": (run.adapter or {}).get("start"),
+        "under": (run.adapter or {}).get("under"),
         "modelspec.title": run.name,
         "modelspec.trigger_phrase": run.data.trigger,
     }

@@ -1,4 +1,4 @@
-"""Check a recipe without training: data, model, adapter, and what a step costs here in time and memory.
+"""Check a recipe without training: data, model, adapter, noise levels, and what a step costs in time and memory.
 
 visiontune check personalise/oft data.root=my_photos
 """

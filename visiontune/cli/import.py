@@ -32,18 +32,10 @@ def run(args: argparse.Namespace) -> None:
     if not args.source.exists():
         raise UserError(f"there is no {args.source}: give a .safetensors file or a folder that PEFT saved")
     from visiontune import models
-    from visiontune.weights.keys import keys_of
-    from visiontune.weights.lora_files import read_lora
-    from visiontune.weights.peft_folders import read_peft
+    from visiontune.weights.reading import read_foreign
 
     model = models.load(args.model)
-    components = model.networks()
-    if args.source.is_dir():
-        if args.component not in components:
-            raise UserError(f"'{args.model}' has no component '{args.component}'; it has {', '.join(components)}")
-        attached = read_peft(args.source, {args.component: components[args.component]})
-    else:
-        attached = read_lora(args.source, components, keys_of(model.family, components))
+    attached = read_foreign(args.source, model.networks(), model.family, args.component)
     metadata = {"base_model": args.model} | ({"trigger": args.trigger} if args.trigger else {})
     attached.save(args.out, metadata)
     print(f"written: {args.out}, {attached.method} on {len(attached.layers)} layers")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
@@ -144,6 +145,28 @@ def flow_spacing(scheduler: Any) -> Any:
     return kind.from_config(scheduler.config)
 
 
+def flow_shift(spacing: Any, mu: float | None = None) -> float:
+    """k of the shift k sigma / (1 + (k - 1) sigma) of a `flow_spacing`, before `shift_terminal` and Karras' like.
+
+    Args:
+        mu: the shift by resolution, for schedulers with `use_dynamic_shifting`; others take no notice.
+
+    Raises:
+        UserError: mu is missing.
+    """
+    config = spacing.config
+    if not config.get("use_dynamic_shifting", False):
+        return float(config.get("shift", config.get("flow_shift", 1.0)))
+    mu = _required(mu)
+    return mu if config.get("time_shift_type") == "linear" else math.exp(mu)
+
+
+def _required(mu: float | None) -> float:
+    if mu is None:
+        raise UserError("the scheduler shifts timesteps by resolution: give mu, or set use_dynamic_shifting=false")
+    return mu
+
+
 def flow_sigmas(spacing: Any, steps: int, mu: float | None = None, sigmas: Sequence[float] | None = None) -> Tensor:
     """Where `steps` steps of a `flow_spacing` stand, from the noisiest to the clean end: [steps + 1] float32, CPU.
 
@@ -155,11 +178,9 @@ def flow_sigmas(spacing: Any, steps: int, mu: float | None = None, sigmas: Seque
         UserError: mu is missing, the scheduler takes no sigmas, or the result does not fall from 1 to 0.
     """
     name, dynamic = type(spacing).__name__, spacing.config.get("use_dynamic_shifting", False)
-    if dynamic and mu is None:
-        raise UserError("the scheduler shifts timesteps by resolution: give mu, or set use_dynamic_shifting=false")
     if sigmas is not None and isinstance(spacing, DPMSolverMultistepScheduler):
         raise UserError(f"scheduler {name} takes no sigmas: leave them out, or give the model FlowMatchEuler or UniPC")
-    options: dict[str, Any] = {"mu": mu} if dynamic else {}
+    options: dict[str, Any] = {"mu": _required(mu)} if dynamic else {}
     if sigmas is not None:
         options["sigmas"] = np.asarray(sigmas, dtype=np.float64)
     with np.errstate(divide="ignore", invalid="ignore"):  # judged below

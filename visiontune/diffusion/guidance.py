@@ -101,8 +101,29 @@ class CFG(Guidance):
 
 
 @dataclass(frozen=True, kw_only=True)
-class PatchLengthCFG(CFG):
-    """`CFG` of which every patch is then brought to the length that it has in the conditional prediction.
+class LengthCFG(CFG):
+    """`CFG` of which every part is then brought to the length that it has in the conditional prediction."""
+
+    def _apart(self, without: Tensor, given: Tensor, scale: float | Tensor) -> Tensor:
+        far = super()._apart(without, given, scale)
+        return far * (self._lengths(given) / self._lengths(far))
+
+    @abstractmethod
+    def _lengths(self, x: Tensor) -> Tensor:
+        """The length of the part that each value of x [b, c, h, w] is in, in a shape that goes with x."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RowLengthCFG(LengthCFG):
+    """`LengthCFG` whose parts are the rows of a picture, each channel by itself."""
+
+    def _lengths(self, x: Tensor) -> Tensor:
+        return torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PatchLengthCFG(LengthCFG):
+    """`LengthCFG` whose parts are patches, all channels together.
 
     Attributes:
         patch: side of a patch.
@@ -110,16 +131,24 @@ class PatchLengthCFG(CFG):
 
     patch: int = 2
 
-    def _apart(self, without: Tensor, given: Tensor, scale: float | Tensor) -> Tensor:
-        far = self._patches(super()._apart(without, given, scale))
-        near = self._patches(given)
-        kept = torch.linalg.vector_norm(near, dim=(1, 3, 5), keepdim=True)
-        reached = torch.linalg.vector_norm(far, dim=(1, 3, 5), keepdim=True)
-        return (far * (kept / reached)).reshape(given.shape)
+    def _lengths(self, x: Tensor) -> Tensor:
+        patches = x.unflatten(3, (-1, self.patch)).unflatten(2, (-1, self.patch))
+        lengths = torch.linalg.vector_norm(patches, dim=(1, 3, 5), keepdim=True)
+        return lengths.expand(-1, 1, -1, self.patch, -1, self.patch).flatten(4).flatten(2, 3)
 
-    def _patches(self, x: Tensor) -> Tensor:
-        """[b, c, h, w] -> [b, c, h / p, p, w / p, p]."""
-        return x.unflatten(3, (-1, self.patch)).unflatten(2, (-1, self.patch))
+
+@dataclass(frozen=True, kw_only=True)
+class WordlessCFG(CFG):
+    """`CFG` away from the same rows without their words: all that it needs of another condition is an empty mask."""
+
+    contrasts: ClassVar[bool] = False
+
+    def __call__(
+        self, call: Call, x: Tensor, t: Tensor, level: Tensor, cond: Condition, uncond: Condition | None
+    ) -> Tensor:
+        if cond.mask is None:
+            raise ValueError("guidance away from rows without words needs conditions with a mask")
+        return super().__call__(call, x, t, level, cond, replace(cond, mask=torch.zeros_like(cond.mask)))
 
 
 @dataclass(frozen=True, kw_only=True)

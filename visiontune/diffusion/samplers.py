@@ -6,6 +6,7 @@ then runs on a table of alphas, without a word.
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import numpy as np
@@ -60,7 +61,7 @@ def make_sampler(name: str, scheduler: Any) -> Any:
     if name not in names:
         raise UserError(f"sampler '{name}' does not fit {type(scheduler).__name__}: use one of {', '.join(names)}")
     if name == "model":
-        return type(scheduler).from_config(scheduler.config)
+        return copy.deepcopy(scheduler)
     if name == "ddim":
         return ddim_scheduler(scheduler)
     if prediction_of(scheduler) == "flow":

@@ -14,10 +14,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from visiontune.diffusion._schedulers import Prediction, ddim_scheduler, flow_sigmas, flow_spacing, prediction_of
+from visiontune.diffusion._schedulers import (
+    Prediction,
+    ddim_scheduler,
+    flow_shift,
+    flow_sigmas,
+    flow_spacing,
+    prediction_of,
+)
 from visiontune.errors import UserError
 
-__all__ = ["Prediction", "Schedule", "calculate_mu", "ddim_scheduler", "evenly"]
+__all__ = ["Prediction", "Schedule", "calculate_mu", "ddim_scheduler", "evenly", "shifted"]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -33,8 +40,7 @@ class Schedule:
         alphas, sigmas: float64 tables; the last entry is the end of the chain.
         num_train_timesteps: number of timesteps of training.
         spacing: the scheduler that places sampling timesteps, and shifts its own; None places them evenly.
-        shift: moves evenly placed ones towards the noise, sigma -> shift sigma / (1 + (shift - 1) sigma) (Esser et
-            al., 2024, arXiv 2403.03206, equation 23).
+        shift: moves evenly placed ones towards the noise (`shifted`).
     """
 
     prediction: Prediction
@@ -113,6 +119,19 @@ class Schedule:
         t = self.spacing.timesteps
         # DDIM steps back by a constant stride, also where the spacing rounds its timesteps unevenly.
         return t, t - self.num_train_timesteps // steps
+
+    def sampling_shift(self, mu: float | None = None) -> float:
+        """k of the shift (`shifted`) by which the model's sampler moves its steps; 1 where it moves none.
+
+        Args:
+            mu: the shift by resolution, for schedulers with `use_dynamic_shifting`; others take no notice.
+
+        Raises:
+            UserError: mu is missing.
+        """
+        if self.prediction != "flow":
+            return 1.0
+        return self.shift if self.spacing is None else flow_shift(self.spacing, mu)
 
     def ddim(self) -> Any:
         """A fresh DDIM scheduler for the stock pipeline, with the steps of `timesteps`.
@@ -217,8 +236,7 @@ class Schedule:
         sigma = torch.linspace(1, 0, steps + 1, dtype=torch.float64)
         if sigmas is not None:
             sigma[:-1] = torch.as_tensor(sigmas, dtype=torch.float64)
-        shifted = self.shift * sigma / (1 + (self.shift - 1) * sigma)
-        return (shifted * self.num_train_timesteps).float()
+        return (shifted(sigma, self.shift) * self.num_train_timesteps).float()
 
     def _levels(self, t: Tensor) -> tuple[Tensor, Tensor]:
         if self.prediction == "flow" and t.is_floating_point():
@@ -231,6 +249,15 @@ class Schedule:
         alphas, sigmas = self._on_device[t.device]
         row = t.long().clamp(min=-1)  # -1 reads the last entry, the end of the chain
         return alphas[row], sigmas[row]
+
+
+def shifted(sigma: Tensor, k: float) -> Tensor:
+    """Noise levels in [0, 1] moved towards the noise, k sigma / (1 + (k - 1) sigma); 1 / k moves them back.
+
+    Esser et al., 2024, arXiv 2403.03206, equation 23.
+    """
+    moved = k * sigma
+    return moved / (moved + (1 - sigma))  # 0 and 1 stay what they are, to the bit
 
 
 def calculate_mu(tokens: int, config: Mapping[str, Any]) -> float:

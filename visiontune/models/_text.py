@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Iterable
 from typing import Any
 
+import torch
+from torch import Tensor
+
+from visiontune.core import Condition
 from visiontune.models.base import Presets
 
 _CLIP_ATTENTION = ("q_proj", "k_proj", "v_proj", "out_proj")
@@ -27,6 +33,11 @@ DECODER: Presets = {
 }
 
 
+def default_of(pipeline: type, option: str) -> Any:
+    """What the call of a class of pipelines takes for an option of which nothing is said."""
+    return inspect.signature(pipeline.__call__).parameters[option].default
+
+
 def chat_overhead(tokenizer: Any, system: str | None = None, **options: Any) -> int:
     """How many tokens a chat template puts around a prompt.
 
@@ -41,3 +52,10 @@ def chat_overhead(tokenizer: Any, system: str | None = None, **options: Any) -> 
     text = tokenizer.apply_chat_template(talk, tokenize=False, add_generation_prompt=system is None, **options)
     plain = getattr(tokenizer, "tokenizer", tokenizer)
     return len(plain(text)["input_ids"])
+
+
+def ragged(prompts: Iterable[Tensor]) -> Condition:
+    """The Condition of prompts of any lengths, [n, d] each; its `mask` leaves out what the shorter ones lack."""
+    return Condition.cat(
+        [Condition(tokens=one[None], mask=one.new_ones(1, len(one), dtype=torch.bool)) for one in prompts]
+    )

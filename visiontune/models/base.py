@@ -33,6 +33,7 @@ class Model(ABC):
             name, a layer class, or a regular expression. Its first role is what is trained when nothing is said.
         source: what the user named: a pocket name, a folder or a Hub id.
         precision: the type that the networks compute in under `autocast`, whatever their weights are; None for theirs.
+        distilled: why the model counts as distilled to few steps, which a plain denoising loss undoes; None for others.
     """
 
     family: ClassVar[str]
@@ -41,6 +42,7 @@ class Model(ABC):
 
     source: str
     precision: torch.dtype | None = None
+    distilled: str | None = None
 
     @abstractmethod
     def networks(self) -> dict[str, nn.Module]:
@@ -76,6 +78,10 @@ class Model(ABC):
         networks = self.networks()
         return {name: networks[name] for name in self.names(parts)}
 
+    def idle(self) -> tuple[str, ...]:
+        """Layers that compute what nothing reads, with their network in front: presets leave them out."""
+        return ()
+
     def presets(self, parts: Iterable[str] | None = None) -> dict[str, tuple[str, ...]]:
         """Target presets for some networks: to each the patterns of its role, as `network:pattern`."""
         names = self.names(parts)
@@ -85,11 +91,13 @@ class Model(ABC):
             for name in own
             if role in self.TARGETS and name in names
         }
-        presets = dict.fromkeys(preset for targets in concerned.values() for preset in targets)
-        return {
-            preset: tuple(f"{name}:{p}" for name, targets in concerned.items() for p in targets.get(preset, ()))
-            for preset in presets
-        }
+        presets = {preset: list[str]() for targets in concerned.values() for preset in targets}
+        for preset, patterns in presets.items():
+            for name, targets in concerned.items():
+                patterns += [f"{name}:{pattern}" for pattern in targets.get(preset, ())]
+            idle = [layer.partition(".") for layer in self.idle() if patterns]
+            patterns += [f"-{name}:{layer}" for name, _, layer in idle if name in names]
+        return {preset: tuple(patterns) for preset, patterns in presets.items()}
 
     # -- where and how it computes ------------------------------------------------------------------------------
 

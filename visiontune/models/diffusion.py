@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from visiontune.core import Condition, Request
 from visiontune.diffusion.samplers import make_sampler, sampler_names
-from visiontune.diffusion.schedule import Schedule
+from visiontune.diffusion.schedule import Schedule, calculate_mu, evenly
 from visiontune.errors import UserError
 from visiontune.models.base import dtype_of, require
 from visiontune.models.pipeline import PipelineModel, own_generator
@@ -28,7 +28,10 @@ class DiffusionModel(PipelineModel):
     Attributes:
         schedule: the noise schedule and the meaning of the prediction.
         latent_channels: channels of a latent.
+        EVENLY: its pipeline gives its sampler levels that are evenly spread, and the sampler only shifts them.
     """
+
+    EVENLY: ClassVar[bool] = False
 
     def __init__(self, pipe: Any, source: str = "") -> None:
         super().__init__(pipe, source)
@@ -63,7 +66,26 @@ class DiffusionModel(PipelineModel):
         Args:
             shape: [c, (f), h, w] of the latents, by which some families shift their steps.
         """
-        return self.schedule.timesteps(steps)
+        sigmas = evenly(steps) if self.EVENLY else None
+        return self.schedule.timesteps(steps, mu=self.mu(shape, steps), sigmas=sigmas)
+
+    def mu(self, shape: Sequence[int], steps: int | None = None) -> float | None:
+        """The shift by resolution that the family's pipeline tells its sampler; None where it tells none.
+
+        Args:
+            shape: [c, (f), h, w] of the latents.
+            steps: of the sampler, by which one family shifts too; None in training, which has none.
+        """
+        return None
+
+    def _mu_of_patches(self, shape: Sequence[int], patch: int, **defaults: float) -> float:
+        """The shift by the number of patches, as the scheduler's config says; `defaults` for what it does not say."""
+        height, width = (side // patch for side in shape[-2:])
+        return calculate_mu(height * width, {**defaults, **self.schedule.spacing.config})
+
+    def sampling_shift(self, shape: Sequence[int]) -> float:
+        """k of the shift by which the family's own sampler moves its steps at latents [c, (f), h, w]; 1 for none."""
+        return self.schedule.sampling_shift(self.mu(shape))
 
     def to_latents(self, z: Tensor) -> Tensor:
         """What the denoiser works on, of what the VAE gives: (z - shift) scale, a number or one for each channel."""
@@ -157,6 +179,13 @@ class DiffusionModel(PipelineModel):
     def _stock_latents(self, noise: Tensor) -> Tensor:
         """Noise [b, c, (f), h, w] in the shape that the pipeline takes as `latents`."""
         return noise
+
+
+def require_fixed_shift(scheduler: Any, source: str) -> None:
+    """Refuse a scheduler that shifts by resolution, for pipelines that do not tell it how far."""
+    fixed = not scheduler.config.get("use_dynamic_shifting", False)
+    why = "its pipeline shifts no steps by resolution: set use_dynamic_shifting to false in its scheduler_config.json"
+    require(fixed, source, why)
 
 
 def device_of(module: Any) -> torch.device:

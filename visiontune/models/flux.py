@@ -15,8 +15,8 @@ from torch import Tensor
 
 from visiontune.core import Condition, Request
 from visiontune.diffusion.guidance import CFG, Embedded, Guidance
-from visiontune.diffusion.schedule import calculate_mu, evenly
 from visiontune.models._text import CLIP_AND_T5
+from visiontune.models._time import exact_time
 from visiontune.models.base import Presets, require
 from visiontune.models.diffusion import DiffusionModel
 from visiontune.models.words import Reader
@@ -34,6 +34,7 @@ class Flux(DiffusionModel):
     family = "flux"
     pipeline_classes = ("FluxPipeline",)
     DENOISERS = ("transformer",)
+    EVENLY = True
     TARGETS: ClassVar[Mapping[str, Presets]] = {
         "denoiser": {
             "attention": _ATTENTION,
@@ -56,10 +57,13 @@ class Flux(DiffusionModel):
         self.unit = max(self.unit, self.downsample * _PATCH)
         self.resolution = int(self.vae.config.sample_size)
 
-    def chain(self, steps: int, shape: Sequence[int]) -> tuple[Tensor, Tensor]:
-        height, width = (side // _PATCH for side in shape[-2:])
-        mu = calculate_mu(height * width, self.schedule.spacing.config)
-        return self.schedule.timesteps(steps, mu=mu, sigmas=evenly(steps))
+    def _few_steps(self) -> str | None:
+        shifted = self.pipe.scheduler.config.get("use_dynamic_shifting")
+        schnell = not self.pipe.transformer.config.guidance_embeds and not shifted
+        return "neither guidance_embeds nor use_dynamic_shifting, as in schnell" if schnell else None
+
+    def mu(self, shape: Sequence[int], steps: int | None = None) -> float:
+        return self._mu_of_patches(shape, _PATCH)
 
     def guidance(self, scale: float) -> Guidance:
         return Embedded(scale=scale) if self.embedded else super().guidance(scale)
@@ -75,16 +79,18 @@ class Flux(DiffusionModel):
             raise ValueError("FLUX needs the pooled text vector: make the Condition with embed()")
         rows, (height, width) = len(x_t), (side // _PATCH for side in x_t.shape[-2:])
         told = cond.extra.get("guidance", x_t.new_ones(rows, dtype=torch.float32)) if self.embedded else None
-        packed = self.denoiser(
-            hidden_states=self._stock_latents(x_t),
-            timestep=t / self.schedule.num_train_timesteps,
-            guidance=told,
-            pooled_projections=cond.pooled,
-            encoder_hidden_states=cond.tokens,
-            txt_ids=x_t.new_zeros(cond.tokens.shape[1], 3),
-            img_ids=self.pipe._prepare_latent_image_ids(rows, height, width, x_t.device, x_t.dtype),
-            return_dict=False,
-        )[0]
+        time = t.float() / self.schedule.num_train_timesteps
+        with exact_time(self.denoiser.time_text_embed.time_proj, time * 1000):
+            packed = self.denoiser(
+                hidden_states=self._stock_latents(x_t),
+                timestep=time,
+                guidance=told,
+                pooled_projections=cond.pooled,
+                encoder_hidden_states=cond.tokens,
+                txt_ids=x_t.new_zeros(cond.tokens.shape[1], 3),
+                img_ids=self.pipe._prepare_latent_image_ids(rows, height, width, x_t.device, x_t.dtype),
+                return_dict=False,
+            )[0]
         sides = (side * self.downsample for side in x_t.shape[-2:])
         return self.pipe._unpack_latents(packed, *sides, self.downsample)
 

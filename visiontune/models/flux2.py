@@ -16,25 +16,25 @@ from torch import Tensor
 
 from visiontune.core import Condition, Request
 from visiontune.diffusion.guidance import CFG, Embedded, Guidance
-from visiontune.diffusion.schedule import evenly
+from visiontune.models._patches import PatchModel
 from visiontune.models._text import DECODER, chat_overhead
-from visiontune.models.base import Presets, require
-from visiontune.models.diffusion import DiffusionModel
+from visiontune.models._time import exact_time
+from visiontune.models.base import Presets
 from visiontune.models.words import Reader
 
-_PATCH = 2
 _TOKENS = 512
+# The number of steps at which its pipeline's shift is FLUX.1's, that of training.
+_MANY_STEPS = 200
 # Single blocks have one layer for queries, keys, values and the feed-forward, and one out of both.
 _SINGLE = ("to_qkv_mlp_proj", r"single_transformer_blocks\.\d+\.attn\.to_out")
 _ATTENTION = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out", *_SINGLE)
 
 
-class Flux2(DiffusionModel):
+class Flux2(PatchModel):
     """`Flux2Pipeline` and `Flux2KleinPipeline`; its Condition has `tokens`, and of `dev` `extra["guidance"]`."""
 
     family = "flux2"
     pipeline_classes = ("Flux2Pipeline", "Flux2KleinPipeline")
-    DENOISERS = ("transformer",)
     TARGETS: ClassVar[Mapping[str, Presets]] = {
         "denoiser": {
             "attention": _ATTENTION,
@@ -47,42 +47,22 @@ class Flux2(DiffusionModel):
 
     def __init__(self, pipe: Any, source: str = "") -> None:
         super().__init__(pipe, source)
-        self.latent_channels *= _PATCH**2
-        self.downsample *= _PATCH
-        self.unit = max(self.unit, self.downsample)
-        self.resolution = int(self.vae.config.sample_size)
-        config = pipe.transformer.config
-        require(
-            config.in_channels == self.latent_channels, source, f"its transformer takes {config.in_channels} channels"
-        )
-        require(self.schedule.prediction == "flow", self.source, "its scheduler is not one of flow")
-        self.embedded = bool(config.guidance_embeds)
+        self.embedded = bool(pipe.transformer.config.guidance_embeds)
         own = {"system": pipe.system_message} if self.embedded else {"enable_thinking": False}
         self.reader = Reader(self.reader.tokenizer, _TOKENS - chat_overhead(pipe.tokenizer, **own))
 
-    # -- shape, scale and grid ----------------------------------------------------------------------------------
-
-    def to_latents(self, z: Tensor) -> Tensor:
-        mean, std = self._statistics(z)
-        return (self.pipe._patchify_latents(z) - mean) / std
-
-    def from_latents(self, latents: Tensor) -> Tensor:
-        mean, std = self._statistics(latents)
-        return self.pipe._unpatchify_latents(latents * std + mean)
-
-    def _statistics(self, like: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and deviation of every channel of the patches, [1, c, 1, 1]."""
-        norm = self.vae.bn
-        std = (norm.running_var + self.vae.config.batch_norm_eps).sqrt()
-        return norm.running_mean.view(1, -1, 1, 1).to(like), std.view(1, -1, 1, 1).to(like)
-
-    def chain(self, steps: int, shape: Sequence[int]) -> tuple[Tensor, Tensor]:
-        mu = compute_empirical_mu(shape[-2] * shape[-1], steps)
-        return self.schedule.timesteps(steps, mu=mu, sigmas=evenly(steps))
+    def mu(self, shape: Sequence[int], steps: int | None = None) -> float:
+        return compute_empirical_mu(shape[-2] * shape[-1], _MANY_STEPS if steps is None else steps)
 
     # -- prompts and guidance -----------------------------------------------------------------------------------
 
+    def _few_steps(self) -> str | None:
+        return "is_distilled in its model_index.json" if self.pipe.config.get("is_distilled") else None
+
     def guidance(self, scale: float) -> Guidance:
+        if self.pipe.config.get("is_distilled"):
+            # Its pipeline guides away from nothing, whatever the scale.
+            return Embedded(scale=1.0)
         return Embedded(scale=scale) if self.embedded else super().guidance(scale)
 
     def _embed(self, prompts: list[str]) -> Condition:
@@ -102,13 +82,15 @@ class Flux2(DiffusionModel):
     def _predict(self, x_t: Tensor, t: Tensor, cond: Condition) -> Tensor:
         rows, _, height, width = x_t.shape
         told = cond.extra.get("guidance", x_t.new_ones(rows, dtype=torch.float32)) if self.embedded else None
-        packed = self.denoiser(
-            hidden_states=self.pipe._pack_latents(x_t),
-            timestep=t / self.schedule.num_train_timesteps,
-            guidance=told,
-            encoder_hidden_states=cond.tokens,
-            txt_ids=self.pipe._prepare_text_ids(cond.tokens).to(x_t.device),
-            img_ids=self.pipe._prepare_latent_ids(x_t).to(x_t.device),
-            return_dict=False,
-        )[0]
+        time = t.float() / self.schedule.num_train_timesteps
+        with exact_time(self.denoiser.time_guidance_embed.time_proj, time * 1000):
+            packed = self.denoiser(
+                hidden_states=self.pipe._pack_latents(x_t),
+                timestep=time,
+                guidance=told,
+                encoder_hidden_states=cond.tokens,
+                txt_ids=self.pipe._prepare_text_ids(cond.tokens).to(x_t.device),
+                img_ids=self.pipe._prepare_latent_ids(x_t).to(x_t.device),
+                return_dict=False,
+            )[0]
         return packed.mT.reshape(rows, -1, height, width)

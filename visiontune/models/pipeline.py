@@ -22,6 +22,7 @@ from visiontune.core import Condition, Request
 from visiontune.diffusion.guidance import CFG, Embedded, Guidance, classifier_free
 from visiontune.errors import UserError
 from visiontune.models import _variants
+from visiontune.models._distilled import few_steps
 from visiontune.models.base import Model, dtype_of, freeze
 from visiontune.models.sources import pretrained
 from visiontune.models.words import Reader, quiet
@@ -42,9 +43,11 @@ class PipelineModel(Model):
         DENOISERS: the components that compute the prediction. CODEC: the one between pixels and what they work on.
         GUIDANCE_OFFSET: what the pipeline's guidance scale lacks to the weight w of u + w (c - u); 1 for pipelines that
             compute c + scale (c - u).
+        WORDLESS: the component that predicts rows without words, where it is another than the denoiser.
         pipe: the pipeline.
         downsample: pixels per latent along one side. unit: the sides of a picture are multiples of this.
         resolution: pixels per side the model was made for.
+        longest: pixels of the longest side that the denoiser has places for, where their number is fixed.
         reader: knows how much of a prompt is read; longer ones are cut, and named once.
     """
 
@@ -54,8 +57,10 @@ class PipelineModel(Model):
     DENOISERS: ClassVar[tuple[str, ...]] = ("unet",)
     CODEC: ClassVar[str] = "vae"
     GUIDANCE_OFFSET: ClassVar[float] = 0.0
+    WORDLESS: ClassVar[str | None] = None
 
     resolution: int
+    longest: int | None = None
 
     def __init__(self, pipe: Any, source: str = "") -> None:
         self.pipe = pipe
@@ -66,6 +71,7 @@ class PipelineModel(Model):
         # Some have a processor, of pictures too, in its place.
         tokenizer = getattr(pipe.tokenizer, "tokenizer", pipe.tokenizer)
         self.reader = Reader(tokenizer, int(tokenizer.model_max_length))
+        self.distilled = few_steps(self.source, self._few_steps())
         self._float32_codec: Any = None
 
     @classmethod
@@ -104,6 +110,10 @@ class PipelineModel(Model):
             if part.startswith("tokenizer") and value is not None and len(value) <= len(value.all_special_ids) + 1:
                 raise UserError(f"model '{source}' has no vocabulary in its {part} folder: download it again")
         return cls(pipe, source=source)
+
+    def _few_steps(self) -> str | None:
+        """What of the pipeline's configuration says that it was distilled to few steps; None where nothing does."""
+        return None
 
     # -- networks -----------------------------------------------------------------------------------------------
 
@@ -147,19 +157,28 @@ class PipelineModel(Model):
 
     # -- text ---------------------------------------------------------------------------------------------------
 
-    def embed(self, prompts: Sequence[str]) -> Condition:
-        """Encode prompts as the stock pipeline does; differentiable where a text encoder requires gradients."""
+    def embed(self, prompts: Sequence[str], *, negative: bool = False) -> Condition:
+        """Encode prompts as the stock pipeline does; differentiable where a text encoder requires gradients.
+
+        Args:
+            negative: whether they are what it guides away from, which a few pipelines encode otherwise.
+        """
         self.reader.say(prompts)
         with self.autocast(), quiet():
-            return self._embed(list(prompts)).to(self.device)
+            encode = self._embed_negative if negative else self._embed
+            return encode(list(prompts)).to(self.device)
 
     @abstractmethod
     def _embed(self, prompts: list[str]) -> Condition:
         """`embed`, on whatever device the text encoders are."""
 
+    def _embed_negative(self, prompts: list[str]) -> Condition:
+        """`embed` of negative prompts."""
+        return self._embed(prompts)
+
     def unconditional(self, count: int) -> Condition:
         """What the stock pipeline guides away from when no negative prompt is given, `count` times."""
-        return self.embed([""] * count)
+        return self.embed([""] * count, negative=True)
 
     # -- pictures -----------------------------------------------------------------------------------------------
 
@@ -192,10 +211,10 @@ class PipelineModel(Model):
         return height, width
 
     def check_area(self, height: int, width: int) -> None:
-        """Refuse pictures of many times as many pixels as the model was made for.
+        """Refuse pictures of many times as many pixels as the model was made for, or longer than it has places for.
 
         Raises:
-            UserError: naming how many times.
+            UserError: naming how many times, or how long they may be.
         """
         times = height * width / self.resolution**2
         if times > _MOST_AREA:
@@ -203,6 +222,8 @@ class PipelineModel(Model):
                 f"{height}x{width} pixels are {times:.0f} times the {self.resolution}x{self.resolution} that the model "
                 f"was made for, and its attention takes {times**2:.0f} times as long: take at most {_MOST_AREA} times"
             )
+        if self.longest is not None and max(height, width) > self.longest:
+            raise UserError(f"height and width must be at most {self.longest}, not {height} and {width}")
 
     def check_steps(self, steps: int) -> None:
         """Refuse more sampling steps than the noise schedule has.

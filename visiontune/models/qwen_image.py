@@ -14,10 +14,10 @@ from torch import Tensor
 
 from visiontune.core import Condition, Request
 from visiontune.diffusion.guidance import CFG, NO_GUIDANCE, Guidance, PatchLengthCFG
-from visiontune.diffusion.schedule import calculate_mu, evenly
+from visiontune.models._frames import OneFrame
 from visiontune.models._text import DECODER
+from visiontune.models._time import exact_time
 from visiontune.models.base import Presets, require
-from visiontune.models.diffusion import DiffusionModel
 from visiontune.models.words import Reader
 
 _PATCH = 2
@@ -25,12 +25,13 @@ _TOKENS = 512
 _ATTENTION = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
 
 
-class QwenImage(DiffusionModel):
+class QwenImage(OneFrame):
     """`QwenImagePipeline`; its Condition has `tokens` and `mask`."""
 
     family = "qwen_image"
     pipeline_classes = ("QwenImagePipeline",)
     DENOISERS = ("transformer",)
+    EVENLY = True
     TARGETS: ClassVar[Mapping[str, Presets]] = {
         "denoiser": {
             "attention": _ATTENTION,
@@ -53,18 +54,14 @@ class QwenImage(DiffusionModel):
         self.unit = max(self.unit, self.downsample * _PATCH)
         self.resolution = self.downsample * int(pipe.default_sample_size)
 
-    # -- pixels -------------------------------------------------------------------------------------------------
+    def idle(self) -> tuple[str, ...]:
+        last = f"transformer.transformer_blocks.{len(self.denoiser.transformer_blocks) - 1}"
+        return tuple(
+            f"{last}.{own}" for own in ("attn.add_q_proj", "attn.to_add_out", "txt_mlp.net.0.proj", "txt_mlp.net.2")
+        )
 
-    def moments(self, pixels: Tensor) -> Tensor:
-        return super().moments(pixels.unsqueeze(2)).squeeze(2)
-
-    def decode(self, latents: Tensor) -> Tensor:
-        return super().decode(latents.unsqueeze(2)).squeeze(2)
-
-    def chain(self, steps: int, shape: Sequence[int]) -> tuple[Tensor, Tensor]:
-        height, width = (side // _PATCH for side in shape[-2:])
-        mu = calculate_mu(height * width, self.schedule.spacing.config)
-        return self.schedule.timesteps(steps, mu=mu, sigmas=evenly(steps))
+    def mu(self, shape: Sequence[int], steps: int | None = None) -> float:
+        return self._mu_of_patches(shape, _PATCH)
 
     # -- prompts and guidance -----------------------------------------------------------------------------------
 
@@ -88,14 +85,16 @@ class QwenImage(DiffusionModel):
 
     def _predict(self, x_t: Tensor, t: Tensor, cond: Condition) -> Tensor:
         rows, channels, height, width = x_t.shape
-        packed = self.denoiser(
-            hidden_states=self._stock_latents(x_t),
-            timestep=t / self.schedule.num_train_timesteps,
-            encoder_hidden_states=cond.tokens,
-            encoder_hidden_states_mask=None if cond.mask is None or cond.mask.all() else cond.mask,
-            img_shapes=[[(1, height // _PATCH, width // _PATCH)]] * rows,
-            return_dict=False,
-        )[0]
+        time = t.float() / self.schedule.num_train_timesteps
+        with exact_time(self.denoiser.time_text_embed.time_proj, time):  # which multiplies by 1000 itself
+            packed = self.denoiser(
+                hidden_states=self._stock_latents(x_t),
+                timestep=time,
+                encoder_hidden_states=cond.tokens,
+                encoder_hidden_states_mask=None if cond.mask is None or cond.mask.all() else cond.mask,
+                img_shapes=[[(1, height // _PATCH, width // _PATCH)]] * rows,
+                return_dict=False,
+            )[0]
         sides = (side * self.downsample for side in (height, width))
         return self.pipe._unpack_latents(packed, *sides, self.downsample).view(rows, channels, height, width)
 

@@ -7,6 +7,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, ClassVar
 
 import torch
+from diffusers import EulerAncestralDiscreteScheduler
 from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
 from torch import Tensor
 
@@ -50,6 +51,11 @@ class StableDiffusion(DiffusionModel):
         require(undistilled, self.source, "its guidance is distilled into the UNet; give the model it came from")
         size = config.sample_size
         self.resolution = self.downsample * int(size if isinstance(size, int) else size[0])
+
+    def _few_steps(self) -> str | None:
+        config = self.pipe.scheduler.config
+        turbo = type(self.pipe.scheduler) is EulerAncestralDiscreteScheduler and config.timestep_spacing == "trailing"
+        return "an ancestral sampler that begins at the last timestep, as in Turbo" if turbo else None
 
     def _embed(self, prompts: list[str]) -> Condition:
         return Condition(tokens=self.pipe.encode_prompt(prompts, self.pipe.text_encoder.device, 1, False)[0])

@@ -12,8 +12,6 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from visiontune.core import Condition
-from visiontune.diffusion.schedule import calculate_mu
-from visiontune.errors import UserError
 from visiontune.models._text import CLIP_AND_T5
 from visiontune.models.base import Presets, require
 from visiontune.models.diffusion import DiffusionModel
@@ -53,20 +51,14 @@ class StableDiffusion3(DiffusionModel):
         self._patch = int(config.patch_size)
         self.unit = max(self.unit, self.downsample * self._patch)
         self.resolution = self.downsample * int(config.sample_size)
+        self.longest = self.downsample * self._patch * int(config.pos_embed_max_size)
 
-    def size(self, height: int | None = None, width: int | None = None) -> tuple[int, int]:
-        sides = super().size(height, width)
-        longest = self.downsample * self._patch * int(self.denoiser.config.pos_embed_max_size)
-        if max(sides) > longest:
-            raise UserError(f"height and width must be at most {longest}, not {sides[0]} and {sides[1]}")
-        return sides
-
-    def chain(self, steps: int, shape: Sequence[int]) -> tuple[Tensor, Tensor]:
-        height, width = (side // self._patch for side in shape[-2:])
+    def mu(self, shape: Sequence[int], steps: int | None = None) -> float:
         # The stock pipeline's own default differs from that of others.
-        return self.schedule.timesteps(
-            steps, mu=calculate_mu(height * width, {"max_shift": 1.16, **self.schedule.spacing.config})
-        )
+        return self._mu_of_patches(shape, self._patch, max_shift=1.16)
+
+    def idle(self) -> tuple[str, ...]:
+        return (f"transformer.transformer_blocks.{len(self.denoiser.transformer_blocks) - 1}.attn.add_q_proj",)
 
     def _embed(self, prompts: list[str]) -> Condition:
         tokens, _, pooled, _ = self.pipe.encode_prompt(

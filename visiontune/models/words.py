@@ -89,7 +89,7 @@ def rows_of(model: Any, word: str, known: str = "") -> dict[str, tuple[nn.Embedd
 
     Raises:
         UserError: the model has no text encoders; one of them does not know the word, or nothing of it but what is
-            known, or reads it otherwise in a sentence.
+            known, or reads it otherwise in a prompt than in other sentences.
     """
     encoders = model.of(*model.roles().get("text", ()))
     if not encoders:
@@ -98,20 +98,24 @@ def rows_of(model: Any, word: str, known: str = "") -> dict[str, tuple[nn.Embedd
     found = {}
     for name, encoder in encoders.items():
         tokenizer = getattr(model.pipe, name.replace("text_encoder", "tokenizer"))
-        ids = tokenizer(word, add_special_tokens=False)["input_ids"]
-        kept = {*tokenizer(known, add_special_tokens=False)["input_ids"]} if known else set()
+        ids = _inside(tokenizer, word)
+        kept = {*_inside(tokenizer, known)} if known else set()
         if not {*ids} - kept or tokenizer.unk_token_id in ids:
             raise UserError(f"data.trigger: {name} does not know the word '{shown(word)}': take another")
         # Positions are looked up too, in tables of few rows.
         tables = [m for m in encoder.modules() if m in seen and m.num_embeddings >= len(tokenizer)]
         layer = next((table for table in tables if {*ids} <= seen[table]), None)
         if layer is None:
-            raise UserError(
-                f"data.trigger: {name} reads '{shown(word)}' in a sentence as other tokens than alone: take another"
-            )
+            raise UserError(f"data.trigger: {name} reads '{shown(word)}' otherwise in a prompt: take another word")
         own = next(path for path, module in encoder.named_modules() if module is layer)
         found[f"{name}.{own}"] = (layer, {word: list(ids)}, kept)
     return found
+
+
+def _inside(tokenizer: Any, words: str) -> list[int]:
+    """What words are read as inside of a sentence, where some tokenizers have a space in front of them."""
+    before, all_ = (tokenizer(text, add_special_tokens=False)["input_ids"] for text in ("a", f"a {words}"))
+    return all_[len(before) :]
 
 
 def _looked_up(encoders: Mapping[str, nn.Module], read: Callable[[], object]) -> dict[nn.Embedding, set[int]]:

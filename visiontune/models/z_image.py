@@ -12,17 +12,16 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 
 from visiontune.core import Condition
-from visiontune.diffusion.schedule import calculate_mu, evenly
-from visiontune.models._text import DECODER, chat_overhead
+from visiontune.models._text import DECODER, chat_overhead, ragged
 from visiontune.models.base import Presets, require
 from visiontune.models.diffusion import DiffusionModel
 from visiontune.models.words import Reader
 
 _PATCH = 2
 _TOKENS = 512
+_TURBO_SHIFT = 3.0
 _ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 
 
@@ -32,6 +31,7 @@ class ZImage(DiffusionModel):
     family = "z_image"
     pipeline_classes = ("ZImagePipeline",)
     DENOISERS = ("transformer",)
+    EVENLY = True
     GUIDANCE_OFFSET = 1.0
     TARGETS: ClassVar[Mapping[str, Presets]] = {
         "denoiser": {
@@ -52,18 +52,19 @@ class ZImage(DiffusionModel):
         self.unit = max(self.unit, self.downsample * _PATCH)
         self.resolution = int(self.vae.config.sample_size)
 
-    def chain(self, steps: int, shape: Sequence[int]) -> tuple[Tensor, Tensor]:
-        height, width = (side // _PATCH for side in shape[-2:])
-        mu = calculate_mu(height * width, self.schedule.spacing.config)
-        return self.schedule.timesteps(steps, mu=mu, sigmas=evenly(steps))
+    def _few_steps(self) -> str | None:
+        config = self.pipe.scheduler.config
+        turbo = config.get("shift") == _TURBO_SHIFT and not config.get("use_dynamic_shifting")
+        return f"a shift of {_TURBO_SHIFT:g}, as in Turbo, where the base has 6" if turbo else None
+
+    def mu(self, shape: Sequence[int], steps: int | None = None) -> float:
+        return self._mu_of_patches(shape, _PATCH)
 
     def _embed(self, prompts: list[str]) -> Condition:
         found, _ = self.pipe.encode_prompt(
             prompts, self.pipe.text_encoder.device, do_classifier_free_guidance=False, max_sequence_length=_TOKENS
         )
-        tokens = pad_sequence(found, batch_first=True)
-        lengths = torch.tensor([len(one) for one in found], device=tokens.device)
-        return Condition(tokens=tokens, mask=torch.arange(tokens.shape[1], device=tokens.device) < lengths[:, None])
+        return ragged(found)
 
     def _predict(self, x_t: Tensor, t: Tensor, cond: Condition) -> Tensor:
         if cond.mask is None:

@@ -21,6 +21,7 @@ from torch.nn import Parameter
 
 from visiontune import plugin
 from visiontune.core import Batch, Condition, Loss
+from visiontune.diffusion.timesteps import Timesteps
 from visiontune.errors import UserError
 
 if TYPE_CHECKING:
@@ -105,7 +106,8 @@ class Tools:
         return generator(self.seed, "shared", self.index, *key)
 
 
-_CALLS = ("needs", "check", "check_reward", "check_text", "prepare", "setup", "probe", "loss", "collect", "update")
+_CHECKS = ("needs", "check", "check_reward", "check_text")
+_CALLS = (*_CHECKS, "prepare", "setup", "probe", "draw_timesteps", "loss", "collect", "update")
 
 
 class Objective(ABC):
@@ -180,6 +182,14 @@ class Objective(ABC):
     def prior_rows(self, batch_size: int) -> int:
         """How many rows of :meth:`prepare` come on top of a batch of the user's own, where there are any."""
         return batch_size
+
+    def draw_timesteps(self, model: Any, shape: Sequence[int], rows: int, rng: torch.Generator) -> Tensor | None:
+        """Timesteps ``[rows]`` as steps draw them for latents ``[c, (f), h, w]``, by the option ``timesteps``.
+
+        ``None`` where the objective has no such option, or its timesteps are those of a sampler.
+        """
+        timesteps = getattr(self.config, "timesteps", None)
+        return timesteps.draw(model, shape, rows, rng) if isinstance(timesteps, Timesteps) else None
 
     def setup(self, model: Any, tools: Tools) -> None:
         """Called once, before training or taking up a checkpoint: puts what has a state into ``tools.state``."""

@@ -1,20 +1,22 @@
 """Plain denoising: predict the noise (or the velocity, or the image) that was mixed into a clean latent.
 
-Ho et al., "Denoising Diffusion Probabilistic Models", 2020, arXiv 2006.11239, equation 14, with two options:
-min-SNR weighting (Hang et al., 2023, arXiv 2303.09556, section 3.4) and offset noise (Guttenberg, 2023, "Diffusion with
-Offset Noise").
+Ho et al., "Denoising Diffusion Probabilistic Models", 2020, arXiv 2006.11239, equation 14, with weights of timesteps
+(min-SNR: Hang et al., 2023, arXiv 2303.09556, section 3.4; those of flow: Esser et al., 2024, arXiv 2403.03206, section
+3.1) and offset noise (Guttenberg, 2023, "Diffusion with Offset Noise").
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
 from visiontune.core import Batch, Condition, Loss
 from visiontune.diffusion.timesteps import Timesteps
+from visiontune.errors import UserError
 from visiontune.objectives.base import Needs, Supervised, Tools, combine, condition_of, continuous, per_row
 from visiontune.schema import option
 
@@ -34,12 +36,23 @@ class Config:
     snr_gamma: float | None = option(
         None, above=0, greatest=1e6, help="min-SNR weighting with this gamma (5 is usual); null weighs every t alike"
     )
+    weighting_scheme: Literal["none", "sigma_sqrt", "cosmap"] = option(
+        "none", help="of flow models, how much each noise level counts: alike, sigma^-2, or as densely as a cosine map"
+    )
     offset_noise: float = option(
         0.0, least=0, greatest=100, help="standard deviation of a per-channel offset added to the noise (0.1 is usual)"
     )
     timesteps: Timesteps = option(
-        Timesteps(), help="the noise that is trained at: density, mean, std, shift, low, high"
+        Timesteps(), help="the noise that is trained at: density, with its numbers (mean, std, ...), shift, low, high"
     )
+    distilled: bool = option(False, help="train a model that was distilled to few steps all the same, and so undo that")
+
+    def __post_init__(self) -> None:
+        if self.snr_gamma is not None and self.weighting_scheme != "none":
+            raise ValueError(
+                f"snr_gamma and weighting_scheme={self.weighting_scheme} both weigh timesteps: take snr_gamma=null, or "
+                "weighting_scheme=none"
+            )
 
 
 def build(config: Config) -> Denoising:
@@ -64,6 +77,20 @@ def min_snr_weight(snr: Tensor, gamma: float, prediction: str) -> Tensor:
     return clipped if prediction == "x0" else clipped / (1 + snr.sqrt()).square()
 
 
+def flow_weight(sigma: Tensor, scheme: str, least: float) -> Tensor:
+    """Weight of each row's mean squared error of a velocity, by the names that diffusers and kohya have for them.
+
+    Args:
+        sigma: ``[b]`` in [0, 1].
+        scheme: ``sigma_sqrt`` is sigma^-2; ``cosmap`` is the density of a flow that runs through the noise levels of a
+            cosine schedule, 2 / (pi (1 - 2 sigma + 2 sigma^2)), mean 1 over uniform timesteps.
+        least: the sigma below which ``sigma_sqrt`` grows no more.
+    """
+    if scheme == "sigma_sqrt":
+        return sigma.clamp(min=least) ** -2
+    return 2 / (math.pi * (1 - 2 * sigma + 2 * sigma.square()))
+
+
 class Denoising(Supervised):
     """``mean over rows of weight * w(t) * mean over c, h, w of mask * (predict(x_t, t, cond) - target)^2``."""
 
@@ -77,15 +104,27 @@ class Denoising(Supervised):
         return Needs(columns=("image",), optional=("mask",))
 
     def check(self, model: Any, reward: Any) -> None:
-        """Besides, refuse a model without continuous latents."""
+        """Besides, refuse what has no continuous latents, weights of another kind, and a distillation to be undone."""
         super().check(model, reward)
         continuous(model)
+        scheme, predicted = self.config.weighting_scheme, model.schedule.prediction
+        if scheme != "none" and predicted != "flow":
+            raise UserError(
+                f"objective.weighting_scheme={scheme} weighs errors of flow, and '{model.source}' predicts "
+                f"{predicted}: leave it out, or take objective.snr_gamma=5"
+            )
+        if model.distilled and not self.config.distilled:
+            raise UserError(
+                f"model '{model.source}' ({model.family}) was distilled to few steps ({model.distilled}), which a "
+                "denoising loss undoes: train the model that it came from, put an assistant under the adapter "
+                "(adapter.under=FILE), or set objective.distilled=true"
+            )
 
     def loss(self, model: DiffusionModel, batch: Batch, tools: Tools) -> Loss:
         return Loss(total=combine(self.errors(model, batch, tools), batch), terms={})
 
     def errors(self, model: DiffusionModel, batch: Batch, tools: Tools) -> Tensor:
-        """Error of each row ``[b]`` in float32, min-SNR weighted and masked, before the row weights."""
+        """Error of each row ``[b]`` in float32, weighted by timestep and masked, before the row weights."""
         x_0 = batch.data["image"].float()
         t, eps = self.noised(model, x_0, batch, tools)
         x_t, target = model.schedule.add_noise(x_0, eps, t), model.schedule.target(x_0, eps, t)
@@ -100,18 +139,27 @@ class Denoising(Supervised):
 
     def noised(self, model: DiffusionModel, x_0: Tensor, batch: Batch, tools: Tools) -> tuple[Tensor, Tensor]:
         """Timesteps ``[b]`` and noise like ``x_0`` for the rows of a batch."""
-        t = self.config.timesteps.draw(model.schedule, len(x_0), tools.rng, batch.data.get("quantile"))
+        quantile = batch.data.get("quantile")
+        t = self.config.timesteps.draw(model, x_0.shape[1:], len(x_0), tools.rng, quantile)
         return t.to(x_0.device), self.noise(x_0, tools.rng)
 
     def error_map(self, model: DiffusionModel, x_t: Tensor, t: Tensor, cond: Condition, target: Tensor) -> Tensor:
-        """Squared error of every value, like ``x_t``, min-SNR weighted, at the given timesteps ``[b]``."""
+        """Squared error of every value, like ``x_t``, weighted, at the given timesteps ``[b]``."""
         pred = model.predict(x_t, t, cond)
         pred = pred.to(torch.promote_types(pred.dtype, torch.float32))
         error = (pred - target).square()
-        if self.config.snr_gamma is None:
-            return error
-        weight = min_snr_weight(model.schedule.snr(t), self.config.snr_gamma, model.schedule.prediction)
-        return error * weight.view(-1, *(1,) * (error.ndim - 1))
+        weight = self.weight(model, t)
+        return error if weight is None else error * weight.view(-1, *(1,) * (error.ndim - 1))
+
+    def weight(self, model: DiffusionModel, t: Tensor) -> Tensor | None:
+        """How much the errors at timesteps ``[b]`` count, ``[b]``; ``None`` where all count alike."""
+        schedule = model.schedule
+        if self.config.snr_gamma is not None:
+            return min_snr_weight(schedule.snr(t), self.config.snr_gamma, schedule.prediction)
+        if self.config.weighting_scheme != "none":
+            # One step of the table that such weights were made for.
+            return flow_weight(schedule.sigma(t), self.config.weighting_scheme, 1 / schedule.num_train_timesteps)
+        return None
 
     def noise(self, x_0: Tensor, rng: torch.Generator) -> Tensor:
         """eps of the shape and device of ``x_0``: standard normal, plus the offset shared by a channel's pixels.

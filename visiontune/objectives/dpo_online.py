@@ -8,13 +8,14 @@ equal count as no pair. Any sampler will do, since pictures are noised again for
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from visiontune.core import Batch, Condition, Loss
 from visiontune.diffusion.replay import micro_batches
+from visiontune.diffusion.timesteps import spread
 from visiontune.objectives import diffusion_dpo
 from visiontune.objectives._advantages import indistinct
 from visiontune.objectives._draw import draw_scored, same_prompt
@@ -31,6 +32,8 @@ if TYPE_CHECKING:
 class Config(GroupConfig, SteppedConfig, diffusion_dpo.Config):
     """Options of online DPO, besides those of Diffusion-DPO."""
 
+    RENAMED: ClassVar[dict[str, str]] = {**diffusion_dpo.Config.RENAMED, "timesteps": "timestep_count"}
+
     group: int = option(
         8, least=2, greatest=65536, help="pictures of each prompt, the best and the worst of which are a pair"
     )
@@ -44,6 +47,10 @@ class Config(GroupConfig, SteppedConfig, diffusion_dpo.Config):
         greatest=100_000,
         help="how many each pair is trained at in an update, one in each part of the range",
     )
+
+    def __post_init__(self) -> None:
+        SteppedConfig.__post_init__(self)
+        diffusion_dpo.Config.__post_init__(self)
 
 
 def build(config: Config) -> OnlineDPO:
@@ -83,6 +90,11 @@ class OnlineDPO(Stepped):
     @property
     def needs(self) -> Needs:
         return replace(super().needs, text=False, reference=True)
+
+    def check(self, model: Any, reward: Any) -> None:
+        """Besides, refuse what the loss of the pairs does."""
+        super().check(model, reward)
+        self.pairs.check(model, reward)
 
     def collect(self, model: DiffusionModel, batch: Batch, tools: Tools) -> Collected:
         config = self.config
@@ -138,7 +150,7 @@ class OnlineDPO(Stepped):
         count, chosen, noise = self.config.timestep_count, [], []
         for row in collected.rows.tolist():
             rng = tools.shared("noise", part, row)
-            places = (torch.arange(count) + torch.rand(count, generator=rng)) / count
-            chosen.append(self.config.timesteps.draw(model.schedule, count, rng, places))
+            places = spread(count, rng)
+            chosen.append(self.config.timesteps.draw(model, collected.chosen.shape[1:], count, rng, places))
             noise.append(self.pairs.noise(collected.chosen.new_zeros(count, *collected.chosen.shape[1:]), rng))
         return torch.stack(chosen).to(model.device), torch.stack(noise).to(collected.chosen)

@@ -5,7 +5,7 @@ arXiv 2208.12242, equation 2, is ``prior: pictures``: class images of the untrai
 ``prior: prediction`` asks for what the base itself predicts instead, on noisy latents of pictures of many kinds and of
 the user's own (learning without forgetting, Li and Hoiem, 2016, arXiv 1606.09282, for denoisers), so that the base's
 own errors are not learnt. The prior term is a set of extra rows that weigh lambda, not a second half of the batch;
-min-SNR and offset noise treat those rows like any other.
+weights of timesteps and offset noise treat those rows like any other.
 """
 
 from __future__ import annotations
@@ -69,6 +69,7 @@ class Config(denoising.Config):
     )
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.prior_prompts is not None and not self.prior_prompts:
             raise ValueError("prior_prompts must not be empty")
         if self.prior_own + self.prior_empty >= 1:

@@ -28,6 +28,7 @@ from torch import Tensor
 from visiontune.core import Batch, Condition, Loss
 from visiontune.diffusion.replay import micro_batches
 from visiontune.diffusion.schedule import Schedule
+from visiontune.diffusion.timesteps import Timesteps, spread
 from visiontune.objectives._advantages import group_advantages
 from visiontune.objectives._draw import draw_scored
 from visiontune.objectives._old import follow, old_policy
@@ -63,7 +64,13 @@ class Config(GroupConfig, SteppedConfig):
         5.0, above=0, greatest=1e6, help="advantage, in deviations, at which a picture is certainly good or bad"
     )
     timestep_count: int | None = option(
-        None, least=1, greatest=100_000, help="of the sampler's, how many each picture is trained at; null: all"
+        None,
+        least=1,
+        greatest=100_000,
+        help="how many timesteps each picture is trained at in an update; null: as many as the sampler has",
+    )
+    timesteps: Timesteps | None = option(
+        None, help="the density they are drawn from, one in each part of it; null: the sampler's own, each at most once"
     )
     normalise: bool = option(True, help="errors in x_0, each over its mean absolute value; false: plain, of the output")
     kl_weight: float = option(
@@ -80,8 +87,8 @@ class Config(GroupConfig, SteppedConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.timestep_count is not None and self.timestep_count > self.steps:
-            raise ValueError("timestep_count must be at most steps, or null for all")
+        if self.timesteps is None and self.timestep_count is not None and self.timestep_count > self.steps:
+            raise ValueError("timestep_count must be at most steps, or null for all, unless timesteps has a density")
 
 
 def build(config: Config) -> NFT:
@@ -152,7 +159,7 @@ class NFT(Stepped):
         )
 
     def update(self, model: DiffusionModel, collected: Collected, part: int, tools: Tools) -> Loss:
-        t, eps = self.noised(collected, part, tools)
+        t, eps = self.noised(model, collected, part, tools)
         x_t = [
             model.schedule.add_noise(collected.x_0, eps[:, k], t[:, k].to(model.device)).to(collected.x_0)
             for k in range(t.shape[1])
@@ -186,15 +193,17 @@ class NFT(Stepped):
             moved += share * (pred.detach() - old).square().mean()
         return Loss(total=total, terms={**collected.terms, "kl": kl, "moved": moved})
 
-    def noised(self, collected: Collected, part: int, tools: Tools) -> tuple[Tensor, Tensor]:
+    def noised(self, model: DiffusionModel, collected: Collected, part: int, tools: Tools) -> tuple[Tensor, Tensor]:
         """Timesteps ``[b, k]`` on the CPU and noise ``[b, k, c, (f), h, w]``, which belong to the rows' numbers."""
-        steps = len(collected.timesteps)
+        count, shape = self.config.timestep_count or len(collected.timesteps), collected.x_0.shape[1:]
         chosen, noise = [], []
         for row in collected.rows.tolist():
             rng = tools.shared("noise", part, row)
-            places = torch.randperm(steps, generator=rng)[: self.config.timestep_count or steps]
-            chosen.append(collected.timesteps[places])
-            noise.append(torch.randn((len(places), *collected.x_0.shape[1:]), generator=rng))
+            if self.config.timesteps is None:
+                chosen.append(collected.timesteps[torch.randperm(len(collected.timesteps), generator=rng)[:count]])
+            else:
+                chosen.append(self.config.timesteps.draw(model, shape, count, rng, spread(count, rng)))
+            noise.append(torch.randn((count, *shape), generator=rng))
         return torch.stack(chosen), torch.stack(noise).to(collected.x_0)
 
     def errors(

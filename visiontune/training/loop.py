@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -42,6 +42,7 @@ class Trainer:
     Args:
         model: the base model; moved to the training device and frozen but for what is trained.
         adapters: an attached ``AdapterSet``, or ``None`` to train the networks' own weights.
+        under: another one beneath it that every step computes with, frozen, and no picture and no result.
         objective: computes the loss, or the gradients.
         rows: gives the batches.
         train: options of the run.
@@ -63,6 +64,7 @@ class Trainer:
         *,
         model: Model,
         adapters: Any,
+        under: Any = None,
         objective: Objective,
         rows: Rows,
         train: TrainConfig,
@@ -77,6 +79,7 @@ class Trainer:
     ) -> None:
         self.model: Any = model
         self.adapters, self.objective, self.rows, self.online = adapters, objective, rows, objective.needs.online
+        self.under, self.under_digest = under, None if under is None else under.digest()
         self.train, self.preview, self.seed, self.out = train, preview or PreviewConfig(), seed, Path(out)
         self.metadata, self.guard, self.home = dict(metadata or {}), guard, home or Home(out)
         self.accelerator = accelerator or make_accelerator(train, self.out)
@@ -294,9 +297,13 @@ class Trainer:
 
     @contextmanager
     def looking(self) -> Iterator[None]:
-        """The model as its user will have it: the optimiser's result, averaged, in evaluation mode, no gradients."""
+        """The model as its user will have it: the optimiser's result, averaged, in evaluation mode, no gradients.
+
+        Nothing lies under the adapter then.
+        """
         self.rows.close()  # what works ahead may use the networks that drawing moves
-        with optim.evaluated(self.optimizer, self.average.parameters), self.average.applied(), torch.no_grad():
+        alone = nullcontext() if self.under is None else self.under.disable()
+        with optim.evaluated(self.optimizer, self.average.parameters), self.average.applied(), alone, torch.no_grad():
             # Adapters keep what they computed from their parameters until the mode is switched.
             self.step_module.eval()
             yield

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from visiontune.adapters._header import called
-from visiontune.files import atomic_write
+from visiontune.files import atomic_write, public_name
 from visiontune.training import card, checkpoint, home, preview
 
 if TYPE_CHECKING:
@@ -25,6 +25,8 @@ def write(run: Trainer, facts: Mapping[str, str]) -> None:
         _weights(run)
     preview.compare(run.out, run.train.steps, run.preview)
     trained = f"{sum(p.numel() for p in run.parameters.values()):,}"
+    under = run.metadata.get("under")
+    assistant = {"trained over (not needed to use it)": public_name(under)} if under else {}
     card.write(
         run.out,
         source=run.model.source,
@@ -32,7 +34,7 @@ def write(run: Trainer, facts: Mapping[str, str]) -> None:
         method=None if run.adapters is None else called(run.adapters.method, run.adapters.config),
         train=run.train,
         preview=run.preview,
-        facts={"trained parameters": trained, **facts},
+        facts={"trained parameters": trained, **assistant, **facts},
         metadata=run.metadata,
     )
 

@@ -125,13 +125,15 @@ def _settings(run: Trainer) -> dict[str, Any]:
         "train.accumulate": run.train.accumulate,
         "train.optimizer": run.train.optimizer,
         "number of processes": run.accelerator.num_processes,
+        "hash of adapter.under": run.under_digest,
     }
 
 
 def _check_same(run: Trainer, path: Path, weights: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
     for name, value in _settings(run).items():
-        if state["settings"][name] != value:
-            was = state["settings"][name]
+        # Older checkpoints know of nothing under an adapter.
+        was = state["settings"].get(name)
+        if was != value:
             raise UserError(f"{path} was made with {name}={was}, not {value}; set it back, or use another name")
     now = _weights(run)
     other = {name for name in now.keys() | weights.keys() if _shape(now, name) != _shape(weights, name)}

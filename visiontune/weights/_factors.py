@@ -113,6 +113,8 @@ def check_factored(changes: Changes, kind: str) -> None:
             raise UserError(f"'{layer}' is the joint weight of an attention, which {kind} has no name for")
         if not isinstance(changes.layer(layer), _FACTORED):
             raise UserError(f"'{layer}' is neither linear nor a convolution, as {kind} needs")
+        if getattr(changes.layer(layer), "groups", 1) > 1:
+            raise UserError(f"'{layer}' is a convolution in groups, of which {kind} reads other factors")
         if changes.moves_bias(layer):
             raise UserError(f"'{layer}' has a changed bias, which {kind} cannot hold")
 

@@ -166,11 +166,13 @@ def _finite(change: Factors | Dense) -> bool:
 
 
 def _bare(layers: Iterable[str]) -> dict[str, str]:
-    """Layers by their names without the component, as diffusers' first files have them, where that is clear."""
+    """Layers by their names without the component, where that is clear: as diffusers' first files have them, and under
+    what ComfyUI calls any denoiser."""
     named: dict[str, list[str]] = {}
     for layer in layers:
         named.setdefault(layer.partition(".")[2], []).append(layer)
-    return {name: found[0] for name, found in named.items() if len(found) == 1}
+    clear = {name: found[0] for name, found in named.items() if len(found) == 1}
+    return clear | {f"diffusion_model.{name}": layer for name, layer in clear.items()}
 
 
 def _named(names: Mapping[str, Native], stem: str) -> Native | None:

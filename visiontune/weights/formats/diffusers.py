@@ -33,16 +33,17 @@ def write(changes: Changes, path: Path, job: Job) -> Exported:
 
 
 def _refuse_unread(changes: Changes, pipe: Any) -> None:
-    """Refuse layers of parts that the pipeline's ``load_lora_weights`` leaves out without a word.
+    """Refuse layers of parts that the pipeline's ``load_lora_weights`` leaves out without a word, or of all without it.
 
     Raises:
         UserError: naming the first such part.
     """
-    if not hasattr(pipe, "_lora_loadable_modules"):
+    if pipe is None:
         return
+    loadable = getattr(pipe, "_lora_loadable_modules", ())
     for layer in changes.layers:
         part = layer.partition(".")[0]
-        if part not in pipe._lora_loadable_modules:
+        if part not in loadable:
             raise UserError(f"{type(pipe).__name__} loads no LoRA of its {part}, which this adapter has")
 
 

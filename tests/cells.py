@@ -1,0 +1,193 @@
+"""Cells of the matrix: an adapter that an objective trains on a family, from the recipe to pictures and files.
+
+`run` does on a tiny pipeline what a user would, and says what came of it. The suite runs a few cells, and
+`benchmarks/matrix.py` those in which every two of an adapter, an objective and a family meet.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import io
+from collections.abc import Iterator
+from dataclasses import astuple, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import yaml
+from contracts.declared import declared
+from PIL import Image
+from safetensors.torch import load_file
+from tiny import tiny_model
+from tiny_training import interrupt
+from workshop import Workshop
+
+from visiontune import adapters, assemble, models, plugin
+from visiontune.cli.main import main
+from visiontune.config import load_run
+from visiontune.core import Request
+from visiontune.errors import UserError
+from visiontune.models.pipeline import PipelineModel
+from visiontune.rewards.loading import load as load_reward
+
+ACTIONS = ("train", "resume", "export", "sample")
+FORMATS = ("diffusers", "kohya", "diff", "peft", "merged")
+FAMILIES = sorted(name for name, cls in models.families().items() if issubclass(cls, PipelineModel))
+YES = "yes"
+# Whichever of these options an objective has.
+SMALL = {
+    "group": 2,
+    "steps": 2,
+    "micro_batch": 2,
+    "prior_images": 2,
+    "prior_steps": 2,
+    "timestep_count": 1,
+    "updates": 1,
+}
+SEEN = Request(prompt="a red circle", seed=1)
+
+
+@dataclass(frozen=True, order=True)
+class Cell:
+    """Names of the catalogue."""
+
+    adapter: str
+    objective: str
+    family: str
+
+    def __str__(self) -> str:
+        return "-".join(astuple(self))
+
+
+@functools.cache
+def refusal(objective: str, family: str) -> str | None:
+    """Why an objective does not take a family, if it does not."""
+    module = plugin.load("objectives", objective)
+    try:
+        module.build(module.Config()).check(tiny_model(family), load_reward("redness"))
+    except UserError as error:
+        return str(error)
+    return None
+
+
+def covering() -> Iterator[Cell]:
+    """Few cells in which every two of an adapter, an objective and a family that takes it meet."""
+    for j, family in enumerate(FAMILIES):
+        taken = [name for name in plugin.names("objectives") if refusal(name, family) is None]
+        for i, adapter in enumerate(plugin.names("adapters")):
+            yield Cell(adapter, taken[(i + j) % len(taken)], family)
+
+
+def recipe(cell: Cell, shop: Workshop) -> dict[str, Any]:
+    """Two steps of a small run."""
+    module, method = plugin.load("objectives", cell.objective), declared()[cell.adapter]
+    options = module.Config.__dataclass_fields__
+    objective = {"name": cell.objective, **{key: value for key, value in SMALL.items() if key in options}}
+    needs = module.build(module.Config()).needs
+    if needs.online:
+        about = {"data": str(shop.folder / "prompts.txt"), "reward": "redness"}
+        objective |= {"cfg_scale": 1.0} if "cfg_scale" in options else {}
+    else:
+        root = shop.pairs if "rejected" in needs.columns else shop.photos
+        about = {"data": {"root": str(root), "class_noun": "circle"}}
+    chosen = method.options if method.plan_options is None else method.plan_options
+    return {
+        "verb": "train",
+        "description": "a cell",
+        "name": str(cell),
+        "model": str(shop.model),
+        "out": str(shop.folder / "runs"),
+        "adapter": {"name": cell.adapter, "targets": "attention", **chosen, **method.export_options},
+        "objective": objective,
+        **about,
+        "preview": {"prompts": []},
+        "train": {
+            "steps": 2,
+            "batch_size": 2,
+            "lr": 0.01,
+            "checkpoint_every": 1,
+            "trackers": [],
+            "device": "cpu",
+            "threads": 1,
+        },
+    }
+
+
+def run(cell: Cell, shop: Workshop) -> dict[str, str]:
+    """What comes of each action: `yes`, with the formats where it is an export, or the line that refuses it.
+
+    Raises:
+        Exception: whatever goes wrong otherwise, AssertionError where a result is not what it should be.
+    """
+    why = refusal(cell.objective, cell.family)
+    if why is not None:
+        return dict.fromkeys(ACTIONS, why)
+    try:
+        file = _train(cell, shop)
+    except UserError as error:
+        return dict.fromkeys(ACTIONS, str(error))
+    _resume(cell, shop, file)
+    drawn = _drawn(shop, file)
+    return {"train": YES, "resume": YES, "export": _export(shop, file, drawn), "sample": _sample(shop, file, drawn)}
+
+
+def _trainer(cell: Cell, shop: Workshop, name: str, **train: Any):
+    content = recipe(cell, shop)
+    content["train"] |= train
+    path = shop.folder / "recipe.yaml"
+    path.write_text(yaml.safe_dump({**content, "name": name}))
+    return assemble.assemble(load_run(str(path), []))
+
+
+def _train(cell: Cell, shop: Workshop) -> Path:
+    trainer = _trainer(cell, shop, f"{cell}-whole")
+    before = {name: tensor.clone() for name, tensor in trainer.adapters.state_dict().items()}
+    file = trainer.fit()
+    after = trainer.adapters.state_dict()
+    assert all(tensor.isfinite().all() for tensor in after.values() if tensor.is_floating_point())
+    assert any(name not in before or not torch.equal(t, before[name]) for name, t in after.items()), "nothing moved"
+    return file
+
+
+def _resume(cell: Cell, shop: Workshop, file: Path) -> None:
+    interrupt(_trainer(cell, shop, f"{cell}-broken"), 1)
+    whole, broken = load_file(file), load_file(_trainer(cell, shop, f"{cell}-broken", resume=True).fit())
+    assert whole.keys() == broken.keys()
+    assert all(torch.equal(whole[name], broken[name]) for name in whole), "another end after an interruption"
+
+
+def _drawn(shop: Workshop, file: Path) -> np.ndarray:
+    model = shop.open()
+    adapters.load(model.networks(), file).eval()
+    return _picture(model)
+
+
+def _picture(model: Any) -> np.ndarray:
+    return model.draw([SEEN], steps=2, guidance=model.guidance(3.0))[0]
+
+
+def _export(shop: Workshop, file: Path, drawn: np.ndarray) -> str:
+    written, line = [], ""
+    for kind in FORMATS:
+        out, said = file.with_name(f"export-{kind}"), io.StringIO()
+        target = out if kind in ("peft", "merged") else out.with_suffix(".safetensors")
+        with contextlib.redirect_stderr(said), contextlib.redirect_stdout(io.StringIO()):
+            code = main(["export", str(file), str(target), "--format", kind, "--dtype", "fp32"])
+        assert code in (0, 2) and target.exists() is (code == 0)
+        written += [kind] if code == 0 else []
+        line = line or said.getvalue().strip()
+    if "merged" in written:
+        np.testing.assert_allclose(_picture(shop.open(file.with_name("export-merged"))), drawn, rtol=0, atol=1e-4)
+    return f"{YES}: {', '.join(written)}" if written else line
+
+
+def _sample(shop: Workshop, file: Path, drawn: np.ndarray) -> str:
+    out = file.with_name("samples")
+    words = [f"model={shop.model}", f"adapter={file}", f"out={out}", f"prompts={SEEN.prompt}", "seeds=[1]", "steps=2"]
+    with contextlib.redirect_stdout(io.StringIO()):
+        assert main(["sample", *words, "cfg_scale=3", "device=cpu"]) == 0
+    with Image.open(out / "00000_seed1.png") as shown:
+        np.testing.assert_array_equal(np.asarray(shown), (drawn * 255).round().astype("uint8"))
+    return YES

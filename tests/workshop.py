@@ -1,0 +1,75 @@
+"""A folder in which a tiny model of any family is trained, as a user would: a model, photos, prompts, runs."""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+from tiny import SIZE, save_tiny
+
+from visiontune import assemble, models
+from visiontune.config import load_run
+
+
+class Workshop:
+    """A folder with a tiny model of one family, three photos and some prompts."""
+
+    def __init__(self, family: str, folder: Path) -> None:
+        self.family, self.folder, self.model = family, folder, save_tiny(folder / "model", family)
+        (folder / "prompts.txt").write_text("a red circle\na blue square\n")
+        self.photos = self._photos("photos")
+
+    def _photos(self, name: str, *under: str) -> Path:
+        """Three captioned pictures, and others of the same names in the folders under it."""
+        rng = np.random.default_rng(0)
+        for folder in (self.folder / name, *(self.folder / name / inner for inner in under)):
+            folder.mkdir()
+            for i in range(3):
+                pixels = rng.integers(0, 255, (SIZE, SIZE, 3), dtype=np.uint8)
+                Image.fromarray(pixels).save(folder / f"{i}.png")
+        for i in range(3):
+            (self.folder / name / f"{i}.txt").write_text("a photo of a [trigger] circle")
+        return self.folder / name
+
+    @functools.cached_property
+    def pairs(self) -> Path:
+        """The photos, each beside one that is liked less."""
+        return self._photos("pairs", "rejected")
+
+    @property
+    def noisy(self) -> str:
+        """Dynamics that have noise to score."""
+        flow = self.open().schedule.prediction == "flow"
+        return "{name: flow-sde, eta: 0.7}" if flow else "{name: ddim, eta: 1.0}"
+
+    def open(self, folder: Path | None = None):
+        return models.load(str(folder or self.model))
+
+    def trainer(self, recipe: str, name: str, *more: str):
+        common = ["train.trackers=[]", "train.device=cpu", "train.precision=no", "train.checkpoint_every=1"]
+        shown = ["preview.prompts=['a circle']", "preview.seeds=[0]", "preview.steps=2"]
+        where = [f"model={self.model}", f"out={self.folder / 'runs'}", f"name={name}"]
+        return assemble.assemble(load_run(recipe, [*where, *common, *shown, "train.steps=2", *more]))
+
+    def personalise(self, name: str, *more: str):
+        data = [f"data.root={self.photos}", "data.prompt=null", "data.class_noun=circle"]
+        prior = ["objective.prior_images=2", "objective.prior_steps=2"]
+        parts = "train.parts=[denoiser, text_encoder]"
+        return self.trainer(
+            "personalise/lora", name, *data, *prior, parts, "train.batch_size=1", "train.lr=0.03", *more
+        )
+
+    @functools.cached_property
+    def denoiser(self) -> Path:
+        """The adapter of a personalisation of the denoiser alone."""
+        return self.personalise("denoiser", "train.parts=[denoiser]").fit()
+
+    def reward(self, recipe: str, name: str, *more: str):
+        data = [f"data={self.folder / 'prompts.txt'}", "reward=redness", "objective.steps=3"]
+        return self.trainer(recipe, name, *data, *more)
+
+    def grpo(self, name: str, *more: str):
+        sizes = ["train.batch_size=4", "objective.group=2", "objective.micro_batch=2", "objective.cfg_scale=2"]
+        return self.reward("reward_tune/grpo", name, f"objective.dynamics={self.noisy}", *sizes, *more)
