@@ -15,9 +15,13 @@ import numpy as np
 import pytest
 import torch
 from diffusers import (
+    AuraFlowTransformer2DModel,
+    ChromaTransformer2DModel,
     Flux2Transformer2DModel,
     FluxPipeline,
     FluxTransformer2DModel,
+    Krea2Transformer2DModel,
+    Lumina2Transformer2DModel,
     SD3Transformer2DModel,
     ZImageTransformer2DModel,
 )
@@ -35,8 +39,8 @@ from visiontune.weights.export import export
 from visiontune.weights.keys import Native, keys_of
 from visiontune.weights.lora_files import read_lora
 
-FAMILIES = ("sd3", "flux", "flux2", "z_image", "qwen_image")
-NAMES = {name: json.loads((Path(__file__).parent / "names" / f"{name}.json").read_text()) for name in FAMILIES}
+NAMES = {file.stem: json.loads(file.read_text()) for file in sorted((Path(__file__).parent / "names").iterdir())}
+FAMILIES = list(NAMES)
 # The variant with the most layers.
 MOST = {"flux2": {"dev": True}}
 # At the published widths, which some converters know by heart.
@@ -45,8 +49,18 @@ WIDE = {
     "flux": (FluxTransformer2DModel, {"num_layers": 1, "num_single_layers": 1, "guidance_embeds": True}),
     "flux2": (Flux2Transformer2DModel, {"num_layers": 1, "num_single_layers": 1}),
     "z_image": (ZImageTransformer2DModel, {"n_layers": 1, "n_refiner_layers": 1}),
+    "krea2": (Krea2Transformer2DModel, {"num_layers": 1}),
+    "chroma": (ChromaTransformer2DModel, {"num_layers": 1, "num_single_layers": 1}),
+    "auraflow": (AuraFlowTransformer2DModel, {"num_mmdit_layers": 1, "num_single_dit_layers": 1}),
+    "lumina2": (Lumina2Transformer2DModel, {"num_layers": 1, "num_refiner_layers": 1}),
 }
+CONVERTERS = {
+    name: getattr(single_file_utils, f"convert_{name}_transformer_checkpoint_to_diffusers")
+    for name in WIDE.keys() - {"lumina2"}
+} | {"lumina2": single_file_utils.convert_lumina2_to_diffusers}
 # What converters ask for that is no layer.
+FLUX = [f"double_blocks.0.{s}_attn.norm.{x}_norm.scale" for s in ("img", "txt") for x in ("query", "key")]
+FLUX += [f"single_blocks.0.norm.{x}_norm.scale" for x in ("query", "key")]
 NORMS = {
     "sd3": ["pos_embed"]
     + [
@@ -56,8 +70,9 @@ NORMS = {
         for x in "qk"
     ]
     + [f"joint_blocks.0.x_block.attn2.ln_{x}.weight" for x in "qk"],
-    "flux": [f"double_blocks.0.{s}_attn.norm.{x}_norm.scale" for s in ("img", "txt") for x in ("query", "key")]
-    + [f"single_blocks.0.norm.{x}_norm.scale" for x in ("query", "key")],
+    "flux": FLUX,
+    "chroma": FLUX + [f"distilled_guidance_layer.norms.{i}.scale" for i in range(5)],
+    "auraflow": ["positional_encoding"],
 }
 
 
@@ -100,10 +115,12 @@ def test_the_layers_of_the_familys_own_code_are_those_of_its_readers(family):
     assert sorted(keys.own) == names["own"]
     made = [layer for native in keys.own.values() for layer in native.layers]
     assert sorted(made) == sorted(layers_of(model))
-    assert {*names["kohya"]} <= {name.replace(".", "_") for name in keys.scripts}
+    assert {*names.get("kohya", ())} <= {name.replace(".", "_") for name in keys.scripts}
+    for name, parts in names.get("parts", {}).items():
+        assert keys.own[name].layers == tuple(f"transformer.{part}" for part in parts)
 
 
-@pytest.mark.parametrize("family", ["sd3", "flux"])
+@pytest.mark.parametrize("family", ["sd3", "flux", "chroma", "lumina2"])
 def test_what_sd_scripts_leaves_out_is_known(family):
     model = tiny_model(family)
     keys, names = keys_for(model), NAMES[family]
@@ -112,6 +129,8 @@ def test_what_sd_scripts_leaves_out_is_known(family):
         assert [bool(keys.READERS["sd-scripts"].places.match(layer)) for layer in native.layers] == [reads] * len(
             native.layers
         )
+    if "text" not in names:
+        return
     text = [
         f"{component}.{name}"
         for component in model.of("text")
@@ -148,15 +167,10 @@ def test_diffusers_makes_our_layers_of_a_whole_checkpoint_in_these_names(family)
             drawn = {layer: torch.randn(len(v), *columns, generator=rng) for layer, v in own.items()}
             expected |= {f"{layer.removeprefix('transformer.')}.{leaf}": value for layer, value in drawn.items()}
             checkpoint[f"{name}.{leaf}"] = whole(native, list(drawn.values()))
-    found = getattr(single_file_utils, CONVERTERS[family])(checkpoint)
+    found = CONVERTERS[family](checkpoint)
     assert len(expected) > 20 and expected.keys() <= found.keys()
     for name, value in expected.items():
         assert torch.equal(found[name], value), name
-
-
-CONVERTERS = {
-    name: f"convert_{name}_transformer_checkpoint_to_diffusers" for name in ("sd3", "flux", "flux2", "z_image")
-}
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -176,6 +190,11 @@ def test_published_files_say_what_they_are_of():
         "flux2": ("Flux.2-klein", "flux_2_klein"),
         "z_image": ("Z-Image", "z_image"),
         "qwen_image": ("Qwen-Image", "qwen_image"),
+        "krea2": ("Krea-2", "krea2"),
+        "chroma": ("chroma", "chroma"),
+        "auraflow": ("auraflow", "auraflow"),
+        "lumina2": ("lumina-2", "lumina2"),
+        "pixart": ("pixart", "pixart"),
     }
     assert keys_for(tiny_model("flux", schnell=True)).described("flow")[0] == "flux-1-schnell"
     assert keys_for(tiny_model("flux2", dev=True)).described("flow") == ("Flux.2-dev", "flux_2_dev")
@@ -262,6 +281,10 @@ def test_what_is_written_is_read_back_of_the_same_ranks(family, kind, tmp_path):
     model, back = tiny_model(family), tiny_model(family)
     layers = [layer for layer in layers_of(model) if not layer.endswith("to_v")]
     found = adapted(model, layers)
+    if kind == "diffusers" and not hasattr(model.pipe, "load_lora_weights"):
+        with pytest.raises(UserError, match=r"loads no LoRA of its transformer.*: export as diff, kohya"):
+            written(found, model, kind, tmp_path / "a.safetensors")
+        return
     written(found, model, kind, tmp_path / "a.safetensors")
     read = read_lora(tmp_path / "a.safetensors", back.networks(), keys_for(back))
     assert sorted(read.layers) == sorted(layers)
@@ -299,7 +322,7 @@ def test_text_encoders_have_names_in_comfyui_and_where_kohyas_scripts_train_them
     assert all(any(layer in found for layer in named) for found in layers.values())
     found = adapted(model, named)
     for kind in ("kohya", "diff"):
-        if kind == "kohya" and "text" not in NAMES[family]:
+        if kind == "kohya" and not keys_for(model).ENCODERS:
             with pytest.raises(UserError, match=r"scripts have no name for 'text_encoder\..*: export as diff"):
                 written(found, model, kind, tmp_path / f"{kind}.safetensors")
             continue
@@ -309,16 +332,21 @@ def test_text_encoders_have_names_in_comfyui_and_where_kohyas_scripts_train_them
         for layer in named:
             torch.testing.assert_close(read.change(layer)[0], found.change(layer)[0], rtol=1e-4, atol=1e-6)
         read.detach()
-    stems = {key.rpartition(".layers.0.")[0] for key in load_file(tmp_path / "diff.safetensors") if ".layers.0." in key}
-    assert stems == {f"text_encoders.{name}" for name in ENCODERS[family]}
+    stems = {".".join(key.split(".")[1:4]) for key in load_file(tmp_path / "diff.safetensors")}
+    assert stems == {*ENCODERS[family].split()}
 
 
 ENCODERS = {
-    "sd3": {"clip_l.transformer.text_model.encoder", "clip_g.transformer.text_model.encoder"},
-    "flux": {"clip_l.transformer.text_model.encoder"},
-    "flux2": {"qwen3_4b.transformer.model"},
-    "z_image": {"qwen3_4b.transformer.model"},
-    "qwen_image": {"qwen25_7b.transformer.model"},
+    "sd3": "clip_l.transformer.text_model clip_g.transformer.text_model t5xxl.transformer.encoder",
+    "flux": "clip_l.transformer.text_model t5xxl.transformer.encoder",
+    "flux2": "qwen3_4b.transformer.model",
+    "z_image": "qwen3_4b.transformer.model",
+    "qwen_image": "qwen25_7b.transformer.model",
+    "krea2": "qwen3vl_4b.transformer.model",
+    "chroma": "t5xxl.transformer.encoder",
+    "auraflow": "pile_t5xl.transformer.encoder",
+    "lumina2": "gemma2_2b.transformer.model",
+    "pixart": "t5xxl.transformer.encoder",
 }
 
 
@@ -346,18 +374,21 @@ def drawn(model):
     return model.draw([Request(prompt="a red circle", seed=1)], steps=2, guidance=model.guidance(3.0))
 
 
-READ = ("flux", "flux2", "z_image", "qwen_image")
+READ = ("flux", "flux2", "z_image", "qwen_image", "chroma")
 
 
 @pytest.mark.parametrize("family", READ)
 def test_diffusers_draws_the_same_with_kohyas_file_and_leaves_out_what_is_said(family, tmp_path):
     model, clean = tiny_model(family), tiny_model(family)
-    # Its converter has the widths of FLUX.1 by heart for the layer that holds these.
-    layers = [n for n in layers_of(model) if family != "flux" or (not n.endswith("proj_mlp") and "single" not in n)]
+    layers = layers_of(model)
+    if family in ("flux", "chroma"):
+        # Its converter knows the published widths of one layer by heart, and stops at files with Chroma's approximator.
+        unfit = [n for name, (n, _) in keys_for(model).own.items() if "linear1" in name or "distilled" in name]
+        layers = [layer for layer in layers if not any(layer in parts for parts in unfit)]
     found = adapted(model, layers)
     done = written(found, model, "kohya", tmp_path / "a.safetensors")
-    said = next((note for note in done.notes if note.startswith("diffusers leaves out ")), "")
-    left = said.removeprefix("diffusers leaves out ").partition(":")[0].split(", ") if said else []
+    said = next((note for note in done.notes if note.startswith("diffusers has no place for ")), "")
+    left = said.removeprefix("diffusers has no place for ").partition(":")[0].split(", ") if said else []
     other = loaded_by_diffusers(family, tmp_path / "a.safetensors")
     other.pipe.fuse_lora(components=["transformer"])
     other.pipe.unload_lora_weights()
@@ -401,7 +432,7 @@ def test_diffusers_leaves_out_t5_of_kohyas_files_of_flux(tmp_path):
     t5 = "text_encoder_2.encoder.block.1.layer.0.SelfAttention.v"
     found = adapted(model, [*clip, t5])
     done = written(found, model, "kohya", tmp_path / "a.safetensors")
-    assert f"diffusers leaves out {t5}: use --format diffusers" in done.notes
+    assert f"diffusers has no place for {t5}: use --format diffusers" in done.notes
     other = loaded_by_diffusers("flux", tmp_path / "a.safetensors")
     other.pipe.fuse_lora(components=["text_encoder"])
     other.pipe.unload_lora_weights()
@@ -410,13 +441,13 @@ def test_diffusers_leaves_out_t5_of_kohyas_files_of_flux(tmp_path):
         torch.testing.assert_close(keys_for(other).module(layer).weight, expected, rtol=1e-4, atol=1e-6)
 
 
-def test_diffusers_reads_nothing_of_stable_diffusion_3s(tmp_path):
-    model = tiny_model("sd3")
-    found = adapted(model, layers_of(model))
-    done = written(found, model, "kohya", tmp_path / "a.safetensors")
+@pytest.mark.parametrize("family", ["sd3", "krea2", "auraflow", "lumina2"])
+def test_of_kohyas_files_of_others_diffusers_reads_nothing(family, tmp_path):
+    model = tiny_model(family)
+    done = written(adapted(model, layers_of(model)), model, "kohya", tmp_path / "a.safetensors")
     assert "diffusers reads none of it: use --format diffusers" in done.notes
     np.testing.assert_array_equal(
-        drawn(loaded_by_diffusers("sd3", tmp_path / "a.safetensors")), drawn(tiny_model("sd3"))
+        drawn(loaded_by_diffusers(family, tmp_path / "a.safetensors")), drawn(tiny_model(family))
     )
 
 

@@ -49,7 +49,7 @@ def _left(reader: Reader, done: Exported) -> str:
     if len(unread) == len(done.ranks):
         return "reads none of it"
     more = f" and {len(unread) - _MOST} more" if len(unread) > _MOST else ""
-    return f"leaves out {', '.join(unread[:_MOST])}{more}" if unread else ""
+    return f"has no place for {', '.join(unread[:_MOST])}{more}" if unread else ""
 
 
 def _tensors_of(name: str, factors: Factors, alpha: float) -> dict[str, Tensor]:

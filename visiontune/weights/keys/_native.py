@@ -8,6 +8,7 @@ the other.
 from __future__ import annotations
 
 import functools
+import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import ClassVar
 
@@ -31,13 +32,15 @@ _READ = (
     "model_diffusion_model_",
 )
 
-# What sd-scripts looks into of CLIP and of T5.
+# What sd-scripts looks into of CLIP and Gemma, and of T5.
 CLIP = r"text_encoder(_\d)?\..*\.(self_attn|mlp)\."
-T5 = r"text_encoder_\d\..*\.(SelfAttention|DenseReluDense)\."
+T5 = r"text_encoder(_\d)?\..*\.(SelfAttention|DenseReluDense)\."
+NOTHING = re.compile("(?!)")
 # What leads to the layers of a language model here and in ComfyUI; longer ones first.
 _LANGUAGE = {
     "model.language_model.": "model.",
     "model.": "model.",
+    "language_model.": "model.",
     "layers.": "model.layers.",
     "embed_": "model.embed_",
 }
@@ -132,14 +135,15 @@ class Keys(keys.Keys):
     def _comfys_text(self, layer: str) -> str | None:
         """By keys of the state dict: of kohya's names ComfyUI has those of attention and MLP alone."""
         component, _, rest = self.public(layer).partition(".")
-        if component not in self.comfys_encoders():
+        name = self.comfys_encoders().get(component)
+        if name is None:
             return None
-        if component not in self.ENCODERS:
+        if not ("clip" in name or "t5" in name):
             start = next((start for start in _LANGUAGE if rest.startswith(start)), None)
             if start is None:
                 return None
             rest = _LANGUAGE[start] + rest.removeprefix(start)
-        return f"text_encoders.{self.comfys_encoders()[component]}.transformer.{rest}"
+        return f"text_encoders.{name}.transformer.{rest}"
 
     def comfys_encoders(self) -> Mapping[str, str]:
         """Text encoder -> what ComfyUI calls it."""

@@ -57,7 +57,7 @@ class Keys(_native.Keys):
         "sd-scripts": Reader(
             re.compile(rf"transformer\.|{_native.CLIP}|{_native.T5}"), "merge, or narrow adapter.targets"
         ),
-        "diffusers": Reader(re.compile(r"(?!)"), "use --format diffusers"),
+        "diffusers": Reader(_native.NOTHING, "use --format diffusers"),
     }
 
     def described(self, prediction: str | None) -> tuple[str, str]:
