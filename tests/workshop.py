@@ -61,6 +61,11 @@ class Workshop:
             "personalise/lora", name, *data, *prior, parts, "train.batch_size=1", "train.lr=0.03", *more
         )
 
+    @functools.cached_property
+    def denoiser(self) -> Path:
+        """The adapter of a personalisation of the denoiser alone."""
+        return self.personalise("denoiser", "train.parts=[denoiser]").fit()
+
     def reward(self, recipe: str, name: str, *more: str):
         data = [f"data={self.folder / 'prompts.txt'}", "reward=redness", "objective.steps=3"]
         return self.trainer(recipe, name, *data, *more)

@@ -344,8 +344,8 @@ def test_a_file_that_cannot_be_read_is_one_line_that_names_why(case, tmp_path):
 
 def test_kohyas_names_of_a_family_without_them_are_said(tmp_path):
     net = Net()
-    with pytest.raises(UserError, match="kohya's names of layers are not known for the family 'sd3'"):
-        read(tmp_path, GOOD, modules={"transformer": net}, family="sd3")
+    with pytest.raises(UserError, match="kohya's names of layers are not known for the family 'amused'"):
+        read(tmp_path, GOOD, modules={"transformer": net}, family="amused")
 
 
 @pytest.mark.timeout(20)

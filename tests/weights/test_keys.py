@@ -174,7 +174,7 @@ def test_every_exported_name_is_in_comfyuis_key_map(kind, tmp_path):
     ldm, diffusers = comfy_keys(kind)
     assert len(found) == len(adapters.layers)
     assert found <= (ldm if kind == "sdxl" else diffusers)
-    assert set(keys_of("sd", {}).kohya(adapters.layers).values()) <= diffusers
+    assert keys_of("sd", {}).kohya(adapters.layers).keys() <= diffusers
 
 
 def test_diffusers_loads_an_exported_file_of_the_xl(tmp_path):
@@ -211,10 +211,11 @@ from visiontune.weights import keys
 
 class Keys(keys.Keys):
     def kohya(self, layers):
-        return {layer: f"toy_{list(self.modules).index(layer.partition('.')[0])}_{layer[-1]}" for layer in layers}
+        number = list(self.modules).index
+        return {f"toy_{number(layer.partition('.')[0])}_{layer[-1]}": keys.Native((layer,)) for layer in layers}
 
-    def names(self, layers):
-        return super().names(layers) | {name: layer for layer, name in self.kohya(layers).items()}
+    def natives(self, layers):
+        return super().natives(layers) | self.kohya(layers)
 '''
 
 

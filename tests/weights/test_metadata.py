@@ -29,7 +29,15 @@ def header(file):
 
 @pytest.mark.parametrize(
     ("kind", "family"),
-    [("kohya", "sd"), ("diffusers", "sd"), ("diff", "sdxl"), ("kohya", "sdxl"), ("diffusers", "sd3")],
+    [
+        ("kohya", "sd"),
+        ("diffusers", "sd"),
+        ("diff", "sdxl"),
+        ("kohya", "sdxl"),
+        ("diffusers", "sd3"),
+        ("kohya", "flux"),
+        ("diff", "qwen_image"),
+    ],
 )
 def test_files_carry_what_others_show(kind, family, tmp_path):
     model = tiny_model(family)
@@ -65,14 +73,17 @@ def test_files_carry_what_others_show(kind, family, tmp_path):
     named = {
         "sd": ("stable-diffusion-v1", "sd_v1"),
         "sdxl": ("stable-diffusion-xl-v1-base", "sdxl_base_v1-0"),
-        "sd3": ("sd3", "sd3"),
+        "sd3": ("stable-diffusion-3", "sd3"),
+        "flux": ("flux-1-dev", "flux1"),
+        "qwen_image": ("Qwen-Image", "qwen_image"),
     }
+    networks = {"sd3": "networks.lora_sd3", "flux": "networks.lora_flux"}
     architecture, version = named[family]
     assert found["ss_base_model_version"] == version
     assert found["modelspec.architecture"] == f"{architecture}/{'diff' if kind == 'diff' else 'lora'}"
     if kind != "diff":
-        assert found["ss_network_dim"] == "2" and found["ss_network_module"] == "networks.lora"
-        assert found["ss_network_alpha"] == {"kohya": "1.0", "diffusers": "2"}[kind]
+        assert found["ss_network_dim"] == "2" and found["ss_network_module"] == networks.get(family, "networks.lora")
+        assert found["ss_network_alpha"] == ("1.0" if kind == "kohya" and family in ("sd", "sdxl") else "2")
     export(adapters, tmp_path / "again" / "a.safetensors", kind, **common)
     assert (tmp_path / "a.safetensors").read_bytes() == (tmp_path / "again" / "a.safetensors").read_bytes()
 

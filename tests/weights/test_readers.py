@@ -60,7 +60,7 @@ def sd_scripts(model, kind):
             if type(module).__name__ in inside:
                 for name, layer in module.named_modules():
                     if isinstance(layer, nn.Linear | nn.Conv2d):
-                        stems |= set(keys.kohya([f"{component}.{outer}.{name}"]).values())
+                        stems |= set(keys.kohya([f"{component}.{outer}.{name}"]))
     return stems
 
 
@@ -95,7 +95,7 @@ def test_kohyas_files_have_a_place_in_each_reader_or_a_warning(kind, method, opt
     stems = keys_of(kind, model.networks()).kohya(found.layers)
     for key in load_file(done.path):
         stem, _, part = key.partition(".")
-        layer = next(name for name, own in stems.items() if own == stem)
+        (layer,) = stems[stem].layers
         assert part in FACTORS or (part == "dora_scale" and "dora_scale" in warned)
         assert stem in scripts or layer in re.findall(r"[\w.]+", warned), layer
         assert stem in known
@@ -115,9 +115,9 @@ def test_comfyui_has_a_place_for_every_difference(kind, tmp_path):
         assert part in ("diff", "diff_b") and stem in known, key
     assert sum("text_encoders.clip_l.transformer.text_model.embeddings" in key for key in saved) == 2
     assert ("text_encoders.clip_g.transformer.text_projection.diff" in saved) == (kind == "sdxl")
-    assert {stem for key in saved if (stem := key.rpartition(".")[0])} == set(keys.comfy(found.layers).values())
-    back = keys.names(found.layers)
-    assert all(back[stem] == layer for layer, stem in keys.comfy(found.layers).items())
+    assert {stem for key in saved if (stem := key.rpartition(".")[0])} == set(keys.comfy(found.layers))
+    back = keys.natives(found.layers)
+    assert all(back[stem] == native for stem, native in keys.comfy(found.layers).items())
 
 
 @pytest.mark.parametrize("method", list(declared()))
@@ -153,7 +153,7 @@ def test_bitfit_writes_its_biases_and_no_zeros(tmp_path):
 def test_stable_diffusion_2_has_another_encoder():
     model = tiny_model("sd")
     text = model.networks()["text_encoder"]
-    names = lambda: set(keys_of("sd", {"text_encoder": text}).comfy(["text_encoder.final_layer_norm"]).values())  # noqa: E731
+    names = lambda: set(keys_of("sd", {"text_encoder": text}).comfy(["text_encoder.final_layer_norm"]))  # noqa: E731
     assert names() == {"text_encoders.clip_l.transformer.text_model.final_layer_norm"}
     text.config.hidden_size = 1024
     assert names() == {"text_encoders.clip_h.transformer.text_model.final_layer_norm"}

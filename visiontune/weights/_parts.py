@@ -9,8 +9,9 @@ from typing import NamedTuple
 
 from visiontune.errors import UserError
 from visiontune.outside import shown
+from visiontune.weights.keys import Native
 
-Find = Callable[[str], str | None]
+Find = Callable[[str], Native | None]
 
 _LYCORIS = ("w1", "w1_a", "w1_b", "t1", "w2", "w2_a", "w2_b", "t2")
 # Ending of a key -> the part; what is left of the key names the layer.
@@ -68,10 +69,10 @@ _OLD |= {"to_out": ("to_out.0", "out_proj")}
 
 
 class Place(NamedTuple):
-    """What a key says: the part, the layer by the model's name, and what the file calls it."""
+    """What a key says: the part, what the layer is to the model's, and what the file calls it."""
 
     part: str
-    layer: str
+    native: Native
     stem: str
 
 
@@ -81,7 +82,7 @@ def places(path: str | Path, keys: Iterable[str], find: Find, mend: str) -> tupl
     Args:
         path: for messages.
         keys: of the file.
-        find: the model's layer that a name in the file means, if there is one.
+        find: what a name in the file is to the model's layers, if anything.
         mend: of a key that belongs to none.
 
     Raises:
@@ -127,19 +128,24 @@ def _without_adapter(key: str) -> tuple[str, str]:
     return f"{match[1]}{match[3] or ''}", match[2]
 
 
-def _find(stem: str, find: Find) -> str | None:
+def _find(stem: str, find: Find) -> Native | None:
     stem = stem.replace("base_model.model.", "", 1).replace(".processor.", ".", 1)
     head, _, last = stem.removesuffix("_lora").rpartition(".")
     old = [f"{head}.{now}" for now in _OLD.get(last, ())]
-    return next((layer for name in (stem, *old) if (layer := find(name))), None)
+    return next((native for name in (stem, *old) if (native := find(name))), None)
 
 
 def _refuse_twice(path: str | Path, found: dict[str, Place]) -> None:
-    seen: dict[tuple[str, str], str] = {}
+    seen: dict[tuple[str, Native], str] = {}
+    taken: dict[str, tuple[str, Native]] = {}
     for key, place in found.items():
         other = seen.setdefault(place[:2], key)
         if other != key:
             raise UserError(f"{path}: '{shown(other)}' and '{shown(key)}' are the same part of one layer: keep one")
+        for layer in place.native.layers:
+            other, native = taken.setdefault(layer, (key, place.native))
+            if native != place.native:
+                raise UserError(f"{path}: '{shown(other)}' and '{shown(key)}' both change '{layer}': keep one")
 
 
 def _foreign(path: str | Path, key: str) -> UserError:

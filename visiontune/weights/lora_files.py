@@ -31,8 +31,9 @@ from visiontune.outside import parse_json, regular, shown
 from visiontune.weights import peft_fields
 from visiontune.weights._changes import Dense, Misfit, Strength, change_of, dense
 from visiontune.weights._factors import Factors
+from visiontune.weights._native import split, whole
 from visiontune.weights._parts import places
-from visiontune.weights.keys import Keys
+from visiontune.weights.keys import Keys, Native
 
 Changes = Mapping[str, Factors | Dense]
 
@@ -111,32 +112,44 @@ def changes(
     mend = "give the model that it was trained on"
     if type(keys) is Keys and any(key.startswith("lora_") for key in tensors):
         mend = f"kohya's names of layers are not known for the family '{keys.family}': give a file in diffusers' names"
-    names = _bare(layers) | keys.names(layers)
+    names = {name: Native((layer,)) for name, layer in _bare(layers).items()} | keys.natives(layers)
     found, bundled = places(path, tensors, functools.partial(_named, names), mend)
-    parts: dict[str, dict[str, Tensor]] = {}
-    stems: dict[str, str] = {}
+    parts: dict[Native, dict[str, Tensor]] = {}
+    stems: dict[Native, str] = {}
     for key, place in found.items():
-        parts.setdefault(place.layer, {})[place.part] = tensors[key].float()
-        stems[place.layer] = place.stem
+        parts.setdefault(place.native, {})[place.part] = tensors[key].float()
+        stems[place.native] = place.stem
     if not parts:
         raise UserError(f"{path} changes no layer")
     if bundled:
         named = ", ".join(map(shown, bundled))
         warnings.warn(f"{path}: the embeddings bundled with it are left out: {named}", stacklevel=3)
     result: dict[str, Factors | Dense] = {}
-    for layer, own in parts.items():
-        strength = _strength(configs.get(layer.partition(".")[0], {}), (stems[layer], layer), str(path))
-        weight = _base(layers[layer])
+    for native, own in parts.items():
+        component = native.layers[0].partition(".")[0]
+        strength = _strength(configs.get(component, {}), (stems[native], *native.layers), str(path))
         try:
-            change = change_of(own, weight, strength, stems[layer].startswith("oft_"))
+            result |= _changes_of(native, own, layers, strength, stems[native].startswith("oft_"))
         except Misfit as error:
-            raise UserError(f"{path}: '{layer}' {error}") from error
-        if not _finite(change):
-            raise UserError(f"{path}: '{layer}' has a change that is too large for a number: the training of it failed")
+            raise UserError(f"{path}: '{' + '.join(native.layers)}' {error}") from error
+    return result
+
+
+def _changes_of(
+    native: Native, parts: Mapping[str, Tensor], layers: Mapping[str, nn.Module], strength: Strength, kohyas_oft: bool
+) -> dict[str, Factors | Dense]:
+    """The changes of the model's layers that a layer of the file is, from its parts."""
+    weights = [_base(layers[layer]) for layer in native.layers]
+    change = change_of(parts, whole(native, weights), strength, kohyas_oft)
+    if not _finite(change):
+        raise Misfit("has a change that is too large for a number: the training of it failed")
+    found = split(native, change, [len(weight) for weight in weights])
+    for layer, weight in zip(native.layers, weights, strict=True):
         # Of embeddings and of several groups, tools have factors of other shapes than visiontune.
         plain = isinstance(layers[layer], nn.Linear) or getattr(layers[layer], "groups", 0) == 1
-        result[layer] = change if plain else dense(change, weight)
-    return result
+        if layer in found and not plain:
+            found[layer] = dense(found[layer], weight)
+    return found
 
 
 def _base(layer: nn.Module) -> Tensor:
@@ -162,8 +175,8 @@ def _bare(layers: Iterable[str]) -> dict[str, str]:
     return clear | {f"diffusion_model.{name}": layer for name, layer in clear.items()}
 
 
-def _named(names: Mapping[str, str], stem: str) -> str | None:
-    """The layer that a name means; files that have Stability's or kohya's names may have dots in them."""
+def _named(names: Mapping[str, Native], stem: str) -> Native | None:
+    """What a name is to the model's layers; files that have Stability's or kohya's names may have dots in them."""
     return names.get(stem) or names.get(stem.replace(".", "_"))
 
 

@@ -61,9 +61,9 @@ def of_file(done: Exported, job: Job, kind: str) -> dict[str, str]:
     if done.ranks:
         ranks = set(done.ranks.values())
         rank = str(ranks.pop()) if len(ranks) == 1 else "Dynamic"
-        facts["ss_network_module"] = "lycoris.kohya" if done.dora else "networks.lora"
+        facts["ss_network_module"] = "lycoris.kohya" if done.dora else job.keys.NETWORK
         facts["ss_network_dim"] = rank
-        facts["ss_network_alpha"] = "1.0" if kind == "kohya" else rank
+        facts["ss_network_alpha"] = (job.keys.ALPHA if kind == "kohya" else None) or rank
     facts |= given
     if "x" in (size := facts.get("modelspec.resolution", "")):
         facts["ss_resolution"] = f"({size.partition(',')[0].replace('x', ', ')})"

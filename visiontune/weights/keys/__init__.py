@@ -1,15 +1,16 @@
 """What other tools call the layers of a model: one file a family, which is called as the family.
 
-A file ``<family>.py`` defines a class ``Keys``, made of the model's modules, that builds on the one here or on another
-family's. A family without a file has the names of diffusers and PEFT.
+A file ``<family>.py`` defines a class ``Keys``, made of the model's modules, that builds on the one here, on the one of
+``_native.py`` or on another family's. A family without a file has the names of diffusers and PEFT.
 """
 
 from __future__ import annotations
 
 import importlib
 import pkgutil
+import re
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 from visiontune.errors import UserError
 
@@ -21,6 +22,29 @@ if TYPE_CHECKING:
 _CLIP = ("embeddings.", "encoder.layers.", "final_layer_norm")
 
 
+class Native(NamedTuple):
+    """What a layer of another tool's code is to the model.
+
+    Attributes:
+        layers: the model's whose outputs it gives, one after the other.
+        swapped: whether the halves of these outputs stand in the other order, as scale and shift of some modulations.
+    """
+
+    layers: tuple[str, ...]
+    swapped: bool = False
+
+
+class Reader(NamedTuple):
+    """A reader of kohya's files that has no place for some layers.
+
+    Attributes:
+        places: what it reads, by the model's names of layers. mend: what is to be done about the others.
+    """
+
+    places: re.Pattern[str]
+    mend: str
+
+
 class Keys:
     """The names of diffusers and PEFT, which are the model's own but for a level of CLIP's text encoders.
 
@@ -29,10 +53,24 @@ class Keys:
         modules: component name (``unet``, ``text_encoder``, ...) -> module, all of the model's.
 
     Layers are named with their component in front: ``unet.conv_in``.
+
+    Attributes:
+        ALPHA: what kohya's files say of every layer; none for its rank, so that the factors alone are the change.
+        NETWORK: the module of kohya's scripts that such a file is of.
+        READERS: those that leave something out of kohya's files, by their names.
     """
+
+    ALPHA: ClassVar[float | None] = None
+    NETWORK: ClassVar[str] = "networks.lora"
+    READERS: ClassVar[Mapping[str, Reader]] = {}
 
     def __init__(self, family: str = "unknown", modules: Mapping[str, nn.Module] | None = None) -> None:
         self.family, self.modules = family, dict(modules or {})
+
+    def module(self, layer: str) -> Any:
+        """The layer itself."""
+        component, _, rest = layer.partition(".")
+        return self.modules[component].get_submodule(rest)
 
     def described(self, prediction: str | None) -> tuple[str, str]:
         """The architecture as ModelSpec calls it, and the base's version as kohya's scripts do: the family's own name.
@@ -49,19 +87,19 @@ class Keys:
             rest = f"text_model.{rest}"
         return f"{component}.{rest}"
 
-    def kohya(self, layers: Iterable[str]) -> dict[str, str]:
-        """What kohya's scripts themselves would call each of the layers.
+    def kohya(self, layers: Iterable[str]) -> dict[str, Native]:
+        """What kohya's scripts themselves call the layers that these are or belong to.
 
         Raises:
-            UserError: they have no names for the family, or for the component of a layer.
+            UserError: they have no names for the family, or for a layer.
         """
         raise UserError(f"kohya's scripts have no names for the layers of the family '{self.family}'")
 
-    def comfy(self, layers: Iterable[str]) -> dict[str, str]:
-        """What ComfyUI calls each of the layers, norms and embeddings too: kohya's names where a family says no other.
+    def comfy(self, layers: Iterable[str]) -> dict[str, Native]:
+        """What ComfyUI calls them, norms and embeddings too: kohya's names where a family says no other.
 
         Raises:
-            UserError: it has no names for the family, or for the component of a layer.
+            UserError: it has no names for the family, or for a layer.
         """
         return self.kohya(layers)
 
@@ -73,6 +111,10 @@ class Keys:
         layers = list(layers)
         short = {layer.replace(".text_model.", ".", 1): layer for layer in layers if layer.startswith("text_encoder")}
         return short | {self.public(layer): layer for layer in layers} | {layer: layer for layer in layers}
+
+    def natives(self, layers: Iterable[str]) -> dict[str, Native]:
+        """Every name that a file may use for a layer of any tool -> what it is to the model's layers."""
+        return {name: Native((layer,)) for name, layer in self.names(layers).items()}
 
 
 def keys_of(family: str, modules: Mapping[str, nn.Module]) -> Keys:

@@ -7,11 +7,13 @@ model has. Files may use them for any of these models, XL included.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar
 
 from visiontune.errors import UserError
 from visiontune.weights import keys
+from visiontune.weights.keys import Native, Reader
 
 # What files put in front of a component's layers, dots apart: kohya's scripts number encoders where there are two, and
 # some tools always; others have diffusers' or ComfyUI's own prefixes before names of any kind.
@@ -44,6 +46,14 @@ _RESNET = {
 class Keys(keys.Keys):
     """The names of diffusers, with a prefix and without dots."""
 
+    ALPHA = 1.0  # one for all layers, whatever their ranks: diffusers mixes up several
+    READERS: ClassVar[Mapping[str, Reader]] = {
+        # It looks inside transformers, ResNets, samplers, and the attention and MLP of text encoders.
+        "sd-scripts": Reader(
+            re.compile(r"unet\..*\.(attentions|resnets|downsamplers|upsamplers)\.|text_encoder.*\.(self_attn|mlp)\."),
+            "LyCORIS and diffusers read them; for sd-scripts merge, or narrow adapter.targets",
+        )
+    }
     PREFIXES: ClassVar[dict[str, str]] = {"unet": "lora_unet", "text_encoder": "lora_te"}
 
     @property
@@ -61,7 +71,10 @@ class Keys(keys.Keys):
         """What kohya's scripts call layers of the UNet, where it is not diffusers' name."""
         return {}
 
-    def kohya(self, layers: Iterable[str]) -> dict[str, str]:
+    def kohya(self, layers: Iterable[str]) -> dict[str, Native]:
+        return {name: Native((layer,)) for layer, name in self._kohya(layers).items()}
+
+    def _kohya(self, layers: Iterable[str]) -> dict[str, str]:
         layers = list(layers)
         for layer in layers:
             if layer.partition(".")[0] not in self.PREFIXES:
@@ -69,9 +82,9 @@ class Keys(keys.Keys):
                 raise UserError(f"'{layer}' belongs to no component that kohya's format knows ({known})")
         return self._flat(layers, self.PREFIXES, self.unet_names())
 
-    def comfy(self, layers: Iterable[str]) -> dict[str, str]:
+    def comfy(self, layers: Iterable[str]) -> dict[str, Native]:
         """Text encoders by keys of the state dict: of kohya's names ComfyUI has those of attention and MLP alone."""
-        return {layer: self._generic(layer) or name for layer, name in self.kohya(layers).items()}
+        return {self._generic(layer) or name: Native((layer,)) for layer, name in self._kohya(layers).items()}
 
     def _generic(self, layer: str) -> str | None:
         component, _, rest = self.public(layer).partition(".")
