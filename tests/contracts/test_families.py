@@ -401,8 +401,8 @@ def test_training_is_shifted_as_sampling_is(model):
         places = shifted(start.double() / model.schedule.num_train_timesteps, 1 / k)
         if model.LOGIT_STD:
             places = torch.special.ndtr(places.logit() / model.LOGIT_STD)
-        steps = places.diff()
-        torch.testing.assert_close(steps, steps.mean().expand_as(steps), rtol=2e-3, atol=1e-6)
+        apart = places.diff()
+        torch.testing.assert_close(apart, apart.mean().expand_as(apart), rtol=2e-3, atol=1e-6)
 
 
 class TestDraw:
