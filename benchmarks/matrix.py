@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import re
 import sys
 import tempfile
 from collections.abc import Iterable
@@ -64,7 +65,7 @@ def entry(found: list[dict[str, str]], notes: list[str]) -> str:
     refused = {a: line for result in found for a, line in result.items() if not line.startswith(YES)}
     if not refused:
         return "yes"
-    lines = {line: None for line in refused.values()}
+    lines = {re.sub("'[^']*'", "'...'", line): None for line in refused.values()}
     notes += [line for line in lines if line not in notes]
     marks = ", ".join(f"[{notes.index(line) + 1}](#notes)" for line in lines)
     what = "" if set(refused) == {*ACTIONS} else f"no {', '.join(a for a in ACTIONS if a in refused)} "

@@ -99,7 +99,7 @@ def recipe(cell: Cell, shop: Workshop) -> dict[str, Any]:
         "name": str(cell),
         "model": str(shop.model),
         "out": str(shop.folder / "runs"),
-        "adapter": {"name": cell.adapter, "targets": "attention", **chosen, **method.export_options},
+        "adapter": {"name": cell.adapter, "targets": "attention", **chosen},
         "objective": objective,
         **about,
         "preview": {"prompts": []},

@@ -3,10 +3,10 @@
     python benchmarks/evidence/rewards.py
 
 Every method has the same LoRA on what it tunes, five sampling steps, no guidance, and a learning rate that was chosen
-of three on a seed of its own (``--pilot``). Methods that see only scores get twice the processor time of those that see
-gradients. The reward is pocket-clip plus five times redness: both pull, one past what the prompt says. Unseen
-prompts are drawn by the stock pipeline and judged by both terms and by the oracle, which no method sees. DDPO and PRDP
-also raise redness alone, on 400 prompts and on few.
+of three or more by the reward on a seed of its own (``--pilot``). Methods that see only scores get twice the processor
+time of those that see gradients. The reward is pocket-clip plus five times redness: both pull, one past what the prompt
+says. Unseen prompts are drawn by the stock pipeline and judged by both terms and by the oracle, which no method sees.
+DDPO and PRDP also raise redness alone, on 400 prompts and on few.
 
 Then redness alone is raised, the quickest way to ruin a model, and guards that see other prompts and the oracle look
 after every update: do they stop the run before a tenth of the unseen prompts is lost? And do they keep silent where
@@ -49,7 +49,7 @@ SEEDS, PILOT = (0, 1, 2), 7
 TERMS = {"redness": 5.0, "pocket-clip": 1.0}
 PATHWISE, BLIND, LOOKS = 80.0, 160.0, 5
 PROMPTS = ordinary_prompts(60)
-FEW, RATE = 8, 2e-3
+FEW, RATE, MOST_RATES = 8, 2e-3, 5
 STEPS, ALARM_STEPS = 5, 10
 COMMON = [
     "adapter={name: lora, targets: attention, rank: 4}",
@@ -161,10 +161,15 @@ def curve(method: str, seed: int, work: Path, until: float, looks: int, lr: floa
 
 
 def pilot(method: str, work: Path) -> None:
-    """Three learning rates for 40 s, or 100 s where only scores are seen."""
+    """Three learning rates for 40 s, or 100 s where only scores are seen, and higher ones while the highest is best."""
     until = 40.0 if seconds(method) == PATHWISE else 100.0
-    for lr in (RATE / 3, RATE, RATE * 3):
-        curve(method, PILOT, work, until, 1, float(f"{lr:.1g}"))
+    ends: dict[float, float] = {}
+    rates = [RATE / 3, RATE, RATE * 3]
+    while rates:
+        lr = float(f"{rates.pop(0):.1g}")
+        ends[lr] = curve(method, PILOT, work, until, 1, lr)[-1]["reward"]
+        if not rates and max(ends, key=ends.__getitem__) == lr and len(ends) < MOST_RATES:
+            rates.append(3 * lr)
 
 
 def alarm(raised: str, lr: float, every: int, seed: int, work: Path) -> list[dict[str, Any]]:
@@ -250,7 +255,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path("runs/evidence/rewards"))
     parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), help="to share the work")
-    parser.add_argument("--pilot", action="store_true", help="three learning rates each, on a seed of their own")
+    parser.add_argument("--pilot", action="store_true", help="learning rates, on a seed of their own")
     parser.add_argument("--alarm", action="store_true", help="the guards' part alone")
     args = parser.parse_args()
     args.work.mkdir(parents=True, exist_ok=True)

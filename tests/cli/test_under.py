@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
@@ -171,3 +172,16 @@ def test_a_distilled_model_is_trained_over_an_assistant_or_when_told_so(cli, rec
         assert done.code == 0, done.err
     drawn = cli("sample", f"model={model}", "prompts=a", "steps=1", "device=cpu", "out=o", "cfg_scale=1")
     assert drawn.code == 0, drawn.err
+
+
+def test_it_lies_on_quantised_weights_too(cli, recipe):
+    file = assistant("assistant.safetensors")
+    for name, more in (("over", [f"adapter.under={file}"]), ("plain", [])):
+        done = cli("train", recipe, f"name={name}", "model.quantize=int8", "train.log_every=1", *more, *SGD)
+        assert done.code == 0, done.err
+    assert cli("train", recipe, "name=full", "train.log_every=1", f"adapter.under={file}", *SGD).code == 0
+    over, plain, full = (
+        json.loads(Path("runs", name, "metrics.jsonl").read_text().splitlines()[0])["loss"]
+        for name in ("over", "plain", "full")
+    )
+    assert over == pytest.approx(full, rel=0.01) and abs(plain - full) > 2 * abs(over - full)

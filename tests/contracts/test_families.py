@@ -389,15 +389,20 @@ def test_the_time_that_the_network_is_told_is_not_rounded_to_its_type(model):
 
 
 def test_training_is_shifted_as_sampling_is(model):
-    """What the shift is undone of is spread evenly, as the pipeline places steps before it."""
+    """What the shift is undone of is spread as the pipeline places steps before it, evenly for most."""
+    steps = 112  # so many that the whole timesteps of a table stand evenly
     if model.schedule.prediction == "flow":
         model.schedule.spacing.register_to_config(shift_terminal=None)
+        steps = 200
     for size in (*sizes(model), (4 * model.resolution, 4 * model.resolution)):
         shape = model.latent_shape(*size)
-        start, _ = model.chain(200, shape)
+        start, _ = model.chain(steps, shape)
         k = model.sampling_shift(shape)
-        places = shifted(start.double() / model.schedule.num_train_timesteps, 1 / k).diff()
-        torch.testing.assert_close(places, places.mean().expand_as(places), rtol=2e-3, atol=1e-6)
+        places = shifted(start.double() / model.schedule.num_train_timesteps, 1 / k)
+        if model.LOGIT_STD:
+            places = torch.special.ndtr(places.logit() / model.LOGIT_STD)
+        steps = places.diff()
+        torch.testing.assert_close(steps, steps.mean().expand_as(steps), rtol=2e-3, atol=1e-6)
 
 
 class TestDraw:

@@ -49,7 +49,7 @@ def test_a_cell_is_trained_resumed_exported_and_sampled(cell, shops):
     found = run(cell, shops(cell.family))
     exported = found.pop("export")
     assert found == {action: YES for action in ACTIONS if action != "export"}
-    # A bias for layers without one, as SSF has, fits into no file of another tool.
+    # Biases for layers without one, and pairs that are mixed for each sample, fit into no file of another tool.
     assert exported.startswith(YES) or "only visiontune can use it" in exported
 
 

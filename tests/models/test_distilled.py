@@ -25,6 +25,7 @@ def ancestral(family, spacing):
     [
         (lambda: tiny_model("flux", schnell=True), "guidance_embeds"),
         (lambda: tiny_model("flux2", distilled=True), "is_distilled"),
+        (lambda: tiny_model("krea2", distilled=True), "is_distilled"),
         (lambda: tiny_model("z_image", turbo=True), "shift of 3"),
         (lambda: ancestral("sd", "trailing"), "ancestral sampler"),
         (lambda: ancestral("sdxl", "trailing"), "ancestral sampler"),
@@ -32,6 +33,7 @@ def ancestral(family, spacing):
         (lambda: tiny_model("flux"), None),
         (lambda: tiny_model("flux2"), None),
         (lambda: tiny_model("flux2", dev=True), None),
+        (lambda: tiny_model("krea2"), None),
         (lambda: tiny_model("z_image"), None),
         (lambda: tiny_model("z_image", dynamic=True), None),
         (lambda: tiny_model("sd3"), None),

@@ -65,6 +65,13 @@ def test_steps_follow_the_pipelines_logit_normal_by_resolution(model):
     assert (model.chain(3, model.latent_shape(64, 64))[0][1:] > start[1:]).all()
 
 
+def test_its_shift_moves_the_logit_normal_of_512_pixels_to_that_of_another_size(model):
+    plain, moved = (model.chain(6, model.latent_shape(side, side))[0][1:].double() / 1000 for side in (512, 1024))
+    k = model.sampling_shift(model.latent_shape(1024, 1024))
+    assert k == 2 and model.sampling_shift(model.latent_shape(512, 512)) == 1
+    torch.testing.assert_close(moved, k * plain / (1 + (k - 1) * plain), rtol=0, atol=1e-6)
+
+
 def test_channels_of_a_patch_are_in_the_order_of_its_pipeline(model):
     z = torch.arange(4 * 4 * 6).float().view(1, 4, 4, 6)
     patches = model._patched(z)

@@ -142,7 +142,12 @@ def test_a_broken_index_is_refused(folder, content):
 
 @pytest.mark.parametrize(
     ("index", "name"),
-    [({"_class_name": "FluxPipeline"}, "FluxPipeline"), ({"_class_name": ["a"]}, "['a']"), ({}, "None"), ([], "None")],
+    [
+        ({"_class_name": "KolorsPipeline"}, "KolorsPipeline"),
+        ({"_class_name": ["a"]}, "['a']"),
+        ({}, "None"),
+        ([], "None"),
+    ],
 )
 def test_another_pipeline_class_is_refused_with_those_that_work(folder, index, name):
     (folder / "model_index.json").write_text(json.dumps(index))

@@ -29,9 +29,12 @@ class DiffusionModel(PipelineModel):
         schedule: the noise schedule and the meaning of the prediction.
         latent_channels: channels of a latent.
         EVENLY: its pipeline gives its sampler levels that are evenly spread, and the sampler only shifts them.
+        LOGIT_STD: the deviation of the logit-normal by which its pipeline spreads levels before they are shifted; None
+            where they are even, or nearly so.
     """
 
     EVENLY: ClassVar[bool] = False
+    LOGIT_STD: ClassVar[float | None] = None
 
     def __init__(self, pipe: Any, source: str = "") -> None:
         super().__init__(pipe, source)

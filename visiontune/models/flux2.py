@@ -56,9 +56,6 @@ class Flux2(PatchModel):
 
     # -- prompts and guidance -----------------------------------------------------------------------------------
 
-    def _few_steps(self) -> str | None:
-        return "is_distilled in its model_index.json" if self.pipe.config.get("is_distilled") else None
-
     def guidance(self, scale: float) -> Guidance:
         if self.pipe.config.get("is_distilled"):
             # Its pipeline guides away from nothing, whatever the scale.

@@ -7,6 +7,7 @@ an order of its own. Both networks are told how clean their input is, and predic
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
@@ -27,8 +28,7 @@ from visiontune.models.diffusion import require_fixed_shift
 from visiontune.outside import shown
 
 _TOKENS = 2048
-# The logit-normal that sampling steps follow, of a picture of 512 x 512.
-_MEAN, _STD = 0.0, 1.5
+_MEAN = 0.0  # of the logit-normal that sampling steps follow, at 512 x 512 pixels
 _ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 _DENOISER: Presets = {
     "attention": _ATTENTION,
@@ -44,6 +44,8 @@ class Ideogram4(PatchModel):
     family = "ideogram4"
     pipeline_classes = ("Ideogram4Pipeline",)
     WORDLESS = "unconditional_transformer"
+    EVENLY = False
+    LOGIT_STD = 1.5
     # With it, and when asked to, its pipeline would write prompts anew.
     load_options: ClassVar[dict[str, Any]] = {"prompt_enhancer_head": None}
     TARGETS: ClassVar[Mapping[str, Presets]] = {"denoiser": _DENOISER, "text": DECODER, "unconditional": _DENOISER}
@@ -51,6 +53,8 @@ class Ideogram4(PatchModel):
     def __init__(self, pipe: Any, source: str = "") -> None:
         super().__init__(pipe, source)
         require_fixed_shift(pipe.scheduler, self.source)
+        for network in (self.denoiser, getattr(pipe, self.WORDLESS)):
+            network.t_embedding.mlp_in.register_forward_pre_hook(_in_its_type)
 
     def roles(self) -> dict[str, tuple[str, ...]]:
         return {**super().roles(), "unconditional": (self.WORDLESS,)}
@@ -63,10 +67,17 @@ class Ideogram4(PatchModel):
     def _unpatched(self, patches: Tensor) -> Tensor:
         return patches.unflatten(1, (2, 2, -1)).permute(0, 3, 4, 1, 5, 2).flatten(4).flatten(2, 3)
 
-    def chain(self, steps: int, shape: Sequence[int]) -> tuple[Tensor, Tensor]:
+    def _mean(self, shape: Sequence[int]) -> float:
+        """Of the logit-normal that sampling steps follow at latents of a shape."""
         height, width = (side * self.downsample for side in shape[-2:])
-        sigmas = _logit_normal_sigmas(steps, _resolution_aware_mu(height, width, _MEAN), std=_STD)
+        return _resolution_aware_mu(height, width, _MEAN)
+
+    def chain(self, steps: int, shape: Sequence[int]) -> tuple[Tensor, Tensor]:
+        sigmas = _logit_normal_sigmas(steps, self._mean(shape), std=self.LOGIT_STD)
         return self.schedule.timesteps(steps, sigmas=sigmas.tolist())
+
+    def sampling_shift(self, shape: Sequence[int]) -> float:
+        return super().sampling_shift(shape) * math.exp(self._mean(shape))
 
     # -- prompts and guidance -----------------------------------------------------------------------------------
 
@@ -124,7 +135,7 @@ class Ideogram4(PatchModel):
         places, segments, roles = self.pipe._prepare_ids(lengths, height, width, longest, x_t.device)
         flow = network(
             hidden_states=pad(self._stock_latents(x_t), (0, 0, longest, 0)),
-            timestep=(1 - t.float() / self.schedule.num_train_timesteps).to(x_t.dtype),
+            timestep=1 - t.float() / self.schedule.num_train_timesteps,
             encoder_hidden_states=pad(text, (0, 0, 0, height * width)),
             position_ids=places,
             segment_ids=segments,
@@ -135,3 +146,12 @@ class Ideogram4(PatchModel):
 
     def _stock_latents(self, noise: Tensor) -> Tensor:
         return noise.flatten(2).mT
+
+
+def _in_its_type(layer: Any, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """What a layer is given, in its own type.
+
+    The embedding of time has the type of the time, which its pipeline rounds: in bfloat16 all below 2 of 1000 is then
+    clean. The time is given in float32 here, and rounded as sines and cosines.
+    """
+    return (args[0].to(layer.bias.dtype),)

@@ -113,7 +113,7 @@ class PipelineModel(Model):
 
     def _few_steps(self) -> str | None:
         """What of the pipeline's configuration says that it was distilled to few steps; None where nothing does."""
-        return None
+        return "is_distilled in its model_index.json" if self.pipe.config.get("is_distilled") else None
 
     # -- networks -----------------------------------------------------------------------------------------------
 
