@@ -116,8 +116,8 @@ def test_presets_name_the_layers_of_clip_and_of_t5():
     counts = {name: sum(layer.startswith(f"{name}.") for layer in layers) for name in model.of("text")}
     assert counts == {"text_encoder": 3 * 6, "text_encoder_2": 3 * 6, "text_encoder_3": 2 * (4 + 3)}
     layers = attach(model.of("denoiser"), "lora", targets="attention", presets=model.presets()).layers
-    # two attentions in the first block; the last block's text goes nowhere after it
-    assert len(layers) == (8 + 4) + 7
+    # two attentions in the first block; of the last block's text nothing is read but keys and values
+    assert len(layers) == (8 + 4) + 6
 
 
 class TestExport:

@@ -52,7 +52,7 @@ class Keys(_native.Keys):
         "double_blocks": ("transformer_blocks", _DOUBLE),
         "single_blocks": ("single_transformer_blocks", _SINGLE),
     }
-    SWAPPED = ("final_layer.adaLN_modulation.1",)
+    SWAPPED: ClassVar[tuple[str, ...]] = ("final_layer.adaLN_modulation.1",)
     ENCODERS: ClassVar[Mapping[str, tuple[str, ...]]] = {
         "text_encoder": ("lora_te1", "lora_te"),
         "text_encoder_2": ("lora_te3", "lora_te2"),
