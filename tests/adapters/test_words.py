@@ -191,7 +191,7 @@ def test_words_that_cannot_be_had_are_refused():
     model.pipe.tokenizer.unk_token = "<|endoftext|>"
     with pytest.raises(UserError, match="does not know the word '雪'"):
         rows_of(model, "雪")
-    with pytest.raises(UserError, match="reads 'sks' in a sentence as other tokens"):
+    with pytest.raises(UserError, match="reads 'sks' otherwise in a prompt"):
         model.embed = lambda prompts: tiny_model().embed(prompts)
         rows_of(model, "sks")
 
