@@ -36,6 +36,7 @@ ACTIONS = ("train", "resume", "export", "sample")
 FORMATS = ("diffusers", "kohya", "diff", "peft", "merged")
 FAMILIES = sorted(name for name, cls in models.families().items() if issubclass(cls, PipelineModel))
 YES = "yes"
+PLAIN = "sd"
 # Whichever of these options an objective has.
 SMALL = {
     "group": 2,
@@ -72,12 +73,26 @@ def refusal(objective: str, family: str) -> str | None:
     return None
 
 
+def online(objective: str) -> bool:
+    """Whether an objective has no data, at which some adapters look before training."""
+    module = plugin.load("objectives", objective)
+    return module.build(module.Config()).needs.online
+
+
 def covering() -> Iterator[Cell]:
-    """Few cells in which every two of an adapter, an objective and a family that takes it meet."""
+    """Few cells in which every two of an adapter, an objective and a family that takes it meet.
+
+    Adapters that look at data first meet objectives without data on one family, and those with data on all others.
+    """
     for j, family in enumerate(FAMILIES):
         taken = [name for name in plugin.names("objectives") if refusal(name, family) is None]
         for i, adapter in enumerate(plugin.names("adapters")):
-            yield Cell(adapter, taken[(i + j) % len(taken)], family)
+            looks = declared()[adapter].plan_options is not None
+            fit = [name for name in taken if not (looks and online(name))]
+            if fit:
+                yield Cell(adapter, fit[(i + j) % len(fit)], family)
+            if looks and (family == PLAIN or not fit):
+                yield from (Cell(adapter, name, family) for name in taken if online(name))
 
 
 def recipe(cell: Cell, shop: Workshop) -> dict[str, Any]:

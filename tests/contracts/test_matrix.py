@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import pytest
-from cells import ACTIONS, FAMILIES, YES, Cell, covering, refusal, run
+from cells import ACTIONS, FAMILIES, YES, Cell, covering, online, refusal, run
 from contracts.declared import declared
 from workshop import Workshop
 
@@ -16,17 +16,12 @@ ADAPTERS, OBJECTIVES = plugin.names("adapters"), plugin.names("objectives")
 
 
 def selected(adapter: str) -> Cell:
-    """About a diagonal of the table of adapters and families; those that look at the task first need one with data."""
+    """About a diagonal of the table of adapters and families; those that look at data need an objective with some."""
     at = ADAPTERS.index(adapter)
-    cells = {c.family: c for c in covering() if c.adapter == adapter}
-    turned = [cells[FAMILIES[(at + step) % len(FAMILIES)]] for step in range(len(FAMILIES))]
-    planned = declared()[adapter].plan_options is not None
-    return next(c for c in turned if not (planned and online(c.objective)))
-
-
-def online(objective: str) -> bool:
-    module = plugin.load("objectives", objective)
-    return module.build(module.Config()).needs.online
+    looks = declared()[adapter].plan_options is not None
+    cells = {c.family: c for c in covering() if c.adapter == adapter and not (looks and online(c.objective))}
+    turned = [FAMILIES[(at + step) % len(FAMILIES)] for step in range(len(FAMILIES))]
+    return next(cells[family] for family in turned if family in cells)
 
 
 SELECTION = [selected(adapter) for adapter in ADAPTERS]

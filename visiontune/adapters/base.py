@@ -141,7 +141,8 @@ def load(
     if missing:
         message = f"{path}: no layer for '{missing[0]}' and {len(missing) - 1} more of {len(header['layers'])}"
         if strict or not any(layers.values()):
-            raise UserError(f"{message}: load it into the model it was trained on, or pass strict=False")
+            base = f" ({outside.shown(header['base_model'])})" if "base_model" in header else ""
+            raise UserError(f"{message}: load it into the model it was trained on{base}, or pass strict=False")
         warnings.warn(message, stacklevel=2)
         tensors = {k: v for k, v in tensors.items() if k.rpartition(".")[0] not in missing}
     words = _words(roots, header, path)

@@ -76,14 +76,16 @@ class Place(NamedTuple):
     stem: str
 
 
-def places(path: str | Path, keys: Iterable[str], find: Find, mend: str) -> tuple[dict[str, Place], list[str]]:
+def places(
+    path: str | Path, keys: Iterable[str], find: Find, mend: Callable[[], str]
+) -> tuple[dict[str, Place], list[str]]:
     """Where every tensor of a file belongs, and the names of embeddings that are bundled with it.
 
     Args:
         path: for messages.
         keys: of the file.
         find: what a name in the file is to the model's layers, if anything.
-        mend: of a key that belongs to none.
+        mend: what helps where a key belongs to none.
 
     Raises:
         UserError: a key of another format, one without its layer, two of the same meaning, or two adapters in one file.
@@ -108,7 +110,7 @@ def places(path: str | Path, keys: Iterable[str], find: Find, mend: str) -> tupl
         raise UserError(f"{path} holds several adapters ({', '.join(map(shown, sorted(adapters)))}): save one of them")
     if lost:
         some = f"{len(lost)} of {len(keys)} keys belong to no layer of this model, such as '{shown(lost[0])}'"
-        raise UserError(f"{path}: {some}: {mend}")
+        raise UserError(f"{path}: {some}: {mend()}")
     _refuse_twice(path, found)
     return found, sorted(bundled)
 

@@ -34,6 +34,7 @@ from visiontune.weights._factors import Factors
 from visiontune.weights._native import split, whole
 from visiontune.weights._parts import places
 from visiontune.weights.keys import Keys, Native
+from visiontune.weights.keys._likely import likely
 
 Changes = Mapping[str, Factors | Dense]
 
@@ -109,11 +110,8 @@ def changes(
         for name, layer in named_layers(module)
         if isinstance(layer, LAYERS) and layer.weight is not None
     }
-    mend = "give the model that it was trained on"
-    if type(keys) is Keys and any(key.startswith("lora_") for key in tensors):
-        mend = f"kohya's names of layers are not known for the family '{keys.family}': give a file in diffusers' names"
     names = {name: Native((layer,)) for name, layer in _bare(layers).items()} | keys.natives(layers)
-    found, bundled = places(path, tensors, functools.partial(_named, names), mend)
+    found, bundled = places(path, tensors, functools.partial(_named, names), lambda: _mend(tensors, keys))
     parts: dict[Native, dict[str, Tensor]] = {}
     stems: dict[Native, str] = {}
     for key, place in found.items():
@@ -133,6 +131,16 @@ def changes(
         except Misfit as error:
             raise UserError(f"{path}: '{' + '.join(native.layers)}' {error}") from error
     return result
+
+
+def _mend(names: Iterable[str], keys: Keys) -> str:
+    """What helps where a file has names that the model's layers do not have."""
+    families = likely(names)
+    if families and keys.family not in families:
+        return f"its names are of {', '.join(families)}: give the model that it was trained on"
+    if type(keys) is Keys and any(key.startswith("lora_") for key in names):
+        return f"kohya's names of layers are not known for the family '{keys.family}': give a file in diffusers' names"
+    return "give the model that it was trained on"
 
 
 def _changes_of(

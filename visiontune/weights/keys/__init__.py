@@ -72,6 +72,11 @@ class Keys:
         component, _, rest = layer.partition(".")
         return self.modules[component].get_submodule(rest)
 
+    @classmethod
+    def in_blocks(cls) -> tuple[str, ...]:
+        """Patterns of the layers in the family's blocks, by which a file of it is recognised."""
+        return ()
+
     def described(self, prediction: str | None) -> tuple[str, str]:
         """The architecture as ModelSpec calls it, and the base's version as kohya's scripts do: the family's own name.
 

@@ -63,6 +63,15 @@ class Keys(keys.Keys):
     ENCODERS: ClassVar[Mapping[str, tuple[str, ...]]] = {}
     COMFY: ClassVar[Mapping[str, str]] = {}
 
+    @classmethod
+    def in_blocks(cls) -> tuple[str, ...]:
+        return tuple(
+            rf"{re.escape(block)}[._]\d+[._]{_either(layer)}(?:[._]|$)"
+            for own, (theirs, table) in cls.BLOCKS.items()
+            for block, layers in ((own, table), (theirs, " ".join(table.values()).split()))
+            for layer in layers
+        )
+
     @functools.cached_property
     def own(self) -> dict[str, Native]:
         """Every layer of the family's own code, dots apart: those of which the model has all parts."""
@@ -163,6 +172,11 @@ class Keys(keys.Keys):
             stems = [f"{prefix}_{_flat(rest)}" for prefix in self.ENCODERS.get(component, ())]
             found |= dict.fromkeys([*stems, *filter(None, [self._comfys_text(layer)])], Native((layer,)))
         return super().natives(layers) | found
+
+
+def _either(name: str) -> str:
+    """A pattern of a name with dots or with underscores in their place."""
+    return "[._]".join(map(re.escape, name.split(".")))
 
 
 def _flat(name: str) -> str:

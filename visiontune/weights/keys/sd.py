@@ -56,6 +56,10 @@ class Keys(keys.Keys):
     }
     PREFIXES: ClassVar[dict[str, str]] = {"unet": "lora_unet", "text_encoder": "lora_te"}
 
+    @classmethod
+    def in_blocks(cls) -> tuple[str, ...]:
+        return (r"(?:down|up|input|output)_blocks[._]\d+[._]", r"(?:mid|middle)_block[._]")
+
     @property
     def encoders(self) -> Mapping[str, str]:
         """What ComfyUI calls the text encoders: by the width, Stable Diffusion 2 has another than 1."""
