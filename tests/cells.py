@@ -87,7 +87,7 @@ def covering() -> Iterator[Cell]:
     for j, family in enumerate(FAMILIES):
         taken = [name for name in plugin.names("objectives") if refusal(name, family) is None]
         for i, adapter in enumerate(plugin.names("adapters")):
-            looks = declared()[adapter].plan_options is not None
+            looks = declared()[adapter].looks
             fit = [name for name in taken if not (looks and online(name))]
             if fit:
                 yield Cell(adapter, fit[(i + j) % len(fit)], family)

@@ -44,6 +44,11 @@ class Declared:
     budget: Callable[[AdapterSet, AdapterSet], None] | None = None
     start_moves: tuple[str, ...] = ()
 
+    @property
+    def looks(self) -> bool:
+        """Whether it looks at the task before training."""
+        return self.plan_options is not None or bool(self.plan_variants) or self.budget is not None
+
 
 @functools.cache
 def _contracts() -> dict[str, dict[str, Declared]]:

@@ -18,7 +18,7 @@ ADAPTERS, OBJECTIVES = plugin.names("adapters"), plugin.names("objectives")
 def selected(adapter: str) -> Cell:
     """About a diagonal of the table of adapters and families; those that look at data need an objective with some."""
     at = ADAPTERS.index(adapter)
-    looks = declared()[adapter].plan_options is not None
+    looks = declared()[adapter].looks
     cells = {c.family: c for c in covering() if c.adapter == adapter and not (looks and online(c.objective))}
     turned = [FAMILIES[(at + step) % len(FAMILIES)] for step in range(len(FAMILIES))]
     return next(cells[family] for family in turned if family in cells)
