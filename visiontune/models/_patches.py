@@ -20,6 +20,7 @@ class PatchModel(DiffusionModel):
     """
 
     DENOISERS = ("transformer",)
+    FLOW = True
     EVENLY = True
 
     def __init__(self, pipe: Any, source: str = "") -> None:
@@ -31,7 +32,6 @@ class PatchModel(DiffusionModel):
         self.resolution = int(self.vae.config.sample_size)
         channels = self.denoiser.config.in_channels
         require(channels == self.latent_channels, self.source, f"its transformer takes {channels} channels")
-        require(self.schedule.prediction == "flow", self.source, "its scheduler is not one of flow")
 
     def to_latents(self, z: Tensor) -> Tensor:
         mean, std = self._statistics(z)

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from visiontune.core import Condition
 from visiontune.models._text import CLIP_AND_T5
-from visiontune.models.base import Presets, require
-from visiontune.models.diffusion import DiffusionModel
+from visiontune.models.base import Presets, require_text_to_image
+from visiontune.models.diffusion import DiffusionModel, require_fixed_shift
 from visiontune.models.words import Reader
 
 _TOKENS = 256
@@ -30,6 +30,7 @@ class AuraFlow(DiffusionModel):
     family = "auraflow"
     pipeline_classes = ("AuraFlowPipeline",)
     DENOISERS = ("transformer",)
+    FLOW = True
     TARGETS: ClassVar[Mapping[str, Presets]] = {
         "denoiser": {
             "attention": _ATTENTION,
@@ -44,10 +45,8 @@ class AuraFlow(DiffusionModel):
         super().__init__(pipe, source)
         config = pipe.transformer.config
         plain = config.in_channels == pipe.transformer.out_channels == self.latent_channels
-        require(plain, self.source, f"its transformer takes {config.in_channels} channels; give a text-to-image one")
-        require(self.schedule.prediction == "flow", self.source, "its scheduler is not one of flow")
-        fixed = not pipe.scheduler.config.get("use_dynamic_shifting")
-        require(fixed, self.source, "its pipeline gives no shift by resolution; set use_dynamic_shifting to false")
+        require_text_to_image(plain, self.source, config.in_channels)
+        require_fixed_shift(pipe.scheduler, self.source)
         self.reader = Reader(pipe.tokenizer, _TOKENS)
         patch = self.downsample * int(config.patch_size)
         self.unit = max(self.unit, patch)

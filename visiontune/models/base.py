@@ -221,3 +221,8 @@ def require(condition: bool, source: str, why: str) -> None:
     """Refuse a pipeline that has the right class but is not of the family: UserError naming `source`."""
     if not condition:
         raise UserError(f"model '{source}' is not supported: {why}")
+
+
+def require_text_to_image(plain: bool, source: str, channels: int) -> None:
+    """Refuse a transformer that takes more than noisy latents, or gives more than a prediction: UserError."""
+    require(plain, source, f"its transformer takes {channels} channels; give a text-to-image one")

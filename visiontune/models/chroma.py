@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from visiontune.core import Condition
 from visiontune.models._text import ragged
 from visiontune.models._time import exact_time
-from visiontune.models.base import require
+from visiontune.models.base import require_text_to_image
 from visiontune.models.diffusion import DiffusionModel
 from visiontune.models.flux import Flux
 from visiontune.models.words import Reader
@@ -34,6 +34,7 @@ class Chroma(DiffusionModel):
     family = "chroma"
     pipeline_classes = ("ChromaPipeline",)
     DENOISERS = ("transformer",)
+    FLOW = True
     EVENLY = True
     TARGETS = Flux.TARGETS
 
@@ -42,8 +43,7 @@ class Chroma(DiffusionModel):
         config = pipe.transformer.config
         channels = self.latent_channels * _PATCH**2
         plain = config.in_channels == pipe.transformer.out_channels == channels
-        require(plain, self.source, f"its transformer takes {config.in_channels} channels; give a text-to-image one")
-        require(self.schedule.prediction == "flow", self.source, "its scheduler is not one of flow")
+        require_text_to_image(plain, self.source, config.in_channels)
         self.reader = Reader(pipe.tokenizer, _TOKENS)
         self.unit = max(self.unit, self.downsample * _PATCH)
         self.resolution = self.downsample * int(pipe.default_sample_size)

@@ -28,12 +28,14 @@ class DiffusionModel(PipelineModel):
     Attributes:
         schedule: the noise schedule and the meaning of the prediction.
         latent_channels: channels of a latent.
+        FLOW: the family predicts flow, and a scheduler of another kind is refused.
         EVENLY: its pipeline gives its sampler levels that are evenly spread, and the sampler only shifts them.
         LOGIT_STD: the deviation of the logit-normal by which its pipeline spreads levels before they are shifted; None
             where they are even, or nearly so.
     """
 
     EVENLY: ClassVar[bool] = False
+    FLOW: ClassVar[bool] = False
     LOGIT_STD: ClassVar[float | None] = None
 
     def __init__(self, pipe: Any, source: str = "") -> None:
@@ -47,6 +49,7 @@ class DiffusionModel(PipelineModel):
             "SNR): set prediction_type in its scheduler_config.json to v_prediction if it was trained so, else "
             "rescale_betas_zero_snr to false",
         )
+        require(not self.FLOW or self.schedule.prediction == "flow", self.source, "its scheduler is not one of flow")
         own = self.vae.config
         self.latent_channels = int(own["latent_channels"] if "latent_channels" in own else own["z_dim"])
         self._shift, self._scale = _latent_affine(self.vae.config)

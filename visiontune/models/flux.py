@@ -17,7 +17,7 @@ from visiontune.core import Condition, Request
 from visiontune.diffusion.guidance import CFG, Embedded, Guidance
 from visiontune.models._text import CLIP_AND_T5
 from visiontune.models._time import exact_time
-from visiontune.models.base import Presets, require
+from visiontune.models.base import Presets, require_text_to_image
 from visiontune.models.diffusion import DiffusionModel
 from visiontune.models.words import Reader
 
@@ -34,6 +34,7 @@ class Flux(DiffusionModel):
     family = "flux"
     pipeline_classes = ("FluxPipeline",)
     DENOISERS = ("transformer",)
+    FLOW = True
     EVENLY = True
     TARGETS: ClassVar[Mapping[str, Presets]] = {
         "denoiser": {
@@ -50,8 +51,7 @@ class Flux(DiffusionModel):
         config = pipe.transformer.config
         channels = self.latent_channels * _PATCH**2
         plain = config.in_channels == pipe.transformer.out_channels == channels
-        require(plain, self.source, f"its transformer takes {config.in_channels} channels; give a text-to-image one")
-        require(self.schedule.prediction == "flow", self.source, "its scheduler is not one of flow")
+        require_text_to_image(plain, self.source, config.in_channels)
         self.embedded = bool(config.guidance_embeds)
         self.reader = Reader(pipe.tokenizer_2, _T5_TOKENS)
         self.unit = max(self.unit, self.downsample * _PATCH)

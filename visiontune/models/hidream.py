@@ -25,7 +25,7 @@ from visiontune.core import Condition
 from visiontune.diffusion.schedule import calculate_mu
 from visiontune.errors import UserError
 from visiontune.models._text import CLIP_AND_T5, DECODER
-from visiontune.models.base import Presets, require
+from visiontune.models.base import Presets, require, require_text_to_image
 from visiontune.models.diffusion import DiffusionModel
 from visiontune.models.words import Reader
 
@@ -43,6 +43,7 @@ class HiDream(DiffusionModel):
     family = "hidream"
     pipeline_classes = ("HiDreamImagePipeline",)
     DENOISERS = ("transformer",)
+    FLOW = True
     TARGETS: ClassVar[Mapping[str, Presets]] = {
         "denoiser": {
             "attention": _ATTENTION,
@@ -62,11 +63,10 @@ class HiDream(DiffusionModel):
         super().__init__(pipe, source)
         config = pipe.transformer.config
         plain = config.in_channels == pipe.transformer.out_channels == self.latent_channels
-        require(plain, self.source, f"its transformer takes {config.in_channels} channels; give a text-to-image one")
+        require_text_to_image(plain, self.source, config.in_channels)
         whole = all(getattr(pipe, f"{kind}_4") is not None for kind in ("text_encoder", "tokenizer"))
         why = "it lacks its Llama: open the pipeline by diffusers with tokenizer_4 and text_encoder_4, and save it"
         require(whole, self.source, why)
-        require(self.schedule.prediction == "flow", self.source, "its scheduler is not one of flow")
         _let_gradients_through(pipe.transformer)
         self.reader = Reader(pipe.tokenizer_4, _TOKENS)
         self.unit = max(self.unit, self.downsample * _PATCH)

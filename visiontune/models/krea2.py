@@ -30,6 +30,7 @@ class Krea2(OneFrame):
     family = "krea2"
     pipeline_classes = ("Krea2Pipeline",)
     DENOISERS = ("transformer",)
+    FLOW = True
     EVENLY = True
     GUIDANCE_OFFSET = 1.0
     TARGETS: ClassVar[Mapping[str, Presets]] = {
@@ -48,7 +49,6 @@ class Krea2(OneFrame):
         channels = pipe.transformer.config.in_channels
         fits = channels == self.latent_channels * pipe.patch_size**2
         require(fits, self.source, f"its transformer takes {channels} channels")
-        require(self.schedule.prediction == "flow", self.source, "its scheduler is not one of flow")
         # The template's beginning is cut off as so many tokens, whatever it has.
         before = len(pipe.tokenizer(pipe.prompt_template_encode_prefix)["input_ids"])
         room = pipe.prompt_template_encode_start_idx - pipe.prompt_template_encode_num_suffix_tokens

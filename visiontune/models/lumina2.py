@@ -16,7 +16,7 @@ from visiontune.core import Condition
 from visiontune.diffusion.guidance import NO_GUIDANCE, Guidance, RowLengthCFG
 from visiontune.diffusion.schedule import calculate_mu
 from visiontune.models._text import DECODER
-from visiontune.models.base import Presets, require
+from visiontune.models.base import Presets, require_text_to_image
 from visiontune.models.diffusion import DiffusionModel
 from visiontune.models.words import Reader
 
@@ -32,6 +32,7 @@ class Lumina2(DiffusionModel):
     family = "lumina2"
     pipeline_classes = ("Lumina2Pipeline",)
     DENOISERS = ("transformer",)
+    FLOW = True
     EVENLY = True
     TARGETS: ClassVar[Mapping[str, Presets]] = {
         "denoiser": {
@@ -47,8 +48,7 @@ class Lumina2(DiffusionModel):
         super().__init__(pipe, source)
         config = pipe.transformer.config
         plain = config.in_channels == pipe.transformer.out_channels == self.latent_channels
-        require(plain, self.source, f"its transformer takes {config.in_channels} channels; give a text-to-image one")
-        require(self.schedule.prediction == "flow", self.source, "its scheduler is not one of flow")
+        require_text_to_image(plain, self.source, config.in_channels)
         alone, after = (pipe.tokenizer(text)["input_ids"] for text in ("a", f"{pipe.system_prompt}{_MARK}a"))
         self.reader = Reader(pipe.tokenizer, _TOKENS - (len(after) - len(alone)))
         patch = self.downsample * int(config.patch_size)

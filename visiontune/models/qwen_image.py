@@ -17,7 +17,7 @@ from visiontune.diffusion.guidance import CFG, NO_GUIDANCE, Guidance, PatchLengt
 from visiontune.models._frames import OneFrame
 from visiontune.models._text import DECODER
 from visiontune.models._time import exact_time
-from visiontune.models.base import Presets, require
+from visiontune.models.base import Presets, require_text_to_image
 from visiontune.models.words import Reader
 
 _PATCH = 2
@@ -31,6 +31,7 @@ class QwenImage(OneFrame):
     family = "qwen_image"
     pipeline_classes = ("QwenImagePipeline",)
     DENOISERS = ("transformer",)
+    FLOW = True
     EVENLY = True
     TARGETS: ClassVar[Mapping[str, Presets]] = {
         "denoiser": {
@@ -46,8 +47,7 @@ class QwenImage(OneFrame):
         super().__init__(pipe, source)
         config = pipe.transformer.config
         plain = config.in_channels == self.latent_channels * _PATCH**2 and not config.guidance_embeds
-        require(plain, source, f"its transformer takes {config.in_channels} channels; give a text-to-image one")
-        require(self.schedule.prediction == "flow", self.source, "its scheduler is not one of flow")
+        require_text_to_image(plain, self.source, config.in_channels)
         # What stands after the prompt in the template counts, what stands before it is dropped.
         after = pipe.tokenizer(pipe.prompt_template_encode.partition("{}")[2])["input_ids"]
         self.reader = Reader(pipe.tokenizer, _TOKENS - len(after))

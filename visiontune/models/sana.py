@@ -34,6 +34,7 @@ class Sana(DiffusionModel):
     family = "sana"
     pipeline_classes = ("SanaPipeline",)
     DENOISERS = ("transformer",)
+    FLOW = True
     TARGETS: ClassVar[Mapping[str, Presets]] = {
         "denoiser": {
             "attention": _ATTENTION,
@@ -52,7 +53,6 @@ class Sana(DiffusionModel):
         got = f"its transformer takes {config.in_channels} channels and gives {outputs}"
         require(plain, self.source, f"{got}; give a text-to-image one")
         require(not config.guidance_embeds, self.source, "it is distilled (Sana-Sprint); give the Sana it came from")
-        require(self.schedule.prediction == "flow", self.source, "its scheduler is not one of flow")
         self._tokens = int(default_of(type(pipe), "max_sequence_length"))
         self._instruction: list[str] = default_of(type(pipe), "complex_human_instruction")
         self.reader = Reader(lambda prompts: pipe.tokenizer(pipe._text_preprocessing(prompts)), self._tokens)

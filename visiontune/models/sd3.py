@@ -13,7 +13,7 @@ from torch import Tensor
 
 from visiontune.core import Condition
 from visiontune.models._text import CLIP_AND_T5
-from visiontune.models.base import Presets, require
+from visiontune.models.base import Presets, require, require_text_to_image
 from visiontune.models.diffusion import DiffusionModel
 from visiontune.models.words import Reader
 
@@ -28,6 +28,7 @@ class StableDiffusion3(DiffusionModel):
     family = "sd3"
     pipeline_classes = ("StableDiffusion3Pipeline",)
     DENOISERS = ("transformer",)
+    FLOW = True
     TARGETS: ClassVar[Mapping[str, Presets]] = {
         "denoiser": {
             "attention": _ATTENTION,
@@ -42,10 +43,9 @@ class StableDiffusion3(DiffusionModel):
         super().__init__(pipe, source)
         config = pipe.transformer.config
         plain = config.in_channels == pipe.transformer.out_channels == self.latent_channels
-        require(plain, self.source, f"its transformer takes {config.in_channels} channels; give a text-to-image one")
+        require_text_to_image(plain, self.source, config.in_channels)
         complete = pipe.text_encoder is not None and pipe.text_encoder_2 is not None
         require(complete, self.source, "it lacks one of its two CLIP text encoders; only T5 may be left out")
-        require(self.schedule.prediction == "flow", self.source, "its scheduler is not one of flow")
         if pipe.text_encoder_3 is not None:
             self.reader = Reader(pipe.tokenizer_3, _T5_TOKENS)
         self._patch = int(config.patch_size)

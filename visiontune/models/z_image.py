@@ -31,6 +31,7 @@ class ZImage(DiffusionModel):
     family = "z_image"
     pipeline_classes = ("ZImagePipeline",)
     DENOISERS = ("transformer",)
+    FLOW = True
     EVENLY = True
     GUIDANCE_OFFSET = 1.0
     TARGETS: ClassVar[Mapping[str, Presets]] = {
@@ -47,7 +48,6 @@ class ZImage(DiffusionModel):
         super().__init__(pipe, source)
         channels = pipe.transformer.config.in_channels
         require(channels == self.latent_channels, source, f"its transformer takes {channels} channels")
-        require(self.schedule.prediction == "flow", self.source, "its scheduler is not one of flow")
         self.reader = Reader(pipe.tokenizer, _TOKENS - chat_overhead(pipe.tokenizer, enable_thinking=True))
         self.unit = max(self.unit, self.downsample * _PATCH)
         self.resolution = int(self.vae.config.sample_size)
