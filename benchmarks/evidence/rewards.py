@@ -68,14 +68,14 @@ RED = "reward=redness"
 RAISED = (("redness", 4e-3, 1, (3, 4, 5)), ("redness", 2e-3, 1, (3, 4, 5)), ("pocket-clip", 2e-3, 4, (3, 4)))
 # Recipe, options, learning rate.
 METHODS: dict[str, tuple[str, list[str], float]] = {
-    "AlignProp": ("alignprop", [], 2e-3),
-    "DRaFT-1": ("alignprop", ["objective.truncation=fixed", "objective.grad_steps=1"], 2e-3),
+    "AlignProp": ("alignprop", [], 6e-3),
+    "DRaFT-1": ("alignprop", ["objective.truncation=fixed", "objective.grad_steps=1"], 6e-3),
     "ReFL": ("refl", [], 2e-3),
-    "DDPO": ("ddpo", HALF, 2e-3),
-    "PRDP": ("prdp", ONCE, 2e-3),
-    "NFT": ("nft", [*BATCH, "objective.timestep_count=3"], 7e-4),
-    "TextCraftor": ("alignprop", TEXT, 6e-3),
-    "AlignProp, both": ("alignprop", ["train.parts=[denoiser, text]", "train.part_lr={text: 6e-3}"], 2e-3),
+    "DDPO": ("ddpo", HALF, 6e-3),
+    "PRDP": ("prdp", ONCE, 6e-3),
+    "NFT": ("nft", [*BATCH, "objective.timestep_count=3"], 2e-3),
+    "TextCraftor": ("alignprop", TEXT, 2e-3),
+    "AlignProp, both": ("alignprop", ["train.parts=[denoiser, text]", "train.part_lr={text: 6e-3}"], 6e-3),
     "TexForce": ("ddpo", [*HALF, *TEXT], 6e-3),
     "DDPO, redness": ("ddpo", [*HALF, RED], 2e-3),
     "PRDP, redness": ("prdp", [*ONCE, RED], 2e-3),
