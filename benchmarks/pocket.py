@@ -65,8 +65,9 @@ def oracle_rows(through: Codec, n: int) -> Iterator[dict]:
         yield {"what": f"oracle knows the subject, {label}", "value": float(np.mean(right)), "n": len(names)}
 
 
-def sampling_rows(model: DiffusionModel, n: int) -> Iterator[dict]:
-    """Prompt accuracy of pocket-sd with and without classifier-free guidance, 25 DDIM steps."""
+def sampling_rows(name: str, n: int) -> Iterator[dict]:
+    """Prompt accuracy of a model with and without classifier-free guidance, in 25 steps of its own sampler."""
+    model = load(f"pocket/{name.removeprefix('pocket-')}")
     for cfg_scale, kinds in ((CFG_SCALE, KINDS), (1.0, ("one", "two"))):
         for kind in kinds:
             count = n if kind in ("one", "two") else min(n, FEWER)
@@ -74,7 +75,7 @@ def sampling_rows(model: DiffusionModel, n: int) -> Iterator[dict]:
             # Short captions repeat; a seed each keeps their pictures apart.
             pictures = images(model, prompts, range(count), steps=25, cfg_scale=cfg_scale, batch_size=50)
             right = [oracle.matches(image, text) for image, text in zip(pictures, prompts, strict=True)]
-            yield {"what": f"pocket-sd draws '{kind}', cfg {cfg_scale:g}", "value": float(np.mean(right)), "n": count}
+            yield {"what": f"{name} draws '{kind}', cfg {cfg_scale:g}", "value": float(np.mean(right)), "n": count}
 
 
 def vae_rows(through: Codec, n: int) -> Iterator[dict]:
@@ -93,7 +94,8 @@ PARTS: dict[str, Callable[[int], Iterator[dict]]] = {
     "oracle": lambda n: oracle_rows(codec(load("pocket/sd")), n),
     "VAE": lambda n: vae_rows(codec(load("pocket/sd")), n),
     "pocket-clip": clip_rows,
-    "pocket-sd": lambda n: sampling_rows(load("pocket/sd"), n),
+    "pocket-sd": lambda n: sampling_rows("pocket-sd", n),
+    "pocket-flow": lambda n: sampling_rows("pocket-flow", n),
 }
 
 

@@ -75,11 +75,12 @@ def train_and_measure(
         "preview.prompts=[]",
     ]
     recipe = config.load_run(f"personalise/{method or 'lora'}", [*own, *overrides])
-    before = energies(load("pocket/sd"))
+    base = load(recipe.model.source)
+    before = energies(base)
     references = np.stack([np.asarray(sample.sources["image"].open()) for sample in read(recipe.data)])
     trainer = None
     if method is None:
-        model, trained = load("pocket/sd"), 0
+        model, trained = base, 0
     else:
         shutil.rmtree(recipe.folder, ignore_errors=True)
         trainer = assemble(recipe)

@@ -22,6 +22,7 @@ import argparse
 import json
 import shutil
 import time
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -135,12 +136,19 @@ def trainer_of(recipe: str, name: str, seed: int, work: Path, lr: float, options
 
 
 def curve(method: str, seed: int, work: Path, until: float, looks: int, lr: float) -> list[dict[str, Any]]:
+    """:func:`followed` for a method of the table."""
+    recipe, options, _ = METHODS[method]
+    return followed(method, recipe, [*options, f"data={prompts(method, work)}"], seed, work, until, looks, lr)
+
+
+def followed(
+    method: str, recipe: str, options: list[str], seed: int, work: Path, until: float, looks: int, lr: float
+) -> list[dict[str, Any]]:
     """What :func:`look` gives at the start and at so many equally spaced times of training."""
     file = work / f"{method.replace(', ', '-').replace(' ', '-')}-{seed}-{lr:.3g}-{until:g}.json"
     if file.exists():
         return json.loads(file.read_text())
-    recipe, options, _ = METHODS[method]
-    trainer = trainer_of(recipe, file.stem, seed, work, lr, [*options, f"data={prompts(method, work)}"])
+    trainer = trainer_of(recipe, file.stem, seed, work, lr, options)
     updates = trainer.objective.updates
     counted = trainer.lender.reward = Counted(trainer.lender.reward)
     rows, spent, step = [], 0.0, 0
@@ -161,15 +169,21 @@ def curve(method: str, seed: int, work: Path, until: float, looks: int, lr: floa
 
 
 def pilot(method: str, work: Path) -> None:
-    """Three learning rates for 40 s, or 100 s where only scores are seen, and higher ones while the highest is best."""
+    """Learning rates for a method of the table, for 40 s, or 100 s where only scores are seen."""
     until = 40.0 if seconds(method) == PATHWISE else 100.0
+    sought(lambda lr: curve(method, PILOT, work, until, 1, lr))
+
+
+def sought(run: Callable[[float], list[dict[str, Any]]]) -> float:
+    """The best of three learning rates by the reward at a run's end, and of higher ones while the highest is best."""
     ends: dict[float, float] = {}
     rates = [RATE / 3, RATE, RATE * 3]
     while rates:
         lr = float(f"{rates.pop(0):.1g}")
-        ends[lr] = curve(method, PILOT, work, until, 1, lr)[-1]["reward"]
+        ends[lr] = run(lr)[-1]["reward"]
         if not rates and max(ends, key=ends.__getitem__) == lr and len(ends) < MOST_RATES:
             rates.append(3 * lr)
+    return max(ends, key=ends.__getitem__)
 
 
 def alarm(raised: str, lr: float, every: int, seed: int, work: Path) -> list[dict[str, Any]]:

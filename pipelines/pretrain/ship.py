@@ -1,6 +1,7 @@
 """Put freshly trained pocket models into the package, as fp16 safetensors.
 
 python pipelines/pretrain/ship.py --sd runs/pretrain/sd/model --clip runs/pretrain/clip/model
+python pipelines/pretrain/ship.py --flow runs/pretrain/flow/model
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import shutil
 from pathlib import Path
 
 import torch
-from diffusers import StableDiffusionPipeline
+from diffusers import DiffusionPipeline
 
 import visiontune
 
@@ -36,16 +37,24 @@ def forget_paths(folder: Path) -> None:
                 file.write_text(json.dumps(content, indent=2) + "\n")
 
 
+def put(trained: Path, folder: Path) -> None:
+    """Write a pipeline's folder with half the bits; tokenizers also in the files that older readers know."""
+    pipe = DiffusionPipeline.from_pretrained(trained, dtype=torch.float16)
+    pipe.save_pretrained(folder)
+    for name, component in pipe.components.items():
+        if hasattr(component, "backend_tokenizer"):
+            component.backend_tokenizer.model.save(str(folder / name))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sd", type=Path, help="folder of the trained pocket-sd pipeline")
+    parser.add_argument("--flow", type=Path, help="folder of the trained pocket-flow pipeline")
     parser.add_argument("--clip", type=Path, help="folder of the trained pocket-clip")
     args = parser.parse_args()
-    if args.sd:
-        folder = replace(ASSETS / "pocket-sd")
-        pipe = StableDiffusionPipeline.from_pretrained(args.sd, dtype=torch.float16)
-        pipe.save_pretrained(folder)
-        pipe.tokenizer.backend_tokenizer.model.save(str(folder / "tokenizer"))
+    for name, trained in (("pocket-sd", args.sd), ("pocket-flow", args.flow)):
+        if trained:
+            put(trained, replace(ASSETS / name))
     if args.clip:
         shutil.copytree(args.clip, replace(ASSETS / "pocket-clip"), dirs_exist_ok=True)
     forget_paths(ASSETS)
