@@ -8,11 +8,11 @@ from diffusers import FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, St
 from tiny import WORDS, autoencoder, clip_config, tokenizer
 from transformers import CLIPTextModelWithProjection, T5Config, T5EncoderModel, T5Tokenizer
 
-VARIANTS = ({"t5": False}, {"dynamic": True})
+VARIANTS = ({"t5": False}, {"t5": False, "width": 64, "dynamic": True})
 WIDTH = 72  # of T5, wider than the two CLIPs together, as the published one is
 
 
-def pipeline(t5: bool = True, dynamic: bool = False) -> StableDiffusion3Pipeline:
+def pipeline(t5: bool = True, width: int = WIDTH, dynamic: bool = False) -> StableDiffusion3Pipeline:
     words, pieces = tokenizer(), t5_tokenizer()
     shifting = {"use_dynamic_shifting": True, "base_image_seq_len": 4, "max_image_seq_len": 64}
     return StableDiffusion3Pipeline(
@@ -22,7 +22,7 @@ def pipeline(t5: bool = True, dynamic: bool = False) -> StableDiffusion3Pipeline
             num_layers=2,
             attention_head_dim=8,
             num_attention_heads=4,
-            joint_attention_dim=WIDTH,
+            joint_attention_dim=width,
             caption_projection_dim=32,
             pooled_projection_dim=64,
             pos_embed_max_size=12,

@@ -37,6 +37,10 @@ def test_without_t5_its_tokens_are_zero_and_the_rest_is_as_it_was(tmp_path):
         torch.testing.assert_close(cond.tokens[:, :32], whole.embed(["a red circle"]).tokens[:, :32])
 
 
+def test_a_transformer_that_is_too_narrow_for_a_t5_gets_no_zeros_for_it():
+    assert tiny_model("sd3", t5=False, width=64).embed(["a red circle"]).tokens.shape == (1, 32, 64)
+
+
 def test_steps_are_those_of_the_scheduler_shifted_by_resolution_where_it_asks():
     fixed, dynamic = tiny_model("sd3"), tiny_model("sd3", dynamic=True)
     for model, moves in ((fixed, False), (dynamic, True)):

@@ -1,7 +1,8 @@
 """Stable Diffusion 3 and 3.5 (Esser et al., 2024, arXiv 2403.03206): a multimodal transformer that predicts flow.
 
 Two CLIPs and a T5, which may be absent, read the prompt. What CLIP gives stands before what T5 gives, along the tokens;
-nothing is masked, so that the padding of a prompt is attended to as in the stock pipeline.
+nothing is masked, so that the padding of a prompt is attended to as in the stock pipeline. Zeros stand for an absent
+T5, but not where the transformer is too narrow to have ever had one.
 """
 
 from __future__ import annotations
@@ -11,7 +12,8 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from visiontune.core import Condition
+from visiontune.core import Condition, Request
+from visiontune.diffusion.guidance import Guidance
 from visiontune.models._text import CLIP_AND_T5
 from visiontune.models.base import Presets, require, require_text_to_image
 from visiontune.models.diffusion import DiffusionModel
@@ -46,6 +48,8 @@ class StableDiffusion3(DiffusionModel):
         require_text_to_image(plain, self.source, config.in_channels)
         complete = pipe.text_encoder is not None and pipe.text_encoder_2 is not None
         require(complete, self.source, "it lacks one of its two CLIP text encoders; only T5 may be left out")
+        widths = pipe.text_encoder.config.hidden_size + pipe.text_encoder_2.config.hidden_size
+        self._t5_tokens = 0 if pipe.text_encoder_3 is None and config.joint_attention_dim == widths else _T5_TOKENS
         if pipe.text_encoder_3 is not None:
             self.reader = Reader(pipe.tokenizer_3, _T5_TOKENS)
         self._patch = int(config.patch_size)
@@ -67,9 +71,12 @@ class StableDiffusion3(DiffusionModel):
             None,
             device=self.pipe.text_encoder.device,
             do_classifier_free_guidance=False,
-            max_sequence_length=_T5_TOKENS,
+            max_sequence_length=self._t5_tokens,
         )
         return Condition(tokens=tokens, pooled=pooled)
+
+    def _stock(self, guidance: Guidance, requests: Sequence[Request]) -> dict[str, Any]:
+        return {**super()._stock(guidance, requests), "max_sequence_length": self._t5_tokens}
 
     def _predict(self, x_t: Tensor, t: Tensor, cond: Condition) -> Tensor:
         if cond.pooled is None:
