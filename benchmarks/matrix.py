@@ -27,9 +27,13 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "tests"))
 
 from cells import ACTIONS, FAMILIES, YES, Cell, covering, run  # noqa: E402
+from contracts.declared import declared  # noqa: E402
+from tiny import tiny_model  # noqa: E402
 from workshop import Workshop  # noqa: E402
 
 from visiontune import plugin  # noqa: E402
+from visiontune.adapters import attach  # noqa: E402
+from visiontune.errors import UserError  # noqa: E402
 from visiontune.files import write_json, write_text  # noqa: E402
 
 RESULTS, PAGE = ROOT / "benchmarks" / "results" / "matrix.json", ROOT / "docs" / "matrix.md"
@@ -43,8 +47,19 @@ sampled. A merged export has to draw what the adapter draws. {run} of {all} cell
 an adapter, an objective and a family that go together meet in one.
 
 An entry is of all cells that were run of its row and column: **yes** if every action came out in each of them; the
-actions that were refused, with a note that has the line; **failed**; and **not run**.
+actions that were refused, with a note that has the line; **failed**; and **not run**. At the end is what each adapter can
+be put on.
 """
+# What transformers and UNets are made of: an example of each kind.
+LAYERS = {
+    "attention": ("sd3", "transformer_blocks.0.attn.to_q"),
+    "fused q, k, v, feed-forward": ("flux2", "single_transformer_blocks.0.attn.to_qkv_mlp_proj"),
+    "adaLN modulation": ("sd3", "transformer_blocks.0.norm1.linear"),
+    "patches, 2x2 convolution": ("sd3", "pos_embed.proj"),
+    "3x3 convolution": ("sd", "conv_in"),
+    "LayerNorm": ("sd", "down_blocks.0.attentions.0.transformer_blocks.0.norm1"),
+    "RMSNorm of q": ("sd3", "transformer_blocks.0.attn.norm_q"),
+}
 
 
 def outcome(cell: Cell, shops: dict[str, Workshop]) -> dict[str, str]:
@@ -68,7 +83,7 @@ def entry(found: list[dict[str, str]], notes: list[str]) -> str:
     lines = {re.sub("'[^']*'", "'...'", line): None for line in refused.values()}
     notes += [line for line in lines if line not in notes]
     marks = ", ".join(f"[{notes.index(line) + 1}](#notes)" for line in lines)
-    what = "" if set(refused) == {*ACTIONS} else f"no {', '.join(a for a in ACTIONS if a in refused)} "
+    what = "" if not {*refused} < {*ACTIONS} else f"no {', '.join(a for a in ACTIONS if a in refused)} "
     return f"{what}{marks}"
 
 
@@ -89,8 +104,32 @@ def page(results: dict[Cell, dict[str, str]]) -> str:
             ]
             lines.append(f"| {name} | {' | '.join(row)} |")
         text.append("\n".join(lines) + "\n")
+    lines = [f"| | {' | '.join(LAYERS)} |", "|---" * (len(LAYERS) + 1) + "|"]
+    for name in SIDES["adapter"]:
+        found = [entry([{"attach": served(name, *layer)}], notes) for layer in LAYERS.values()]
+        lines.append(f"| {name} | {' | '.join(found)} |")
+    text.append("\n## Adapter and layer\n\n" + "\n".join(lines) + "\n")
     text.append("\n## Notes\n\n" + "".join(f"{i}. {line}\n" for i, line in enumerate(notes, 1)))
     return "".join(text)
+
+
+@torch.no_grad()
+def served(adapter: str, family: str, name: str) -> str:
+    """Whether an adapter on one layer, moved from its start, changes what the layer gives; or the line that refuses."""
+    root = tiny_model(family).main
+    layer = root.get_submodule(name)
+    deep = layer.weight.shape[1] if layer.weight.ndim > 1 else len(layer.weight)
+    x = torch.ones(2, deep, *(8,) * (layer.weight.ndim - 2))
+    before = layer(x)
+    try:
+        attached = attach(root, adapter, targets=[name], **declared()[adapter].options)
+    except UserError as error:
+        return str(error)
+    torch.manual_seed(0)
+    for parameter in attached.parameters():
+        parameter.add_(0.3 * torch.randn(parameter.shape))
+    attached.refresh()
+    return YES if (layer(x) - before).abs().max() > 1e-3 else "failed: it changes nothing"
 
 
 def chosen(only: Iterable[str], every: bool) -> list[Cell]:
