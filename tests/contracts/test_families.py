@@ -510,6 +510,7 @@ class TestDraw:
             with pytest.raises(UserError, match="leave the negative prompt out"):
                 model.draw(requests[1:2], **options)
 
+    @pytest.mark.parametrize("model", [case for case in CASES if "edits" not in case[1]], ids=name_of, indirect=True)
     def test_every_sampler_comes_to_what_the_familys_own_comes_to(self, model, request):
         model = fresh(request)
         options = {"steps": 25, "guidance": model.guidance(1.0)}

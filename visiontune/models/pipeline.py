@@ -179,6 +179,10 @@ class PipelineModel(Model):
         """`embed` of negative prompts."""
         return self._embed(prompts)
 
+    def look_up(self, prompt: str) -> None:
+        """Have the text encoders read a prompt alone, whatever else stands beside prompts, for those who watch them."""
+        self.embed([prompt])
+
     def unconditional(self, count: int) -> Condition:
         """What the stock pipeline guides away from when no negative prompt is given, `count` times."""
         return self.embed([""] * count, negative=True)
