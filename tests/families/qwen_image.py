@@ -27,8 +27,13 @@ from transformers import (
 
 VARIANTS = ({"edits": "one"}, {"edits": "several"})
 CLASSES = {None: QwenImagePipeline, "one": QwenImageEditPipeline, "several": QwenImageEditPlusPipeline}
-MARKS = {"vision_bos": "<|vision_start|>", "vision_eos": "<|vision_end|>", "image": "<|image_pad|>", "video": "<|video_pad|>"}
-NAMES = {"image_token": "<|image_pad|>", "video_token": "<|video_pad|>", "vision_start_token": "<|vision_start|>"}
+# Marks of pictures, as processor and text encoder call them.
+MARKS = {
+    "image_token": "<|image_pad|>",
+    "video_token": "<|video_pad|>",
+    "vision_start_token": "<|vision_start|>",
+    "vision_end_token": "<|vision_end|>",
+}
 AREA = 48 * 48
 for made in CLASSES.values():
     small_default(made, SIZE)
@@ -66,8 +71,8 @@ def processor(words: Any) -> Qwen2VLProcessor:
     """Of pictures and words, to which it adds the marks of pictures; a picture is at most four tokens."""
     words.add_special_tokens({"additional_special_tokens": [*MARKS.values()]})
     for name, mark in MARKS.items():
-        setattr(words, f"{name}_token", mark)
-        setattr(words, f"{name}_token_id", words.convert_tokens_to_ids(mark))
+        setattr(words, name, mark)
+        setattr(words, f"{name}_id", words.convert_tokens_to_ids(mark))
     sides = {"min_pixels": 28 * 28, "max_pixels": 56 * 56}
     return Qwen2VLProcessor(
         image_processor=Qwen2VLImageProcessor(**sides),
@@ -106,5 +111,7 @@ def qwen_vl_config(words) -> Qwen2_5_VLConfig:
         "eos_token_id": words.eos_token_id,
     }
     vision = {"depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": 16}
-    marks = {f"{name}_id": words.convert_tokens_to_ids(mark) for name, mark in NAMES.items() if mark in words.get_vocab()}
+    marks = {
+        f"{name}_id": words.convert_tokens_to_ids(mark) for name, mark in MARKS.items() if mark in words.get_vocab()
+    }
     return Qwen2_5_VLConfig(text_config=text, vision_config=vision, **marks)

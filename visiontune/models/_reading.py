@@ -47,7 +47,8 @@ class Reads:
             if count < self.least or (self.mask and not masked):
                 raise UserError(f"model '{source}' reads {self.words()} beside each prompt: give them with it")
             if self.most is not None and count > self.most:
-                raise UserError(f"model '{source}' reads {self.most} picture beside each prompt, not {count}: leave some out")
+                some = "1 picture" if self.most == 1 else f"{self.most} pictures"
+                raise UserError(f"model '{source}' reads {some} beside each prompt, not {count}: leave out the others")
             if masked and not self.mask:
                 raise UserError(f"model '{source}' reads no mask: leave it out, or take one that paints into pictures")
 

@@ -184,7 +184,7 @@ class DiffusionModel(PipelineModel):
         return replace(words, references=shown)
 
     def reference(self, picture: Image) -> Tensor:
-        """Scaled latents [c, h, w] of a picture as the pipeline shows it: of the size that it brings it to, the mean."""
+        """Scaled latents [c, h, w] of a picture, the mean, at the size to which the pipeline brings it."""
         pixels = self._fitted(picture.convert("RGB")).to(self.device)
         return self.encode(pixels, sample=False)[0]
 
@@ -200,7 +200,8 @@ class DiffusionModel(PipelineModel):
         Args:
             x_t: [b, c, (f), h, w] noisy latents.
             t: [b] or scalar timestep of each row.
-            cond: the rows' conditions. Rows that are shown pictures of other sizes are predicted one size after another.
+            cond: the rows' conditions. Rows that are shown pictures of other sizes are predicted one size after the
+                other.
 
         Returns:
             As `x_t`, in its dtype, whatever the denoiser computes in.
@@ -250,7 +251,7 @@ class DiffusionModel(PipelineModel):
         ).images
 
     def _stock_reading(self, requests: Sequence[Request], size: tuple[int, int]) -> dict[str, Any]:
-        """Pictures as arguments of the pipeline: of one request, or of several without any."""
+        """Pictures as arguments of the pipeline, which takes those of one request at a time."""
         return {}
 
     def _stock_latents(self, noise: Tensor) -> Tensor:

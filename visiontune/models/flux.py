@@ -42,8 +42,8 @@ _READS = {"FluxKontextPipeline": Reads(most=1), "FluxFillPipeline": Reads(least=
 class Flux(DiffusionModel):
     """`FluxPipeline`, and with pictures `FluxKontextPipeline` and `FluxFillPipeline`.
 
-    Its Condition has `tokens` and `pooled`, with guidance inside `extra["guidance"]`, of Kontext `references`, and of Fill
-    `extra["channels"]`.
+    Its Condition has `tokens` and `pooled`, with guidance inside `extra["guidance"]`, of Kontext `references`, and of
+    Fill `extra["channels"]`.
     """
 
     family = "flux"
@@ -114,7 +114,8 @@ class Flux(DiffusionModel):
         with quiet():
             pictures = self.pipe.image_processor.preprocess(given["image"], *size)
             masks = self.pipe.mask_processor.preprocess(given["mask_image"], *size)
-            hidden = self.encode((pictures * (1 - masks)).to(self.device), generator=generator, sample=generator is not None)
+            kept = (pictures * (1 - masks)).to(self.device)
+            hidden = self.encode(kept, generator=generator, sample=generator is not None)
         return replace(words, extra={**words.extra, "channels": self.channels(hidden, masks)})
 
     def channels(self, hidden: Tensor, masks: Tensor) -> Tensor:
