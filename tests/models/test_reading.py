@@ -38,9 +38,13 @@ def request(count: int, mask: bool = False) -> Request:
         (Reads(), request(0, mask=True), "reads no pictures: leave them out"),
         (KONTEXT, request(2), "reads 1 picture beside each prompt, not 2: leave out the others"),
         (KONTEXT, request(1, mask=True), "reads no mask: leave it out"),
-        (FILL, request(1), "reads a picture and a mask beside each prompt: give them"),
-        (FILL, request(0, mask=True), "reads a picture and a mask beside each prompt: give them"),
-        (SEVERAL, request(0), "reads a picture beside each prompt: give"),
+        (FILL, request(1), r"reads a picture and a mask beside each prompt: draw .* Request\(pictures=, mask=\)"),
+        (
+            FILL,
+            request(0, mask=True),
+            r"reads a picture and a mask beside each prompt: draw .* Request\(pictures=, mask=\)",
+        ),
+        (SEVERAL, request(0), r"reads a picture beside each prompt: draw it from Python, by Request\(pictures=\)"),
     ],
 )
 def test_other_pictures_than_a_model_reads_are_refused(reads, asked, message):

@@ -45,7 +45,11 @@ class Reads:
             if not self.pictures and (count or masked):
                 raise UserError(f"model '{source}' reads no pictures: leave them out, or take one that edits")
             if count < self.least or (self.mask and not masked):
-                raise UserError(f"model '{source}' reads {self.words()} beside each prompt: give them with it")
+                options = "pictures=, mask=" if self.mask else "pictures="
+                raise UserError(
+                    f"model '{source}' reads {self.words()} beside each prompt: draw it from Python, by "
+                    f"Request({options})"
+                )
             if self.most is not None and count > self.most:
                 some = "1 picture" if self.most == 1 else f"{self.most} pictures"
                 raise UserError(f"model '{source}' reads {some} beside each prompt, not {count}: leave out the others")
