@@ -120,10 +120,27 @@ def test_what_is_painted_into_is_the_mean_unless_there_is_a_generator():
         model.predict(x_t, torch.tensor(500.0), model.embed(["a"]))
 
 
-def test_references_are_not_shown_to_a_model_that_reads_none():
+@pytest.mark.parametrize("reads", [Reads(), KONTEXT, FILL])
+def test_a_network_is_given_pictures_in_the_form_that_it_reads(reads):
+    words = Condition(tokens=torch.zeros(1, 1, 1))
+    shown = replace(words, references=[(torch.zeros(4, 8, 8),)])
+    wide = replace(words, extra={"channels": torch.zeros(1, 4, 8, 8)})
+    for cond, taken, what in (
+        (words, True, ""),
+        (shown, reads == KONTEXT, "references"),
+        (wide, reads.mask, "channels"),
+    ):
+        if taken:
+            reads.check_condition("mine", cond)
+            continue
+        with pytest.raises(ValueError, match=f"^model 'mine' reads no {what}"):
+            reads.check_condition("mine", cond)
+
+
+def test_a_model_that_reads_none_is_neither_shown_pictures_nor_draws_with_them():
     model = tiny_model("sd")
     cond = replace(model.embed(["a"]), references=[(torch.zeros(4, 8, 8),)])
-    with pytest.raises(ValueError, match="is shown references and reads none"):
+    with pytest.raises(ValueError, match="'tiny-sd' reads no references"):
         model.predict(torch.zeros(1, 4, 8, 8), torch.tensor(500), cond)
     with pytest.raises(UserError, match="'tiny-sd' reads no pictures"):
         model.draw([request(1)], steps=1, guidance=model.guidance(1.0))

@@ -56,6 +56,13 @@ class Reads:
             if masked and not self.mask:
                 raise UserError(f"model '{source}' reads no mask: leave it out, or take one that paints into pictures")
 
+    def check_condition(self, source: str, cond: Condition) -> None:
+        """Refuse pictures in a form that the model's network does not read: ValueError naming `source`."""
+        if cond.references is not None and (self.mask or not self.pictures):
+            raise ValueError(f"model '{source}' reads no references")
+        if "channels" in cond.extra and not self.mask:
+            raise ValueError(f"model '{source}' reads no channels beside its noisy latents")
+
 
 NOTHING = Reads()
 

@@ -19,7 +19,6 @@ from visiontune.errors import UserError
 from visiontune.models._reading import apart
 from visiontune.models.base import dtype_of, require
 from visiontune.models.pipeline import PipelineModel, own_generator
-from visiontune.models.words import quiet
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -179,8 +178,7 @@ class DiffusionModel(PipelineModel):
         self, words: Condition, requests: Sequence[Request], size: tuple[int, int], generator: Generators
     ) -> Condition:
         """The condition with the pictures of its rows: as references, unless the family does otherwise."""
-        with quiet():
-            shown = [tuple(self.reference(one) for one in request.pictures) for request in requests]
+        shown = [tuple(self.reference(one) for one in request.pictures) for request in requests]
         return replace(words, references=shown)
 
     def reference(self, picture: Image) -> Tensor:
@@ -206,8 +204,7 @@ class DiffusionModel(PipelineModel):
         Returns:
             As `x_t`, in its dtype, whatever the denoiser computes in.
         """
-        if cond.references is not None and not self.reads.pictures:
-            raise ValueError(f"model '{self.source}' is shown references and reads none")
+        self.reads.check_condition(self.source, cond)
         with self.autocast():
             rows = t.expand(len(x_t))
             return apart(self._predict, x_t.to(self.dtype), rows, cond.to(dtype=self.dtype)).to(x_t.dtype)

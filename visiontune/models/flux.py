@@ -26,7 +26,7 @@ from visiontune.models._text import CLIP_AND_T5
 from visiontune.models._time import exact_time
 from visiontune.models.base import Presets, require, require_text_to_image
 from visiontune.models.diffusion import DiffusionModel, Generators
-from visiontune.models.words import Reader, quiet
+from visiontune.models.words import Reader
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -111,11 +111,10 @@ class Flux(DiffusionModel):
         if not self.reads.mask:
             return super()._beside(words, requests, size, generator)
         given = self._stock_reading(requests, size)
-        with quiet():
-            pictures = self.pipe.image_processor.preprocess(given["image"], *size)
-            masks = self.pipe.mask_processor.preprocess(given["mask_image"], *size)
-            kept = (pictures * (1 - masks)).to(self.device)
-            hidden = self.encode(kept, generator=generator, sample=generator is not None)
+        pictures = self.pipe.image_processor.preprocess(given["image"], *size)
+        masks = self.pipe.mask_processor.preprocess(given["mask_image"], *size)
+        kept = (pictures * (1 - masks)).to(self.device)
+        hidden = self.encode(kept, generator=generator, sample=generator is not None)
         return replace(words, extra={**words.extra, "channels": self.channels(hidden, masks)})
 
     def channels(self, hidden: Tensor, masks: Tensor) -> Tensor:
