@@ -96,6 +96,17 @@ def test_shorter_texts_are_padded_and_what_was_added_is_masked():
     assert Condition.cat([masked, short]).mask.tolist() == [[True, False], [True, True]]
 
 
+def test_references_of_any_number_and_size_go_with_their_rows():
+    first, second = torch.zeros(4, 2, 3), torch.ones(4, 5, 2)
+    shown = condition(references=[(first, second), (), (second,)])
+    assert [len(row) for row in shown[torch.tensor([2, 0])].references] == [1, 2]
+    assert torch.equal(shown[-1].references[0][0], second) and shown[1].references == [()]
+    assert [len(row) for row in Condition.cat([shown[2], shown[:2]]).references] == [1, 2, 0]
+    assert [len(row) for row in Condition.cat([condition(1), shown]).references] == [0, 2, 0, 1]
+    moved = shown.to("cpu", torch.bfloat16).references
+    assert moved[0][1].dtype == torch.bfloat16 and moved[0][1].shape == second.shape and moved[1] == ()
+
+
 def test_parts_with_different_fields_cannot_be_joined():
     with pytest.raises(ValueError, match="only some have 'pooled'"):
         Condition.cat([condition(), condition(pooled=None)])

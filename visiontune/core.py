@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
-from typing import Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 Index = int | slice | Tensor
 _Record = TypeVar("_Record", "Condition", "Batch")
@@ -16,19 +19,23 @@ _Record = TypeVar("_Record", "Condition", "Batch")
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Condition:
-    """What the text encoders gave for `b` prompts.
+    """What a model is told of `b` rows: what the text encoders gave for their prompts, and pictures that it is shown.
 
     Attributes:
         tokens: [b, n, d] token features.
         mask: [b, n] True where a token counts, or None where the family masks nothing.
         pooled: [b, d] one vector per prompt, or None where the family has none.
-        extra: further tensors of the family (SDXL reads `time_ids` [b, 6]), the first axis being the batch.
+        extra: further tensors of the family (SDXL reads `time_ids` [b, 6]), the first axis being the batch. `channels`
+            [b, k, h, w] stand beside those of the noisy latents, for models that paint into a picture.
+        references: for each row the latents [c, h, w] of the pictures that it is shown, any number of any size; None
+            where no row has any. Guidance away from a condition without references keeps those of the prompt.
     """
 
     tokens: Tensor
     mask: Tensor | None = None
     pooled: Tensor | None = None
     extra: dict[str, Tensor] = field(default_factory=dict)
+    references: list[tuple[Tensor, ...]] | None = None
 
     def __len__(self) -> int:
         return self.tokens.shape[0]
@@ -47,16 +54,25 @@ class Condition:
 
         Raises ValueError where the parts do not carry the same fields.
         """
-        return _cat(_padded(parts))
+        return _cat(_shown(_padded(parts)))
 
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
-    """One picture to draw: its prompt, the seed of its noise, and the prompt to guide away from."""
+    """One picture to draw.
+
+    Attributes:
+        prompt: what it is to show. negative: the prompt to guide away from.
+        seed: of its noise.
+        pictures: what a model that reads pictures is shown, of any size; the model fits them as its pipeline does.
+        mask: of a model that paints into its picture: white where it paints, black where it keeps.
+    """
 
     prompt: str
     seed: int = 0
     negative: str = ""
+    pictures: tuple[Image, ...] = ()
+    mask: Image | None = None
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -135,6 +151,13 @@ def _padded(parts: Sequence[Condition]) -> list[Condition]:
     return padded
 
 
+def _shown(parts: Sequence[Condition]) -> Sequence[Condition]:
+    """The parts with references in all where any has some."""
+    if all(part.references is None for part in parts):
+        return parts
+    return [part if part.references is not None else replace(part, references=[()] * len(part)) for part in parts]
+
+
 def _map(record: _Record, change: Any) -> _Record:
     return replace(record, **{f.name: change(getattr(record, f.name)) for f in fields(record)})
 
@@ -146,6 +169,8 @@ def _move(value: Any, device: torch.device | str | None, dtype: torch.dtype | No
         return value.to(device, dtype)
     if isinstance(value, dict):
         return {key: _move(item, device, dtype) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(_move(item, device, dtype) for item in value)
     return value
 
 

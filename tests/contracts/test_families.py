@@ -1,11 +1,13 @@
 """What every family of continuous latents owes: it computes what the stock pipeline of its class computes.
 
-Nothing here knows a family: pipelines, sizes, samplers and roles are what the family says of itself.
+Nothing here knows a family: pipelines, sizes, samplers and roles are what the family says of itself. Models that read
+pictures are shown as many as they take in the first row, two at most, and as few in the second.
 """
 
 from __future__ import annotations
 
 import inspect
+import itertools
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +18,7 @@ import pytest
 import tiny
 import torch
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
+from PIL import Image
 from tiny import tiny_model, tiny_pipe
 from torch import nn
 
@@ -78,6 +81,38 @@ def sizes(model):
     return [(short, long), (long, short)]
 
 
+def picture(number):
+    """A picture with sides that differ, and of two of them in another order."""
+    height, width = [(29, 20), (18, 24)][number]
+    return Image.fromarray(np.random.default_rng(number).integers(0, 256, (height, width, 3), dtype=np.uint8))
+
+
+def asked(model, prompts=PROMPTS, negatives=("", "")):
+    """A request for each prompt, with pictures where the model reads any."""
+    reads, made = model.reads, []
+    for row, (prompt, negative) in enumerate(zip(prompts, negatives, strict=True)):
+        count = reads.least if row else min(2, 2 if reads.most is None else reads.most)
+        shown = tuple(picture(row + number) for number in range(count))
+        mask = Image.fromarray(np.uint8(255 * (np.indices((80, 80))[row] > 30))) if reads.mask else None
+        made.append(Request(prompt=prompt, negative=negative, seed=row, pictures=shown, mask=mask))
+    return made
+
+
+def generators(rows=(0, 1)):
+    """Of pictures that stock pipelines draw a posterior of."""
+    return [torch.Generator().manual_seed(50 + row) for row in rows]
+
+
+def read(model, prompts=PROMPTS, size=None, **options):
+    """What rows are conditioned on."""
+    return model.read(asked(model, prompts), size=size or sizes(model)[0], generator=generators(), **options)
+
+
+def without_words(model, size=None):
+    """What rows are guided away from, where the stock pipeline is told no negative prompt."""
+    return read(model, size=size, negative=True) if model.reads.pictures else model.unconditional(2)
+
+
 def noise(model, size=None, seed=0):
     shape = (len(PROMPTS), *model.latent_shape(*(size or sizes(model)[0])))
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
@@ -103,14 +138,27 @@ def calls(model):
 
 
 def stock(model, size, guidance, negatives=("", ""), **options):
-    """Pictures [b, 3, H, W] of the stock pipeline, drawn from `noise`, and what its denoiser gave."""
-    requests = [Request(prompt=p, negative=n) for p, n in zip(PROMPTS, negatives, strict=True)]
-    options = {"latents": model._stock_latents(noise(model, size)), **model._stock(guidance, requests), **options}
-    with calls(model) as found:
-        shown = model.pipe(
-            prompt=[*PROMPTS], num_inference_steps=STEPS, height=size[0], width=size[1], output_type="pt", **options
-        ).images
-    return shown, found
+    """Pictures [b, 3, H, W] of the stock pipeline, drawn from `noise`, and what its denoiser gave at first.
+
+    What is shown pictures is drawn alone, since pipelines take pictures of one size in a batch.
+    """
+    requests, shown, first = asked(model, negatives=negatives), [], []
+    for rows in ((0,), (1,)) if model.reads.pictures else ((0, 1),):
+        group = [requests[row] for row in rows]
+        given = {"latents": model._stock_latents(noise(model, size)[list(rows)]), "generator": generators(rows)}
+        given |= model._stock_reading(group, size) | model._stock(guidance, group) | options
+        with calls(model) as found:
+            drawn = model.pipe(
+                prompt=[one.prompt for one in group],
+                num_inference_steps=STEPS,
+                height=size[0],
+                width=size[1],
+                output_type="pt",
+                **given,
+            )
+        shown.append(drawn.images)
+        first += found[: len(found) // STEPS]
+    return torch.cat(shown), first
 
 
 def pictures(model, latents):
@@ -124,12 +172,16 @@ def test_predict_is_the_first_call_of_the_stock_pipeline(model, scale):
     _, expected = stock(model, size, guidance)
     start, _ = model.chain(STEPS, noise(model).shape[1:])
     with calls(model) as found:
-        pred = guided(model, noise(model), start[:1].expand(2), model.embed(PROMPTS), None, guidance)
+        pred = guided(model, noise(model), start[:1].expand(2), read(model), without_words(model), guidance)
     assert pred.shape == noise(model).shape and pred.std() > 0.01
-    ours, theirs = torch.cat(found).flatten(1), torch.cat(expected).flatten(1)
-    apart = (ours[:, None] - theirs[None, : len(ours)]).abs().amax(2)
-    assert apart.min(0).values.max() < 1e-5 and apart.min(1).values.max() < 1e-5
-    assert len(ours) == len(ours.round(decimals=3).unique(dim=0))
+    ours, theirs = ([row.flatten() for call in made for row in call] for made in (found, expected))
+
+    def distance(one, other):
+        return float((one - other).abs().max()) if one.shape == other.shape else torch.inf
+
+    for some, others in ((ours, theirs), (theirs, ours)):
+        assert all(min(distance(row, other) for other in others) < 1e-5 for row in some)
+    assert all(distance(one, other) > 1e-3 for one, other in itertools.combinations(ours, 2))
 
 
 @pytest.mark.parametrize("scale", [1.0, 4.0])
@@ -137,8 +189,10 @@ def test_predict_is_the_first_call_of_the_stock_pipeline(model, scale):
 def test_rollout_and_decode_give_the_pictures_of_the_stock_pipeline(model, scale, turned):
     size, guidance = sizes(model)[turned], model.guidance(scale)
     expected, _ = stock(model, size, guidance)
+    told = {"uncond": without_words(model, size)} if model.reads.pictures else {}
     start = Start(latents=noise(model, size))
-    ours = pictures(model, rollout(model, model.embed(PROMPTS), guidance=guidance, chain=STEPS, start=start).final)
+    final = rollout(model, read(model, size=size), guidance=guidance, chain=STEPS, start=start, **told).final
+    ours = pictures(model, final)
     assert ours.shape == (2, 3, *size) and ours.std() > 0.01
     torch.testing.assert_close(ours, expected, rtol=0, atol=1e-5)
 
@@ -150,8 +204,8 @@ def test_a_negative_prompt_is_what_the_stock_pipeline_guides_away_from(model):
     expected, _ = stock(model, size, guidance, negatives)
     final = rollout(
         model,
-        model.embed(PROMPTS),
-        uncond=model.embed(negatives, negative=True),
+        read(model),
+        uncond=model.read(asked(model, negatives=negatives), negative=True, size=size, generator=generators()),
         guidance=guidance,
         chain=STEPS,
         start=Start(latents=noise(model, size)),
@@ -168,7 +222,7 @@ def test_noise_is_added_as_the_stock_pipeline_adds_it(model):
     expected, _ = stock(model, size, guidance, latents=None, generator=rng, eta=0.7)
     final = rollout(
         model,
-        model.embed(PROMPTS),
+        read(model),
         guidance=guidance,
         chain=STEPS,
         dynamics=DDIM(eta=0.7),
@@ -178,7 +232,7 @@ def test_noise_is_added_as_the_stock_pipeline_adds_it(model):
 
 
 def test_each_row_is_predicted_as_if_it_were_alone(model):
-    cond, x_t, t = model.embed(PROMPTS), noise(model), somewhere(model)
+    cond, x_t, t = read(model), noise(model), somewhere(model)
     together = model.predict(x_t, t, cond)
     for row in range(2):
         alone = model.predict(x_t[row : row + 1], t[row : row + 1], cond[row])
@@ -190,42 +244,45 @@ def test_each_row_is_predicted_as_if_it_were_alone(model):
 def test_a_prompt_reads_the_same_beside_a_longer_one(model):
     prompts = ["a", "a small green triangle left of the large red circle, in the photo of a blue square"]
     x_t, t = noise(model), somewhere(model)
-    together = model.predict(x_t, t, model.embed(prompts))
-    joined = model.predict(x_t, t, Condition.cat([model.embed([prompt]) for prompt in prompts]))
+    together = model.predict(x_t, t, read(model, prompts))
+    parts = [read(model, [prompt] * 2)[row] for row, prompt in enumerate(prompts)]
+    joined = model.predict(x_t, t, Condition.cat(parts))
     torch.testing.assert_close(joined, together, rtol=0, atol=1e-5)
-    for row, prompt in enumerate(prompts):
-        alone = model.predict(x_t[row : row + 1], t[row : row + 1], model.embed([prompt]))
+    for row, part in enumerate(parts):
+        alone = model.predict(x_t[row : row + 1], t[row : row + 1], part)
         torch.testing.assert_close(together[row : row + 1], alone, rtol=0, atol=1e-5)
-    assert not torch.allclose(model.predict(x_t, t, model.embed(prompts[::-1])), together, atol=1e-3)
+    assert not torch.allclose(model.predict(x_t, t, read(model, prompts[::-1])), together, atol=1e-3)
 
 
 def test_the_rows_of_a_word_are_those_that_prompts_with_it_read(model):
     prompts = ["a green circle", "a red circle"]
-    before = model.embed(prompts)
+    before = read(model, prompts)
     with torch.no_grad():
         for layer, words, kept in rows_of(model, "green", "circle").values():
             assert kept and kept.isdisjoint(words["green"])
             layer.weight[words["green"]] *= -2
-    moved = (model.embed(prompts).tokens - before.tokens).flatten(1).abs().amax(1)
+    moved = (read(model, prompts).tokens - before.tokens).flatten(1).abs().amax(1)
     assert moved[0] > 1e-3 and moved[1] == 0
 
 
 def test_guidance_extrapolates_from_the_unconditional_prediction(model):
-    cond, x_t, t = model.embed(PROMPTS), noise(model), somewhere(model)
+    cond, x_t, t = read(model), noise(model), somewhere(model)
+    away = without_words(model)
     given = model.predict(x_t, t, cond)
-    without = model.predict(x_t, t, model.unconditional(2))
-    assert torch.equal(guided(model, x_t, t, cond, None, classifier_free(1.0)), given)
+    without = model.predict(x_t, t, away)
+    assert torch.equal(guided(model, x_t, t, cond, away, classifier_free(1.0)), given)
     torch.testing.assert_close(
-        guided(model, x_t, t, cond, None, classifier_free(2.0)), 2 * given - without, rtol=0, atol=1e-5
+        guided(model, x_t, t, cond, away, classifier_free(2.0)), 2 * given - without, rtol=0, atol=1e-5
     )
-    torch.testing.assert_close(guided(model, x_t, t, cond, None, classifier_free(0.0)), without, rtol=0, atol=1e-5)
+    torch.testing.assert_close(guided(model, x_t, t, cond, away, classifier_free(0.0)), without, rtol=0, atol=1e-5)
 
 
 def test_unconditional_rows_can_take_the_place_of_rows(model):
     """Caption dropout and guidance join both kinds of condition in one batch."""
-    joined = Condition.cat([model.embed(PROMPTS), model.unconditional(3)])
-    assert len(joined) == 5
-    torch.testing.assert_close(joined.tokens[2], joined.tokens[4])
+    cond, away = read(model), without_words(model)
+    joined = Condition.cat([cond, away, away])
+    assert len(joined) == 6
+    torch.testing.assert_close(joined.tokens[2:4], joined.tokens[4:])
 
 
 def test_latents_are_those_of_the_vae(model):
@@ -260,7 +317,7 @@ def test_latents_are_those_of_the_vae(model):
 
 def test_gradients_reach_latents_prompts_and_start(model):
     assert not any(p.requires_grad for m in model.networks().values() for p in m.parameters())
-    assert not model.embed(PROMPTS).tokens.requires_grad
+    assert not read(model).tokens.requires_grad
 
     latents = noise(model).requires_grad_()
     model.decode(latents).square().mean().backward()
@@ -269,7 +326,7 @@ def test_gradients_reach_latents_prompts_and_start(model):
     for name, encoder in model.of("text").items():
         encoder.requires_grad_(True)
         x_t = noise(model).requires_grad_()
-        model.predict(x_t, somewhere(model), model.embed(PROMPTS)).square().mean().backward()
+        model.predict(x_t, somewhere(model), read(model)).square().mean().backward()
         assert x_t.grad.abs().sum() > 0
         words = encoder.get_input_embeddings().weight  # which all else comes after
         assert words.grad is not None and words.grad.abs().sum() > 0, name
@@ -278,7 +335,7 @@ def test_gradients_reach_latents_prompts_and_start(model):
 
 def test_gradient_checkpointing_changes_nothing(model):
     def gradients():
-        cond, x_t = model.embed(PROMPTS), noise(model).requires_grad_()
+        cond, x_t = read(model), noise(model).requires_grad_()
         model.predict(x_t, somewhere(model), cond).square().mean().backward()
         return x_t.grad, {name: p.grad.clone() for name, p in model.denoiser.named_parameters() if p.grad is not None}
 
@@ -292,7 +349,7 @@ def test_gradient_checkpointing_changes_nothing(model):
 
 
 def test_rollout_differentiates_its_last_steps(model):
-    cond = model.embed(PROMPTS)
+    cond = read(model)
     tokens = cond.tokens.clone().requires_grad_()
     cond = replace(cond, tokens=tokens)
     assert not rollout(model, cond, chain=3, start=Start(latents=noise(model))).final.requires_grad
@@ -343,7 +400,7 @@ def test_what_presets_leave_out_is_what_takes_no_part_in_a_prediction(model):
         for inner, layer in network.requires_grad_(True).named_modules()
         if isinstance(layer, nn.Linear | nn.Conv2d)
     }
-    model.predict(noise(model), somewhere(model), model.embed(PROMPTS)).square().mean().backward()
+    model.predict(noise(model), somewhere(model), read(model)).square().mean().backward()
     unread = {name for name, layer in layers.items() if layer.weight.grad is None or not layer.weight.grad.any()}
     assert {*model.idle()} == unread
 
@@ -360,7 +417,7 @@ def test_fingerprint_tells_weights_apart(model, request):
 
 
 def test_low_precision_model_takes_and_gives_float32(model):
-    cond, x_t, t = model.embed(PROMPTS), noise(model), somewhere(model)
+    cond, x_t, t = read(model), noise(model), somewhere(model)
     exact = model.predict(x_t, t, cond)
     base = model.fingerprint("denoiser")
     half = model.at(torch.bfloat16).predict(x_t, t, cond)
@@ -371,14 +428,15 @@ def test_low_precision_model_takes_and_gives_float32(model):
         assert 0 < (found - exact).norm() / exact.norm() < 0.05
     assert model.fingerprint("denoiser") == base
     assert model.decode(x_t).dtype == model.encode(torch.zeros(1, 3, *sizes(model)[0])).dtype == torch.float32
-    cond = model.embed(PROMPTS)
+    cond = read(model)
     assert model.predict(x_t, t, cond).isfinite().all()
 
 
 def test_the_time_that_the_network_is_told_is_not_rounded_to_its_type(model):
     """In bfloat16 999 and 1000 are one number, as shares too, and so are what a half and one thousandth leave of 1."""
     pairs = [(998, 999)] if model.schedule.prediction != "flow" else [(999.0, 1000.0), (0.5, 1.0)]
-    cond, x_t = model.embed(PROMPTS[:1] * 2), noise(model)[:1].repeat(2, *[1] * (noise(model).ndim - 1))
+    cond = Condition.cat([read(model)[0]] * 2)
+    x_t = noise(model)[:1].repeat(2, *[1] * (noise(model).ndim - 1))
     half = model.at(torch.bfloat16)
     with torch.no_grad():
         found = [half.predict(x_t, torch.tensor(pair), cond) for pair in pairs]
@@ -405,56 +463,62 @@ def test_training_is_shifted_as_sampling_is(model):
         torch.testing.assert_close(apart, apart.mean().expand_as(apart), rtol=2e-3, atol=1e-6)
 
 
-class TestDraw:
-    REQUESTS = (
-        Request(prompt=PROMPTS[0], seed=3),
-        Request(prompt=PROMPTS[1], seed=4, negative="small"),
-        Request(prompt=PROMPTS[0], seed=5),
-    )
+def wanted(model):
+    """Three requests, of which the second guides away from something."""
+    first, second = asked(model, negatives=("", "small"))
+    return [replace(first, seed=3), replace(second, seed=4), replace(second, prompt=PROMPTS[0], negative="", seed=5)]
 
+
+class TestDraw:
     def test_draws_what_the_stock_pipeline_draws_from_the_seeds_noise(self, model):
-        size, guidance = sizes(model)[1], model.guidance(3.0)
-        found = model.draw(self.REQUESTS[:1], steps=STEPS, guidance=guidance, size=size)
-        latents = torch.randn(model.latent_shape(*size), generator=own_generator(self.REQUESTS[0]))[None]
+        size, guidance, one = sizes(model)[1], model.guidance(3.0), wanted(model)[:1]
+        found = model.draw(one, steps=STEPS, guidance=guidance, size=size)
+        rng = own_generator(one[0])
+        latents = torch.randn(model.latent_shape(*size), generator=rng)[None]
+        after = rng.get_state()
         assert found.shape == (1, *size, 3) and found.std() > 0.01
         theirs = model.pipe(
             prompt=PROMPTS[:1],
             latents=model._stock_latents(latents),
+            generator=rng,
             num_inference_steps=STEPS,
             height=size[0],
             width=size[1],
             output_type="np",
-            **model._stock(guidance, self.REQUESTS[:1]),
+            **model._stock_reading(one, size),
+            **model._stock(guidance, one),
         ).images
         np.testing.assert_allclose(found, theirs, rtol=0, atol=1e-6)
-        final = rollout(
-            model, model.embed(PROMPTS[:1]), guidance=guidance, chain=STEPS, start=Start(latents=latents)
-        ).final
+        told = {"size": size, "generator": rng.set_state(after)}
+        cond, start = model.read(one, **told), Start(latents=latents)
+        away = {"uncond": model.read(one, negative=True, **told)} if model.reads.pictures else {}
+        final = rollout(model, cond, guidance=guidance, chain=STEPS, start=start, **away).final
         ours = pictures(model, final).permute(0, 2, 3, 1).numpy()
         np.testing.assert_allclose(found, ours, rtol=0, atol=1e-5)
 
     def test_a_picture_does_not_depend_on_what_else_is_drawn(self, model):
-        options = {"steps": STEPS, "guidance": model.guidance(3.0)}
-        plain = replace(self.REQUESTS[1], negative="")
-        one, plain, other = (model.draw([r], **options)[0] for r in (self.REQUESTS[0], plain, self.REQUESTS[2]))
+        options, requests = {"steps": STEPS, "guidance": model.guidance(3.0)}, wanted(model)
+        plain = replace(requests[1], negative="")
+        one, plain, other = (model.draw([r], **options)[0] for r in (requests[0], plain, requests[2]))
         assert abs(one - other).max() > 0.01
-        together = model.draw(self.REQUESTS[::2], **options)
+        together = model.draw(requests[::2], **options)
         np.testing.assert_allclose(together, np.stack([one, other]), rtol=0, atol=1e-5)
         if options["guidance"].contrasts:
-            two = model.draw(self.REQUESTS[1:2], **options)[0]
+            two = model.draw(requests[1:2], **options)[0]
             assert abs(two - plain).max() > 1e-4
         else:
             with pytest.raises(UserError, match="leave the negative prompt out"):
-                model.draw(self.REQUESTS[1:2], **options)
+                model.draw(requests[1:2], **options)
 
+    @pytest.mark.parametrize("model", [case for case in CASES if "edits" not in case[1]], ids=name_of, indirect=True)
     def test_every_sampler_comes_to_what_the_familys_own_comes_to(self, model, request):
         model = fresh(request)
-        options = {"steps": 25, "guidance": model.guidance(1.0)}
-        found = {name: model.draw(self.REQUESTS[:1], sampler=name, **options) for name in model.samplers()}
+        options, requests = {"steps": 25, "guidance": model.guidance(1.0)}, [Request(prompt=PROMPTS[0], seed=3)]
+        found = {name: model.draw(requests, sampler=name, **options) for name in model.samplers()}
         for name, shown in found.items():
             assert abs(shown - found["model"]).mean() < 0.05 * found["model"].std(), name
         with pytest.raises(UserError, match="sampler 'nothing' does not fit"):
-            model.draw(self.REQUESTS[:1], sampler="nothing", **options)
+            model.draw(requests, sampler="nothing", **options)
 
     def test_sides_that_do_not_fit_are_refused(self, model):
         with pytest.raises(UserError, match=f"must be multiples of {model.unit}"):
@@ -491,6 +555,6 @@ def test_a_saved_model_opens_as_it_was(model, request, tmp_path):
         assert opened.fingerprint(name) == model.fingerprint(name)
     assert opened.latent_shape() == model.latent_shape() and opened.unit == model.unit
     options = {"steps": STEPS, "guidance": model.guidance(3.0)}
-    requests = TestDraw.REQUESTS[::2]
+    requests = wanted(model)[::2]
     np.testing.assert_allclose(opened.draw(requests, **options), model.draw(requests, **options), rtol=0, atol=1e-6)
     assert not any(p.requires_grad for network in opened.networks().values() for p in network.parameters())

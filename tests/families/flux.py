@@ -1,22 +1,37 @@
-"""A FLUX.1 pipeline of a double and two single blocks, which carries guidance inside unless it is a `schnell`."""
+"""A FLUX.1 pipeline of a double and two single blocks, which carries guidance inside unless it is a `schnell`.
+
+Kontext brings pictures to about a megapixel, which is in its pipeline's code; here to some thousand times less.
+"""
 
 from __future__ import annotations
 
-from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
+from typing import Any
+
+from diffusers import (
+    FlowMatchEulerDiscreteScheduler,
+    FluxFillPipeline,
+    FluxKontextPipeline,
+    FluxPipeline,
+    FluxTransformer2DModel,
+)
+from diffusers.pipelines.flux import pipeline_flux_kontext
 from families.sd3 import WIDTH, t5_config, t5_tokenizer
 from tiny import autoencoder, clip_config, tokenizer
 from transformers import CLIPTextModel, T5EncoderModel
 
-VARIANTS = ({"schnell": True},)
+VARIANTS = ({"schnell": True}, {"edits": "kontext"}, {"edits": "fill"})
+CLASSES = {None: FluxPipeline, "kontext": FluxKontextPipeline, "fill": FluxFillPipeline}
+pipeline_flux_kontext.PREFERRED_KONTEXT_RESOLUTIONS = [(12, 20), (16, 16), (20, 12)]
 
 
-def pipeline(schnell: bool = False) -> FluxPipeline:
+def pipeline(schnell: bool = False, edits: str | None = None) -> Any:
     words, pieces = tokenizer(), t5_tokenizer()
     shifting = {"shift": 1.0} if schnell else {"use_dynamic_shifting": True, "shift": 3.0, "max_image_seq_len": 64}
-    return FluxPipeline(
+    return CLASSES[edits](
         transformer=FluxTransformer2DModel(
             patch_size=1,
-            in_channels=64,
+            in_channels=64 + (64 + 16) * (edits == "fill"),
+            out_channels=64,
             num_layers=1,
             num_single_layers=2,
             attention_head_dim=16,

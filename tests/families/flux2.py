@@ -1,7 +1,11 @@
-"""A FLUX.2 klein of a double and two single blocks, and a dev, whose Mistral has as many layers as are read."""
+"""A FLUX.2 klein of a double and two single blocks, and a dev, whose Mistral has as many layers as are read.
+
+Their pipelines show pictures of 64 pixels a side or more, which is in their code; here of 16.
+"""
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -12,11 +16,15 @@ from diffusers import (
     Flux2Pipeline,
     Flux2Transformer2DModel,
 )
+from diffusers.pipelines.flux2.image_processor import Flux2ImageProcessor
 from families.z_image import qwen3_config
 from tiny import SIZE, chat_tokenizer
 from transformers import Mistral3Config, Mistral3ForConditionalGeneration, Qwen3ForCausalLM
 
 VARIANTS = ({"dev": True}, {"distilled": True})
+Flux2ImageProcessor.check_image_input = staticmethod(
+    functools.partial(Flux2ImageProcessor.check_image_input, min_side_length=SIZE)
+)
 READ = {True: 31, False: 28}  # layers: three of them are read, up to this one
 
 

@@ -95,14 +95,18 @@ def _configured(spec: str | Mapping[str, Any]) -> tuple[str, Any]:
 
 
 def open_model(run: Run, fetch: bool = True) -> Model:
-    """The run's base model, on the CPU; without ``fetch`` one that is on this machine."""
+    """The run's base model, on the CPU; without ``fetch`` one that is on this machine.
+
+    Raises:
+        UserError: it cannot be opened, or needs pictures beside its prompts, which runs do not give it.
+    """
     import torch
 
     from visiontune import models
 
     dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
     spec = run.model
-    return models.load(
+    model = models.load(
         spec.source,
         dtype=dtypes[spec.dtype],
         revision=spec.revision,
@@ -111,6 +115,13 @@ def open_model(run: Run, fetch: bool = True) -> Model:
         quantize_rank=spec.quantize_rank,
         fetch=fetch,
     )
+    reads = getattr(model, "reads", None)
+    if reads is not None and reads.least:
+        raise UserError(
+            f"model '{spec.source}' reads {reads.words()} beside each prompt, which no run gives it: it can be sampled "
+            "from Python; to train, take one that reads words alone, as FLUX.1 Kontext and FLUX.2 can"
+        )
+    return model
 
 
 def attach_adapter(run: Run, model: Model) -> AdapterSet | None:

@@ -87,8 +87,9 @@ class CFG(Guidance):
         inside = (level >= self.interval[0]) & (level <= self.interval[1])
         if not whole and not inside.any():
             return call(x, t, cond)
-        # What the unconditional rows lack (sizes, for instance) is the same for both, as in the stock pipelines.
-        uncond = replace(uncond, extra={**cond.extra, **uncond.extra})
+        # What the unconditional rows lack (sizes, pictures) is the same for both, as in the stock pipelines.
+        shown = cond.references if uncond.references is None else uncond.references
+        uncond = replace(uncond, extra={**cond.extra, **uncond.extra}, references=shown)
         both = Condition.cat([uncond, cond])
         without, given = call(torch.cat([x, x]), torch.cat([t, t]), both).chunk(2)
         if whole:

@@ -324,7 +324,8 @@ def _frozen(cond: Condition) -> Condition:
     """`cond` without its graph."""
     extra = {key: value.detach() for key, value in cond.extra.items()}
     pooled = None if cond.pooled is None else cond.pooled.detach()
-    return replace(cond, tokens=cond.tokens.detach(), pooled=pooled, extra=extra)
+    shown = None if cond.references is None else [tuple(one.detach() for one in row) for row in cond.references]
+    return replace(cond, tokens=cond.tokens.detach(), pooled=pooled, extra=extra, references=shown)
 
 
 def _device(value: Tensor | Condition) -> torch.device:

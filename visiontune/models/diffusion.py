@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import torch
@@ -15,8 +16,12 @@ from visiontune.core import Condition, Request
 from visiontune.diffusion.samplers import make_sampler, sampler_names
 from visiontune.diffusion.schedule import Schedule, calculate_mu, evenly
 from visiontune.errors import UserError
+from visiontune.models._reading import apart
 from visiontune.models.base import dtype_of, require
 from visiontune.models.pipeline import PipelineModel, own_generator
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 _NO_SIGNAL = 2.0**-12  # what samplers that divide by alpha have in the place of 0
 Generators = torch.Generator | list[torch.Generator] | None
@@ -137,6 +142,54 @@ class DiffusionModel(PipelineModel):
         with self.autocast():
             return vae.decode(z.to(dtype_of(vae)), return_dict=False)[0].to(self.device, latents.dtype)
 
+    # -- pictures beside the prompt -----------------------------------------------------------------------------
+
+    def read(
+        self,
+        requests: Sequence[Request],
+        *,
+        negative: bool = False,
+        size: tuple[int, int] | None = None,
+        generator: Generators = None,
+    ) -> Condition:
+        """The conditions of requests: their prompts, as `embed` gives them, and their pictures, as `draw` shows them.
+
+        Args:
+            negative: whether of what they are guided away from.
+            size: height and width in pixels of what is drawn, the model's own where it is left open; a picture that is
+                painted into gets it.
+            generator: of the posterior of a picture that is painted into, which stock pipelines draw from; without one
+                it is the mean. References are means.
+
+        Raises:
+            UserError: other numbers of pictures than the model reads (`reads`).
+        """
+        self.reads.check(self.source, requests)
+        cond = self._words(requests, negative)
+        if not any(request.pictures for request in requests):
+            return cond
+        return self._beside(cond, requests, self.size(*(size or ())), generator)
+
+    def _words(self, requests: Sequence[Request], negative: bool) -> Condition:
+        """`read` without what stands beside the words."""
+        return self.embed([one.negative if negative else one.prompt for one in requests], negative=negative)
+
+    def _beside(
+        self, words: Condition, requests: Sequence[Request], size: tuple[int, int], generator: Generators
+    ) -> Condition:
+        """The condition with the pictures of its rows: as references, unless the family does otherwise."""
+        shown = [tuple(self.reference(one) for one in request.pictures) for request in requests]
+        return replace(words, references=shown)
+
+    def reference(self, picture: Image) -> Tensor:
+        """Scaled latents [c, h, w] of a picture, the mean, at the size to which the pipeline brings it."""
+        pixels = self._fitted(picture.convert("RGB")).to(self.device)
+        return self.encode(pixels, sample=False)[0]
+
+    def _fitted(self, picture: Image) -> Tensor:
+        """Pixels [1, 3, H, W] in [-1, 1] of a picture, of the size at which the pipeline reads it."""
+        raise NotImplementedError
+
     # -- the denoiser -------------------------------------------------------------------------------------------
 
     def predict(self, x_t: Tensor, t: Tensor, cond: Condition) -> Tensor:
@@ -145,18 +198,29 @@ class DiffusionModel(PipelineModel):
         Args:
             x_t: [b, c, (f), h, w] noisy latents.
             t: [b] or scalar timestep of each row.
-            cond: the rows' conditions.
+            cond: the rows' conditions. Rows that are shown pictures of other sizes are predicted one size after the
+                other.
 
         Returns:
             As `x_t`, in its dtype, whatever the denoiser computes in.
         """
+        self.reads.check_condition(self.source, cond)
         with self.autocast():
             rows = t.expand(len(x_t))
-            return self._predict(x_t.to(self.dtype), rows, cond.to(dtype=self.dtype)).to(x_t.dtype)
+            return apart(self._predict, x_t.to(self.dtype), rows, cond.to(dtype=self.dtype)).to(x_t.dtype)
 
     @abstractmethod
     def _predict(self, x_t: Tensor, t: Tensor, cond: Condition) -> Tensor:
-        """`predict` in the denoiser's dtype, with t [b]; here a family turns its network's sign and time to ours."""
+        """`predict` in the denoiser's dtype, with t [b] and rows that are shown pictures alike; here a family turns its
+        network's sign and time to ours."""
+
+    def _widened(self, x_t: Tensor, cond: Condition) -> Tensor:
+        """Noisy latents with the channels that stand beside them."""
+        beside = cond.extra.get("channels")
+        if beside is None or beside.shape[2:] != x_t.shape[2:]:
+            found = "none" if beside is None else "those of a picture of another size"
+            raise ValueError(f"'{self.source}' needs channels of {self.reads.words()}, not {found}: see read()")
+        return torch.cat([x_t, beside], dim=1)
 
     # -- the stock pipeline -------------------------------------------------------------------------------------
 
@@ -179,8 +243,13 @@ class DiffusionModel(PipelineModel):
             height=size[0],
             width=size[1],
             output_type="np",
+            **self._stock_reading(requests, size),
             **options,
         ).images
+
+    def _stock_reading(self, requests: Sequence[Request], size: tuple[int, int]) -> dict[str, Any]:
+        """Pictures as arguments of the pipeline, which takes those of one request at a time."""
+        return {}
 
     def _stock_latents(self, noise: Tensor) -> Tensor:
         """Noise [b, c, (f), h, w] in the shape that the pipeline takes as `latents`."""

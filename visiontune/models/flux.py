@@ -3,36 +3,51 @@
 A CLIP gives one vector for the prompt and a T5 its tokens; nothing is masked, so that the padding is attended to as in
 the stock pipeline. The `dev` models carry guidance inside: the network is told its scale. Denoising is trained at scale
 1, where what it predicts is what it was distilled from without guidance.
+
+Kontext reads a picture as further patches, which stand behind the noisy ones and have places of their own; Fill paints
+into one, whose latents and mask are further channels of every patch.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
+from diffusers.pipelines.flux import pipeline_flux_kontext as kontext
 from torch import Tensor
+from torch.nn.functional import pixel_unshuffle
 
 from visiontune.core import Condition, Request
 from visiontune.diffusion.guidance import CFG, Embedded, Guidance
+from visiontune.models._reading import Reads, stacked
 from visiontune.models._text import CLIP_AND_T5
 from visiontune.models._time import exact_time
-from visiontune.models.base import Presets, require_text_to_image
-from visiontune.models.diffusion import DiffusionModel
+from visiontune.models.base import Presets, require, require_text_to_image
+from visiontune.models.diffusion import DiffusionModel, Generators
 from visiontune.models.words import Reader
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 _PATCH = 2
 _T5_TOKENS = 512
 _ATTENTION = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
 # Of the double blocks, and of the single ones, whose last layer is attention's too.
 _FEED_FORWARD = ("net.0.proj", "net.2", "proj_mlp", "proj_out")
+_READS = {"FluxKontextPipeline": Reads(most=1), "FluxFillPipeline": Reads(least=1, most=1, mask=True)}
 
 
 class Flux(DiffusionModel):
-    """`FluxPipeline`; its Condition has `tokens` and `pooled`, and with guidance inside `extra["guidance"]`."""
+    """`FluxPipeline`, and with pictures `FluxKontextPipeline` and `FluxFillPipeline`.
+
+    Its Condition has `tokens` and `pooled`, with guidance inside `extra["guidance"]`, of Kontext `references`, and of
+    Fill `extra["channels"]`.
+    """
 
     family = "flux"
-    pipeline_classes = ("FluxPipeline",)
+    pipeline_classes = ("FluxPipeline", *_READS)
     DENOISERS = ("transformer",)
     FLOW = True
     EVENLY = True
@@ -48,11 +63,15 @@ class Flux(DiffusionModel):
 
     def __init__(self, pipe: Any, source: str = "") -> None:
         super().__init__(pipe, source)
+        self.reads = _READS.get(type(pipe).__name__, self.reads)
         config = pipe.transformer.config
-        channels = self.latent_channels * _PATCH**2
-        plain = config.in_channels == pipe.transformer.out_channels == channels
-        require_text_to_image(plain, self.source, config.in_channels)
         self.embedded = bool(config.guidance_embeds)
+        given = self.latent_channels * _PATCH**2
+        # Fill: the latents of the picture, and a channel for each pixel of the mask.
+        more = given + (self.downsample * _PATCH) ** 2 if self.reads.mask else 0
+        plain = (config.in_channels, pipe.transformer.out_channels) == (given + more, given)
+        require_text_to_image(plain, self.source, config.in_channels)
+        require(self.embedded or not self.reads.mask, self.source, "Fill carries its guidance inside, and it has none")
         self.reader = Reader(pipe.tokenizer_2, _T5_TOKENS)
         self.unit = max(self.unit, self.downsample * _PATCH)
         self.resolution = int(self.vae.config.sample_size)
@@ -74,25 +93,77 @@ class Flux(DiffusionModel):
         )
         return Condition(tokens=tokens, pooled=pooled)
 
+    # -- pictures -----------------------------------------------------------------------------------------------
+
+    def _fitted(self, picture: Image) -> Tensor:
+        """Of Kontext's sizes the one whose sides have the nearest ratio."""
+        processor = self.pipe.image_processor
+        height, width = processor.get_default_height_width(picture)
+        sizes = kontext.PREFERRED_KONTEXT_RESOLUTIONS
+        _, width, height = min((abs(width / height - w / h), w, h) for w, h in sizes)
+        unit = self.downsample * _PATCH
+        height, width = (side // unit * unit for side in (height, width))
+        return processor.preprocess(picture, height, width)
+
+    def _beside(
+        self, words: Condition, requests: Sequence[Request], size: tuple[int, int], generator: Generators
+    ) -> Condition:
+        if not self.reads.mask:
+            return super()._beside(words, requests, size, generator)
+        given = self._stock_reading(requests, size)
+        pictures = self.pipe.image_processor.preprocess(given["image"], *size)
+        masks = self.pipe.mask_processor.preprocess(given["mask_image"], *size)
+        kept = (pictures * (1 - masks)).to(self.device)
+        hidden = self.encode(kept, generator=generator, sample=generator is not None)
+        return replace(words, extra={**words.extra, "channels": self.channels(hidden, masks)})
+
+    def channels(self, hidden: Tensor, masks: Tensor) -> Tensor:
+        """What Fill reads beside noisy latents.
+
+        Args:
+            hidden: [b, c, h, w] scaled latents of the pictures, grey (0) where they are painted.
+            masks: [b, 1, H, W] in pixels, 1 where they are.
+
+        Returns:
+            [b, c + d^2, h, w], d the pixels of a latent's side.
+        """
+        return torch.cat([hidden, pixel_unshuffle(masks.to(hidden), self.downsample)], dim=1)
+
+    # -- the denoiser -------------------------------------------------------------------------------------------
+
     def _predict(self, x_t: Tensor, t: Tensor, cond: Condition) -> Tensor:
         if cond.pooled is None:
             raise ValueError("FLUX needs the pooled text vector: make the Condition with embed()")
-        rows, (height, width) = len(x_t), (side // _PATCH for side in x_t.shape[-2:])
-        told = cond.extra.get("guidance", x_t.new_ones(rows, dtype=torch.float32)) if self.embedded else None
+        seen, places = self._patches(x_t, cond)
+        told = cond.extra.get("guidance", x_t.new_ones(len(x_t), dtype=torch.float32)) if self.embedded else None
         time = t.float() / self.schedule.num_train_timesteps
         with exact_time(self.denoiser.time_text_embed.time_proj, time * 1000):
             packed = self.denoiser(
-                hidden_states=self._stock_latents(x_t),
+                hidden_states=seen,
                 timestep=time,
                 guidance=told,
                 pooled_projections=cond.pooled,
                 encoder_hidden_states=cond.tokens,
                 txt_ids=x_t.new_zeros(cond.tokens.shape[1], 3),
-                img_ids=self.pipe._prepare_latent_image_ids(rows, height, width, x_t.device, x_t.dtype),
+                img_ids=places,
                 return_dict=False,
             )[0]
-        sides = (side * self.downsample for side in x_t.shape[-2:])
-        return self.pipe._unpack_latents(packed, *sides, self.downsample)
+        height, width = x_t.shape[-2:]
+        noisy = packed[:, : height * width // _PATCH**2]
+        return self.pipe._unpack_latents(noisy, height * self.downsample, width * self.downsample, self.downsample)
+
+    def _patches(self, x_t: Tensor, cond: Condition) -> tuple[Tensor, Tensor]:
+        """Patches [b, n, d] of the noisy latents, then of the references, and their places [n, 3]."""
+        seen = [self._widened(x_t, cond) if self.reads.mask else x_t, *stacked(cond)]
+        places = []
+        for number, latents in enumerate(seen):
+            height, width = (side // _PATCH for side in latents.shape[-2:])
+            place = self.pipe._prepare_latent_image_ids(len(x_t), height, width, x_t.device, x_t.dtype)
+            place[..., 0] = number
+            places.append(place)
+        return torch.cat([self._stock_latents(latents) for latents in seen], dim=1), torch.cat(places)
+
+    # -- the stock pipeline -------------------------------------------------------------------------------------
 
     def _stock(self, guidance: Guidance, requests: Sequence[Request]) -> dict[str, Any]:
         options: dict[str, Any] = {"max_sequence_length": _T5_TOKENS, "guidance_scale": 1.0}
@@ -106,3 +177,12 @@ class Flux(DiffusionModel):
 
     def _stock_latents(self, noise: Tensor) -> Tensor:
         return self.pipe._pack_latents(noise, *noise.shape)
+
+    def _stock_reading(self, requests: Sequence[Request], size: tuple[int, int]) -> dict[str, Any]:
+        if not self.reads.pictures:
+            return {}
+        shown = {"image": [picture.convert("RGB") for request in requests for picture in request.pictures] or None}
+        if self.reads.mask:
+            return {**shown, "mask_image": [request.mask for request in requests]}
+        # Without it Kontext's pipeline brings every size to a megapixel.
+        return {**shown, "max_area": size[0] * size[1]}

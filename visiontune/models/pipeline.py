@@ -23,6 +23,7 @@ from visiontune.diffusion.guidance import CFG, Embedded, Guidance, classifier_fr
 from visiontune.errors import UserError
 from visiontune.models import _variants
 from visiontune.models._distilled import few_steps
+from visiontune.models._reading import NOTHING, Reads
 from visiontune.models.base import Model, dtype_of, freeze
 from visiontune.models.sources import pretrained
 from visiontune.models.words import Reader, quiet
@@ -49,6 +50,7 @@ class PipelineModel(Model):
         resolution: pixels per side the model was made for.
         longest: pixels of the longest side that the denoiser has places for, where their number is fixed.
         reader: knows how much of a prompt is read; longer ones are cut, and named once.
+        reads: the pictures that stand beside every prompt, if any.
     """
 
     task = "text-to-image"
@@ -61,6 +63,7 @@ class PipelineModel(Model):
 
     resolution: int
     longest: int | None = None
+    reads: Reads = NOTHING
 
     def __init__(self, pipe: Any, source: str = "") -> None:
         self.pipe = pipe
@@ -176,6 +179,10 @@ class PipelineModel(Model):
         """`embed` of negative prompts."""
         return self._embed(prompts)
 
+    def look_up(self, prompt: str) -> None:
+        """Have the text encoders read a prompt alone, whatever else stands beside prompts, for those who watch them."""
+        self.embed([prompt])
+
     def unconditional(self, count: int) -> Condition:
         """What the stock pipeline guides away from when no negative prompt is given, `count` times."""
         return self.embed([""] * count, negative=True)
@@ -250,7 +257,8 @@ class PipelineModel(Model):
         """Pictures of the stock pipeline as it stands, whatever is attached to its networks.
 
         Args:
-            requests: n prompts with their seeds. A picture does not depend on what else is drawn, but for rounding.
+            requests: n prompts with their seeds, and what the model reads besides (`reads`). A picture does not depend
+                on what else is drawn, but for rounding.
             steps: of the sampler. guidance: as from `guidance`. sampler: one of `samplers`.
             size: height and width in pixels.
 
@@ -258,13 +266,17 @@ class PipelineModel(Model):
             float32 [n, height, width, 3] in [0, 1]; clips have their frames as a second axis.
         """
         self.check_steps(steps)
+        self.reads.check(self.source, requests)
         self.reader.say([text for request in requests for text in (request.prompt, request.negative)])
         made, before, bar = self.sampler(sampler), self.pipe.scheduler, getattr(self.pipe, "_progress_bar_config", {})
         self.pipe.scheduler = made
         self.pipe.set_progress_bar_config(disable=True)
         try:
             with self._present(), quiet():
-                return self._draw(requests, self.size(*(size or ())), steps, self._stock(guidance, requests))
+                # Pipelines take pictures of one size in a batch, and some of one request alone.
+                shown = any(request.pictures for request in requests)
+                calls, sides = [[one] for one in requests] if shown else [requests], self.size(*(size or ()))
+                return np.concatenate([self._draw(c, sides, steps, self._stock(guidance, c)) for c in calls])
         finally:
             self.pipe.scheduler = before
             self.pipe.set_progress_bar_config(**bar)

@@ -2,34 +2,50 @@
 
 The VAE is one of clips, of which a picture is the first frame. Its pipeline guides in a second call and then gives
 every patch the length that it had before.
+
+The pipelines that edit show pictures twice: the Qwen2.5-VL reads them with the prompt, and their latents are further
+patches behind the noisy ones.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
+from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit as edit
+from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit_plus as edit_plus
+from PIL.Image import new as new_picture
 from torch import Tensor
 
 from visiontune.core import Condition, Request
 from visiontune.diffusion.guidance import CFG, NO_GUIDANCE, Guidance, PatchLengthCFG
+from visiontune.errors import UserError
 from visiontune.models._frames import OneFrame
+from visiontune.models._reading import Reads, stacked
 from visiontune.models._text import DECODER
 from visiontune.models._time import exact_time
 from visiontune.models.base import Presets, require_text_to_image
-from visiontune.models.words import Reader
+from visiontune.models.words import Reader, quiet
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 _PATCH = 2
 _TOKENS = 512
+_EDITED = 1024 * 1024  # pixels to which the pipeline that reads one picture brings it
 _ATTENTION = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
+_READS = {"QwenImageEditPipeline": Reads(least=1, most=1), "QwenImageEditPlusPipeline": Reads(least=1, most=None)}
 
 
 class QwenImage(OneFrame):
-    """`QwenImagePipeline`; its Condition has `tokens` and `mask`."""
+    """`QwenImagePipeline`, and with pictures `QwenImageEditPipeline` and `QwenImageEditPlusPipeline`.
+
+    Its Condition has `tokens` and `mask`, and `references` where it edits.
+    """
 
     family = "qwen_image"
-    pipeline_classes = ("QwenImagePipeline",)
+    pipeline_classes = ("QwenImagePipeline", *_READS)
     DENOISERS = ("transformer",)
     FLOW = True
     EVENLY = True
@@ -48,9 +64,12 @@ class QwenImage(OneFrame):
         config = pipe.transformer.config
         plain = config.in_channels == self.latent_channels * _PATCH**2 and not config.guidance_embeds
         require_text_to_image(plain, self.source, config.in_channels)
-        # What stands after the prompt in the template counts, what stands before it is dropped.
-        after = pipe.tokenizer(pipe.prompt_template_encode.partition("{}")[2])["input_ids"]
-        self.reader = Reader(pipe.tokenizer, _TOKENS - len(after))
+        self.reads = _READS.get(type(pipe).__name__, self.reads)
+        self.several = self.reads.most is None
+        if not self.reads.pictures:  # beside pictures a prompt of any length is read
+            # What stands after the prompt in the template counts, what stands before it is dropped.
+            after = pipe.tokenizer(pipe.prompt_template_encode.partition("{}")[2])["input_ids"]
+            self.reader = Reader(pipe.tokenizer, _TOKENS - len(after))
         self.unit = max(self.unit, self.downsample * _PATCH)
         self.resolution = self.downsample * int(pipe.default_sample_size)
 
@@ -69,7 +88,17 @@ class QwenImage(OneFrame):
         return NO_GUIDANCE if scale == 1.0 else PatchLengthCFG(scale=scale, patch=_PATCH)
 
     def _embed(self, prompts: list[str]) -> Condition:
-        tokens, mask = self.pipe.encode_prompt(prompts, self.pipe.text_encoder.device, max_sequence_length=_TOKENS)
+        if self.reads.pictures:
+            raise UserError(f"'{self.source}' reads a prompt beside its picture: make its conditions by read()")
+        return self._told(prompts)
+
+    def look_up(self, prompt: str) -> None:
+        blank = (new_picture("RGB", (32, 32)),) * self.reads.least
+        self._words([Request(prompt=prompt, pictures=blank)], negative=False)
+
+    def _told(self, prompts: list[str], **shown: Any) -> Condition:
+        device = self.pipe.text_encoder.device
+        tokens, mask = self.pipe.encode_prompt(prompts, device=device, max_sequence_length=_TOKENS, **shown)
         # The pipeline leaves out a mask that masks nothing.
         mask = tokens.new_ones(tokens.shape[:2], dtype=torch.bool) if mask is None else mask.bool()
         return Condition(tokens=tokens, mask=mask)
@@ -81,22 +110,69 @@ class QwenImage(OneFrame):
             return {**options, "true_cfg_scale": guidance.scale, "negative_prompt": negatives}
         return options
 
+    # -- pictures -----------------------------------------------------------------------------------------------
+
+    def _words(self, requests: Sequence[Request], negative: bool) -> Condition:
+        if not self.reads.pictures:
+            return super()._words(requests, negative)
+        texts = [request.negative if negative else request.prompt for request in requests]
+        self.reader.say(texts)
+        parts = []
+        with self.autocast(), quiet():
+            for text, request in zip(texts, requests, strict=True):
+                seen = [self._seen(picture.convert("RGB")) for picture in request.pictures]
+                parts.append(self._told([text], image=seen))
+        return Condition.cat(parts).to(self.device)
+
+    def _seen(self, picture: Image) -> Any:
+        """A picture of the size at which the text encoder gets it."""
+        if self.several:
+            width, height = edit_plus.calculate_dimensions(edit_plus.CONDITION_IMAGE_SIZE, _ratio(picture))
+        else:
+            height, width = self._sides(picture)
+        return self.pipe.image_processor.resize(picture, height, width)
+
+    def _sides(self, picture: Image) -> tuple[int, int]:
+        """Height and width to which the VAE's pictures are brought."""
+        if self.several:
+            width, height = edit_plus.calculate_dimensions(edit_plus.VAE_IMAGE_SIZE, _ratio(picture))
+        else:
+            width, height, _ = edit.calculate_dimensions(_EDITED, _ratio(picture))
+        return height, width
+
+    def _fitted(self, picture: Image) -> Tensor:
+        return self.pipe.image_processor.preprocess(picture, *self._sides(picture))
+
+    def _stock_reading(self, requests: Sequence[Request], size: tuple[int, int]) -> dict[str, Any]:
+        if not self.reads.pictures:
+            return {}
+        shown = [picture.convert("RGB") for request in requests for picture in request.pictures]
+        return {"image": shown if self.several else shown[0]}
+
     # -- the denoiser -------------------------------------------------------------------------------------------
 
     def _predict(self, x_t: Tensor, t: Tensor, cond: Condition) -> Tensor:
         rows, channels, height, width = x_t.shape
         time = t.float() / self.schedule.num_train_timesteps
-        with exact_time(self.denoiser.time_text_embed.time_proj, time):  # which multiplies by 1000 itself
+        # Checkpoints of 2511 tell references that they are clean.
+        told = torch.cat([time, torch.zeros_like(time)]) if self.denoiser.config.zero_cond_t else time
+        seen = [x_t, *stacked(cond)]
+        with exact_time(self.denoiser.time_text_embed.time_proj, told):  # which multiplies by 1000 itself
             packed = self.denoiser(
-                hidden_states=self._stock_latents(x_t),
+                hidden_states=torch.cat([self._stock_latents(one) for one in seen], dim=1),
                 timestep=time,
                 encoder_hidden_states=cond.tokens,
                 encoder_hidden_states_mask=None if cond.mask is None or cond.mask.all() else cond.mask,
-                img_shapes=[[(1, height // _PATCH, width // _PATCH)]] * rows,
+                img_shapes=[[(1, *(side // _PATCH for side in one.shape[-2:])) for one in seen]] * rows,
                 return_dict=False,
             )[0]
         sides = (side * self.downsample for side in (height, width))
-        return self.pipe._unpack_latents(packed, *sides, self.downsample).view(rows, channels, height, width)
+        noisy = packed[:, : height * width // _PATCH**2]
+        return self.pipe._unpack_latents(noisy, *sides, self.downsample).view(rows, channels, height, width)
 
     def _stock_latents(self, noise: Tensor) -> Tensor:
         return self.pipe._pack_latents(noise, *noise.shape)
+
+
+def _ratio(picture: Image) -> float:
+    return picture.width / picture.height

@@ -94,7 +94,7 @@ def rows_of(model: Any, word: str, known: str = "") -> dict[str, tuple[nn.Embedd
     encoders = model.of(*model.roles().get("text", ()))
     if not encoders:
         raise UserError(f"'{model.source}' ({model.family}) has no text encoders: leave trigger out of train.parts")
-    seen = _looked_up(encoders, lambda: model.embed([f"a {word}"]))
+    seen = _looked_up(encoders, lambda: model.look_up(f"a {word}"))
     found = {}
     for name, encoder in encoders.items():
         tokenizer = getattr(model.pipe, name.replace("text_encoder", "tokenizer"))
