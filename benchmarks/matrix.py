@@ -47,8 +47,8 @@ sampled. A merged export has to draw what the adapter draws. {run} of {all} cell
 an adapter, an objective and a family that go together meet in one.
 
 An entry is of all cells that were run of its row and column: **yes** if every action came out in each of them; the
-actions that were refused, with a note that has the line; **failed**; and **not run**. The last table is of single layers:
-what each adapter can be put on.
+actions that were refused, with a note that has the line; **failed**; and **not run**. The last table is of
+single layers: what each adapter can be put on.
 """
 # What transformers and UNets are made of: an example of each kind.
 LAYERS = {
