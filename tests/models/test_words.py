@@ -6,9 +6,11 @@ import logging
 from itertools import pairwise
 
 import pytest
+import torch
 from tiny import tiny_model
 
 from visiontune.core import Request
+from visiontune.errors import UserError
 from visiontune.models.words import Reader, lost
 
 LONG = "a red circle " * 12
@@ -75,3 +77,19 @@ def test_what_was_listed_is_not_said_again(caplog):
     lost(model, {"caption": [("a.png", LONG)]})
     model.embed([LONG])
     assert not caplog.records
+
+
+@pytest.mark.parametrize("half", ["weights", "precision"])
+def test_a_text_encoder_that_overflows_in_float16_is_named(half):
+    model = tiny_model("pixart")
+    with torch.no_grad():
+        for name, weight in model.of("text_encoder")["text_encoder"].named_parameters():
+            if name.endswith("wo.weight"):
+                weight.mul_(1e6)
+    assert model.embed(["a red circle"]).tokens.isfinite().all()
+    if half == "weights":
+        model.of("text_encoder")["text_encoder"].half()
+    else:
+        model = model.at(torch.float16)
+    with pytest.raises(UserError, match=r"a text encoder of 'tiny-pixart' overflows in float16: set model\.dtype"):
+        model.embed(["a red circle"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import importlib
 import pkgutil
 import re
@@ -92,7 +93,8 @@ def _family(source: str, layout: str, index: dict[str, Any]) -> tuple[str, Any]:
         name = "open_clip" if layout == OPEN_CLIP else ", ".join(index.get("architectures") or ["None"])
     known = {name: cls for cls in families().values() for name in getattr(cls, attribute, ())}
     if name not in known:
-        raise UserError(f"model '{source}' has the {kind} {name}; supported: {', '.join(sorted(known))}")
+        near = "".join(f", of which {match} is nearest" for match in difflib.get_close_matches(name, known, n=1))
+        raise UserError(f"model '{source}' has the {kind} {name}; supported: {', '.join(sorted(known))}{near}")
     return name, known[name]
 
 

@@ -165,11 +165,24 @@ class PipelineModel(Model):
 
         Args:
             negative: whether they are what it guides away from, which a few pipelines encode otherwise.
+
+        Raises:
+            UserError: a text encoder overflows in float16, as T5 and Gemma do.
         """
         self.reader.say(prompts)
         with self.autocast(), quiet():
             encode = self._embed_negative if negative else self._embed
-            return encode(list(prompts)).to(self.device)
+            cond = encode(list(prompts))
+        if self._halved() and not cond.tokens.isfinite().all():
+            raise UserError(
+                f"a text encoder of '{self.source}' overflows in float16: set model.dtype (or train.precision) to bf16"
+            )
+        return cond.to(self.device)
+
+    def _halved(self) -> bool:
+        """Whether text encoders compute in float16."""
+        weights = {dtype_of(encoder) for encoder in self.of(*self.roles().get("text", ())).values()}
+        return torch.float16 in {self.precision, *weights}
 
     @abstractmethod
     def _embed(self, prompts: list[str]) -> Condition:
