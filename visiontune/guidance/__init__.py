@@ -1,6 +1,7 @@
 """Guidance that composes: terms, one a file, that a `GuidanceStack` puts together.
 
-`GuidanceStack` is a `visiontune.diffusion.guidance.Guidance`, and guides rollouts, replays, reward gradients and stock pipelines.
+`GuidanceStack` is a `visiontune.diffusion.guidance.Guidance`, and guides rollouts, replays, reward gradients and stock
+pipelines.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """A stack on a stock pipeline: its denoiser's `forward` is replaced, and everything else is the pipeline's own.
 
-Pipelines combine two predictions as u + w (c - u) or c + g (c - u), some with a norm after it. Where both are the same tensor,
-each of these gives that tensor to the bit; so the guided prediction stands on both sides. In a pipeline that makes two calls
-it takes the place of what the first one gave while the second one is answered.
+Pipelines combine two predictions as u + w (c - u) or c + g (c - u), some with a norm after it. Where both are the same
+tensor, each of these gives that tensor to the bit; so the guided prediction stands on both sides. In a pipeline that
+makes two calls it takes the place of what the first one gave while the second one is answered.
 """
 
 from __future__ import annotations
@@ -55,8 +55,8 @@ class _Waiting:
 
     Attributes:
         arguments: of the call. prediction: what it gave. value: the tensor that the pipeline holds.
-        added: what the perturbations add to either side, where the pipeline's own guidance stays; None where the stack says
-            how the negative prompt acts. acts: whether it does at this step.
+        added: what the perturbations add to either side, where the pipeline's own guidance stays; None where the stack
+            says how the negative prompt acts. acts: whether it does at this step.
     """
 
     arguments: Arguments
@@ -147,13 +147,10 @@ class _Guide:
         self.finish()
         c = self.run(arguments)
         acts = self.stack.base is not None and self.stack.base.acts(self._point(arguments).levels)
+        # Where the negative prompt acts, there is nothing to guide before it is known.
         p, added = (c, None) if acts else self._guided(_Sides(self, arguments, c=c), plain=self.stack.base is not None)
-        if not acts and (added is None or not added.ndim) and p is c:
-            given = self.found
-        else:
-            given = self._packed(p)
-        kept = added if self.stack.base is None else None
-        self.waiting = _Waiting(arguments, p, _value(given), kept, acts)
+        given = self.found if p is c else self._packed(p)
+        self.waiting = _Waiting(arguments, p, _value(given), None if self.stack.base else added, acts)
         return given
 
     def _answer(self, waiting: _Waiting, arguments: Arguments) -> Any:
@@ -208,8 +205,8 @@ class _Guide:
         point = self._point(sides.arguments)
         if not plain and any(isinstance(term, Control) and term.acts(point.levels) for term in self.stack.terms):
             raise UserError(
-                "the pipeline guides by itself, after the terms of the stack that bound the prediction: put cfg into the "
-                "stack, too, or call the pipeline without guidance"
+                "the pipeline guides by itself, after the terms of the stack that bound the prediction: put cfg into "
+                "the stack, too, or call the pipeline without guidance"
             )
         return self.stack.combine(sides, lambda term: self._point(sides.arguments, term), point.levels)
 

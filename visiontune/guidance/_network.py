@@ -57,7 +57,7 @@ class Network:
             UserError: no family that can be guided so has its class.
         """
         name = type(pipe).__name__
-        kinds = [kind for kind in families().values() if name in getattr(kind, "pipeline_classes", ())]
+        kinds: list[Any] = [kind for kind in families().values() if name in getattr(kind, "pipeline_classes", ())]
         structure = _of_pipeline(kinds[0], pipe) if kinds else None
         if structure is None:
             able = {one for kind in families().values() for one in _able(kind)}
@@ -83,13 +83,17 @@ class Network:
         known = self._reached(term).attention
         if not known:
             raise UserError(
-                f"{term} changes how a picture attends to itself, which '{self.source}' does not do in layers of its own: "
+                f"{term} changes how a picture attends to itself, for which '{self.source}' has no layers of their own: "
                 "take slg or autoguidance"
             )
         return self._chosen(layers, self._all(known), term)
 
     def words(self, layer: str, arguments: Mapping[str, Any]) -> slice:
-        """Which tokens of an attention layer are words, `slice(0, 0)` where none are; `arguments` of the denoiser's call."""
+        """Which tokens of an attention layer are words, `slice(0, 0)` where none are.
+
+        Args:
+            arguments: of the denoiser's call.
+        """
         structure = self._reached("attention")
         place = next(place for pattern, place in structure.attention.items() if re.fullmatch(pattern, layer))
         count = 0 if place == "none" else arguments[structure.words].shape[1]

@@ -1,7 +1,7 @@
 """Perturbations of a network for one call: attention computed otherwise, blocks skipped, all else as it was.
 
-A tap replaces the `forward` of the chosen modules alone, so that every other layer keeps its kernels. Attention is seen where
-it calls torch's `scaled_dot_product_attention`, whatever stands around it (norms, rotations, adapters).
+A tap replaces the `forward` of the chosen modules alone, so that every other layer keeps its kernels. Attention is seen
+where it calls torch's `scaled_dot_product_attention`, whatever stands around it (norms, rotations, adapters).
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def replaced(modules: Mapping[str, nn.Module], make: Callable[[str, Forward], Fo
             if before[name] is _NOTHING:
                 vars(module).pop("forward", None)
             else:
-                module.forward = before[name]  # type: ignore[assignment]
+                module.forward = before[name]
 
 
 @contextmanager
@@ -64,8 +64,8 @@ def attending(
     def check() -> None:
         if unseen:
             raise UserError(
-                f"{term} sees attention where torch's scaled_dot_product_attention computes it, and layer '{min(unseen)}' "
-                "uses another kernel: set the attention backend to native"
+                f"{term} sees attention where torch's scaled_dot_product_attention computes it, and layer "
+                f"'{min(unseen)}' uses another kernel: set the attention backend to native"
             )
 
     with replaced(layers, make):

@@ -1,4 +1,4 @@
-"""APG: CFG of the clean picture, whose step is bounded, has (negative) momentum and goes across the prompt's prediction.
+"""APG: CFG of the clean picture, whose step is bounded, has momentum and goes across the prompt's prediction.
 
 Sadat et al., 2024, arXiv 2410.02416, algorithm 1, in predictions of x_0: D = c - u; m = D + b m; D = m min(1, r / |m|);
 p = c + (w - 1) (D_across + eta D_along), where D_along is the part of D along c.

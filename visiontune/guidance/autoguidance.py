@@ -1,7 +1,7 @@
 """Autoguidance: away from a weaker version of the model itself, weak + w (c - weak).
 
-Karras et al., 2024, arXiv 2406.02507. Beside a negative side it adds (w - 1) (c - weak). The weaker version is the model
-without its adapters, with less of them, or with those of an earlier checkpoint.
+Karras et al., 2024, arXiv 2406.02507. Beside a negative side it adds (w - 1) (c - weak). The weaker version is the
+model without its adapters, with less of them, or with those of an earlier checkpoint.
 """
 
 from __future__ import annotations
@@ -48,12 +48,12 @@ class Config(Perturbed):
             raise UserError(f"autoguidance: no adapters called '{self.weak}' are attached{nearest(self.weak, sets)}")
         if self.weak is not None and sets[self.weak].enabled:
             raise UserError(
-                f"autoguidance: '{self.weak}' acts in the model that is guided, too: set its enabled to false beforehand"
+                f"autoguidance: '{self.weak}' acts in the model that is guided, too: set its enabled to false before"
             )
         if self.weak is None and (self.strength == 1 or not any(one.enabled for one in sets.values())):
             raise UserError(
-                f"autoguidance: the weaker version of '{network.source}' would be the model itself: attach adapters, and "
-                "take a strength other than 1"
+                f"autoguidance: the weaker version of '{network.source}' would be the model itself: attach adapters, "
+                "and take a strength other than 1"
             )
 
     @contextmanager

@@ -2,11 +2,12 @@
 
     p = base(c, u) + sum_k s_k (c - worse_k)
 
-and then goes through the terms that control its norm, in the order in which they stand in the stack. c is the prediction
-for the prompt, u the one for the negative prompt, and worse_k what a perturbed network predicts for the prompt.
+and then goes through the terms that control its norm, in the order in which they stand in the stack. c is the
+prediction for the prompt, u the one for the negative prompt, and worse_k what a perturbed network predicts for the
+prompt.
 
-Every term has a strength by row, which depends on how noisy the row is. Where all rows have the strength at which a term
-does nothing, it is not evaluated and costs no call.
+Every term has a strength by row, which depends on how noisy the row is. Where all rows have the strength at which a
+term does nothing, it is not evaluated and costs no call.
 """
 
 from __future__ import annotations
@@ -49,7 +50,7 @@ class Point:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Term(ABC):
+class Term:
     """One way to guide, with a strength that its `Config` has as `scale`.
 
     Attributes:
@@ -67,7 +68,7 @@ class Term(ABC):
     )
     schedule: Curve = option(
         "constant",
-        help="how its strength depends on the level of noise l: linear is 2 (1 - l) times as strong, cosine 1 + cos(pi l) times",
+        help="its strength at a level of noise l, as a share of what it does: linear 2 (1 - l), cosine 1 + cos(pi l)",
     )
 
     def __post_init__(self) -> None:
@@ -104,7 +105,7 @@ class Term(ABC):
         """Whether it does anything at any of the levels."""
         return any(self.at(level) != self.NEUTRAL for level in levels)
 
-    def strength(self, levels: Sequence[float], like: Tensor) -> Strength:
+    def amount(self, levels: Sequence[float], like: Tensor) -> Strength:
         """Of rows at these levels, to multiply a prediction [b, ...] with."""
         found = [self.at(level) for level in levels]
         # One number leaves low precision what it is, as in the stock pipelines.
@@ -124,7 +125,7 @@ class Told(Term):
         return torch.tensor([self.at(level) for level in levels], dtype=torch.float32, device=device)
 
 
-class Base(Term):
+class Base(Term, ABC):
     """A term that makes one prediction of the two for the prompt and the negative prompt; one at most in a stack."""
 
     NEUTRAL: ClassVar[float] = 1.0
@@ -135,7 +136,7 @@ class Base(Term):
         """The guided prediction [b, ...] of u and c; `w` 1 leaves c."""
 
 
-class Perturbed(Term):
+class Perturbed(Term, ABC):
     """A term that guides away from what a worse network predicts for the same prompt."""
 
     ROWS: ClassVar[int] = 1
@@ -153,7 +154,7 @@ class Perturbed(Term):
         return s * (c - worse)
 
 
-class Control(Term):
+class Control(Term, ABC):
     """A term that changes the prediction that the others have made."""
 
     @abstractmethod

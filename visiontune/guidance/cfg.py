@@ -1,7 +1,7 @@
 """CFG: away from the negative prompt, u + w (c - u).
 
-Ho and Salimans, 2022, arXiv 2207.12598; within a window of noise levels, Kynkaanniemi et al., 2024, arXiv 2404.07724; with
-a strength that changes over them, Wang et al., 2024, arXiv 2404.13040.
+Ho and Salimans, 2022, arXiv 2207.12598; within a window of noise levels, Kynkaanniemi et al., 2024, arXiv 2404.07724;
+with a strength that changes over them, Wang et al., 2024, arXiv 2404.13040.
 """
 
 from __future__ import annotations

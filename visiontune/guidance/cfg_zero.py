@@ -25,7 +25,7 @@ class Config(Base):
         1.0,
         above=0,
         greatest=1,
-        help="levels of noise from which the flow is taken as zero; 1 is the first step of most samplers, null for none",
+        help="level of noise from which the flow is taken as zero; 1 is the first step of most samplers, null never",
     )
 
     def combine(self, u: Tensor, c: Tensor, w: Strength, point: Point) -> Tensor:
@@ -45,8 +45,8 @@ class Config(Base):
         prediction = network.schedule.prediction if network.schedule else "tokens"
         if self.zero is not None and prediction != "flow":
             raise UserError(
-                f"cfg_zero takes the first steps' flow as zero, and '{network.source}' predicts {prediction}: set its zero "
-                "to null"
+                f"cfg_zero takes the first steps' flow as zero, and '{network.source}' predicts {prediction}: set its "
+                "zero to null"
             )
 
 

@@ -1,8 +1,8 @@
 """PAG: away from what the network predicts when the parts of the picture do not see each other.
 
-Ahn et al., 2024, arXiv 2403.17377: p + s (c - worse), where in the chosen layers every token of the picture gets its own value
-instead of what it would gather from the others. Where words stand among the tokens, the picture still attends to them and
-they to everything, so that only the map from picture to picture is the identity.
+Ahn et al., 2024, arXiv 2403.17377: p + s (c - worse), where in the chosen layers every token of the picture gets its
+own value instead of what it would gather from the others. Where words stand among the tokens, the picture still attends
+to them and they to everything, so that only the map from picture to picture is the identity.
 """
 
 from __future__ import annotations
@@ -45,7 +45,8 @@ def identity(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, words: slice,
     """Attention [b, h, n, d] whose map from picture to picture is the identity.
 
     Args:
-        q, k, v: [b, h, n, d]; fewer heads of k and v where queries share them. mask: as of scaled_dot_product_attention.
+        q, k, v: [b, h, n, d]; fewer heads of k and v where queries share them. mask: as of
+            scaled_dot_product_attention.
         words: which of the n tokens are words.
     """
     length = q.shape[-2]

@@ -1,8 +1,8 @@
 """SEG: away from what the network predicts when the parts of the picture look around with blurred queries.
 
-Hong, 2024, arXiv 2408.00760: p + s (c - worse), where in the chosen layers the queries of the picture's tokens are blurred over
-its grid by a Gaussian of deviation sigma, in tokens; a deviation without end gives all the mean query. At the edges the
-weights are those of the tokens that there are, divided by their sum.
+Hong, 2024, arXiv 2408.00760: p + s (c - worse), where in the chosen layers the queries of the picture's tokens are
+blurred over its grid by a Gaussian of deviation sigma, in tokens; a deviation without end gives all the mean query. At
+the edges the weights are those of the tokens that there are, divided by their sum.
 """
 
 from __future__ import annotations

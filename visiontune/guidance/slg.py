@@ -1,6 +1,7 @@
 """SLG: away from what the network predicts when some of its blocks are skipped.
 
-Stability AI's reference of Stable Diffusion 3.5, 2024: p + s (c - worse), where the chosen blocks give what they were given.
+Stability AI's reference of Stable Diffusion 3.5, 2024: p + s (c - worse), where the chosen blocks give what they were
+given.
 """
 
 from __future__ import annotations

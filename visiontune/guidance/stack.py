@@ -161,8 +161,9 @@ class GuidanceStack(Guidance):
     def attach(self, model: Any) -> AbstractContextManager[Any]:
         """In the block, a stock pipeline guides in this way; after it, everything is as it was.
 
-        Where the stack has a `Base` that acts, call the pipeline with guidance of its own, of any scale, so that it predicts
-        the negative prompt, too. Without one, what the pipeline does by itself stays, and the stack is added to it.
+        Where the stack has a `Base` that acts, call the pipeline with guidance of its own, of any scale, so that it
+        predicts the negative prompt, too. Without one, what the pipeline does by itself stays, and the stack is added
+        to it.
 
         Args:
             model: a stock diffusers pipeline of one of the families, or a model around one.
@@ -184,18 +185,18 @@ class GuidanceStack(Guidance):
         base = self.base
         if base is not None and base.acts(levels):
             u, c = sides.both()
-            p = base.combine(u, c, base.strength(levels, c), point(base))
+            p = base.combine(u, c, base.amount(levels, c), point(base))
         else:
             p = c = sides.prompt()
         added = c.new_zeros(())
         for term in self.terms:
             if isinstance(term, Perturbed) and term.acts(levels):
-                added = added + term.difference(c, sides.worse(term), term.strength(levels, c))
+                added = added + term.difference(c, sides.worse(term), term.amount(levels, c))
         if added.ndim:
             p = p + added
         for term in self.terms:
             if isinstance(term, Control) and term.acts(levels):
-                p = term.control(p, c, term.strength(levels, c))
+                p = term.control(p, c, term.amount(levels, c))
         return p, added
 
 

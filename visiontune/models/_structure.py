@@ -1,4 +1,4 @@
-"""How a stock pipeline calls its denoiser, and what the denoiser is made of: what guidance that reaches into it needs."""
+"""How a stock pipeline calls its denoiser and what that is made of: for guidance that reaches into it."""
 
 from __future__ import annotations
 
@@ -28,17 +28,17 @@ def _noisy_sides(arguments: Arguments, noisy: str) -> tuple[int, int]:
 
 @dataclass(frozen=True, kw_only=True)
 class Structure:
-    """The facts of a family. Names are those of the arguments of the denoiser's `forward`; patterns are regular expressions
-    for the whole name of a module in the denoiser.
+    """The facts of a family. Names are those of the arguments of the denoiser's `forward`; patterns are regular
+    expressions for the whole name of a module in the denoiser.
 
     Attributes:
-        sides: how its pipeline guides: in one call, with the rows of the negative prompt first or last, or in two calls,
-            `apart`, the first of which is the prompt's.
+        sides: how its pipeline guides: in one call, with the rows of the negative prompt first or last, or in two
+            calls, `apart`, the first of which is the prompt's.
         noisy: the noisy latents, or masked tokens; a tensor, or a list of the rows.
         told: the time. time: timestep of the schedule, of what is told; None for masked tokens, which have none.
         sign: of the network's output beside `schedule.prediction`.
-        blocks: pattern of the blocks that can be skipped, and those of their arguments that they return, in order; of one
-            alone they return it bare.
+        blocks: pattern of the blocks that can be skipped, and those of their arguments that they return, in order; of
+            one alone they return it bare.
         attention: pattern of the layers in which the picture attends to itself, and where the words stand among their
             tokens. words: the argument whose second axis tells how many.
         mid: beginning of the names of what is in the middle; None takes the block in the middle of all.
