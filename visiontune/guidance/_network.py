@@ -83,7 +83,7 @@ class Network:
         known = self._reached(term).attention
         if not known:
             raise UserError(
-                f"{term} changes how a picture attends to itself, for which '{self.source}' has no layers of their own: "
+                f"{term} changes how a picture attends to itself, for which '{self.source}' has no layers: "
                 "take slg or autoguidance"
             )
         return self._chosen(layers, self._all(known), term)
