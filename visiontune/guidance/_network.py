@@ -131,8 +131,7 @@ class Network:
             hits = {name: module for name, module in candidates.items() if self._matches(pattern, name)}
             if not hits:
                 raise UserError(
-                    f"{term}: no layer of '{self.source}' is called '{pattern}'"
-                    f"{nearest(pattern, ['mid', 'all', *candidates])}"
+                    f"{term}: no layer of '{self.source}' is called '{pattern}'{_like(pattern, candidates)}"
                 )
             chosen |= hits
         return {name: candidates[name] for name in candidates if name in chosen}
@@ -155,6 +154,14 @@ class Network:
             return structure.mid
         blocks = list(self._all(structure.blocks))
         return blocks[len(blocks) // 2]
+
+
+def _like(pattern: str, names: Iterable[str]) -> str:
+    """The end of a message about a pattern without a match: what is called nearly so, or an example."""
+    parts = [name.split(".") for name in names]
+    begun = {"mid", "all"} | {".".join(part[:n]) for part in parts for n in range(1, len(part) + 1)}
+    close = nearest(pattern, begun)
+    return close if close.startswith("; did") else f": take mid, all, or a pattern such as '{'.'.join(parts[0])}'"
 
 
 def _of_pipeline(kind: Any, pipe: Any) -> Structure | None:
