@@ -108,7 +108,7 @@ def rolled(made, stack):
 
 
 def moved(made, stack, plain, pictures):
-    """How far a stack moves what another gives: pictures, or the logits of masked tokens, which may round to the same."""
+    """How far a stack moves what another gives: pictures, or logits, of which tokens may be the same."""
     if not isinstance(made, MaskedModel):
         return float(np.abs(pictures).max())
     tokens, cond = torch.full((2, *made.grid()), made.mask_token), made.embed(PROMPTS)

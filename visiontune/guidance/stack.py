@@ -20,7 +20,7 @@ from torch import Tensor
 
 from visiontune import plugin
 from visiontune.core import Condition
-from visiontune.diffusion.guidance import CFG, NO_GUIDANCE, Call, Guidance, both_sides
+from visiontune.diffusion.guidance import CFG, NO_GUIDANCE, Call, Embedded, Guidance, both_sides
 from visiontune.errors import UserError
 from visiontune.guidance import _attach
 from visiontune.guidance._network import Network
@@ -93,6 +93,25 @@ class GuidanceStack(Guidance):
             UserError: naming what is wrong and where.
         """
         return GuidanceStack([_term(spec, f"{path}[{i}]") for i, spec in enumerate(specs)])
+
+    def over(self, own: Guidance) -> GuidanceStack:
+        """The stack on top of a family's own guidance, unless a term of it takes the place of that.
+
+        Args:
+            own: as from a model's `guidance(scale)`.
+
+        Raises:
+            UserError: the family guides in a way that is none of the terms'.
+        """
+        if self.base or self.told or own == NO_GUIDANCE:
+            return self
+        beneath = {CFG: "cfg", Embedded: "embedded"}.get(type(own))
+        if beneath is None:
+            raise UserError(
+                f"the model's own guidance ({type(own).__name__}) is none of a stack's terms: put cfg among them, "
+                "in its place"
+            )
+        return GuidanceStack([_term({beneath: own.scale}, beneath), *self.terms])  # type: ignore[attr-defined]
 
     @property
     def base(self) -> Base | None:
