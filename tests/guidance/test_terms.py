@@ -188,12 +188,22 @@ def test_a_recipe_lists_terms():
         ([{"pag": {"window": [0.7, 0.2]}}], "lower one first, not 0.7 and 0.2"),
         ([{"cfg": 4, "pag": 2}], "must be a term and its options"),
         (["cfg"], "scale is missing"),
+        ([{"cfg": {"scale": 4, "name": "apg"}}], "is called 'cfg' already: take name out"),
         ([{"embedded": 2}, {"embedded": 3}], "embedded and embedded both"),
     ],
 )
 def test_mistakes_in_a_recipe_are_said(specs, message):
     with pytest.raises(UserError, match=message):
         GuidanceStack.of(specs)
+
+
+@pytest.mark.parametrize(
+    "spec", [5, None, [], {}, {1: 2}, {None: None}, {"cfg": []}, {"cfg": {1: 2}}, {"pag": {"layers": {}}}]
+)
+def test_whatever_stands_for_a_term_is_refused_in_one_line(spec):
+    with pytest.raises(UserError) as caught:
+        GuidanceStack.of([spec])
+    assert "\n" not in str(caught.value)
 
 
 def test_attention_of_other_layers_is_not_touched():

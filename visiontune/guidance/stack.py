@@ -299,6 +299,8 @@ def _term(spec: str | Mapping[str, Any], path: str) -> Term:
             raise UserError(f"{path} must be a term and its options, such as {{pag: {{scale: 2}}}}, not {dict(spec)}")
         ((spec, options),) = spec.items()
     given = options if isinstance(options, Mapping) else {"scale": options}
+    if "name" in given:
+        raise UserError(f"{path} is called '{spec}' already: take name out of its options")
     module, config = plugin.configure("guidance", {**given, "name": spec}, path)
     term = plugin.build(module, config, path)
     if not isinstance(term, Base | Perturbed | Control | Told):
