@@ -111,7 +111,9 @@ def moved(made, stack, plain, pictures):
     """How far a stack moves what another gives: pictures, or logits, of which tokens may be the same."""
     if not isinstance(made, MaskedModel):
         return float(np.abs(pictures).max())
-    tokens, cond = torch.full((2, *made.grid()), made.mask_token), made.embed(PROMPTS)
+    cond, shape = made.embed(PROMPTS), (2, *made.grid())
+    tokens = torch.randint(made.vocabulary, shape, generator=torch.Generator().manual_seed(0))
+    tokens[:, ::2] = made.mask_token
     with torch.no_grad():
         one, other = (guided_logits(made, tokens, cond, None, given) for given in (stack, plain))
     return float((one - other).abs().max())

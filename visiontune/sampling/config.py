@@ -56,8 +56,8 @@ class SampleConfig:
     )
     guidance: list[str | dict[str, Any]] | None = option(
         None,
-        help="terms that guide together: [{pag: 2}, {rescale: {scale: 0.7}}]; on top of cfg_scale, unless one (cfg, apg, "
-        "cfg_zero, embedded) takes its place. `visiontune list guidance` names them",
+        help="terms that guide together: [{pag: 2}, {rescale: {scale: 0.7}}]; on top of cfg_scale, unless one (cfg, "
+        "apg, cfg_zero, embedded) takes its place. `visiontune list guidance` names them",
     )
     negative_prompt: str = option("", help="prompt of the unconditional branch")
     scheduler: Scheduler = option("model", help="sampler; model is the one that the model came with")
