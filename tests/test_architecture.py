@@ -49,10 +49,11 @@ MAY_IMPORT = {
     "config": GROUND | LIBRARY | {"sampling", "training"},
     "assemble": GROUND | LIBRARY | {"weights", "sampling", "training", "evaluation", "config"},
     "estimate": GROUND | LIBRARY | {"sampling", "training", "config", "assemble"},
+    "fit": {"errors", "config", "estimate"},
     "demo": GROUND | LIBRARY | {"pocket", "sampling", "training", "evaluation", "config", "assemble"},
     "cli": GROUND
     | LIBRARY
-    | {"weights", "sampling", "training", "evaluation", "config", "assemble", "estimate", "demo", "__version__"},
+    | {"weights", "sampling", "training", "evaluation", "config", "assemble", "estimate", "fit", "demo", "__version__"},
     "__main__": {"cli"},
     "__init__": {"errors"},
 }
