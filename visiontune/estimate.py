@@ -227,9 +227,19 @@ def _estimate(run: Run, trainer: Trainer, activations: int, seconds: float, said
         optimizer_bytes=held(state) + (held(trained) if run.train.ema is not None else 0),
         activation_bytes=activations,
         reference_bytes=held(trained) if trainer.adapters is None and trainer.objective.needs.reference else 0,
-        said=(*_used(run, trainer), *said),
+        said=(*_used(run, trainer), *said, *_computed(run, trainer)),
         **_noise(run, trainer),
     )
+
+
+def _computed(run: Run, trainer: Trainer) -> list[str]:
+    """What was found out of attention and compilation in the steps that were done."""
+    lines = [] if trainer.model.attention is None else trainer.model.attention.told()
+    if run.model.compile:
+        from visiontune.models._compiled import told
+
+        lines.append(told())
+    return lines
 
 
 def _counts(trainer: Trainer) -> dict[str, Any]:

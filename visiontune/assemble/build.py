@@ -92,13 +92,17 @@ def build(
     rows = _rows(run, model, sets, objective, found, accelerator, cache_dir, draw, fill)
     if plan and adapters is not None and adapters.plans:
         _plan(run, model, adapters, objective, rows, accelerator)
+    parts.speed_up(run, model)
+    if not fill and not objective.needs.online:
+        for index in range(2 * run.train.accumulate):
+            rows.batch(index)  # while the encoders are where they are fast
     return Trainer(
         model=model,
         adapters=adapters,
         under=under,
         objective=objective,
         rows=rows,
-        train=run.train,
+        train=dataclasses.replace(run.train, release=parts.released(run, model, rows)),
         preview=preview,
         out=run.folder,
         seed=run.seed,

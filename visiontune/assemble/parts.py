@@ -121,7 +121,57 @@ def open_model(run: Run, fetch: bool = True) -> Model:
             f"model '{spec.source}' reads {reads.words()} beside each prompt, which no run gives it: it can be sampled "
             "from Python; to train, take one that reads words alone, as FLUX.1 Kontext and FLUX.2 can"
         )
+    if spec.vae_tiling:
+        tile(model)
     return model
+
+
+def tile(model: Any) -> None:
+    """Have the model's VAE work in tiles, and on one picture of a batch after the other.
+
+    Raises:
+        UserError: it has none, or one that cannot.
+    """
+    codec = getattr(model, "vae", None)
+    if not hasattr(codec, "use_tiling"):
+        raise UserError(f"model.vae_tiling: '{model.source}' has no VAE that works in tiles: set it to false")
+    codec.enable_tiling()
+    if hasattr(codec, "use_slicing"):
+        codec.enable_slicing()
+
+
+def speed_up(run: Run, model: Model) -> None:
+    """Let the denoiser, with all that is attached to it, compute as the recipe says.
+
+    Raises:
+        UserError: it cannot.
+    """
+    networks = model.of(*model.names())
+    if run.model.attention != "native":
+        from visiontune.models._attention import choose
+
+        model.attention = choose(networks, run.model.attention, model.source)
+    if run.model.compile:
+        from visiontune.models._compiled import compile_blocks
+
+        compile_blocks(networks, model.source)
+
+
+def released(run: Run, model: Model, rows: Any) -> list[str]:
+    """The networks that leave the accelerator for the steps: those that the recipe names, or that no step needs.
+
+    Steps need text encoders and the VAE where rows are not encoded before them: prompts and rewards, trained text, data
+    without a cache, and prior pictures, which are encoded when they are first drawn.
+    """
+    from visiontune.data.loader import BatchSampler
+
+    if run.train.release is not None:
+        return run.train.release
+    encoded = isinstance(rows, BatchSampler) and run.data.cache and not rows.rows.train_text and not rows.rows.prior
+    if not encoded:
+        return []
+    needed = {*model.names(), *model.names(run.train.networks)}
+    return [name for name in model.networks() if name not in needed]
 
 
 def attach_adapter(run: Run, model: Model) -> AdapterSet | None:

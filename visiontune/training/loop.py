@@ -92,9 +92,9 @@ class Trainer:
         text = optim.trains_text(model, train)
         objective.check_text(text)
         objective.check(model, reward)
-        if unwanted := {*model.names(train.release)} & {*trained, *model.names()}:
+        if unwanted := {*model.names(train.release or ())} & {*trained, *model.names()}:
             raise UserError(f"train.release has '{min(unwanted)}', which every step computes with: leave it out")
-        model.release(*train.release)
+        model.release(*train.release or ())
         self.precise = model.at(precision_of(self.accelerator))
         # Gradients of what is trained come through the networks that the loss is computed by.
         parts = {name: networks[name] for name in networks if name in {*trained, *model.names()}}
