@@ -78,7 +78,7 @@ def call(masked: bool = True, dtype=torch.float32):
         (forward_only, "fails forward or backward .no backward kernel"),
         (blind, "gives another result than torch's own"),
         (wrong, "gives another result than torch's own, 0.02 of its norm"),
-        (wrong_gradient, "gives another gradient of k than torch's own, 0.5 of its norm"),
+        (wrong_gradient, "gives another gradient of k than torch's own"),
     ],
 )
 def test_a_backend_that_is_not_right_is_refused(bad, why):
@@ -93,6 +93,9 @@ def test_a_backend_that_is_not_right_is_refused(bad, why):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_backend_that_is_right_is_not(dtype):
     assert probe(right, *call(dtype=dtype)) > 0
+    # Of one key there is nothing but rounding in two of the gradients.
+    q, k, v, _, *how = call(masked=False, dtype=dtype)
+    assert probe(right, q, k[..., :1, :], v[..., :1, :], None, *how) > 0
     # A mask that is never passed need not be heeded.
     assert probe(blind, *call(masked=False, dtype=dtype)) > 0
 

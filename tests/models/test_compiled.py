@@ -7,7 +7,8 @@ import torch
 from tiny import tiny_model
 from torch._dynamo.utils import counters
 
-from visiontune import adapters
+from visiontune import adapters, config
+from visiontune.assemble import parts
 from visiontune.errors import UserError
 from visiontune.models import _compiled
 
@@ -56,6 +57,18 @@ def test_a_network_without_repeated_blocks_is_refused():
     model = tiny_model("sd3")
     with pytest.raises(UserError, match=r"diffusers names no repeated blocks of the transformer of 'tiny' \(SD3"):
         _compiled.compile_blocks(model.of("denoiser"), "tiny")
+
+
+@pytest.mark.parametrize("method", ["oft", "boft"])
+def test_an_adapter_that_would_be_compiled_at_every_step_is_refused(method):
+    model = tiny_model("z_image")
+    found = adapters.attach(model.of("denoiser"), method, targets=["to_q"], block_size=4)
+    run = config.load_run("personalise/lora", ["data.root=x", "model.compile=true"])
+    with pytest.raises(UserError, match=f"model.compile: adapter '{method}' keeps its rotations"):
+        parts.speed_up(run, model)
+    found.detach()
+    parts.speed_up(run, model)
+    assert any(module._compiled_call_impl is not None for module in model.denoiser.modules())
 
 
 def test_what_was_cut_is_told(fresh):

@@ -154,7 +154,25 @@ def speed_up(run: Run, model: Model) -> None:
     if run.model.compile:
         from visiontune.models._compiled import compile_blocks
 
+        _check_compiles(networks)
         compile_blocks(networks, model.source)
+
+
+def _check_compiles(networks: Mapping[str, Any]) -> None:
+    """Refuse adapters that look up what they computed by the version of their parameters: torch takes it for a constant.
+
+    Raises:
+        UserError: there is one; every step would be compiled anew.
+    """
+    from visiontune.adapters import attached
+    from visiontune.adapters._cayley import Cache
+
+    for found in attached(networks).values():
+        if any(isinstance(value, Cache) for module in found.modules() for value in vars(module).values()):
+            raise UserError(
+                f"model.compile: adapter '{found.method}' keeps its rotations until its parameters change, which would "
+                "be compiled anew at every step: take another adapter, such as lora, or set it to false"
+            )
 
 
 def released(run: Run, model: Model, rows: Any) -> list[str]:
