@@ -13,7 +13,7 @@ from torch.overrides import TorchFunctionMode
 
 from visiontune import config
 from visiontune.errors import UserError
-from visiontune.models._attention import Choice, Refused, backends, choose, probe, route
+from visiontune.models._attention import Choice, Refused, _dispatched, backends, choose, probe, route
 from visiontune.models.masked import MaskedModel
 
 
@@ -98,6 +98,13 @@ def test_a_backend_that_is_right_is_not(dtype):
     assert probe(right, q, k[..., :1, :], v[..., :1, :], None, *how) > 0
     # A mask that is never passed need not be heeded.
     assert probe(blind, *call(masked=False, dtype=dtype)) > 0
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_the_dispatcher_gets_heads_behind_tokens(masked):
+    assert probe(_dispatched("native"), *call(masked)) > 0
+    q, k, v, mask, *how = call(masked)
+    torch.testing.assert_close(_dispatched("native")(q, k, v, mask, *how), right(q, k, v, mask, *how))
 
 
 def test_auto_takes_the_fastest_right_one_and_remembers_it():

@@ -159,7 +159,7 @@ def speed_up(run: Run, model: Model) -> None:
 
 
 def _check_compiles(networks: Mapping[str, Any]) -> None:
-    """Refuse adapters that find what they computed by the version of their parameters, which torch takes for a constant.
+    """Refuse adapters that find what they computed by the version of their parameters, a constant to the compiler.
 
     Raises:
         UserError: there is one; every step would be compiled anew.

@@ -46,15 +46,14 @@ class Refused(Exception):
 
 def _dispatched(backend: str) -> Attend:
     """A backend of diffusers' dispatcher, which has heads behind tokens, as torch's function."""
-    from diffusers.models.attention_dispatch import dispatch_attention_fn
+    from diffusers.models.attention_dispatch import AttentionBackendName, dispatch_attention_fn
 
     def attend(
         q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: float | None, gqa: bool
     ) -> Tensor:
-        turned = (x.transpose(1, 2) for x in (q, k, v))
-        out = dispatch_attention_fn(
-            *turned, attn_mask=mask, is_causal=causal, scale=scale, enable_gqa=gqa, backend=backend
-        )
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        how: dict[str, Any] = {"is_causal": causal, "scale": scale, "enable_gqa": gqa}
+        out = dispatch_attention_fn(q, k, v, mask, **how, backend=AttentionBackendName(backend))
         return out.transpose(1, 2)
 
     return attend
@@ -248,7 +247,8 @@ def route(network: nn.Module, choice: Choice) -> int:
         if processor is None or not callable(processor):
             continue
         if not hasattr(processor, "choice"):
-            processor.__class__ = _routed(type(processor))
+            cls: Any = type(processor)
+            processor.__class__ = _routed(cls)
         processor.choice = choice
         reached += 1
     return reached

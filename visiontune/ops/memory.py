@@ -60,7 +60,8 @@ class Peak:
 
     def __exit__(self, *error: Any) -> None:
         self._profile.__exit__(*error)
-        left, blocks = list(self._profile.profiler.kineto_results.experimental_event_tree()), []
+        results: Any = self._profile.profiler
+        left, blocks = list(results.kineto_results.experimental_event_tree()), []
         while left:
             event = left.pop()
             left += event.children
