@@ -8,7 +8,7 @@ from tiny import tiny_model
 from torch._dynamo.utils import counters
 
 from visiontune import adapters, config
-from visiontune.assemble import parts
+from visiontune.assemble import resources
 from visiontune.errors import UserError
 from visiontune.models import _compiled
 
@@ -65,9 +65,9 @@ def test_an_adapter_that_would_be_compiled_at_every_step_is_refused(method):
     found = adapters.attach(model.of("denoiser"), method, targets=["to_q"], block_size=4)
     run = config.load_run("personalise/lora", ["data.root=x", "model.compile=true"])
     with pytest.raises(UserError, match=f"model.compile: adapter '{method}' keeps its rotations"):
-        parts.speed_up(run, model)
+        resources.speed_up(run, model)
     found.detach()
-    parts.speed_up(run, model)
+    resources.speed_up(run, model)
     assert any(module._compiled_call_impl is not None for module in model.denoiser.modules())
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from tiny import tiny_model
 
-from visiontune.assemble.parts import tile
+from visiontune.assemble.resources import tile
 from visiontune.errors import UserError
 
 

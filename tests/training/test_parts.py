@@ -13,7 +13,7 @@ from tiny_training import TinyModel, TinyRows, tiny_trainer
 from torch.nn import Parameter
 
 from visiontune import adapters, config
-from visiontune.assemble import parts
+from visiontune.assemble import resources
 from visiontune.data.loader import BatchSampler
 from visiontune.errors import UserError
 from visiontune.schema import from_mapping
@@ -189,9 +189,9 @@ def test_what_no_step_needs_leaves_by_itself(words, rows, left):
     run = config.load_run("personalise/lora", ["data.root=x", "train.parts=[denoiser]", *words])
     batches = object.__new__(BatchSampler)
     batches.rows = SimpleNamespace(**{"train_text": False, "prior": [], **rows})
-    assert sorted(parts.released(run, tiny_model("sd"), batches)) == sorted(left)
+    assert sorted(resources.released(run, tiny_model("sd"), batches)) == sorted(left)
     if not words:
-        assert parts.released(run, tiny_model("sd"), object()) == []  # prompts: pictures are drawn in the steps
+        assert resources.released(run, tiny_model("sd"), object()) == []  # prompts: pictures are drawn in the steps
 
 
 def test_half_precision_weights_are_not_trained(tmp_path):

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from visiontune import files
-from visiontune.assemble import folder, parts
+from visiontune.assemble import folder, parts, resources
 from visiontune.config import Run
 from visiontune.data.inventory import uncaptioned
 from visiontune.data.preflight import preflight
@@ -92,7 +92,7 @@ def build(
     rows = _rows(run, model, sets, objective, found, accelerator, cache_dir, draw, fill)
     if plan and adapters is not None and adapters.plans:
         _plan(run, model, adapters, objective, rows, accelerator)
-    parts.speed_up(run, model)
+    resources.speed_up(run, model)
     if not fill and not objective.needs.online:
         for index in range(2 * run.train.accumulate):
             rows.batch(index)  # while the encoders are where they are fast
@@ -102,7 +102,7 @@ def build(
         under=under,
         objective=objective,
         rows=rows,
-        train=dataclasses.replace(run.train, release=parts.released(run, model, rows)),
+        train=dataclasses.replace(run.train, release=resources.released(run, model, rows)),
         preview=preview,
         out=run.folder,
         seed=run.seed,
