@@ -22,8 +22,9 @@ def fresh():
     counters.clear()
 
 
-def test_blocks_with_an_adapter_are_compiled_once_and_give_the_same_bits(fresh):
-    model = tiny_model("z_image")
+@pytest.mark.parametrize("family", ["z_image", "sd3"])
+def test_blocks_with_an_adapter_are_compiled_once_and_give_the_same_bits(fresh, family):
+    model = tiny_model(family)
     networks = model.of(*model.names())
     found = adapters.attach(networks, "lora", targets=["to_q", "to_v"], rank=2)
     trained = [p for p in found.parameters() if p.requires_grad]
@@ -54,8 +55,8 @@ def test_blocks_with_an_adapter_are_compiled_once_and_give_the_same_bits(fresh):
 
 
 def test_a_network_without_repeated_blocks_is_refused():
-    model = tiny_model("sd3")
-    with pytest.raises(UserError, match=r"diffusers names no repeated blocks of the transformer of 'tiny' \(SD3"):
+    model = tiny_model("amused")
+    with pytest.raises(UserError, match=r"diffusers names no repeated blocks of the transformer of 'tiny' \(UVit"):
         _compiled.compile_blocks(model.of("denoiser"), "tiny")
 
 

@@ -22,14 +22,22 @@ def compile_blocks(networks: Mapping[str, nn.Module], source: str, backend: str 
         UserError: diffusers names no repeated blocks of a network.
     """
     network: Any
-    for name, network in networks.items():
-        if not getattr(network, "_repeated_blocks", None):
+    found = {name: _repeated(network) for name, network in networks.items()}
+    for name, blocks in found.items():
+        if not blocks:
             raise UserError(
                 f"model.compile: diffusers names no repeated blocks of the {name} of '{source}' "
-                f"({type(network).__name__}): set it to false"
+                f"({type(networks[name]).__name__}): set it to false"
             )
-    for network in networks.values():
+    for name, network in networks.items():
+        network._repeated_blocks = found[name]
         network.compile_repeated_blocks(backend=backend or BACKEND)
+
+
+def _repeated(network: Any) -> list[str]:
+    """The classes of the blocks that a network repeats: where nobody says, those that must stay on one device."""
+    named = getattr(network, "_repeated_blocks", None)
+    return named or [name for name in getattr(network, "_no_split_modules", None) or [] if name.endswith("Block")]
 
 
 def told() -> str:
