@@ -120,7 +120,7 @@ def tiny_batch(model, seed: int, instance: int, prior: int = 0, weight: float = 
     with torch.no_grad():
         cond = model.embed(prompts) if embedded else None
     return Batch(
-        data={"image": torch.randn(rows, 4, 8, 8, generator=rng)},
+        data={"image": torch.randn(rows, *model.latent_shape(), generator=rng)},
         cond=cond,
         prompts=prompts,
         weight=torch.tensor([1.0] * instance + [weight] * prior),

@@ -1,0 +1,236 @@
+"""FSDP2: networks whose weights are shared out among the processes of a run.
+
+accelerate's own configuration asks for it (``accelerate launch --use_fsdp --fsdp_version 2``, or the variables of the
+environment that this sets), and torch does it. What is sharded are the networks that every step computes with: the first
+role's, and those that are trained. Each block is a unit, whose weights are whole while it computes. Adapters are small
+and belong to no network: every process has them, and their gradients are averaged.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from accelerate import Accelerator, FullyShardedDataParallelPlugin
+from accelerate.utils import parse_flag_from_env
+from torch import nn
+from torch.distributed.fsdp import CPUOffloadPolicy, fully_shard
+from torch.distributed.fsdp.wrap import size_based_auto_wrap_policy
+from torch.distributed.tensor import init_device_mesh
+from torch.nn import Parameter
+
+from visiontune.errors import UserError
+from visiontune.ops.shards import is_sharded, whole
+from visiontune.schema import nearest
+
+if TYPE_CHECKING:
+    from visiontune.models.base import Model
+    from visiontune.objectives.base import Objective
+    from visiontune.training.config import TrainConfig
+
+_log = logging.getLogger(__name__)
+_OTHERS = {
+    "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
+    "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
+    "ACCELERATE_USE_PARALLELISM_CONFIG": "accelerate's parallelism_config",
+}
+# What accelerate's configuration may ask for that a run does not do, and the mend.
+_UNABLE: tuple[tuple[Callable[[Any], bool], str], ...] = (
+    (lambda p: p.fsdp_version != 2, "version 1 is not supported: set fsdp_version to 2 (--fsdp_version 2)"),
+    (lambda p: not p.reshard_after_forward, "set fsdp_reshard_after_forward to true"),
+    (lambda p: isinstance(p.cpu_offload, CPUOffloadPolicy), "set fsdp_offload_params to false"),
+    (
+        lambda p: p.activation_checkpointing,
+        "set fsdp_activation_checkpointing to false, and train.gradient_checkpointing=true",
+    ),
+    (lambda p: p.ignored_modules is not None, "leave fsdp_ignored_modules out"),
+    (
+        lambda p: p.auto_wrap_policy is size_based_auto_wrap_policy,
+        "set fsdp_auto_wrap_policy to TRANSFORMER_BASED_WRAP",
+    ),
+    (lambda p: p.state_dict_type.name == "FULL_STATE_DICT", "set fsdp_state_dict_type to SHARDED_STATE_DICT"),
+)
+# They look at each value of a weight by itself, as a part of it can be.
+_ELEMENTWISE = {"Adadelta", "Adagrad", "Adam", "AdamW", "Adamax", "ASGD", "NAdam", "RAdam", "RMSprop", "Rprop", "SGD"}
+
+
+def asked() -> FullyShardedDataParallelPlugin | None:
+    """What accelerate's configuration says of FSDP; ``None`` where it does not ask for it.
+
+    Raises:
+        UserError: it asks for something that a run cannot do, or that was never tried.
+    """
+    for variable, name in _OTHERS.items():
+        if parse_flag_from_env(variable):
+            raise UserError(
+                f"{name} is not supported: start the run with FSDP version 2 (accelerate launch --use_fsdp "
+                "--fsdp_version 2), or as plain processes"
+            )
+    if not parse_flag_from_env("ACCELERATE_USE_FSDP"):
+        return None
+    try:
+        plugin = FullyShardedDataParallelPlugin()
+    except (ValueError, KeyError) as error:
+        raise UserError(f"FSDP: accelerate's configuration cannot be read: {error}") from error
+    for says, mend in _UNABLE:
+        if says(plugin):
+            raise UserError(f"FSDP: {mend}")
+    return plugin
+
+
+def check_adapter(config: Any, name: str) -> None:
+    """Refuse a method that reads or writes the base's weights where a process has but a part of them.
+
+    Args:
+        config: of the method; ``WHOLE_BASE`` of its module says what it does with them. name: the method's.
+
+    Raises:
+        UserError: naming what would do.
+    """
+    if why := getattr(sys.modules[type(config).__module__], "WHOLE_BASE", None):
+        raise UserError(
+            f"adapter '{name}' {why}, and with FSDP a process has but a part of it: take lora, or start without FSDP"
+        )
+
+
+def of(accelerator: Accelerator) -> Shards | None:
+    """What shards the networks of a run; ``None`` without FSDP.
+
+    Raises:
+        UserError: see :func:`asked`.
+    """
+    plugin = asked()
+    if plugin is None:
+        return None
+    if accelerator.num_processes == 1:
+        _log.warning("FSDP: there is one process, so nothing is sharded")
+        return None
+    return Shards(accelerator, plugin)
+
+
+class Shards:
+    """Shards networks among the processes of a run, and puts them together again.
+
+    Attributes:
+        mesh: the processes.
+        networks: those that are sharded, by name.
+    """
+
+    def __init__(self, accelerator: Accelerator, plugin: FullyShardedDataParallelPlugin) -> None:
+        self.mesh = init_device_mesh(accelerator.device.type, (accelerator.num_processes,))
+        self.main = accelerator.is_main_process
+        self._named = tuple(plugin.transformer_cls_names_to_wrap or ())
+        self.networks: dict[str, nn.Module] = {}
+
+    # -- before anything is sharded -----------------------------------------------------------------------------
+
+    def check(self, model: Model, adapters: Any, objective: Objective, train: TrainConfig) -> None:
+        """Refuse what cannot be done with parts of weights.
+
+        Raises:
+            UserError: naming the option to change.
+        """
+        if not objective.even:
+            raise UserError(
+                "FSDP: this objective computes on more rows in one process than in another, which would wait for each "
+                "other: start without FSDP"
+            )
+        for name in self.of(model, train):
+            for parameter in model.networks()[name].parameters():
+                if type(parameter) is not Parameter or not parameter.is_floating_point():
+                    raise UserError(f"FSDP: the {name} is quantised: leave model.quantize out, or start without FSDP")
+        if adapters is not None:
+            check_adapter(adapters.config, adapters.method)
+        elif train.precision == "fp16":
+            raise UserError("FSDP: weights are trained in bf16 or no reduced precision: set train.precision=bf16")
+
+    def check_optimizer(self, optimizer: torch.optim.Optimizer, train: TrainConfig) -> None:
+        """Refuse an optimiser that looks at whole matrices, for weights that are sharded.
+
+        Raises:
+            UserError: naming those that do not.
+        """
+        sharded = any(is_sharded(p) for group in optimizer.param_groups for p in group["params"])
+        kind = type(optimizer)
+        if sharded and not (kind.__module__.startswith("torch.optim.") and kind.__name__ in _ELEMENTWISE):
+            raise UserError(
+                f"FSDP: train.optimizer '{train.optimizer}' looks at whole weights: take adamw, sgd or another one of "
+                "torch that treats each value by itself, or train an adapter"
+            )
+
+    @staticmethod
+    def of(model: Model, train: TrainConfig) -> list[str]:
+        """The networks that are to be sharded."""
+        return [name for name in model.networks() if name in {*model.names(), *model.names(train.networks)}]
+
+    # -- sharding -----------------------------------------------------------------------------------------------
+
+    def place(self, model: Model, train: TrainConfig, device: torch.device) -> None:
+        """Move the other networks of a model to the device: those that are to be sharded need not fit there whole."""
+        if others := [name for name in model.networks() if name not in self.of(model, train)]:
+            model.to(device, *others)
+
+    def shard(self, networks: Mapping[str, nn.Module], chosen: Mapping[str, Parameter]) -> dict[str, Parameter]:
+        """Shard ``networks`` in place, onto the device.
+
+        Args:
+            chosen: what is trained, by name, which asks for gradients already.
+
+        Returns:
+            What is trained then: sharded weights have taken the place of the whole ones.
+
+        Raises:
+            UserError: blocks that accelerate's configuration names are not there.
+        """
+        self.networks = dict(networks)
+        kinds = {kind.__name__ for network in networks.values() for kind in map(type, network.modules())}
+        if unknown := [name for name in self._named if name not in kinds]:
+            raise UserError(f"FSDP: no network has a layer of class '{unknown[0]}'{nearest(unknown[0], kinds)}")
+        for name, network in networks.items():
+            self._shard(name, network)
+        found = {f"{part}.{name}": p for part, network in networks.items() for name, p in network.named_parameters()}
+        return {name: found.get(name, parameter) for name, parameter in chosen.items()}
+
+    def _shard(self, name: str, network: nn.Module) -> None:
+        blocks = self._blocks(network)
+        if not blocks and self.main:
+            _log.warning("FSDP: the %s names no blocks, so all its weights are gathered at once", name)
+        # Torch shards no number without dimensions.
+        ignored = {p for p in network.parameters() if not p.dim()}
+        # A unit that kept its weights after a pass would not see what is written to their parts.
+        for module in [*blocks, network]:
+            fully_shard(module, mesh=self.mesh, reshard_after_forward=True, ignored_params=ignored)
+        # Configurations that are saved name the class, of which torch has made another.
+        type(network).__name__ = type(network).__mro__[2].__name__
+
+    def _blocks(self, network: nn.Module) -> list[nn.Module]:
+        """The units within a network, inner ones first: those of accelerate's configuration, or the network's own."""
+        own = [getattr(network, name, None) or () for name in ("_no_split_modules", "_repeated_blocks")]
+        names = {*self._named} or {name for listed in own for name in listed}
+        return [m for m in reversed([*network.modules()]) if m is not network and type(m).__name__ in names]
+
+    # -- together again -----------------------------------------------------------------------------------------
+
+    @contextmanager
+    def gathered(self) -> Iterator[None]:
+        """Inside the block the first process has all weights whole, in the main memory; every process takes part."""
+        before: list[tuple[nn.Module, str, Parameter]] = []
+        made: dict[Parameter, Parameter] = {}
+        for module in (m for network in self.networks.values() for m in network.modules()):
+            for name, parameter in [*module.named_parameters(recurse=False)]:
+                if not is_sharded(parameter):
+                    continue
+                if parameter not in made:
+                    values = whole(parameter.detach())
+                    made[parameter] = Parameter(values.cpu(), requires_grad=False) if self.main else parameter
+                before.append((module, name, parameter))
+                module.register_parameter(name, made[parameter])
+        try:
+            yield
+        finally:
+            for module, name, parameter in before:
+                module.register_parameter(name, parameter)
