@@ -51,6 +51,7 @@ def build(
         home: the run folder, held.
         say: is told of pictures without a caption among others, and of words that the model does not read.
     """
+    parts.check_shards(run)
     # Words and data come before the model, which may take minutes to open.
     preview = dataclasses.replace(run.preview, prompts=[parts.in_words(run, p) for p in run.preview.prompts])
     objective = parts.open_objective(run)
@@ -82,7 +83,7 @@ def build(
             f"'{run.objective['name']}' does not have: take lora, or start from a trained one (adapter.start)"
         )
     accelerator = make_accelerator(run.train, run.folder)
-    model.to(accelerator.device)
+    shards = _spread(run, model, adapters, under, objective, accelerator)
     for line in [*uncaptioned(found.samples), *lost(model, _texts(found, preview.prompts))]:
         if accelerator.is_main_process:
             say(line)
@@ -111,7 +112,24 @@ def build(
         reward=reward,
         guard=guard,
         home=home,
+        shards=shards,
     )
+
+
+def _spread(run: Run, model: Any, adapters: Any, under: Any, objective: Objective, accelerator: Any) -> Any:
+    """Move the model to the device; with FSDP in shares, as soon as nobody needs it whole there."""
+    from visiontune.objectives.base import Objective
+    from visiontune.training import sharding
+
+    shards = sharding.of(accelerator)
+    drawn = type(objective).prepare is not Objective.prepare or (adapters is not None and adapters.plans)
+    encodes = set(model.names()) != {*sharding.networks_of(model, run.train)}
+    if shards is None or drawn or encodes:
+        model.to(accelerator.device)
+        return shards
+    sharding.check(model, adapters, objective, run.train)
+    shards.spread(model, adapters, under, run.train)
+    return shards
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

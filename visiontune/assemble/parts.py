@@ -39,6 +39,29 @@ def open_objective(run: Run) -> Objective:
     return built
 
 
+def check_shards(run: Run) -> None:
+    """Refuse what cannot be done on sharded networks, where accelerate's configuration asks for FSDP.
+
+    Raises:
+        UserError: naming what to change.
+    """
+    from visiontune.training import sharding
+
+    if sharding.asked() is None:
+        return
+    sharding.check_objective(open_objective(run))
+    if run.adapter is not None:
+        _, config = plugin.configure("adapters", _without(run.adapter, "targets", "start", "under"), "adapter")
+        sharding.check_adapter(config, run.adapter["name"])
+    if run.model.quantize is not None:
+        raise UserError("FSDP: quantised weights are not sharded: leave model.quantize out, or start without FSDP")
+    if run.judge is not None:
+        raise UserError(
+            "judge looks at a run in one process, and FSDP needs all of them: set judge=none (a finished adapter is "
+            "judged by visiontune evaluate)"
+        )
+
+
 def load_reward(run: Run, objective: Objective) -> Any:
     """The run's reward, or ``None``.
 

@@ -55,6 +55,7 @@ class Trainer:
         reward: what an online objective scores pictures by.
         guard: looks at what an online objective does to the pictures.
         home: ``out``, where it is held already; otherwise it is while the run trains.
+        shards: what has sharded the model already, where accelerate's configuration asks for FSDP.
 
     Raises:
         UserError: nothing to train, an impossible precision, an unknown optimiser or tracker, a guard that cannot look.
@@ -77,6 +78,7 @@ class Trainer:
         reward: Any = None,
         guard: guards.Guard | None = None,
         home: Home | None = None,
+        shards: sharding.Shards | None = None,
     ) -> None:
         self.model: Any = model
         self.adapters, self.objective, self.rows, self.online = adapters, objective, rows, objective.needs.online
@@ -84,16 +86,18 @@ class Trainer:
         self.train, self.preview, self.seed, self.out = train, preview or PreviewConfig(), seed, Path(out)
         self.metadata, self.guard, self.home = dict(metadata or {}), guard, home or Home(out)
         self.accelerator = accelerator or make_accelerator(train, self.out)
-        self.shards = sharding.of(self.accelerator)
+        self.shards = shards or sharding.of(self.accelerator)
         if self.shards is None:
             model.to(self.accelerator.device)
+            self.parameters = optim.choose(model, adapters, train.networks)
         else:
-            self.shards.check(model, adapters, objective, train)
-            self.shards.place(model, train, self.accelerator.device)
+            sharding.check(model, adapters, objective, train)
+            self.parameters = self.shards.spread(model, adapters, under, train)
+        # Whether what is trained is sharded, and not only what computes with it.
+        self.sharded = any(map(is_sharded, self.parameters.values()))
         check_train(objective, train)
         if guard is not None:
             guards.check(guard.config, objective)
-        self.parameters = optim.choose(model, adapters, train.networks)
         networks, trained = model.networks(), model.names(train.networks)
         text = optim.trains_text(model, train)
         objective.check_text(text)
@@ -108,13 +112,6 @@ class Trainer:
         step = Step(self.precise, parts, adapters, objective).train(not self.online)
         if train.gradient_checkpointing:
             optim.checkpoint_gradients(step.parts)
-        if self.shards is not None:
-            self.parameters = self.shards.shard(parts, self.parameters)
-            for one in (adapters, under):
-                if one is not None:
-                    one.to(self.accelerator.device)
-        # Whether what is trained is sharded, and not only what computes with it.
-        self.sharded = any(map(is_sharded, self.parameters.values()))
         # The gradients of online objectives come in pieces and are averaged over processes once, without DDP's hooks,
         # and so are those of adapters on sharded networks.
         alone = self.online or self.shards is not None
@@ -128,7 +125,7 @@ class Trainer:
         trouble.check_drawing(model, self.preview, guard)
         optimizer = optim.make_optimizer(self.parameters, train, optim.rates(model, train))
         if self.shards is not None:
-            self.shards.check_optimizer(optimizer, train)
+            sharding.check_optimizer(optimizer, train.optimizer)
         self.optimizer = self.accelerator.prepare_optimizer(optimizer)
         self.schedule = optim.make_schedule(optimizer, train)
         self._rates = list(self.schedule.base_lrs)

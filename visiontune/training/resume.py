@@ -29,8 +29,8 @@ def save(run: Trainer, step: int) -> None:
     Raises:
         UserError: the weights are not finite; nothing is written then.
     """
-    trouble.check_weights(run.parameters.values(), step, run.out)
     accelerator, guard = run.accelerator, run.guard
+    trouble.check_weights(run.parameters.values(), step, run.out, accelerator.reduce)
     run.meter.reduce(accelerator)
     if guard is not None:
         guard.meter.reduce(accelerator)
@@ -138,10 +138,10 @@ def _settings(run: Trainer) -> dict[str, Any]:
 def _check_same(run: Trainer, path: Path, weights: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
     settings = _settings(run)
     if checkpoint.is_sharded(path) and _other_processes(settings, state["settings"]):
-        _log.warning(
-            "%s was made by %d processes, and %d go on: on the same rows, with other noise",
-            *(path, state["settings"][_PROCESSES], settings[_PROCESSES]),
-        )
+        if run.accelerator.is_main_process:
+            was = state["settings"][_PROCESSES]
+            words = "%s was made by %d processes, and %d go on: on the same rows, with other noise"
+            _log.warning(words, path, was, settings[_PROCESSES])
         settings = {name: value for name, value in settings.items() if name not in (_PROCESSES, _ROWS)}
     for name, value in settings.items():
         # Older checkpoints know of nothing under an adapter.

@@ -7,6 +7,7 @@ the checkpoint a tensor without values, on the device ``meta``, keeps the place 
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -54,7 +55,9 @@ def read(folder: Path, tree: Any, mesh: DeviceMesh | None) -> Any:
         chunks = known[path].chunks if path in known else ()
         if sum(math.prod(chunk.sizes) for chunk in chunks) != tensor.numel():
             raise ValueError(f"{folder} has not all of {path}")
-    dcp.load(made, storage_reader=reader, no_dist=mesh is None)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "torch.distributed is disabled")
+        dcp.load(made, storage_reader=reader, no_dist=mesh is None)
     return _put(tree, made)
 
 

@@ -1,16 +1,16 @@
 """FSDP2: networks whose weights are shared out among the processes of a run.
 
 accelerate's own configuration asks for it (``accelerate launch --use_fsdp --fsdp_version 2``, or the variables of the
-environment that this sets), and torch does it. What is sharded are the networks that every step computes with: the first
-role's, and those that are trained. Each block is a unit, whose weights are whole while it computes. Adapters are small
-and belong to no network: every process has them, and their gradients are averaged.
+environment that this sets), and torch does it. What is sharded are the networks that every step computes with: the
+first role's, and those that are trained. Each block is a unit, whose weights are whole while it computes. Adapters are
+small and belong to no network: every process has them, and their gradients are averaged.
 """
 
 from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +26,7 @@ from torch.nn import Parameter
 from visiontune.errors import UserError
 from visiontune.ops.shards import is_sharded, whole
 from visiontune.schema import nearest
+from visiontune.training import optim
 
 if TYPE_CHECKING:
     from visiontune.models.base import Model
@@ -86,14 +87,64 @@ def check_adapter(config: Any, name: str) -> None:
     """Refuse a method that reads or writes the base's weights where a process has but a part of them.
 
     Args:
-        config: of the method; ``WHOLE_BASE`` of its module says what it does with them. name: the method's.
+        config: of the method; ``WHOLE_BASE`` of its module, if it has one, says what it does. name: the method's.
 
     Raises:
         UserError: naming what would do.
     """
     if why := getattr(sys.modules[type(config).__module__], "WHOLE_BASE", None):
         raise UserError(
-            f"adapter '{name}' {why}, and with FSDP a process has but a part of it: take lora, or start without FSDP"
+            f"adapter '{name}' {why}, and with FSDP a process has but a part of them: take lora, or start without FSDP"
+        )
+
+
+def networks_of(model: Model, train: TrainConfig) -> list[str]:
+    """The networks that are sharded: those that every step computes with."""
+    return [name for name in model.networks() if name in {*model.names(), *model.names(train.networks)}]
+
+
+def check(model: Model, adapters: Any, objective: Objective, train: TrainConfig) -> None:
+    """Refuse what cannot be done with parts of weights, before anything is sharded.
+
+    Raises:
+        UserError: naming the option to change.
+    """
+    check_objective(objective)
+    for name in networks_of(model, train):
+        for parameter in model.networks()[name].parameters():
+            if type(parameter) is not Parameter or not parameter.is_floating_point():
+                raise UserError(f"FSDP: the {name} is quantised: leave model.quantize out, or start without FSDP")
+    if adapters is not None:
+        check_adapter(adapters.config, adapters.method)
+    elif train.precision == "fp16":
+        raise UserError("FSDP: the weights of networks are not trained in fp16: set train.precision=bf16")
+
+
+def check_objective(objective: Objective) -> None:
+    """Refuse an objective of which processes would wait for each other.
+
+    Raises:
+        UserError: it computes on more rows in one process than in another.
+    """
+    if not objective.even:
+        raise UserError(
+            f"objective '{type(objective).__module__.rpartition('.')[2]}' computes on more rows in one process than in "
+            "another, and with FSDP all have to do the same: start without FSDP"
+        )
+
+
+def check_optimizer(optimizer: torch.optim.Optimizer, name: str) -> None:
+    """Refuse an optimiser that looks at whole matrices, where it has to train parts of them.
+
+    Raises:
+        UserError: naming those that do not.
+    """
+    sharded = any(is_sharded(p) for group in optimizer.param_groups for p in group["params"])
+    kind = type(optimizer)
+    if sharded and not (kind.__module__.startswith("torch.optim.") and kind.__name__ in _ELEMENTWISE):
+        raise UserError(
+            f"FSDP: train.optimizer '{name}' looks at whole weights: take adamw, sgd or another one of torch that "
+            "treats each value by itself, or train an adapter"
         )
 
 
@@ -122,78 +173,43 @@ class Shards:
 
     def __init__(self, accelerator: Accelerator, plugin: FullyShardedDataParallelPlugin) -> None:
         self.mesh = init_device_mesh(accelerator.device.type, (accelerator.num_processes,))
-        self.main = accelerator.is_main_process
+        self.main, self.device = accelerator.is_main_process, accelerator.device
         self._named = tuple(plugin.transformer_cls_names_to_wrap or ())
         self.networks: dict[str, nn.Module] = {}
 
-    # -- before anything is sharded -----------------------------------------------------------------------------
-
-    def check(self, model: Model, adapters: Any, objective: Objective, train: TrainConfig) -> None:
-        """Refuse what cannot be done with parts of weights.
-
-        Raises:
-            UserError: naming the option to change.
-        """
-        if not objective.even:
-            raise UserError(
-                "FSDP: this objective computes on more rows in one process than in another, which would wait for each "
-                "other: start without FSDP"
-            )
-        for name in self.of(model, train):
-            for parameter in model.networks()[name].parameters():
-                if type(parameter) is not Parameter or not parameter.is_floating_point():
-                    raise UserError(f"FSDP: the {name} is quantised: leave model.quantize out, or start without FSDP")
-        if adapters is not None:
-            check_adapter(adapters.config, adapters.method)
-        elif train.precision == "fp16":
-            raise UserError("FSDP: weights are trained in bf16 or no reduced precision: set train.precision=bf16")
-
-    def check_optimizer(self, optimizer: torch.optim.Optimizer, train: TrainConfig) -> None:
-        """Refuse an optimiser that looks at whole matrices, for weights that are sharded.
-
-        Raises:
-            UserError: naming those that do not.
-        """
-        sharded = any(is_sharded(p) for group in optimizer.param_groups for p in group["params"])
-        kind = type(optimizer)
-        if sharded and not (kind.__module__.startswith("torch.optim.") and kind.__name__ in _ELEMENTWISE):
-            raise UserError(
-                f"FSDP: train.optimizer '{train.optimizer}' looks at whole weights: take adamw, sgd or another one of "
-                "torch that treats each value by itself, or train an adapter"
-            )
-
-    @staticmethod
-    def of(model: Model, train: TrainConfig) -> list[str]:
-        """The networks that are to be sharded."""
-        return [name for name in model.networks() if name in {*model.names(), *model.names(train.networks)}]
-
     # -- sharding -----------------------------------------------------------------------------------------------
 
-    def place(self, model: Model, train: TrainConfig, device: torch.device) -> None:
-        """Move the other networks of a model to the device: those that are to be sharded need not fit there whole."""
-        if others := [name for name in model.networks() if name not in self.of(model, train)]:
-            model.to(device, *others)
+    def spread(self, model: Model, adapters: Any, under: Any, train: TrainConfig) -> dict[str, Parameter]:
+        """Shard the networks of a model onto the device, once, and move the others there.
 
-    def shard(self, networks: Mapping[str, nn.Module], chosen: Mapping[str, Parameter]) -> dict[str, Parameter]:
-        """Shard ``networks`` in place, onto the device.
-
-        Args:
-            chosen: what is trained, by name, which asks for gradients already.
+        Those that are sharded need not fit there whole.
 
         Returns:
-            What is trained then: sharded weights have taken the place of the whole ones.
+            What is trained, as :func:`visiontune.training.optim.choose` gives it, with sharded weights in the place of
+            whole ones.
 
         Raises:
-            UserError: blocks that accelerate's configuration names are not there.
+            UserError: blocks that accelerate's configuration names are not there; or as ``choose``.
         """
-        self.networks = dict(networks)
-        kinds = {kind.__name__ for network in networks.values() for kind in map(type, network.modules())}
+        # What asks for gradients has to be known before.
+        chosen = optim.choose(model, adapters, train.networks)
+        if self.networks:
+            return chosen
+        self.networks = {name: model.networks()[name] for name in networks_of(model, train)}
+        self._check_named()
+        for name, network in self.networks.items():
+            self._shard(name, network)
+        if others := [name for name in model.networks() if name not in self.networks]:
+            model.to(self.device, *others)
+        for one in (adapters, under):
+            if one is not None:
+                one.to(self.device)
+        return optim.choose(model, adapters, train.networks)
+
+    def _check_named(self) -> None:
+        kinds = {kind.__name__ for network in self.networks.values() for kind in map(type, network.modules())}
         if unknown := [name for name in self._named if name not in kinds]:
             raise UserError(f"FSDP: no network has a layer of class '{unknown[0]}'{nearest(unknown[0], kinds)}")
-        for name, network in networks.items():
-            self._shard(name, network)
-        found = {f"{part}.{name}": p for part, network in networks.items() for name, p in network.named_parameters()}
-        return {name: found.get(name, parameter) for name, parameter in chosen.items()}
 
     def _shard(self, name: str, network: nn.Module) -> None:
         blocks = self._blocks(network)
