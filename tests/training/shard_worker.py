@@ -11,7 +11,6 @@ from processes import ranks
 from tiny import tiny_model
 from tiny_online import policy_trainer
 from tiny_training import CutRows, RowNoise, TinyModel, TinyReward, TinyRows, interrupt, tiny_trainer
-from training import online_worker
 
 from visiontune import adapters
 from visiontune.data.prompts import PromptBatches
@@ -71,7 +70,17 @@ def watched(out: Path, rank: int, world: int):
 def rolled(out: Path, rank: int, world: int, name: str):
     """Online runs that train all weights: rows without a say, an old policy, a base to stay near."""
     if name == "alignprop":
-        return online_worker.shared(out, 4 // world, rank, world)
+        model, size = TinyModel(), 4 // world
+        return tiny_trainer(
+            out,
+            model=model,
+            objective=alignprop.build(alignprop.Config(steps=3, cfg_scale=2.0)),
+            rows=PromptBatches(PROMPTS, size, rank=rank, world=world),
+            reward=TinyReward(),
+            batch_size=size,
+            parts=["denoiser", "text"],
+            **SGD | {"steps": 2},
+        )
     if name == "ddpo":
         return policy_worker.trainer(out, name, 16 // world, rank, world)
     common = {"steps": 2, "group": 2, "cfg_scale": 1.0, "micro_batch": 2}

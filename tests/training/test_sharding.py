@@ -155,7 +155,7 @@ def test_what_needs_whole_weights_is_refused(tmp_path):
     [
         (["adapter=sara"], "adapter 'sara' chooses among"),
         (["adapter=lora", "model.quantize=int8"], r"leave model\.quantize out"),
-        (["adapter=none", "judge={}"], "set judge=none"),
+        (["adapter=lora", "judge={}"], "set judge=none"),
         (["adapter=lora", "objective=unigrpo"], "start without FSDP"),
     ],
 )

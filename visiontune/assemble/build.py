@@ -203,8 +203,14 @@ def _check_dropout(run: Run, model: Any) -> None:
         UserError: it names the network.
     """
     from visiontune.training.optim import trains_text
+    from visiontune.training.sharding import asked
 
     apart = getattr(model, "WORDLESS", None)
+    if run.data.caption_dropout and apart is not None and asked() is not None:
+        raise UserError(
+            f"data.caption_dropout: rows without a caption pass the {apart} of '{model.source}', and with FSDP all "
+            "processes have to call the same networks: set it to 0"
+        )
     if not run.data.caption_dropout or apart is None or trains_text(model, run.train):
         return
     if apart not in model.names(run.train.networks):
