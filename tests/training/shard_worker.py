@@ -12,14 +12,14 @@ from tiny import tiny_model
 from tiny_online import policy_trainer
 from tiny_training import CutRows, RowNoise, TinyModel, TinyReward, TinyRows, interrupt, tiny_trainer
 
-from visiontune import adapters
+from visiontune import adapters, assemble
+from visiontune.config import load_run
 from visiontune.data.prompts import PromptBatches
 from visiontune.errors import UserError
 from visiontune.objectives import alignprop, dreambooth, grpo, nft
 from visiontune.ops.shards import whole
 from visiontune.training import checkpoint, resume
-from visiontune.training.config import GuardsConfig, PreviewConfig
-from visiontune.training.guards import Guard
+from visiontune.training.config import PreviewConfig
 
 PROMPTS = ["a red circle", "a small blue square"]
 SGD = {"optimizer": "sgd", "optimizer_options": {"momentum": 0.9}, "lr": 0.1}
@@ -50,21 +50,26 @@ def pipeline(out: Path, rank: int, world: int, adapted: bool):
 
 
 def watched(out: Path, rank: int, world: int):
-    """A step of an adapter that follows a reward, and what guards see of it."""
-    model = tiny_model("sd3", t5=False)
-    torch.manual_seed(0)
-    found = adapters.attach(model.of("denoiser"), "lora", targets=["to_q"], rank=2)
-    return tiny_trainer(
-        out,
-        model=model,
-        adapters=found,
-        objective=alignprop.build(alignprop.Config(steps=2, cfg_scale=1.0, dynamics="flow-ode", truncation="full")),
-        rows=PromptBatches(PROMPTS, 2 // world, rank=rank, world=world),
-        reward=TinyReward(),
-        guard=Guard(GuardsConfig(every=1, seeds=[0], diversity_min=None), PROMPTS[:1], steps=1, cfg_scale=1.0),
-        batch_size=2 // world,
-        **SGD | {"steps": 1},
-    )
+    """A recipe, with the model of a shop beside it: an adapter that follows a reward, and what guards see of it."""
+    words = {
+        "model": out.parent / "shop" / "model",
+        "data": out.parent / "shop" / "prompts.txt",
+        "out": out.parent,
+        "name": out.name,
+        "reward": "redness",
+        "objective": "{name: alignprop, steps: 2, cfg_scale: 1, truncation: full}",
+        "guards": "{every: 1, holdout: 1, seeds: [0], diversity_min: null, steps: 1}",
+        "preview.prompts": "[]",
+        "train.batch_size": 2 // world,
+        "train.steps": 1,
+        "train.checkpoint_every": 1,
+        "train.optimizer": "sgd",
+        "train.lr": 0.1,
+        "train.precision": "no",
+        "train.device": "cpu",
+        "train.trackers": "[]",
+    }
+    return assemble.assemble(load_run("reward_tune/alignprop", [f"{name}={value}" for name, value in words.items()]))
 
 
 def rolled(out: Path, rank: int, world: int, name: str):
@@ -129,7 +134,7 @@ def made(out: Path, name: str, rank: int, world: int):
     return watched(out / name, rank, world) if name == "watched" else rolled(out / name, rank, world, name)
 
 
-DRAWN = ("adapter", "full", "watched")
+RUNS = ("adapter", "full", "watched", *ONLINE)
 
 
 def shard() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import json
 
 import numpy as np
@@ -11,13 +10,15 @@ import torch
 from PIL import Image
 from processes import apart
 from safetensors.torch import load_file
-from tiny_training import TinyModel, tiny_trainer
+from tiny_training import TinyModel, tiny_batch, tiny_trainer
 from training import shard_worker as worker
+from workshop import Workshop
 
 from visiontune import adapters, assemble
 from visiontune.config import load_run
 from visiontune.errors import UserError
-from visiontune.objectives import denoising, unigrpo
+from visiontune.objectives import denoising, dreambooth, unigrpo
+from visiontune.objectives.base import Tools
 from visiontune.training import checkpoint, resume, sharding
 from visiontune.training.config import TrainConfig
 
@@ -30,24 +31,26 @@ RESULTS = {
 
 @pytest.fixture(scope="module")
 def shared(tmp_path_factory):
-    """Gives the folder of the runs of two processes, which share those of a kind one after the other."""
+    """The folder of the runs of two processes, one after the other."""
     folder = tmp_path_factory.mktemp("shared")
+    Workshop("sd3", make(folder / "shop"))
+    assert apart("training.shard_worker:two", folder, *worker.RUNS) == [0, 0]
+    return folder
 
-    @functools.cache
-    def of(online: bool):
-        assert apart("training.shard_worker:two", folder, *(worker.ONLINE if online else worker.DRAWN)) == [0, 0]
-        return folder
 
-    return lambda name: of(name in worker.ONLINE)
+def make(folder):
+    folder.mkdir()
+    return folder
 
 
 def rows(out):
     return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
 
 
-@pytest.mark.parametrize("name", [*worker.DRAWN, *worker.ONLINE])
+@pytest.mark.parametrize("name", worker.RUNS)
 def test_two_processes_with_a_share_of_the_weights_train_like_one(tmp_path, shared, name):
-    shared = shared(name)
+    if name == "watched":
+        Workshop("sd3", make(tmp_path / "shop"))
     worker.one(tmp_path, name)
     for file in RESULTS.get(name, ("model/weights.safetensors",)):
         one, two = load_file(tmp_path / name / file), load_file(shared / name / file)
@@ -96,6 +99,19 @@ def test_a_sharded_checkpoint_goes_on_bit_for_bit_and_with_its_weights_on_other_
     sorted((checkpoint.latest(broken) / "shards").iterdir())[0].unlink()
     with pytest.raises(UserError, match="has not all of"):
         resume.take_up(worker.kept(broken, worker.ROWS))
+
+
+@pytest.mark.parametrize(("lockstep", "calls"), [(False, 1), (True, 4)])
+def test_what_the_base_reads_is_read_as_often_as_other_processes_have_to(monkeypatch, lockstep, calls):
+    model = TinyModel()
+    batch = tiny_batch(model, 0, 1, 2, embedded=False)
+    asked = []
+    monkeypatch.setattr(model, "embed", lambda prompts, embed=model.embed: [asked.append(prompts), embed(prompts)][1])
+    x, t = torch.zeros(3, 4, 8, 8), torch.zeros(3, dtype=torch.long)
+    objective = dreambooth.build(dreambooth.Config())
+    for _ in range(2):
+        objective.targets(model, x, t, x, batch, Tools(lockstep=lockstep))
+    assert len(asked) == calls
 
 
 @pytest.fixture

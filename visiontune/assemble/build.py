@@ -127,8 +127,7 @@ def _spread(run: Run, model: Any, adapters: Any, under: Any, objective: Objectiv
     if shards is None or drawn or encodes:
         model.to(accelerator.device)
         return shards
-    sharding.check(model, adapters, objective, run.train)
-    shards.spread(model, adapters, under, run.train)
+    shards.spread(model, adapters, under, objective, run.train)
     return shards
 
 

@@ -91,8 +91,7 @@ class Trainer:
             model.to(self.accelerator.device)
             self.parameters = optim.choose(model, adapters, train.networks)
         else:
-            sharding.check(model, adapters, objective, train)
-            self.parameters = self.shards.spread(model, adapters, under, train)
+            self.parameters = self.shards.spread(model, adapters, under, objective, train)
         # Whether what is trained is sharded, and not only what computes with it.
         self.sharded = any(map(is_sharded, self.parameters.values()))
         check_train(objective, train)

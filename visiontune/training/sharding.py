@@ -179,7 +179,9 @@ class Shards:
 
     # -- sharding -----------------------------------------------------------------------------------------------
 
-    def spread(self, model: Model, adapters: Any, under: Any, train: TrainConfig) -> dict[str, Parameter]:
+    def spread(
+        self, model: Model, adapters: Any, under: Any, objective: Objective, train: TrainConfig
+    ) -> dict[str, Parameter]:
         """Shard the networks of a model onto the device, once, and move the others there.
 
         Those that are sharded need not fit there whole.
@@ -189,12 +191,13 @@ class Shards:
             whole ones.
 
         Raises:
-            UserError: blocks that accelerate's configuration names are not there; or as ``choose``.
+            UserError: blocks that accelerate's configuration names are not there; or as ``choose`` and :func:`check`.
         """
         # What asks for gradients has to be known before.
         chosen = optim.choose(model, adapters, train.networks)
         if self.networks:
             return chosen
+        check(model, adapters, objective, train)
         self.networks = {name: model.networks()[name] for name in networks_of(model, train)}
         self._check_named()
         for name, network in self.networks.items():
