@@ -171,6 +171,7 @@ def test_what_needs_whole_weights_is_refused(tmp_path):
     [
         (["adapter=sara"], "adapter 'sara' chooses among"),
         (["adapter=lora", "model.quantize=int8"], r"leave model\.quantize out"),
+        (["adapter=lora", "model.compile=true"], "set model.compile to false"),
         (["adapter=lora", "judge={}"], "set judge=none"),
         (["adapter=lora", "objective=unigrpo"], "start without FSDP"),
     ],

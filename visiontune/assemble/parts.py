@@ -55,6 +55,8 @@ def check_shards(run: Run) -> None:
         sharding.check_adapter(config, run.adapter["name"])
     if run.model.quantize is not None:
         raise UserError("FSDP: quantised weights are not sharded: leave model.quantize out, or start without FSDP")
+    if run.model.compile:
+        raise UserError("FSDP: compiled blocks were not tried on parts of weights: set model.compile to false")
     if run.judge is not None:
         raise UserError(
             "judge looks at a run in one process, and FSDP needs all of them: set judge=none (a finished adapter is "
