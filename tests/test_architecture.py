@@ -43,17 +43,18 @@ MAY_IMPORT = {
     "pocket": {"errors", "files", "outside", "schema", "core"},
     "rewards": GROUND | {"core", "ops", "models.clip", "models.sources", "pocket", "data.pictures"},
     "data": {"errors", "files", "outside", "schema", "catalogue", "core", "ops", "pocket"},
-    "objectives": {"errors", "files", "outside", "schema", "plugin", "core", "diffusion", "models.base", "data"},
+    "objectives": {"errors", "files", "outside", "schema", "plugin", "core", "ops", "diffusion", "models.base", "data"},
     "sampling": GROUND | LIBRARY - {"objectives", "rewards"} | {"pocket"},
     "training": GROUND | LIBRARY - {"rewards"} | {"sampling"},
     "evaluation": GROUND | LIBRARY - {"objectives"} | {"pocket", "sampling", "training"},
     "config": GROUND | LIBRARY | {"sampling", "training"},
     "assemble": GROUND | LIBRARY | {"weights", "sampling", "training", "evaluation", "config"},
     "estimate": GROUND | LIBRARY | {"sampling", "training", "config", "assemble"},
+    "fit": {"errors", "config", "estimate"},
     "demo": GROUND | LIBRARY | {"pocket", "sampling", "training", "evaluation", "config", "assemble"},
     "cli": GROUND
     | LIBRARY
-    | {"weights", "sampling", "training", "evaluation", "config", "assemble", "estimate", "demo", "__version__"},
+    | {"weights", "sampling", "training", "evaluation", "config", "assemble", "estimate", "fit", "demo", "__version__"},
     "__main__": {"cli"},
     "__init__": {"errors"},
 }

@@ -2,14 +2,18 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import weakref
 from itertools import pairwise
 
+import allocated
 import pytest
 import torch
 from tiny import save_tiny, tiny_model
 
-from visiontune import config
-from visiontune.estimate import Estimate, Kept, measure, size
+from visiontune import config, estimate
+from visiontune.assemble.build import build
+from visiontune.estimate import Estimate, measure, size
+from visiontune.ops.memory import Kept, Peak
 
 
 @pytest.fixture(scope="module")
@@ -150,6 +154,62 @@ def test_kept_counts_each_storage_once_and_no_weights():
     assert weight.grad is not None
 
 
+def test_what_is_kept_goes_with_the_graph():
+    with Kept([]):
+        kept = torch.exp(torch.ones(8, requires_grad=True))  # keeps its own result
+    watched = weakref.ref(kept.untyped_storage())
+    del kept
+    assert watched() is None
+
+
+PARTS = {
+    "sd": ["adapter.rank=4"],
+    "sd without an adapter": ["adapter=none", "train.ema=0.9"],
+    "sd3": ["train.gradient_checkpointing=true"],
+    "sdxl": ["adapter={name: oft, block_size: 4}"],
+}
+
+
+@pytest.mark.parametrize("case", PARTS)
+def test_the_peak_is_what_all_tensors_of_a_step_hold(tiny_run, tmp_path_factory, monkeypatch, case):
+    """By the lives of storages, which know nothing of parts, formulas and the allocator."""
+    family, words = case.split()[0], ["data.resolution=32", "train.batch_size=4", *PARTS[case]]
+    run = tiny_run(f"model={save_tiny(tmp_path_factory.mktemp(family), family)}", *words)
+    steps, found = estimate._steps, []
+
+    def watched(trainer, turn):
+        if turn == 0:
+            return steps(trainer, turn)
+        with allocated.Lives() as lives:
+            steps(trainer, turn)
+        found.append(lives.bytes)
+
+    monkeypatch.setattr(estimate, "_steps", watched)
+    with allocated.fresh():
+        measured = measure(run)
+    assert measured.memory_bytes == measured.peak_bytes == pytest.approx(found[0], rel=0.15)
+    assert measured.activation_bytes < measured.peak_bytes
+
+
+def test_a_peak_leaves_out_what_is_resident_and_sees_what_goes_at_once():
+    with Peak() as peak:
+        stays = torch.ones(1000)
+        torch.ones(3000).exp()  # twice as much for a moment
+        torch.ones(5000)
+    assert [peak.beside(tensors) for tensors in ([], [stays])] == [28_000, 24_000]
+
+
+@pytest.mark.gpu
+def test_the_peak_on_a_gpu_is_that_of_a_step_of_the_run(tiny_run, tmp_path):
+    run = tiny_run("train.device=auto", "data.resolution=64", "train.batch_size=4")
+    told = measure(run).peak_bytes
+    trainer = build(run, cache_dir=tmp_path)
+    trainer.optimise(0)
+    torch.cuda.reset_peak_memory_stats()
+    trainer.optimise(1)
+    assert told == pytest.approx(torch.cuda.max_memory_allocated(), rel=0.15)
+
+
 def test_sizes_are_readable():
     assert [size(n) for n in (512, 2048, 3 * 2**20, 5 * 2**30)] == ["512 B", "2.0 KiB", "3.0 MiB", "5.0 GiB"]
 
@@ -158,12 +218,16 @@ def test_text_says_everything_in_words():
     facts = {"samples": 5, "prior_samples": 2, "trained": 10, "total": 1000, "step_seconds": 0.5, "steps": 20000}
     memory = {"parameter_bytes": 1, "gradient_bytes": 2, "optimizer_bytes": 3, "activation_bytes": 4}
     layers = [f"unet.layer{i}" for i in range(20)]
-    text = Estimate(device="cuda", layers=layers, peak_bytes=2**20, **facts, **memory).text()
+    told = Estimate(device="cuda", layers=layers, peak_bytes=2**20, **facts, **memory)
+    text = told.text()
     assert "trainable: 10 of 1,000 parameters (1.00%)" in text
     assert "adapted layers: 20" in text and "unet.layer0" in text and "and 8 more" in text
     assert "0.5 s/step on this cuda, 2.8 h for 20000 steps" in text
-    assert "memory: 10 B" in text and "peak of the measured step: 1.0 MiB" in text
-    assert "5 images, and 2 of prior preservation" in text
+    assert "memory: 1.0 MiB at the peak of a step = parameters 1 B + optimiser 3 B + 1024.0 KiB that" in text
+    assert "(activations 4 B, gradients 2 B)" in text and "5 images, and 2 of prior preservation" in text
+    unknown = dataclasses.replace(told, peak_bytes=None, reference_bytes=5)
+    assert unknown.memory_bytes == 15
+    assert "memory: 15 B = parameters 1 B + optimiser 3 B + a copy of the base 5 B + activations 4 B" in unknown.text()
 
 
 def noise_of(estimate):

@@ -120,7 +120,7 @@ def tiny_batch(model, seed: int, instance: int, prior: int = 0, weight: float = 
     with torch.no_grad():
         cond = model.embed(prompts) if embedded else None
     return Batch(
-        data={"image": torch.randn(rows, 4, 8, 8, generator=rng)},
+        data={"image": torch.randn(rows, *model.latent_shape(), generator=rng)},
         cond=cond,
         prompts=prompts,
         weight=torch.tensor([1.0] * instance + [weight] * prior),
@@ -156,14 +156,14 @@ class RowNoise(denoising.Denoising):
 class CutRows(TinyRows):
     """Batch `k` of size `n` is rows `k n ... (k + 1) n` of one endless list; prior rows likewise; ranks take turns."""
 
-    def __init__(self, model, batch_size: int, rank: int = 0, world: int = 1) -> None:
-        super().__init__(model, batch_size)
+    def __init__(self, model, batch_size: int, rank: int = 0, world: int = 1, embedded: bool = True) -> None:
+        super().__init__(model, batch_size, embedded=embedded)
         self.rank, self.world = rank, world
 
     def batch(self, step):
         start = (step * self.world + self.rank) * self.batch_size
         numbers = range(start, start + self.batch_size)
-        single = [tiny_batch(self.model, n, 1, 1, weight=0.5) for n in numbers]
+        single = [tiny_batch(self.model, n, 1, 1, weight=0.5, embedded=self.embedded) for n in numbers]
         return Batch.cat([b[0] for b in single] + [b[1] for b in single])
 
 

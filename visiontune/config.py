@@ -45,10 +45,17 @@ class ModelConfig:
         None, help="files of weights to read, fp16 for *.fp16.safetensors; null: the plain ones, or the only variant"
     )
     dtype: Dtype = option("fp32", help="number format of the frozen weights; full fine-tuning needs fp32")
-    quantize: Literal["int8", "nf4"] | None = option(None, help="store the denoiser's linear layers in 8 or 4 bits")
+    quantize: Literal["int8", "fp8", "nf4"] | None = option(
+        None, help="store the denoiser's linear layers in 8 or 4 bits"
+    )
     quantize_rank: int = option(
         0, least=0, greatest=16384, help="rank of the part of the codes' error that is kept beside them; 0 keeps none"
     )
+    attention: Literal["auto", "native", "flash", "flash3", "cudnn", "xformers", "sage", "flex"] = option(
+        "native", help="what computes the denoiser's attention; auto: the fastest that is right, by trial"
+    )
+    compile: bool = option(False, help="compile the blocks that the denoiser repeats")
+    vae_tiling: bool = option(False, help="let the VAE work on large pictures in tiles: less memory, seams smoothed")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -151,7 +158,11 @@ def parse_run(content: Mapping[str, Any]) -> Run:
             "train.parts=[denoiser, text], which trains all embeddings"
         )
     if run.model.quantize_rank and not run.model.quantize:
-        raise UserError("model.quantize_rank keeps part of what codes lose: set model.quantize to nf4 or int8")
+        raise UserError("model.quantize_rank keeps part of what codes lose: set model.quantize to nf4, fp8 or int8")
+    if run.model.compile and run.model.attention != "native":
+        raise UserError(
+            f"model.compile traces what model.attention={run.model.attention} chooses while it runs: take one of them"
+        )
     objective = _spelt_out("objectives", run.objective, "objective")
     return dataclasses.replace(run, adapter=_adapter(run.adapter), objective=objective, data=resolve(run.data))
 

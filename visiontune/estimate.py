@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import tempfile
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,7 +15,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.autograd.graph import saved_tensors_hooks
 
 from visiontune.assemble.build import build
 from visiontune.assemble.folder import check_folder
@@ -25,6 +26,7 @@ from visiontune.data.loader import BatchSampler
 from visiontune.data.prompts import PromptBatches
 from visiontune.diffusion.timesteps import Histogram
 from visiontune.objectives.base import generator
+from visiontune.ops.memory import Kept, Peak, held
 from visiontune.training import optim, resume
 
 if TYPE_CHECKING:
@@ -46,13 +48,14 @@ class Estimate:
         trained: trained values; total: values of all the model's networks.
         layers: names of the adapted layers; empty in full fine-tuning.
         step_seconds: one optimiser step, with accumulation or its share of a rollout; steps: those of the whole run.
-        parameter_bytes: the model's weights and the trained ones.
+        parameter_bytes: the model's weights, the trained ones and what adapters keep beside them, on the device.
         gradient_bytes, optimizer_bytes: of the trained values.
         reference_bytes: a copy of them as they were, for objectives that compare with the base, where no adapter can be
             switched off.
         activation_bytes: what one batch keeps from the forward pass for the backward pass; with an online objective,
             what one prediction of a micro-batch keeps.
-        peak_bytes: the most that the device had allocated; ``None`` on a CPU, where nobody counts.
+        peak_bytes: the most that the device's allocator held in a step after the first; ``None`` where none can be
+            asked.
         noise: timesteps as the objective draws them; ``None`` where it takes those of a sampler.
         sizes: heights and widths of the pictures that they were drawn for.
     """
@@ -69,7 +72,7 @@ class Estimate:
     gradient_bytes: int
     optimizer_bytes: int
     activation_bytes: int
-    peak_bytes: int | None
+    peak_bytes: int | None = None
     reference_bytes: int = 0
     prompts: int | None = None
     guard_prompts: int = 0
@@ -79,19 +82,24 @@ class Estimate:
 
     @property
     def memory_bytes(self) -> int:
-        """The sum of the parts."""
-        parts = self.parameter_bytes + self.gradient_bytes + self.optimizer_bytes + self.activation_bytes
-        return parts + self.reference_bytes
+        """The peak of a step, or the sum of the parts where nobody measured it.
+
+        The sum is not the peak: gradients come while activations go, and kernels need room in passing.
+        """
+        return self.peak_bytes if self.peak_bytes is not None else self.resident_bytes + self._passing
+
+    @property
+    def resident_bytes(self) -> int:
+        """What is there in every moment of a step."""
+        return self.parameter_bytes + self.optimizer_bytes + self.reference_bytes
+
+    @property
+    def _passing(self) -> int:
+        """What the largest parts of what comes and goes add up to."""
+        return self.gradient_bytes + self.activation_bytes
 
     def text(self) -> str:
         """The estimate in words, one fact a line."""
-        parts = {
-            "parameters": self.parameter_bytes,
-            "gradients": self.gradient_bytes,
-            "optimiser": self.optimizer_bytes,
-            "activations": self.activation_bytes,
-            **({"a copy of the base": self.reference_bytes} if self.reference_bytes else {}),
-        }
         lines = [
             f"data: {self._data()}",
             *self.said,
@@ -99,11 +107,22 @@ class Estimate:
             *self._layer_lines(),
             *self._noise_lines(),
             f"time: {self.step_seconds:.3g} s/step on this {self.device}, {self._hours()} for {self.steps} steps",
-            f"memory: {size(self.memory_bytes)} = " + " + ".join(f"{name} {size(n)}" for name, n in parts.items()),
+            *self._memory_lines(),
         ]
-        if self.peak_bytes is not None:
-            lines.append(f"memory peak of the measured step: {size(self.peak_bytes)}")
         return "\n".join(lines)
+
+    def _memory_lines(self) -> list[str]:
+        parts = {"parameters": self.parameter_bytes, "optimiser": self.optimizer_bytes}
+        if self.reference_bytes:
+            parts["a copy of the base"] = self.reference_bytes
+        resident = " + ".join(f"{name} {size(n)}" for name, n in parts.items())
+        passing = f"activations {size(self.activation_bytes)}, gradients {size(self.gradient_bytes)}"
+        if self.peak_bytes is None:
+            return [f"memory: {size(self.memory_bytes)} = {resident} + {passing}; nobody measures its peak here"]
+        rest = size(max(0, self.peak_bytes - self.resident_bytes))
+        return [
+            f"memory: {size(self.peak_bytes)} at the peak of a step = {resident} + {rest} that come and go ({passing})"
+        ]
 
     def _data(self) -> str:
         if self.prompts is not None:
@@ -158,15 +177,27 @@ def measure(run: Run) -> Estimate:
         kept = Kept([*_tensors(trainer), *trainer.parameters.values()])
         with kept:
             _forward(trainer)
-        count = trainer.objective.updates
-        for step in range(count):
-            _step(trainer, step)
+        peak = Peak()
+        with peak if trainer.accelerator.device.type == "cpu" else nullcontext():
+            _steps(trainer, 0)
         if trainer.accelerator.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
         started = time.perf_counter()
-        for step in range(count, 2 * count):
-            _step(trainer, step)
-        return _estimate(run, trainer, kept.bytes, (time.perf_counter() - started) / count, said)
+        _steps(trainer, 1)
+        seconds = (time.perf_counter() - started) / trainer.objective.updates
+        found = _estimate(run, trainer, kept.bytes, seconds, said)
+        return dataclasses.replace(found, peak_bytes=_peak(trainer, peak, found.resident_bytes))
+
+
+def _peak(trainer: Trainer, seen: Peak, resident: int) -> int | None:
+    """The most that the device's allocator held in a step.
+
+    What the first steps made for good, the optimiser's state, is resident in all others, and is not counted twice.
+    """
+    kind = trainer.accelerator.device.type
+    if kind == "cpu":
+        return resident + seen.beside(optim.state_tensors(trainer.optimizer.state))
+    return torch.cuda.max_memory_allocated() if kind == "cuda" else None
 
 
 def _forward(trainer: Trainer) -> None:
@@ -179,28 +210,36 @@ def _forward(trainer: Trainer) -> None:
 
 
 def _estimate(run: Run, trainer: Trainer, activations: int, seconds: float, said: Sequence[str]) -> Estimate:
-    cuda = trainer.accelerator.device.type == "cuda"
-    trained = list(trainer.parameters.values())
-    model = _tensors(trainer)
-    state = list(optim.state_tensors(trainer.optimizer.state))
-    everything = {id(t): t for t in [*model, *trained]}.values()
+    device, trained = trainer.accelerator.device, list(trainer.parameters.values())
+    own = [] if trainer.adapters is None else [*trainer.adapters.parameters(), *trainer.adapters.buffers()]
+    everything = {id(t): t for t in [*_tensors(trainer), *trained]}.values()
+    state = optim.state_tensors(trainer.optimizer.state)
     return Estimate(
-        device=str(trainer.accelerator.device),
+        device=str(device),
         **_counts(trainer),
         trained=sum(p.numel() for p in trained),
         total=sum(t.numel() for t in everything),
         layers=trainer.adapters.layers if trainer.adapters is not None else [],
         step_seconds=seconds,
         steps=run.train.steps,
-        parameter_bytes=_bytes(everything),
-        gradient_bytes=_bytes(trained),
-        optimizer_bytes=_bytes(state) + (_bytes(trained) if run.train.ema is not None else 0),
+        parameter_bytes=held([*everything, *own], device),
+        gradient_bytes=held(trained),
+        optimizer_bytes=held(state) + (held(trained) if run.train.ema is not None else 0),
         activation_bytes=activations,
-        reference_bytes=_bytes(trained) if trainer.adapters is None and trainer.objective.needs.reference else 0,
-        said=(*_used(run, trainer), *said),
+        reference_bytes=held(trained) if trainer.adapters is None and trainer.objective.needs.reference else 0,
+        said=(*_used(run, trainer), *said, *_computed(run, trainer)),
         **_noise(run, trainer),
-        peak_bytes=torch.cuda.max_memory_allocated() if cuda else None,
     )
+
+
+def _computed(run: Run, trainer: Trainer) -> list[str]:
+    """What was found out of attention and compilation in the steps that were done."""
+    lines = [] if trainer.model.attention is None else trainer.model.attention.told()
+    if run.model.compile:
+        from visiontune.models._compiled import told
+
+        lines.append(told())
+    return lines
 
 
 def _counts(trainer: Trainer) -> dict[str, Any]:
@@ -239,52 +278,19 @@ def _used(run: Run, trainer: Trainer) -> list[str]:
     return [*data, *learnt, *told_under(run, trainer.under), *passed_over(run, trainer.model)]
 
 
-def _step(trainer: Trainer, step: int) -> None:
-    """One optimiser step as the loop does it, without its log."""
-    trainer.optimise(step)
+def _steps(trainer: Trainer, turn: int) -> None:
+    """The optimiser steps of one batch or one rollout, as the loop does them, without its log."""
+    count = trainer.objective.updates
+    for step in range(turn * count, (turn + 1) * count):
+        trainer.optimise(step)
     if trainer.accelerator.device.type == "cuda":
         torch.cuda.synchronize()
-
-
-class Kept(saved_tensors_hooks):
-    """Inside the block, counts the bytes that autograd keeps for the backward pass, each storage once.
-
-    Args:
-        known: tensors that are there anyway (weights), which are not counted.
-    """
-
-    def __init__(self, known: Sequence[Tensor]) -> None:
-        self._known = {part.untyped_storage().data_ptr() for t in known for part in _stored(t)}
-        self._storages: dict[int, int] = {}
-        super().__init__(self._pack, lambda tensor: tensor)
-
-    def _pack(self, tensor: Tensor) -> Tensor:
-        for storage in (part.untyped_storage() for part in _stored(tensor)):
-            if storage.data_ptr() not in self._known:
-                self._storages[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    @property
-    def bytes(self) -> int:
-        """The total."""
-        return sum(self._storages.values())
 
 
 def _tensors(trainer: Trainer) -> list[Tensor]:
     """Weights and buffers of all the model's networks, and of what lies under the adapter."""
     held = [*trainer.model.networks().values(), *([] if trainer.under is None else [trainer.under])]
     return [t for module in held for t in (*module.parameters(), *module.buffers())]
-
-
-def _bytes(tensors: Iterable[Tensor]) -> int:
-    return sum(part.numel() * part.element_size() for t in tensors for part in _stored(t))
-
-
-def _stored(tensor: Any) -> list[Tensor]:
-    """The tensors that hold the values of one: of a quantised weight the codes and the scales."""
-    if not hasattr(tensor, "__tensor_flatten__"):
-        return [tensor]
-    return [part for name in tensor.__tensor_flatten__()[0] for part in _stored(getattr(tensor, name))]
 
 
 def _stand_ins(model: Any, prompts: Sequence[str], *_: Any, steps: int = 1, **__: Any) -> np.ndarray:

@@ -57,3 +57,17 @@ def test_nothing_is_said_but_our_own_words(tiny_folder, tmp_path):
     )
     assert done.stdout == "finished: runs/samples/manifest.jsonl\n"
     assert {line.split("%")[0].strip() for line in done.stderr.replace("\r", "\n").splitlines()} <= {"", "0", "100"}
+
+
+def test_check_finds_the_first_setting_that_fits(cli, recipe):
+    words = ["check", recipe, "train.batch_size=2", "adapter.rank=1"]
+    rung = "train.gradient_checkpointing=true"
+    plain = cli(*words, "--fit", "1TB")
+    assert plain.code == 0 and plain.out.splitlines()[-1] == "fits 1TB: the recipe as it is"
+    assert "memory: " in plain.out and rung not in plain.out
+    peak = float(next(line for line in plain.out.splitlines() if line.endswith("the recipe as it is")).split()[0])
+    most = f"{0.8 * peak:.3f}MiB"
+    fitting = cli(*words, "--fit", most)
+    assert fitting.code == 0 and fitting.out.splitlines()[-1].startswith(f"fits {most}: {rung}"), fitting.out
+    wrong = cli(*words, "--fit", "much")
+    assert wrong.code == 2 and "write 24GB" in wrong.err

@@ -20,7 +20,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::FutureWarning"),
 ]
 
-KINDS = ["int8", "nf4"]
+KINDS = ["int8", "fp8", "nf4"]
 SHAPES = [(48, 64), (64, 48), (96, 96)]
 
 
@@ -41,7 +41,7 @@ def coarse(w: Tensor) -> Tensor:
 
 
 def through(kind: str):
-    pytest.importorskip("torchao" if kind == "int8" else "bitsandbytes")
+    pytest.importorskip("bitsandbytes" if kind == "nf4" else "torchao")
     return lambda w: through_codes(kind, torch.float32, w)
 
 
@@ -49,7 +49,7 @@ def net(kind: str | None, rank: int = 0, dtype: torch.dtype = torch.float32, **o
     torch.manual_seed(0)
     made = nn.Sequential(nn.Linear(64, 48), nn.Tanh(), nn.Linear(48, 64)).to(dtype).requires_grad_(False)
     if kind:
-        pytest.importorskip("torchao" if kind == "int8" else "bitsandbytes")
+        pytest.importorskip("bitsandbytes" if kind == "nf4" else "torchao")
         quantise(made, kind, rank, **options)
     return made
 
@@ -180,7 +180,7 @@ def test_a_layer_multiplies_with_the_sum(kind, dtype) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_model_opens_closer_to_itself(kind) -> None:
-    pytest.importorskip("torchao" if kind == "int8" else "bitsandbytes")
+    pytest.importorskip("bitsandbytes" if kind == "nf4" else "torchao")
     whole = models.load("pocket/sd")
     coded, kept = (models.load("pocket/sd", quantize=kind, quantize_rank=rank) for rank in (0, 8))
     assert len({model.fingerprint("denoiser") for model in (whole, coded, kept)}) == 3
@@ -191,7 +191,7 @@ def test_a_model_opens_closer_to_itself(kind) -> None:
 
 
 def test_refusals() -> None:
-    with pytest.raises(UserError, match=r"set model\.quantize to nf4 or int8"):
+    with pytest.raises(UserError, match=r"set model\.quantize to nf4, fp8 or int8"):
         config.load_run("personalise/lora", ["model.quantize_rank=8", "data.root=x"])
     with pytest.raises(UserError, match=r"model\.quantize_rank"):
         config.load_run("personalise/lora", ["model.quantize=nf4", "model.quantize_rank=-1", "data.root=x"])

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,7 +12,9 @@ from tiny import tiny_model
 from tiny_training import TinyModel, TinyRows, tiny_trainer
 from torch.nn import Parameter
 
-from visiontune import adapters
+from visiontune import adapters, config
+from visiontune.assemble import resources
+from visiontune.data.loader import BatchSampler
 from visiontune.errors import UserError
 from visiontune.schema import from_mapping
 from visiontune.training import optim, preview
@@ -167,6 +170,28 @@ def test_what_is_released_is_nothing_that_steps_need(tmp_path, monkeypatch):
         with pytest.raises(UserError, match=r"train\.release has '(unet|text_encoder)'"):
             rows = TinyRows(model, embedded=False)
             tiny_trainer(tmp_path, model=model, rows=rows, parts=["denoiser", "text"], release=[part])
+
+
+@pytest.mark.parametrize(
+    ("words", "rows", "left"),
+    [
+        ([], {}, ["vae", "text_encoder"]),
+        (["train.release=[vae]"], {}, ["vae"]),
+        (["train.release=[]"], {}, []),
+        (["data.cache=false"], {}, []),
+        ([], {"train_text": True}, []),
+        ([], {"prior": [3]}, []),
+        (["train.parts=[denoiser, vae]"], {}, ["text_encoder"]),
+    ],
+)
+def test_what_no_step_needs_leaves_by_itself(words, rows, left):
+    """Not prior pictures' VAE: they are encoded when they are first drawn."""
+    run = config.load_run("personalise/lora", ["data.root=x", "train.parts=[denoiser]", *words])
+    batches = object.__new__(BatchSampler)
+    batches.rows = SimpleNamespace(**{"train_text": False, "prior": [], **rows})
+    assert sorted(resources.released(run, tiny_model("sd"), batches)) == sorted(left)
+    if not words:
+        assert resources.released(run, tiny_model("sd"), object()) == []  # prompts: pictures are drawn in the steps
 
 
 def test_half_precision_weights_are_not_trained(tmp_path):

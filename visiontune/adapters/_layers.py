@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from visiontune.adapters._quantised import is_quantised, weight_of
+from visiontune.ops.shards import whole
 
 if TYPE_CHECKING:
     from visiontune.adapters.base import Adapter, AdapterSet, Method
@@ -152,7 +153,8 @@ def change(layer: Any, entries: Sequence[Entry]) -> tuple[Tensor, Tensor | None]
     Returns:
         In float32 or wider; ``None`` for a bias that stays as it is. A layer without one gets it whole.
     """
-    frozen, bias = weight_of(layer), getattr(layer, "bias", None)
+    frozen, bias = whole(weight_of(layer)), getattr(layer, "bias", None)
+    bias = None if bias is None else whole(bias)
     base = frozen.to(torch.promote_types(frozen.dtype, torch.float32))
     before = None if bias is None else bias.to(base)
     weight, moved = base, before

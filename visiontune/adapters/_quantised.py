@@ -63,7 +63,8 @@ def _of_codes(layer: Any) -> Tensor:
 def error_of(layer: Any, values: Tensor) -> float:
     """How far the dequantised ``values`` may be from the weight that was quantised; 0 where none was.
 
-    Int8 rounds to 1/127 of a row's largest magnitude. Four bits (nf4) have a gap of 0.3 of a block's largest, whose own
+    Int8 rounds to 1/127 of a row's largest magnitude, and fp8 keeps three bits behind the first of each number. Four
+    bits (nf4) have a gap of 0.3 of a block's largest, whose own
     rounding comes on top. What a layer adds to its codes moves single numbers by as much again.
     """
     if not is_quantised(layer):
@@ -71,7 +72,8 @@ def error_of(layer: Any, values: Tensor) -> float:
     codes = getattr(layer.weight, "qdata", layer.weight)
     lost = lost_of(layer)
     added = 0.0 if lost is None else float((lost[1] @ lost[0]).abs().max())
-    return float(values.abs().max()) * (0.005 if codes.dtype == torch.int8 else 0.18) + added
+    share = {torch.int8: 0.005, torch.float8_e4m3fn: 0.0625}.get(codes.dtype, 0.18)
+    return float(values.abs().max()) * share + added
 
 
 def _is_subclass(weight: Tensor) -> bool:

@@ -31,6 +31,8 @@ from visiontune.errors import UserError
 from visiontune.schema import option
 
 LAYERS: tuple[type[nn.Module], ...] = (nn.Linear, *CONVOLUTIONS, nn.Embedding, *NORMS)
+# Why a process must have the base's weights whole.
+WHOLE_BASE = "chooses among the base's weights between steps"
 EXACT_SIZE, ITERATIONS = 512, 20
 
 

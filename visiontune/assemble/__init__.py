@@ -45,8 +45,9 @@ def train(run: Run, say: Callable[[str], None] = _log.info) -> Path:
     Args:
         say: is told what the judge says.
     """
-    from visiontune.assemble import judged
+    from visiontune.assemble import judged, parts
 
+    parts.check_shards(run)  # a judge has to be opened
     judge = judged.judge_of(run)
     trainer = assemble(run)
     result = trainer.fit()

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from visiontune import files
-from visiontune.assemble import folder, parts
+from visiontune.assemble import folder, parts, resources
 from visiontune.config import Run
 from visiontune.data.inventory import uncaptioned
 from visiontune.data.preflight import preflight
@@ -51,6 +51,7 @@ def build(
         home: the run folder, held.
         say: is told of pictures without a caption among others, and of words that the model does not read.
     """
+    parts.check_shards(run)
     # Words and data come before the model, which may take minutes to open.
     preview = dataclasses.replace(run.preview, prompts=[parts.in_words(run, p) for p in run.preview.prompts])
     objective = parts.open_objective(run)
@@ -82,7 +83,7 @@ def build(
             f"'{run.objective['name']}' does not have: take lora, or start from a trained one (adapter.start)"
         )
     accelerator = make_accelerator(run.train, run.folder)
-    model.to(accelerator.device)
+    shards = _spread(run, model, adapters, under, objective, accelerator)
     for line in [*uncaptioned(found.samples), *lost(model, _texts(found, preview.prompts))]:
         if accelerator.is_main_process:
             say(line)
@@ -92,13 +93,17 @@ def build(
     rows = _rows(run, model, sets, objective, found, accelerator, cache_dir, draw, fill)
     if plan and adapters is not None and adapters.plans:
         _plan(run, model, adapters, objective, rows, accelerator)
+    resources.speed_up(run, model)
+    if not fill and not objective.needs.online:
+        for index in range(2 * run.train.accumulate):
+            rows.batch(index)  # while the encoders are where they are fast
     return Trainer(
         model=model,
         adapters=adapters,
         under=under,
         objective=objective,
         rows=rows,
-        train=run.train,
+        train=dataclasses.replace(run.train, release=resources.released(run, model, rows)),
         preview=preview,
         out=run.folder,
         seed=run.seed,
@@ -107,7 +112,23 @@ def build(
         reward=reward,
         guard=guard,
         home=home,
+        shards=shards,
     )
+
+
+def _spread(run: Run, model: Any, adapters: Any, under: Any, objective: Objective, accelerator: Any) -> Any:
+    """Move the model to the device; with FSDP in shares, as soon as nobody needs it whole there."""
+    from visiontune.objectives.base import Objective
+    from visiontune.training import sharding
+
+    shards = sharding.of(accelerator)
+    drawn = type(objective).prepare is not Objective.prepare or (adapters is not None and adapters.plans)
+    encodes = set(model.names()) != {*sharding.networks_of(model, run.train)}
+    if shards is None or drawn or encodes:
+        model.to(accelerator.device)
+        return shards
+    shards.spread(model, adapters, under, objective, run.train)
+    return shards
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -181,8 +202,14 @@ def _check_dropout(run: Run, model: Any) -> None:
         UserError: it names the network.
     """
     from visiontune.training.optim import trains_text
+    from visiontune.training.sharding import asked
 
     apart = getattr(model, "WORDLESS", None)
+    if run.data.caption_dropout and apart is not None and asked() is not None:
+        raise UserError(
+            f"data.caption_dropout: rows without a caption pass the {apart} of '{model.source}', and with FSDP all "
+            "processes have to call the same networks: set it to 0"
+        )
     if not run.data.caption_dropout or apart is None or trains_text(model, run.train):
         return
     if apart not in model.names(run.train.networks):

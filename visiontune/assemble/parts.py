@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from visiontune import outside, plugin
 from visiontune.adapters import read_header
 from visiontune.adapters._header import is_own
+from visiontune.assemble import resources
 from visiontune.config import Run
 from visiontune.data.base import listed, substitute
 from visiontune.errors import UserError
@@ -36,6 +37,31 @@ def open_objective(run: Run) -> Objective:
             "Supervised or Online of visiontune.objectives.base, whose needs are Needs"
         )
     return built
+
+
+def check_shards(run: Run) -> None:
+    """Refuse what cannot be done on sharded networks, where accelerate's configuration asks for FSDP.
+
+    Raises:
+        UserError: naming what to change.
+    """
+    from visiontune.training import sharding
+
+    if sharding.asked() is None:
+        return
+    sharding.check_objective(open_objective(run))
+    if run.adapter is not None:
+        _, config = plugin.configure("adapters", _without(run.adapter, "targets", "start", "under"), "adapter")
+        sharding.check_adapter(config, run.adapter["name"])
+    if run.model.quantize is not None:
+        raise UserError("FSDP: quantised weights are not sharded: leave model.quantize out, or start without FSDP")
+    if run.model.compile:
+        raise UserError("FSDP: compiled blocks were not tried on parts of weights: set model.compile to false")
+    if run.judge is not None:
+        raise UserError(
+            "judge looks at a run in one process, and FSDP needs all of them: set judge=none (a finished adapter is "
+            "judged by visiontune evaluate)"
+        )
 
 
 def load_reward(run: Run, objective: Objective) -> Any:
@@ -121,6 +147,8 @@ def open_model(run: Run, fetch: bool = True) -> Model:
             f"model '{spec.source}' reads {reads.words()} beside each prompt, which no run gives it: it can be sampled "
             "from Python; to train, take one that reads words alone, as FLUX.1 Kontext and FLUX.2 can"
         )
+    if spec.vae_tiling:
+        resources.tile(model)
     return model
 
 

@@ -36,7 +36,7 @@ def load(
         revision: branch, tag or commit of a Hub id.
         device: where to put it.
         fetch: whether the Hub may be asked for what is not on this machine; false where a file named the model.
-        quantize: store the main networks' linear layers in 8 bits (``int8``, by torchao) or 4 (``nf4``, by
+        quantize: store the main networks' linear layers in 8 bits (``int8`` or ``fp8``, by torchao) or 4 (``nf4``, by
             bitsandbytes).
         quantize_rank: see ``rank`` of :func:`quantise`.
         variant: which files of weights are read where there are several, ``fp16`` for ``*.fp16.safetensors``; without
@@ -54,7 +54,8 @@ def load(
 def quantise(
     module: torch.nn.Module, kind: Kind, *, rank: int = 0, squares: Mapping[str, torch.Tensor] | None = None
 ) -> None:
-    """Store the weights of all linear layers of a module in few bits: ``int8`` by torchao, ``nf4`` by bitsandbytes.
+    """Store the weights of all linear layers of a module in few bits: ``int8`` and ``fp8`` by torchao, ``nf4`` by
+    bitsandbytes.
 
     Args:
         module: changed in place; layers that are subclasses of ``nn.Linear`` stay as they are with ``nf4``.

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from visiontune.errors import UserError
 
-Kind = Literal["int8", "nf4"]
+Kind = Literal["int8", "fp8", "nf4"]
 # Later turns gain a hundredth of the error each, or nothing.
 TURNS = 5
 
@@ -31,10 +31,10 @@ def quantise(module: nn.Module, kind: Kind, rank: int = 0, squares: Mapping[str,
         layers = {name: layer for name, layer in module.named_modules() if name and type(layer) is nn.Linear}
         squares = _checked(squares or {}, layers, rank)
         lost = {name: split(layer, kind, rank, squares.get(name)) for name, layer in layers.items() if rank}
-        (_int8 if kind == "int8" else _nf4)(module)
+        _nf4(module) if kind == "nf4" else _torchao(module, kind)
     except ImportError as error:
         raise UserError(
-            f"model.quantize={kind} needs {'torchao' if kind == 'int8' else 'bitsandbytes'} ({error}): "
+            f"model.quantize={kind} needs {'bitsandbytes' if kind == 'nf4' else 'torchao'} ({error}): "
             "pip install 'visiontune[quant]'"
         ) from error
     for name, factors in lost.items():
@@ -129,7 +129,7 @@ def through_codes(kind: Kind, dtype: torch.dtype, w: Tensor) -> Tensor:
         return functional.dequantize_4bit(*codes).to(w)
     layer = nn.Linear(w.shape[1], w.shape[0], bias=False, device="meta")
     layer.weight = nn.Parameter(w.to(dtype), requires_grad=False)
-    _int8(layer)
+    _torchao(layer, kind)
     return plain(layer.weight).to(w)
 
 
@@ -157,10 +157,10 @@ def _keeping(cls: Any) -> Any:
     return type(f"Kept{cls.__name__}", (Kept, cls), {"__module__": cls.__module__})
 
 
-def _int8(module: nn.Module) -> None:
-    from torchao.quantization import Int8WeightOnlyConfig, quantize_
+def _torchao(module: nn.Module, kind: Kind) -> None:
+    from torchao.quantization import Float8WeightOnlyConfig, Int8WeightOnlyConfig, quantize_
 
-    quantize_(module, Int8WeightOnlyConfig())
+    quantize_(module, Int8WeightOnlyConfig() if kind == "int8" else Float8WeightOnlyConfig())
 
 
 def _nf4(module: nn.Module) -> None:

@@ -8,7 +8,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,9 @@ from torch import Tensor, nn
 from visiontune.errors import UserError
 from visiontune.models._quantise import plain
 from visiontune.schema import nearest
+
+if TYPE_CHECKING:
+    from visiontune.models._attention import Choice
 
 Presets = Mapping[str, tuple[str, ...]]
 
@@ -34,6 +37,7 @@ class Model(ABC):
         source: what the user named: a pocket name, a folder or a Hub id.
         precision: the type that the networks compute in under `autocast`, whatever their weights are; None for theirs.
         distilled: why the model counts as distilled to few steps, which a plain denoising loss undoes; None for others.
+        attention: what chooses how attention is computed; None for whatever the libraries take.
     """
 
     family: ClassVar[str]
@@ -43,6 +47,7 @@ class Model(ABC):
     source: str
     precision: torch.dtype | None = None
     distilled: str | None = None
+    attention: Choice | None = None
 
     @abstractmethod
     def networks(self) -> dict[str, nn.Module]:

@@ -156,7 +156,9 @@ class PipelineModel(Model):
         self.pipe.save_pretrained(folder, safe_serialization=True)
 
     def _identify(self, parts: Sequence[str], digest: Any) -> None:
-        """Text features depend on the vocabulary too."""
+        """Text features depend on the vocabulary too, and latents on whether the VAE works in tiles."""
+        if self.CODEC in self.names(parts) and getattr(self.vae, "use_tiling", False):
+            digest.update(b"tiles")
         if set(self.names(parts)) & set(self.names(["text"])):
             for name, tokenizer in sorted(self.pipe.components.items()):
                 if name.startswith("tokenizer") and tokenizer:

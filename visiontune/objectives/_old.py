@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from visiontune.objectives.base import Tools
+from visiontune.ops.shards import is_sharded
 
 
 @torch.no_grad()
@@ -33,11 +34,16 @@ def swapped(
     parameters: Mapping[str, Parameter], values: Mapping[str, Tensor], refresh: Callable[[], None]
 ) -> Iterator[None]:
     """Inside the block, which must build no graph, parameters have other values; ``refresh`` follows every change."""
-    own = {name: p.data for name, p in parameters.items()}
+    # Whoever gathers a sharded weight keeps hold of its memory, so its values are written there.
+    own = {name: p.detach().clone() if is_sharded(p) else p.data for name, p in parameters.items()}
 
+    @torch.no_grad()
     def put(chosen: Mapping[str, Tensor]) -> None:
         for name, parameter in parameters.items():
-            parameter.data = chosen[name]
+            if is_sharded(parameter):
+                parameter.copy_(chosen[name])
+            else:
+                parameter.data = chosen[name]
         # An autocast around the block keeps rounded weights, and knows them by the parameter.
         torch.clear_autocast_cache()
         refresh()

@@ -88,7 +88,7 @@ class Chunk:
     Attributes:
         trajectory: n rows, on the CPU, with ``log_probs``.
         batch: their prompts.
-        advantages: [n]. kept: [n] bool, the rows to be trained on.
+        advantages: [n]. kept: [n] bool, the rows to be trained on; others count nothing.
     """
 
     trajectory: Trajectory
@@ -182,7 +182,9 @@ class Policy(Stepped):
             for rows, trajectory in zip(parts, drawn, strict=True)
         ]
         turn = len(chunks) // config.updates
-        pieces = [self.pack(model, chunks[i : i + turn]) for i in range(0, len(chunks), turn)]
+        pieces = [chunks[i : i + turn] for i in range(0, len(chunks), turn)]
+        if not tools.lockstep:
+            pieces = [self.pack(model, piece) for piece in pieces]
         return Collected(pieces=pieces, rows=rows, terms=terms)
 
     def deal(self, rows: int, tools: Tools) -> Tensor:
@@ -328,7 +330,7 @@ class Policy(Stepped):
             old = trajectory.log_probs[rows, step].to(now)
             loss, clipped = clipped_surrogate(now, old, chunk.advantages, self.config.clip)
             kl = torch.zeros_like(loss) if base is None else gaussian_kl(mean, base[j], std, trajectory.reduce)
-            loss = loss + self.beta * kl
+            loss, clipped, kl = (chunk.kept.to(loss) * value for value in (loss + self.beta * kl, clipped, kl))
             (tools.scale * weight * loss).sum().backward()
             parts = {"loss": loss, "clipped": clipped, "kl": kl, "drift": now - old}
             for name, value in parts.items():

@@ -78,6 +78,7 @@ class Tools:
         seed: of the run. index: number of the batch.
         rank, world: this process and the number of processes.
         parameters: what is trained, by name. refresh: to be called after a change of them through ``.data``.
+        lockstep: whether all processes must call the networks equally often, in the same order.
         state: the objective's own, kept in checkpoints by name: tensors, plain values, and whatever has torch's
             ``state_dict`` and ``load_state_dict``, a second optimiser for instance.
     """
@@ -95,6 +96,7 @@ class Tools:
     world: int = 1
     parameters: Mapping[str, Parameter] = field(default_factory=dict)
     refresh: Callable[[], None] = lambda: None
+    lockstep: bool = False
     state: dict[str, Any] = field(default_factory=dict)
 
     def generators(self, batch: Batch, *key: int | str) -> list[torch.Generator]:
@@ -117,11 +119,13 @@ class Objective(ABC):
         config: its options.
         group: pictures of each prompt that are compared with each other.
         updates: optimiser steps that a batch serves.
+        even: whether all processes can be made to call the networks equally often (`Tools.lockstep`).
     """
 
     config: Any
     group: int = 1
     updates: int = 1
+    even: bool = True
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()

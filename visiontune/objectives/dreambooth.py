@@ -118,17 +118,17 @@ class DreamBooth(denoising.Denoising):
             return target
         rows = batch.prior.nonzero().flatten()
         with tools.reference(), torch.no_grad():
-            predicted = model.predict(x_t[rows], t[rows], self._condition(model, batch, rows))
+            predicted = model.predict(x_t[rows], t[rows], self._condition(model, batch, rows, tools))
         return target.index_copy(0, rows, predicted.to(target.dtype))
 
-    def _condition(self, model: DiffusionModel, batch: Batch, rows: Tensor) -> Condition:
+    def _condition(self, model: DiffusionModel, batch: Batch, rows: Tensor, tools: Tools) -> Condition:
         """The base's own conditions of some rows; those of a trained text encoder are others."""
         if batch.cond is not None:
             return batch.cond[rows]
         prompts = [batch.prompts[i] for i in rows.tolist()]
         for prompt in prompts:
             # Each prompt by itself: its condition does not depend on which others a batch had.
-            if prompt not in self._conditions:
+            if tools.lockstep or prompt not in self._conditions:
                 self._conditions[prompt] = model.embed([prompt]).to("cpu")
         return Condition.cat([self._conditions[prompt] for prompt in prompts]).to(rows.device)
 

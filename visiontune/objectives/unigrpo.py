@@ -139,6 +139,7 @@ class UniGRPO(Rollouts):
     """
 
     config: Config
+    even = False
 
     def __init__(self, config: Config) -> None:
         super().__init__(config)

@@ -5,14 +5,20 @@ from __future__ import annotations
 import re
 import shutil
 import sys
+from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
+from accelerate.utils import broadcast_object_list
 from torch import Tensor
 
 from visiontune.errors import UserError
 from visiontune.files import atomic_write
+from visiontune.training import scattered
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
 
 STATE, WEIGHTS = "state.pt", "weights.safetensors"
 
@@ -41,9 +47,17 @@ def newest(out: Path, step: int) -> Path | None:
 
 
 def save(
-    out: Path, step: int, weights: dict[str, Tensor], state: dict[str, Any], keep: int, good: int | None = None
+    out: Path,
+    step: int,
+    weights: dict[str, Tensor],
+    state: dict[str, Any],
+    keep: int,
+    good: int | None = None,
+    main: bool = True,
 ) -> Path:
     """Write the checkpoint of ``step`` and remove all but the newest ``keep``.
+
+    One process does, or all of them where tensors are sharded: these lie beside the rest then, the weights among them.
 
     Args:
         out: the run folder.
@@ -52,30 +66,55 @@ def save(
         state: everything else (optimiser, schedule, averages), stored by ``torch.save`` and read with ``weights_only``.
         keep: how many checkpoints remain.
         good: the newest checkpoint that is not after this step remains too.
+        main: whether this process writes what is not sharded.
     """
+    target, content = folder(out, step), {**state, "step": step}
+    if main:
+        remove_folder(target)
+    with atomic_write(target) if main else nullcontext(target) as partial:
+        if main:
+            partial.mkdir()
+        if scattered.has_parts(weights):
+            place = broadcast_object_list([partial])[0]
+            content = scattered.write(place / scattered.FOLDER, {**content, "weights": weights})
+        if main:
+            _write(partial, weights, content)
+    if main:
+        _forget(out, keep, good)
+    return target
+
+
+def _write(partial: Path, weights: dict[str, Tensor], content: dict[str, Any]) -> None:
     from safetensors.torch import save_file
 
-    target = folder(out, step)
-    remove_folder(target)
-    with atomic_write(target) as partial:
-        partial.mkdir()
+    if "weights" not in content:
         save_file({k: v.detach().contiguous().cpu() for k, v in weights.items()}, partial / WEIGHTS)
-        # Through a file object: given a path, torch reports a full disk as an unexplained position.
-        with (partial / STATE).open("wb") as file:
-            torch.save({**state, "step": step}, file)
+    # Through a file object: given a path, torch reports a full disk as an unexplained position.
+    with (partial / STATE).open("wb") as file:
+        torch.save(content, file)
+
+
+def _forget(out: Path, keep: int, good: int | None) -> None:
     kept = None if good is None else newest(out, good)
     for old in (folder(out, s) for s in steps(out)[:-keep]):
         if old != kept:
             remove_folder(old)
-    return target
 
 
-def load(path: Path, package: str | None = None) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Weights and state of the checkpoint ``path``, on the CPU.
+def is_sharded(path: Path) -> bool:
+    """Whether the weights of a checkpoint lie in parts."""
+    return (path / scattered.FOLDER).is_dir()
+
+
+def load(
+    path: Path, package: str | None = None, mesh: DeviceMesh | None = None
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Weights and state of the checkpoint ``path``, on the CPU; what was sharded, on the devices of ``mesh``.
 
     Args:
         path: the checkpoint.
         package: the state may hold objects of its classes; otherwise it holds tensors and plain values.
+        mesh: the processes to share out among what was sharded; without one it is whole.
 
     Raises:
         UserError: the folder's files cannot be read.
@@ -83,9 +122,12 @@ def load(path: Path, package: str | None = None) -> tuple[dict[str, Tensor], dic
     from safetensors.torch import load_file
 
     try:
-        weights = load_file(path / WEIGHTS)
         with torch.serialization.safe_globals(_classes(path / STATE, package)):
-            return weights, torch.load(path / STATE, map_location="cpu", weights_only=True)
+            state = torch.load(path / STATE, map_location="cpu", weights_only=True)
+        if is_sharded(path):
+            state = scattered.read(path / scattered.FOLDER, state, mesh)
+            return state.pop("weights"), state
+        return load_file(path / WEIGHTS), state
     except Exception as error:
         raise UserError(
             f"the checkpoint {path} cannot be read ({error}); remove that folder to use an older one"

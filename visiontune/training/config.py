@@ -41,8 +41,10 @@ class TrainConfig:
         help="what is trained: networks by name (unet) or role (denoiser, text, vae), and with an adapter trigger, the "
         "meaning of data.trigger alone; null: the denoiser",
     )
-    release: list[str] = option(
-        [], help="parts that leave the accelerator once data are encoded, such as [text, vae]; drawing brings them back"
+    release: list[str] | None = option(
+        None,
+        help="parts that leave the accelerator once data are encoded, such as [text, vae]; drawing brings them back; "
+        "null: those that no step needs",
     )
     optimizer: str = option(
         "adamw", help="adamw, sgd, adafactor, galore, natural_galore, or the dotted path of any torch optimiser class"

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
+from visiontune.ops.shards import local
+
 Tensors = list[Tensor] | tuple[Tensor, ...]
 
 
@@ -46,10 +48,11 @@ class Average:
         """Take the parameters as they are after one optimiser step into the average."""
         if self.decay is None:
             return
+        average, current = [*map(local, self.shadow)], [*map(local, self.parameters)]
         if self.updates:
-            warm_average(self.decay)(self.shadow, self.parameters, self.updates)
+            warm_average(self.decay)(average, current, self.updates)
         else:
-            torch._foreach_copy_(self.shadow, self.parameters)
+            torch._foreach_copy_(average, current)
         self.updates += 1
 
     @contextmanager
@@ -59,7 +62,7 @@ class Average:
             yield
             return
         # Laid aside in the main memory: a device that is full of training has no room for a third copy.
-        aside = [p.detach().to("cpu", copy=True) for p in self.parameters]
+        aside = [local(p).detach().to("cpu", copy=True) for p in self.parameters]
         self._write(self.shadow)
         try:
             yield
@@ -69,7 +72,7 @@ class Average:
     @torch.no_grad()
     def _write(self, values: list[Tensor]) -> None:
         for own, value in zip(self.parameters, values, strict=True):
-            own.copy_(value)
+            local(own).copy_(local(value))
 
     def state_dict(self) -> dict | None:
         return None if self.decay is None else {"optimization_step": self.updates, "shadow_params": self.shadow}

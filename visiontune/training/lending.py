@@ -15,6 +15,7 @@ from visiontune.core import Loss
 from visiontune.errors import UserError
 from visiontune.objectives._old import swapped
 from visiontune.objectives.base import Objective, Tools, check_loss, generator
+from visiontune.ops.shards import is_sharded
 from visiontune.training.config import TrainConfig
 from visiontune.training.step import Rows
 
@@ -51,7 +52,10 @@ class Lender:
 
     Attributes:
         state: the objective's own.
+        lockstep: whether networks are sharded, so that all processes have to call them equally often.
     """
+
+    lockstep = False
 
     def __init__(
         self,
@@ -88,12 +92,28 @@ class Lender:
             parameters=self.parameters,
             refresh=self.adapters.refresh if self.adapters is not None else _nothing,
             state=self.state,
+            lockstep=self.lockstep,
         )
 
     def _scale(self) -> float:
         scaler = self.accelerator.scaler
         # A gradient scaler comes into being when it first scales something, and unscales nothing before.
         return 1.0 if scaler is None else float(scaler.scale(torch.ones((), device=self.accelerator.device)))
+
+    def average(self) -> None:
+        """Average complete gradients over processes; those of sharded weights have been averaged on their way.
+
+        What no process has a gradient of is left without one.
+        """
+        own = [p for p in self.parameters.values() if not is_sharded(p)]
+        if self.accelerator.num_processes == 1 or not own:
+            return
+        # Every process takes part for every parameter, whether its rows moved it or not.
+        moved = torch.tensor([float(p.grad is not None) for p in own], device=self.accelerator.device)
+        for parameter, anywhere in zip(own, self.accelerator.reduce(moved, "sum").tolist(), strict=True):
+            if anywhere:
+                gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+                parameter.grad = self.accelerator.reduce(gradient, "mean")
 
     def state_dict(self) -> dict[str, Any]:
         """The objective's state: what has a state of its own gives that, and the rest is given as it is."""
@@ -153,18 +173,12 @@ class OnlineSteps:
             with torch.no_grad():
                 self._held = (index, self.objective.collect(self.model, batch, tools))
         loss = check_loss(self.objective.update(self.model, self._held[1], part, tools), self.objective)
-        self._average()
-        return loss
-
-    def _average(self) -> None:
-        accelerator = self.lender.accelerator
         for parameter in self.lender.parameters.values():
-            # Every process takes part for every parameter, whether its rows moved it or not, and one process does as
-            # several do: a rollout that teaches nothing leaves zeros.
+            # One process does as several do: a rollout that teaches nothing leaves zeros.
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
-            if accelerator.num_processes > 1:
-                parameter.grad = accelerator.reduce(parameter.grad, "mean")
+        self.lender.average()
+        return loss
 
 
 def _stateful(value: Any) -> bool:

@@ -22,8 +22,9 @@ from visiontune import signals
 from visiontune.core import Loss
 from visiontune.errors import Stopped, UserError
 from visiontune.objectives.base import Objective, seed_of
+from visiontune.ops.shards import is_sharded, whole
 from visiontune.ops.threads import Threads
-from visiontune.training import checkpoint, guards, optim, preview, result, resume, trouble
+from visiontune.training import checkpoint, guards, optim, preview, result, resume, sharding, trouble
 from visiontune.training.config import PreviewConfig, TrainConfig
 from visiontune.training.devices import make_accelerator, precision_of
 from visiontune.training.ema import Average
@@ -54,6 +55,7 @@ class Trainer:
         reward: what an online objective scores pictures by.
         guard: looks at what an online objective does to the pictures.
         home: ``out``, where it is held already; otherwise it is while the run trains.
+        shards: what has sharded the model already, where accelerate's configuration asks for FSDP.
 
     Raises:
         UserError: nothing to train, an impossible precision, an unknown optimiser or tracker, a guard that cannot look.
@@ -76,6 +78,7 @@ class Trainer:
         reward: Any = None,
         guard: guards.Guard | None = None,
         home: Home | None = None,
+        shards: sharding.Shards | None = None,
     ) -> None:
         self.model: Any = model
         self.adapters, self.objective, self.rows, self.online = adapters, objective, rows, objective.needs.online
@@ -83,18 +86,24 @@ class Trainer:
         self.train, self.preview, self.seed, self.out = train, preview or PreviewConfig(), seed, Path(out)
         self.metadata, self.guard, self.home = dict(metadata or {}), guard, home or Home(out)
         self.accelerator = accelerator or make_accelerator(train, self.out)
-        model.to(self.accelerator.device)
+        self.shards = shards or sharding.of(self.accelerator)
+        if self.shards is None:
+            model.to(self.accelerator.device)
+            self.parameters = optim.choose(model, adapters, train.networks)
+        else:
+            self.parameters = self.shards.spread(model, adapters, under, objective, train)
+        # Whether what is trained is sharded, and not only what computes with it.
+        self.sharded = any(map(is_sharded, self.parameters.values()))
         check_train(objective, train)
         if guard is not None:
             guards.check(guard.config, objective)
-        self.parameters = optim.choose(model, adapters, train.networks)
         networks, trained = model.networks(), model.names(train.networks)
         text = optim.trains_text(model, train)
         objective.check_text(text)
         objective.check(model, reward)
-        if unwanted := {*model.names(train.release)} & {*trained, *model.names()}:
+        if unwanted := {*model.names(train.release or ())} & {*trained, *model.names()}:
             raise UserError(f"train.release has '{min(unwanted)}', which every step computes with: leave it out")
-        model.release(*train.release)
+        model.release(*train.release or ())
         self.precise = model.at(precision_of(self.accelerator))
         # Gradients of what is trained come through the networks that the loss is computed by.
         parts = {name: networks[name] for name in networks if name in {*trained, *model.names()}}
@@ -102,21 +111,28 @@ class Trainer:
         step = Step(self.precise, parts, adapters, objective).train(not self.online)
         if train.gradient_checkpointing:
             optim.checkpoint_gradients(step.parts)
-        # The gradients of online objectives come in pieces and are averaged over processes once, without DDP's hooks.
-        self.step_module = step if self.online else self.accelerator.prepare_model(step)
+        # The gradients of online objectives come in pieces and are averaged over processes once, without DDP's hooks,
+        # and so are those of adapters on sharded networks.
+        alone = self.online or self.shards is not None
+        self.step_module = step if alone else self.accelerator.prepare_model(step)
         self.lender = Lender(
             adapters, objective, reward, seed, self.accelerator, self.parameters, text, [*step.parts.values()]
         )
+        self.lender.lockstep = self.shards is not None
         objective.setup(self.precise, self.lender.tools(0))
         self.online_steps = OnlineSteps(self.precise, objective, rows, self.lender) if self.online else None
         trouble.check_drawing(model, self.preview, guard)
         optimizer = optim.make_optimizer(self.parameters, train, optim.rates(model, train))
+        if self.shards is not None:
+            sharding.check_optimizer(optimizer, train.optimizer)
         self.optimizer = self.accelerator.prepare_optimizer(optimizer)
         self.schedule = optim.make_schedule(optimizer, train)
         self._rates = list(self.schedule.base_lrs)
         self.meter, self.average = Meter(), Average(list(self.parameters.values()), train.ema)
         size = sum(p.numel() for part in parts.values() for p in part.parameters())
-        self.threads = Threads(self.accelerator.device, size, train.threads)
+        # A trial calls the networks, and processes that choose by their own clocks would call them at different times.
+        given = train.threads or (torch.get_num_threads() if self.shards is not None else 0)
+        self.threads = Threads(self.accelerator.device, size, given)
         self.stateful, self.idle = self._stateful(reward), trouble.Idle()
 
     def _stateful(self, reward: Any) -> dict[str, Any]:
@@ -192,7 +208,7 @@ class Trainer:
         self.idle.check(self, step, terms)
         norm = None
         if self.train.max_grad_norm is not None:
-            norm = accelerator.clip_grad_norm_(list(self.parameters.values()), self.train.max_grad_norm)
+            norm = whole(accelerator.clip_grad_norm_(list(self.parameters.values()), self.train.max_grad_norm))
         total = accelerator.reduce(total, "mean")
         trouble.check_loss(float(total), step + 1, self.out)
         if norm is not None and accelerator.scaler is None:
@@ -210,12 +226,16 @@ class Trainer:
             self._note(loss.terms)
             return loss.total, loss.terms
         total = torch.zeros((), device=self.accelerator.device)
+        # Parts of weights have parts of gradients after each batch: whole ones would have to be kept otherwise.
+        together = () if self.shards is not None else (self.step_module,)
         for part in range(self.train.accumulate):
-            with self.accelerator.accumulate(self.step_module):
+            with self.accelerator.accumulate(*together):
                 loss = self.loss(step * self.train.accumulate + part)
                 self.accelerator.backward(loss.total)
                 total += loss.total.detach() / self.train.accumulate
                 self._note(loss.terms)
+        if self.shards is not None:
+            self.lender.average()
         return total, loss.terms
 
     def _note(self, values: Mapping[str, Tensor]) -> None:
@@ -228,7 +248,8 @@ class Trainer:
         batch = self.rows.batch(index).to(self.accelerator.device)
         if self.lender.text and batch.cond is not None:
             raise ValueError("rows with a finished condition cannot train the text encoder: it would get no gradient")
-        return self.step_module(batch, self.lender.tools(index))
+        with self.accelerator.autocast():
+            return self.step_module(batch, self.lender.tools(index))
 
     def _update(self, step: int) -> None:
         self.optimizer.step()
@@ -266,7 +287,7 @@ class Trainer:
         if guard is None or not guard.due(step, self.train.steps):
             return {}
         images, found = None, [dict[str, float]()]
-        if self.accelerator.is_main_process:
+        if self._draws:
             with self.looking():
                 images = guard.draw(self.model)
                 found = [guard.measure(images, self.out, self.adapters, self.accelerator.device)]
@@ -274,7 +295,7 @@ class Trainer:
         values: dict[str, float] = broadcast_object_list(found)[0]
         guard.meter.reduce(self.accelerator)
         broken = guard.check(step, values)
-        if images is not None:
+        if self.accelerator.is_main_process and images is not None:
             if broken or step == 0:
                 guard.keep(self.out, step, images)
             guard.report(broken, self.out)
@@ -290,9 +311,12 @@ class Trainer:
             group["lr"] = rate * shape(self.schedule.last_epoch)
 
     def _preview(self, step: int, metrics: Metrics) -> None:
-        if self.preview.prompts and self.accelerator.is_main_process:
+        if self.preview.prompts and self._draws:
             with self.looking():
-                metrics.images(step, preview.draw(self.model, self.out, step, self.preview))
+                pixels = preview.draw(self.model, self.preview)
+            if self.accelerator.is_main_process:
+                preview.keep(self.out, step, self.preview, pixels)
+                metrics.images(step, pixels)
         self.accelerator.wait_for_everyone()
 
     @contextmanager
@@ -335,8 +359,13 @@ class Trainer:
         where = checkpoint.folder(self.out, step)
         raise signals.Interrupted(f"{signals.name(number)} after step {step}; {where} holds it", number)
 
+    @property
+    def _draws(self) -> bool:
+        """Whether this process draws what one process draws; with sharded networks all do, and one keeps it."""
+        return self.shards is not None or self.accelerator.is_main_process
+
     def _finish(self, facts: Mapping[str, str] | None = None) -> Path:
-        if self.accelerator.is_main_process:
+        if self._draws:
             result.write(self, facts or {})
         self.accelerator.wait_for_everyone()
         return result.place(self)

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from visiontune.adapters._quantised import weight_of
+from visiontune.ops.shards import whole
 
 
 def diversity(images: np.ndarray) -> float:
@@ -71,4 +72,4 @@ def _flat(images: np.ndarray) -> np.ndarray:
 
 
 def _squares(values: Any) -> float:
-    return 0.0 if values is None else float(values.detach().double().square().sum())
+    return 0.0 if values is None else float(whole(values.detach()).double().square().sum())

@@ -33,16 +33,12 @@ def file_name(prompt: int, seed: int) -> str:
     return f"{prompt:02d}_seed{seed}.png"
 
 
-def draw(model: PipelineModel, out: Path, step: int, config: PreviewConfig) -> np.ndarray:
-    """Write ``samples/step-N/`` (one file per prompt and seed, and ``grid.png``) as a whole.
-
-    Returns:
-        ``uint8 [prompts * seeds, (f), h, w, 3]``, all seeds of the first prompt first.
-    """
+def draw(model: PipelineModel, config: PreviewConfig) -> np.ndarray:
+    """Pictures ``uint8 [prompts * seeds, (f), h, w, 3]``, all seeds of the first prompt first."""
     from visiontune.sampling.generate import images
 
     pairs = [(i, prompt, seed) for i, prompt in enumerate(config.prompts) for seed in config.seeds]
-    pixels = images(
+    return images(
         model,
         [prompt for _, prompt, _ in pairs],
         [seed for _, _, seed in pairs],
@@ -50,8 +46,11 @@ def draw(model: PipelineModel, out: Path, step: int, config: PreviewConfig) -> n
         cfg_scale=config.cfg_scale,
         batch_size=config.batch_size,
     )
+
+
+def keep(out: Path, step: int, config: PreviewConfig, pixels: np.ndarray) -> None:
+    """Write ``samples/step-N/`` (one file per prompt and seed, and ``grid.png``) as a whole."""
     write(folder(out, step), pixels, config.prompts, config.seeds)
-    return pixels
 
 
 def compare(out: Path, step: int, config: PreviewConfig) -> None:

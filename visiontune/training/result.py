@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,9 +21,15 @@ def place(run: Trainer) -> Path:
 
 
 def write(run: Trainer, facts: Mapping[str, str]) -> None:
-    """Write the results of a run as it stands; ``facts`` are further rows of the card's table."""
-    with run.looking():
-        _weights(run)
+    """Write the results of a run as it stands; ``facts`` are further rows of the card's table.
+
+    The first process does; where networks are sharded the others have to take part in putting them together.
+    """
+    with run.looking(), run.shards.gathered() if run.sharded and run.shards is not None else nullcontext():
+        if run.accelerator.is_main_process:
+            _weights(run)
+    if not run.accelerator.is_main_process:
+        return
     preview.compare(run.out, run.train.steps, run.preview)
     trained = f"{sum(p.numel() for p in run.parameters.values()):,}"
     under = run.metadata.get("under")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,6 +19,8 @@ if TYPE_CHECKING:
 
 
 _PICTURES = ("samples", guards.FOLDER)
+_ROWS, _PROCESSES = "train.batch_size", "number of processes"
+_log = logging.getLogger(__name__)
 
 
 def save(run: Trainer, step: int) -> None:
@@ -26,17 +29,17 @@ def save(run: Trainer, step: int) -> None:
     Raises:
         UserError: the weights are not finite; nothing is written then.
     """
-    trouble.check_weights(run.parameters.values(), step, run.out)
     accelerator, guard = run.accelerator, run.guard
+    trouble.check_weights(run.parameters.values(), step, run.out, accelerator.reduce)
     run.meter.reduce(accelerator)
     if guard is not None:
         guard.meter.reduce(accelerator)
-    if accelerator.is_main_process:
+    main = accelerator.is_main_process
+    if main or run.sharded:
         parts = {name: part.state_dict() for name, part in run.stateful.items()}
         good = guard.good if guard is not None else None
-        checkpoint.save(
-            run.out, step, _weights(run), {"settings": _settings(run), "parts": parts}, run.train.keep, good
-        )
+        state = {"settings": _settings(run), "parts": parts}
+        checkpoint.save(run.out, step, _weights(run), state, run.train.keep, good, main)
     accelerator.wait_for_everyone()
 
 
@@ -77,7 +80,10 @@ def load(run: Trainer, found: Path) -> int:
     Raises:
         UserError: it cannot be read, or is of another run than this one.
     """
-    weights, state = _of_now(run, *checkpoint.load(found, optim.state_package(run.optimizer)))
+    if run.sharded and not checkpoint.is_sharded(found):
+        raise UserError(f"{found} was made without FSDP: go on without it, or use another name")
+    mesh = run.shards.mesh if run.sharded and run.shards is not None else None
+    weights, state = _of_now(run, *checkpoint.load(found, optim.state_package(run.optimizer), mesh))
     if state["step"] > run.train.steps:
         raise UserError(f"{found} is past train.steps={run.train.steps}: ask for more steps, or use another name")
     _check_same(run, found, weights, state)
@@ -121,16 +127,23 @@ def _settings(run: Trainer) -> dict[str, Any]:
     """What may not change between a checkpoint and the run that goes on from it."""
     return {
         "seed": run.seed,
-        "train.batch_size": run.train.batch_size,
+        _ROWS: run.train.batch_size,
         "train.accumulate": run.train.accumulate,
         "train.optimizer": run.train.optimizer,
-        "number of processes": run.accelerator.num_processes,
+        _PROCESSES: run.accelerator.num_processes,
         "hash of adapter.under": run.under_digest,
     }
 
 
 def _check_same(run: Trainer, path: Path, weights: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
-    for name, value in _settings(run).items():
+    settings = _settings(run)
+    if checkpoint.is_sharded(path) and _other_processes(settings, state["settings"]):
+        if run.accelerator.is_main_process:
+            was = state["settings"][_PROCESSES]
+            words = "%s was made by %d processes, and %d go on: on the same rows, with other noise"
+            _log.warning(words, path, was, settings[_PROCESSES])
+        settings = {name: value for name, value in settings.items() if name not in (_PROCESSES, _ROWS)}
+    for name, value in settings.items():
         # Older checkpoints know of nothing under an adapter.
         was = state["settings"].get(name)
         if was != value:
@@ -142,6 +155,12 @@ def _check_same(run: Trainer, path: Path, weights: Mapping[str, Tensor], state: 
             f"{path} does not fit what is trained now ({min(other)} and {len(other) - 1} more tensors differ); "
             "set model and adapter back, or use another name"
         )
+
+
+def _other_processes(now: Mapping[str, Any], was: Mapping[str, Any]) -> bool:
+    """Whether the rows of a batch are the same, and are dealt to another number of processes."""
+    rows, before = (found[_PROCESSES] * found[_ROWS] for found in (now, was))
+    return rows == before and now[_PROCESSES] != was[_PROCESSES]
 
 
 def _shape(tensors: Mapping[str, Tensor], name: str) -> torch.Size | None:

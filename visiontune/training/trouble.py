@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import logging
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from visiontune.errors import UserError
+from visiontune.ops.shards import local
 from visiontune.training.checkpoint import latest
 from visiontune.training.config import PreviewConfig
 
@@ -138,13 +139,19 @@ def check_drawing(model: Any, preview: PreviewConfig, guard: Guard | None) -> No
             raise UserError(f"{option}: {error}") from error
 
 
-def check_weights(parameters: Iterable[Tensor], step: int, out: Path) -> None:
+def check_weights(
+    parameters: Iterable[Tensor], step: int, out: Path, add: Callable[[Tensor], Tensor] = lambda count: count
+) -> None:
     """Refuse to save weights that are not numbers over good ones.
+
+    Args:
+        add: gives the sum of a count over the processes that have parts of them.
 
     Raises:
         UserError: names the step and the last good checkpoint.
     """
-    if not all(bool(torch.isfinite(p).all()) for p in parameters):
+    bad = sum((~torch.isfinite(local(p)).all()).float() for p in parameters)
+    if add(torch.as_tensor(bad)) > 0:
         raise UserError(
             f"the weights are no longer finite after step {step} and were not saved. Use a lower train.lr or another "
             f"train.precision, then {_how_to_go_on(out)}"
