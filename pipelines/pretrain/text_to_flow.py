@@ -75,7 +75,6 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--probe-every", type=int, default=1000)
-    parser.add_argument("--compile", action="store_true", help="a quarter less time a step; needs a C++ compiler")
     args = parser.parse_args()
     torch.manual_seed(0)
     args.out.mkdir(parents=True, exist_ok=True)
@@ -106,8 +105,6 @@ def main() -> None:
         return made
 
     reading = pipeline(transformer)
-    if args.compile:
-        transformer.compile()
 
     @torch.no_grad()
     def read(prompts: list[str], zeros: int) -> tuple[torch.Tensor, torch.Tensor]:
