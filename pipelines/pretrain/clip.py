@@ -242,8 +242,8 @@ class Patches:
         return Patches(**{name: pick(values) for name, values in vars(self).items()})
 
 
-def patches(scenes: list[Scene], pictures: np.ndarray) -> Patches:
-    """See :class:`Patches`; objects are the pixels that are not grey."""
+def things_on_patches(scenes: list[Scene]) -> Tensor:
+    """``float [b, 6, 64]``: shape, colour and number of the object on each patch, and the three of its place."""
     centres = (np.arange(SIDE) + 0.5) * PATCH
     labels = np.zeros((len(scenes), 6, SIDE, SIDE), np.float32)
     labels[:, 0], labels[:, 2] = NOTHING, 2
@@ -256,7 +256,12 @@ def patches(scenes: list[Scene], pictures: np.ndarray) -> Patches:
                 label, (*look, dx[here] / 16, dy[here] / 16, (thing.radius - 11) / 4), strict=True
             ):
                 channel[here] = value
-    flat = torch.from_numpy(labels).flatten(2)
+    return torch.from_numpy(labels).flatten(2)
+
+
+def patches(scenes: list[Scene], pictures: np.ndarray) -> Patches:
+    """See :class:`Patches`; objects are the pixels that are not grey."""
+    flat = things_on_patches(scenes)
     colored = torch.from_numpy(pictures.max(-1) - pictures.min(-1) > CHROMA_THRESHOLD)
     mask = colored.view(-1, SIDE, PATCH, SIDE, PATCH).transpose(2, 3).reshape(-1, SIDE**2, PATCH**2)
     whole = flat[:, :3].long()

@@ -6,9 +6,11 @@ The text encoders are those of pocket-sd and pocket-clip as they are, of which t
 which side; the VAE is pocket-sd's. What is trained is an MMDiT of 7 million parameters on 8 x 8 patches, by flow
 matching with logit-normal times (Esser et al., 2024, arXiv 2403.03206). Scenes of two objects come in twins, equal but
 for their relation and seen through the same noise; a part of the single objects has a second colour and a pattern, as
-the subjects of fine-tuning will. There is no T5, and no zeros stand for it; one step in ten has the 256 which the stock
-pipeline puts there unless it is told otherwise, so that it draws well either way. Run it again to go on after an
-interruption. The finished pipeline lands in ``<out>/model``.
+the subjects of fine-tuning will. A transformer learns shapes from a flow alone very slowly: a head that is thrown away
+afterwards has the middle of it say which shape and which colour stands on every patch. There is no T5, and no zeros
+stand for it; in the last part one step in five has the 256 which the stock pipeline puts there unless it is told
+otherwise, so that it draws well either way. Run it again to go on after an interruption. The finished pipeline lands
+in ``<out>/model``.
 """
 
 from __future__ import annotations
@@ -19,22 +21,25 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from clip import NOTHING, things_on_patches
 from diffusers import FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
 from PIL import Image
 from ship import ASSETS
 from text_to_image import DROPOUT, latents_of, training_captions, training_scenes
-from torch import nn
+from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from visiontune.models import load
 from visiontune.pocket.oracle import matches
 from visiontune.pocket.scenes import stream
+from visiontune.pocket.world import COLORS
 from visiontune.training.pretrain import fit
 
-ZEROS, EVERY = 256, 10  # of T5 in the stock pipeline, and how often they are seen
+ZEROS, EVERY = 256, 5  # of T5 in the stock pipeline, and how often they are seen in the last part
 KINDS = {"one": 0.4, "two": 0.4, "many": 0.1, "three": 0.1}
 PATTERNS = 0.35
 HEADS, HEAD, LAYERS = 5, 32, 8
+MIDDLE, NAMING_WEIGHT = 4, 0.1  # after how many layers shapes and colours are read, and how much that counts
 
 
 def encoders(text: CLIPTextModel) -> tuple[CLIPTextModelWithProjection, CLIPTextModelWithProjection]:
@@ -67,27 +72,45 @@ def build(first: CLIPTextModelWithProjection, second: CLIPTextModelWithProjectio
     )
 
 
+class Naming(nn.Linear):
+    """Reads the shape and the colour on every patch from the middle of the transformer. Not shipped."""
+
+    def __init__(self) -> None:
+        super().__init__(HEADS * HEAD, NOTHING + 1 + len(COLORS))
+
+    def loss(self, hidden: Tensor, shape: Tensor, color: Tensor) -> Tensor:
+        """Cross-entropy, bare ground and objects counting alike; ``hidden [b, 64, d]``, the truth ``long [b, 64]``."""
+        shapes, colors = self(hidden).split([NOTHING + 1, len(COLORS)], -1)
+        seen = shape != NOTHING
+        bare, things = (nn.functional.cross_entropy(shapes[at], shape[at]) for at in (~seen, seen))
+        return bare + things + nn.functional.cross_entropy(colors[seen], color[seen])
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("runs/pretrain/flow"))
     parser.add_argument("--scenes", type=int, default=50_000)
-    parser.add_argument("--steps", type=int, default=8000)
+    parser.add_argument("--steps", type=int, default=5500)
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--lr", type=float, default=1e-3)
-    parser.add_argument("--probe-every", type=int, default=1000)
-    parser.add_argument("--compile", action="store_true", help="a quarter less time a step; needs a C++ compiler")
+    parser.add_argument("--naming-from", type=int, default=1000, help="step up to which the flow alone is taught")
+    parser.add_argument("--zeros-from", type=int, default=4900, help="step up to which no zeros stand for a T5")
+    parser.add_argument("--probe-every", type=int, default=500)
     args = parser.parse_args()
     torch.manual_seed(0)
     args.out.mkdir(parents=True, exist_ok=True)
     base = load("pocket/sd").pipe
     base.vae.register_to_config(shift_factor=0.0)  # which the pipeline of Stable Diffusion 3 wants to know
     first, second = encoders(base.text_encoder)
-    transformer = build(first, second)
+    transformer, naming = build(first, second), Naming()
+    middle: list[Tensor] = []
+    transformer.transformer_blocks[MIDDLE - 1].register_forward_hook(lambda _, __, out: middle.append(out[1]))
     scenes = training_scenes(args.scenes, KINDS, 41, PATTERNS)
     file = args.out / "latents.pt"
     if not file.exists():
         torch.save(latents_of(scenes, base.vae), file)
     latents = torch.load(file, weights_only=True)
+    shapes, colors = things_on_patches(scenes)[:, :2].long().unbind(1)
 
     def pipeline(trained: nn.Module) -> StableDiffusion3Pipeline:
         tokenizer: CLIPTokenizer = base.tokenizer
@@ -106,8 +129,6 @@ def main() -> None:
         return made
 
     reading = pipeline(transformer)
-    if args.compile:
-        transformer.compile()
 
     @torch.no_grad()
     def read(prompts: list[str], zeros: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -124,13 +145,14 @@ def main() -> None:
         captions = training_captions(pairs, [45, step])
         empty = (torch.rand(args.batch // 2, generator=generator) < DROPOUT).repeat_interleave(2)
         texts = ["" if e else caption for e, caption in zip(empty, captions, strict=True)]
-        tokens, pooled = read(texts, 0 if step % EVERY else ZEROS)
+        tokens, pooled = read(texts, ZEROS if step >= args.zeros_from and step % EVERY == 0 else 0)
         x_0 = latents[rows].float()
         eps = torch.randn(x_0.shape, generator=generator)
         sigma = torch.sigmoid(torch.randn(args.batch, generator=generator))
         twins = torch.tensor([scene.relation is not None for scene in pairs[::2]])
         eps[1::2][twins], sigma[1::2][twins] = eps[::2][twins], sigma[::2][twins]
         level = sigma.view(-1, 1, 1, 1)
+        middle.clear()
         predicted = transformer(
             (1 - level) * x_0 + level * eps,
             encoder_hidden_states=tokens,
@@ -138,12 +160,16 @@ def main() -> None:
             timestep=1000 * sigma,
             return_dict=False,
         )[0]
-        return {"loss": (predicted - (eps - x_0)).square().mean()}
+        flow = (predicted - (eps - x_0)).square().mean()
+        if step < args.naming_from:
+            return {"loss": flow}
+        named = naming.loss(middle[0], shapes[rows], colors[rows])
+        return {"loss": flow + NAMING_WEIGHT * named, "flow": flow, "named": named}
 
     def probe(averaged: nn.Module, step: int) -> None:
         if step % args.probe_every and step != args.steps:
             return
-        pipe = pipeline(averaged)
+        pipe = pipeline(averaged["transformer"])
         pipe.save_pretrained(args.out / "model")
         pictures, verdict = [], {}
         for kind in ("one", "two", "three"):
@@ -160,7 +186,8 @@ def main() -> None:
         print(f"step {step}: prompt accuracy {verdict}", flush=True)
         Image.fromarray(np.concatenate(pictures)).save(args.out / f"samples-{step:05d}.png")
 
-    fit(transformer, loss_at, steps=args.steps, lr=args.lr, folder=args.out, warmup=300, ema=0.999, probe=probe)
+    model = nn.ModuleDict({"transformer": transformer, "naming": naming})
+    fit(model, loss_at, steps=args.steps, lr=args.lr, folder=args.out, warmup=300, ema=0.999, probe=probe)
 
 
 if __name__ == "__main__":

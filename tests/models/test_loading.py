@@ -18,6 +18,7 @@ from visiontune import models
 from visiontune.errors import UserError
 from visiontune.models import pocket
 from visiontune.models.clip import load_clip
+from visiontune.models.sources import weights_of
 
 
 @pytest.fixture(scope="module")
@@ -408,3 +409,19 @@ def test_families_are_found_by_their_files():
     for kind in ("pipeline_classes", "architectures"):
         classes = [name for cls in found.values() for name in getattr(cls, kind, ())]
         assert classes and len(classes) == len(set(classes))
+
+
+def test_weights_are_not_asked_for_again_and_again_where_the_hub_does_not_answer(monkeypatch):
+    asked = []
+
+    def silent(self, source, **how):
+        asked.append(source)
+        raise OSError("no route to it")
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", silent)
+    refused = pytest.raises(UserError, match=r"CLIP 'a/b' cannot be loaded by transformers \(no route to it\): give a")
+    with refused, weights_of("CLIP 'a/b'", "transformers", "a/b"):
+        pytest.fail("the library would ask for half a minute")
+    with weights_of("CLIP 'ViT-B-32/openai'", "open_clip", "ViT-B-32/openai"):
+        pass
+    assert asked == ["a/b"]

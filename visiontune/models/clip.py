@@ -180,7 +180,7 @@ def load_clip(
         only_open = (folder / OPEN_CONFIG).is_file() and not (folder / CONFIG).is_file()
         backend = "open_clip" if only_open or source.startswith("hf-hub:") else "transformers"
     name = str(folder) if folder.is_dir() else source
-    with weights_of(f"CLIP '{source}'", backend, source, revision=revision):
+    with weights_of(f"CLIP '{source}'", backend, name, revision=revision):
         return _load_open_clip(name) if backend == "open_clip" else _load_transformers(name, revision, tokenizer)
 
 

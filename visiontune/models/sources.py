@@ -14,6 +14,8 @@ from torch import Tensor
 from visiontune.errors import UserError
 from visiontune.models import _variants
 
+_OPEN_CLIP_HUB = "hf-hub:"  # before a Hub id, in open_clip's names of models
+
 
 @contextmanager
 def weights_of(
@@ -24,6 +26,8 @@ def weights_of(
     ``file`` is the one file that is needed, ``option`` the option that takes the folder.
     """
     try:
+        if library != "open_clip" or source.startswith(_OPEN_CLIP_HUB):
+            _ask(source.removeprefix(_OPEN_CLIP_HUB), file or "config.json", revision)
         yield
     except (OSError, ValueError, RuntimeError, ImportError) as error:
         reason = (str(error).strip().split("\n")[0] or type(error).__name__).rstrip(".")
@@ -31,8 +35,29 @@ def weights_of(
         raise UserError(f"{what} cannot be loaded by {library} ({reason}){mend}") from error
 
 
+def _ask(source: str, file: str, revision: str | None) -> None:
+    """Ask the Hub once for what is not on this machine: a download would first repeat itself for half a minute.
+
+    Raises:
+        OSError: it does not answer. What it answers, the library says better.
+    """
+    from huggingface_hub import HfApi, try_to_load_from_cache
+    from huggingface_hub.errors import HfHubHTTPError
+
+    if Path(source).expanduser().exists():
+        return
+    unanswered: tuple[type[Exception], ...] = (*HfHubHTTPError.__bases__,)
+    try:
+        if not isinstance(try_to_load_from_cache(source, file, revision=revision), str):
+            HfApi().model_info(source, revision=revision, timeout=10)
+    except (HfHubHTTPError, ValueError):
+        return
+    except unanswered as error:
+        raise OSError(str(error)) from error
+
+
 def _fetch(source: str, file: str, option: str, revision: str | None) -> str:
-    command = f"hf download {source.removeprefix('hf-hub:')} {file}".rstrip()
+    command = f"hf download {source.removeprefix(_OPEN_CLIP_HUB)} {file}".rstrip()
     command += f" --revision {revision}" if revision else ""
     return f"give a local folder, or fetch it with `{command} --local-dir FOLDER` and set {option}: FOLDER"
 

@@ -1,6 +1,6 @@
 """Tensors that lie in parts on several processes (torch's ``DTensor``), beside ordinary ones.
 
-They are told by what they can do, so that nothing of ``torch.distributed`` is imported where nothing is sharded.
+They are told by what they can do, so that adapters and objectives know nothing of ``torch.distributed``.
 """
 
 from __future__ import annotations
