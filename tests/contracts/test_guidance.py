@@ -10,6 +10,7 @@ import functools
 import importlib
 import itertools
 from contextlib import contextmanager
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -176,7 +177,7 @@ def test_terms(family, names):
         assert sum(rows) == STEPS * (2 if plain.contrasts else 1)
     stock = drawn(made, base, REQUESTS[1:])
     if names != ("cfg",):
-        assert moved(made, stack, plain, alone - stock) > 1e-4
+        assert moved(made, stack, plain, alone - stock) > 1e-3
     if family != "z_image" or not plain.contrasts:
         np.testing.assert_array_equal(neutral, stock)
     else:  # its pipeline computes c + (w - 1) (c - u)
@@ -249,23 +250,31 @@ def test_terms_stand_beside_each_other():
 
 
 def test_the_perturbations_of_a_stack_add_up():
-    """base + sum of s (c - worse), each computed by itself."""
+    """base + sum of s (c - worse), each computed by itself, in float64."""
     made = model("sd")
-    cond, uncond, x = made.embed(PROMPTS), made.embed(["", ""], negative=True), noise_of(made)
-    t = torch.tensor([700, 300])
-    terms = [term_of(name) for name in ("pag", "seg", "slg", "autoguidance")]
+    made.denoiser.double()
+    try:
+        cond, uncond = (
+            replace(side, tokens=side.tokens.double()) for side in (made.embed(PROMPTS), made.unconditional(2))
+        )
+        x, t = noise_of(made).double(), torch.tensor([700, 300])
+        terms = [term_of(name) for name in ("pag", "seg", "slg", "autoguidance")]
 
-    def at(*given):
-        return guided(made, x, t, cond, uncond, GuidanceStack(given))
+        @torch.no_grad()
+        def at(*given):
+            return guided(made, x, t, cond, uncond, GuidanceStack(given))
 
-    c = at()
-    expected = at(term_of("cfg")) + sum(at(term) - c for term in terms)
-    torch.testing.assert_close(at(term_of("cfg"), *terms), expected, rtol=1e-5, atol=1e-4)
-    assert torch.equal(c, made.predict(x, t, cond))
-    # Rows have strengths of their own.
-    window = term_of("pag", window=(0.5, 1.0))
-    torch.testing.assert_close(at(window)[0], at(term_of("pag"))[0], rtol=0, atol=1e-6)
-    torch.testing.assert_close(at(window)[1], c[1], rtol=0, atol=1e-6)
+        c = at()
+        expected = at(term_of("cfg")) + sum(at(term) - c for term in terms)
+        torch.testing.assert_close(at(term_of("cfg"), *terms), expected, rtol=0, atol=1e-10)
+        with torch.no_grad():
+            assert torch.equal(c, made.predict(x, t, cond))
+        # Rows have strengths of their own.
+        window = at(term_of("pag", window=(0.5, 1.0)))
+        torch.testing.assert_close(window[0], at(term_of("pag"))[0], rtol=0, atol=1e-10)
+        torch.testing.assert_close(window[1], c[1], rtol=0, atol=1e-10)
+    finally:
+        made.denoiser.float()
 
 
 @pytest.mark.parametrize("family", ["sd", "sd3"])
