@@ -20,7 +20,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "visiontune"
 
 GROUND = {"errors", "quiet", "signals", "outside", "files", "ranges", "schema", "yaml_text", "plugin", "catalogue"}
-LIBRARY = {"core", "diffusion", "models", "adapters", "objectives", "rewards", "data", "ops"}
+LIBRARY = {"core", "diffusion", "models", "adapters", "guidance", "objectives", "rewards", "data", "ops"}
 # What a module, or the modules of a folder, may import from the package. A longer name wins over a shorter one.
 MAY_IMPORT = {
     "errors": set(),
@@ -38,6 +38,7 @@ MAY_IMPORT = {
     "diffusion": {"errors", "files", "outside", "schema", "core"},
     "models": {"errors", "files", "outside", "schema", "core", "ops", "diffusion"},
     "adapters": {"errors", "files", "outside", "schema", "plugin", "core", "ops"},
+    "guidance": {"errors", "files", "outside", "schema", "plugin", "core", "diffusion", "models", "adapters"},
     "weights": {"errors", "files", "outside", "core", "ops", "adapters"},
     "pocket": {"errors", "files", "outside", "schema", "core"},
     "rewards": GROUND | {"core", "ops", "models.clip", "models.sources", "pocket", "data.pictures"},

@@ -124,6 +124,16 @@ def test_other_settings_in_the_same_folder_are_refused(folder: Path, finished: P
     assert _bytes(finished) == before
 
 
+def test_what_guides_in_the_place_of_the_scale_is_not_given_beside_it(folder: Path, tmp_path: Path) -> None:
+    for options, message in (
+        ({"guidance": [{"cfg": 3}], "cfg_scale": 5.0}, "guidance has cfg, which takes the place of cfg_scale"),
+        ({"guidance": [{"pog": 3}]}, r"guidance\[0\].name: 'pog' is not one of the guidance; did you mean 'pag'"),
+    ):
+        with pytest.raises(UserError, match=message):
+            generate(_config(folder, tmp_path / "out", **options))
+    assert not (tmp_path / "out").exists()
+
+
 def test_other_weights_under_the_same_name_are_refused(folder: Path, tmp_path: Path) -> None:
     mine, out = shutil.copytree(folder, tmp_path / "mine"), tmp_path / "out"
     generate(_config(mine, out, prompts=PROMPTS[:1], seeds=1))

@@ -11,6 +11,7 @@ from visiontune import adapters
 from visiontune.core import Request
 from visiontune.diffusion.guidance import CFG
 from visiontune.errors import UserError
+from visiontune.guidance.stack import GuidanceStack
 from visiontune.models.pipeline import own_generator
 from visiontune.sampling.generate import images
 from visiontune.sampling.pipeline import pair
@@ -139,6 +140,20 @@ def test_a_stochastic_sampler_repeats_itself_row_by_row() -> None:
     torch.manual_seed(1)
     alone = images(model, PROMPTS[1], 2, steps=3)
     assert np.abs(alone[0].astype(int) - together[1]).max() <= 1
+
+
+def test_terms_stand_on_the_scale_or_in_its_place(model) -> None:
+    call = {"seeds": 0, "steps": 2, "height": 16, "width": 16}
+
+    def drawn(*specs, **options):
+        return images(model, "a red circle", guidance=GuidanceStack.of(specs), **call, **options)
+
+    plain = images(model, "a red circle", cfg_scale=3.0, **call)
+    np.testing.assert_array_equal(drawn({"pag": 0}, cfg_scale=3.0), plain)
+    np.testing.assert_array_equal(drawn({"cfg": 3}), plain)
+    perturbed = drawn({"slg": 3}, cfg_scale=3.0)
+    assert (perturbed != plain).any()
+    np.testing.assert_array_equal(drawn({"slg": 3}, {"cfg": 3}), perturbed)
 
 
 def test_guidance_off_some_levels_is_not_drawn_by_the_stock_pipeline(model) -> None:

@@ -11,9 +11,10 @@ family's own pipeline calls its guidance scale, `models.pipeline.PipelineModel.g
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
-from typing import ClassVar, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -26,13 +27,36 @@ Call = Callable[[Tensor, Tensor, Condition], Tensor]
 
 @dataclass(frozen=True, kw_only=True)
 class Guidance(ABC):
-    """One way to guide.
+    """One way to guide."""
 
-    Attributes:
-        contrasts: whether it guides away from something, so that it needs `uncond`.
-    """
+    @property
+    def contrasts(self) -> bool:
+        """Whether it guides away from something, so that it needs `uncond`."""
+        return False
 
-    contrasts: ClassVar[bool] = False
+    @property
+    def remembers(self) -> bool:
+        """Whether a step depends on those before it, so that none can be computed again by itself."""
+        return False
+
+    def begin(self, model: Any, levels: Sequence[float] | None = None) -> Guidance:
+        """The guidance of one run of a model's sampler, for those that reach into its networks or remember steps.
+
+        Args:
+            levels: of noise where the steps stand, as far as they are known.
+
+        Raises:
+            UserError: the model is not one that can be guided so, or a part of it acts at none of the levels.
+        """
+        return self
+
+    def stock(self) -> Guidance:
+        """What the stock pipeline is told, so that it gives this guidance inside `attach`."""
+        return self
+
+    def attach(self, model: Any) -> AbstractContextManager[Any]:
+        """In the block, the model's stock pipeline guides in this way."""
+        return nullcontext()
 
     @abstractmethod
     def __call__(
@@ -69,7 +93,6 @@ class CFG(Guidance):
             (Kynkaanniemi et al., 2024, arXiv 2404.07724).
     """
 
-    contrasts: ClassVar[bool] = True
     scale: float
     interval: tuple[float, float] = (0.0, 1.0)
 
@@ -77,6 +100,10 @@ class CFG(Guidance):
         low, high = self.interval
         if not 0 <= low < high <= 1:
             raise ValueError(f"a guidance interval needs 0 <= low < high <= 1, not {low:g} and {high:g}")
+
+    @property
+    def contrasts(self) -> bool:
+        return True
 
     def __call__(
         self, call: Call, x: Tensor, t: Tensor, level: Tensor, cond: Condition, uncond: Condition | None
@@ -87,11 +114,7 @@ class CFG(Guidance):
         inside = (level >= self.interval[0]) & (level <= self.interval[1])
         if not whole and not inside.any():
             return call(x, t, cond)
-        # What the unconditional rows lack (sizes, pictures) is the same for both, as in the stock pipelines.
-        shown = cond.references if uncond.references is None else uncond.references
-        uncond = replace(uncond, extra={**cond.extra, **uncond.extra}, references=shown)
-        both = Condition.cat([uncond, cond])
-        without, given = call(torch.cat([x, x]), torch.cat([t, t]), both).chunk(2)
+        without, given = both_sides(call, x, t, cond, uncond)
         if whole:
             return self._apart(without, given, self.scale)
         scale = torch.where(inside, self.scale, 1.0).to(given).view(-1, *(1,) * (given.ndim - 1))
@@ -142,7 +165,9 @@ class PatchLengthCFG(LengthCFG):
 class WordlessCFG(CFG):
     """`CFG` away from the same rows without their words: all that it needs of another condition is an empty mask."""
 
-    contrasts: ClassVar[bool] = False
+    @property
+    def contrasts(self) -> bool:
+        return False
 
     def __call__(
         self, call: Call, x: Tensor, t: Tensor, level: Tensor, cond: Condition, uncond: Condition | None
@@ -166,6 +191,15 @@ class Embedded(Guidance):
 
 
 NO_GUIDANCE = NoGuidance()
+
+
+def both_sides(call: Call, x: Tensor, t: Tensor, cond: Condition, uncond: Condition) -> tuple[Tensor, Tensor]:
+    """What the network predicts without the prompt and with it, in one call; arguments as of `Guidance`."""
+    # What the unconditional rows lack (sizes, pictures) is the same for both, as in the stock pipelines.
+    shown = cond.references if uncond.references is None else uncond.references
+    uncond = replace(uncond, extra={**cond.extra, **uncond.extra}, references=shown)
+    without, given = call(torch.cat([x, x]), torch.cat([t, t]), Condition.cat([uncond, cond])).chunk(2)
+    return without, given
 
 
 def classifier_free(scale: float) -> Guidance:
@@ -192,4 +226,4 @@ def guided(
     if guidance.contrasts and uncond is None:
         uncond = model.unconditional(len(cond))
     level = t.clamp(min=0) / model.schedule.num_train_timesteps
-    return guidance(model.predict, x_t, t, level, cond, uncond)
+    return guidance.begin(model)(model.predict, x_t, t, level, cond, uncond)

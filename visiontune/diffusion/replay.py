@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint as torch_checkpoint
 
 from visiontune.core import Condition
-from visiontune.diffusion.trajectory import Sampled, Stepper, Trajectory
+from visiontune.diffusion.trajectory import Sampled, Stepper, Trajectory, require_no_memory
 from visiontune.diffusion.transition import log_prob
 
 # A quarter of bfloat16's step: enough to round anew, and small enough for what is of second order.
@@ -27,7 +27,12 @@ Steps = int | Sequence[int] | Tensor | None
 def stepper(
     model: Sampled, trajectory: Trajectory, cond: Condition | None = None, uncond: Condition | None = None
 ) -> Stepper:
-    """The chain of a trajectory under the present weights; `cond` and `uncond` may replace the stored ones."""
+    """The chain of a trajectory under the present weights; `cond` and `uncond` may replace the stored ones.
+
+    Raises:
+        UserError: its guidance remembers earlier steps.
+    """
+    require_no_memory(trajectory.guidance)
     return Stepper(
         model=model,
         start=trajectory.timesteps,
@@ -35,7 +40,7 @@ def stepper(
         dynamics=trajectory.dynamics,
         cond=trajectory.cond.to(model.device) if cond is None else cond,
         uncond=_moved(trajectory.uncond, model.device) if uncond is None else uncond,
-        guidance=trajectory.guidance,
+        guidance=trajectory.guidance.begin(model),
     )
 
 

@@ -249,12 +249,15 @@ def rollout(
     placed = model.chain(chain, start.shape(model)) if isinstance(chain, int) else chain
     begin, end = (value.cpu() for value in placed)
     scored, inside = _checked(model, (begin, end), dynamics, keep, window)
+    if keep.log_probs or window.differentiates(inside):
+        require_no_memory(guidance)
     x, noise = start.draw(model, len(cond), len(begin), dynamics)
     if not guidance.contrasts:
         uncond = None
     elif uncond is None:
         uncond = model.unconditional(len(cond))
-    stepper = Stepper(model=model, start=begin, end=end, dynamics=dynamics, cond=cond, uncond=uncond, guidance=guidance)
+    begun = guidance.begin(model, _shares(model, begin))
+    stepper = Stepper(model=model, start=begin, end=end, dynamics=dynamics, cond=cond, uncond=uncond, guidance=begun)
     x, visited, scores = _walk(stepper, x, noise, scored, inside, keep, window)
     return Trajectory(
         final=x,
@@ -271,6 +274,24 @@ def rollout(
         log_probs=torch.stack(scores, dim=1) if scores else None,
         reduce=keep.reduce,
     )
+
+
+def require_no_memory(guidance: Guidance) -> None:
+    """Refuse guidance whose steps cannot be computed again one by one.
+
+    Raises:
+        UserError: it remembers earlier steps.
+    """
+    if guidance.remembers:
+        raise UserError(
+            "the guidance remembers earlier steps (apg's momentum), and steps are to be computed again one by one: set "
+            "momentum to 0"
+        )
+
+
+def _shares(model: Sampled, start: Tensor) -> list[float]:
+    """Timesteps as shares of the schedule, in [0, 1]."""
+    return (start.clamp(min=0) / model.schedule.num_train_timesteps).tolist()
 
 
 def _checked(model: Sampled, chain: Chain, dynamics: Dynamics, keep: Keep, window: Window) -> tuple[Tensor, Tensor]:

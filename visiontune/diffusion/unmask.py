@@ -37,7 +37,8 @@ def guided_logits(
     if guidance.contrasts and uncond is None:
         uncond = model.unconditional(len(cond))
     level = (tokens == model.mask_token).flatten(1).float().mean(1)
-    return guidance(lambda x, _, told: model.logits(x, told), tokens, level, level, cond, uncond)
+    begun = guidance.begin(model)
+    return begun(lambda x, _, told: model.logits(x, told), tokens, level, level, cond, uncond)
 
 
 @torch.no_grad()
@@ -67,6 +68,7 @@ def unmask(
     if guidance.contrasts and uncond is None:
         uncond = model.unconditional(len(cond))
     scheduler = model.stepper(steps, temperature)
+    guidance = guidance.begin(model)
     for t in scheduler.timesteps:
         logits = guided_logits(model, tokens.view(-1, height, width), cond, uncond, guidance).flatten(1, 2)
         if isinstance(generator, Sequence):

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from visiontune.core import Condition
+from visiontune.models._structure import Structure
 from visiontune.models.base import dtype_of, require
 from visiontune.models.masked import MaskedModel
 from visiontune.models.sd import StableDiffusion
@@ -31,6 +32,13 @@ class Amused(MaskedModel):
     pipeline_classes = ("AmusedPipeline",)
     DENOISERS = ("transformer",)
     CODEC = "vqvae"
+    STRUCTURE = Structure(
+        sides="negative first",
+        noisy="input_ids",
+        time=None,
+        blocks={r"transformer_layers\.\d+": ("hidden_states",)},
+        attention={r"transformer_layers\.\d+\.attn1": "none"},
+    )
     # The U-ViT names its layers as Stable Diffusion's UNet does, and the text encoder is a CLIP too.
     TARGETS = StableDiffusion.TARGETS
 

@@ -22,6 +22,7 @@ from torch.nn.functional import pixel_unshuffle
 from visiontune.core import Condition, Request
 from visiontune.diffusion.guidance import CFG, Embedded, Guidance
 from visiontune.models._reading import Reads, stacked
+from visiontune.models._structure import Arguments, Structure, thousandths
 from visiontune.models._text import CLIP_AND_T5
 from visiontune.models._time import exact_time
 from visiontune.models.base import Presets, require, require_text_to_image
@@ -39,6 +40,12 @@ _FEED_FORWARD = ("net.0.proj", "net.2", "proj_mlp", "proj_out")
 _READS = {"FluxKontextPipeline": Reads(most=1), "FluxFillPipeline": Reads(least=1, most=1, mask=True)}
 
 
+def _grid(arguments: Arguments, noisy: str) -> tuple[int, int]:
+    """Height and width in patches, whose places [n, 3] the network is told."""
+    height, width = (int(side) + 1 for side in arguments["img_ids"][:, 1:].amax(0))
+    return height, width
+
+
 class Flux(DiffusionModel):
     """`FluxPipeline`, and with pictures `FluxKontextPipeline` and `FluxFillPipeline`.
 
@@ -51,6 +58,14 @@ class Flux(DiffusionModel):
     DENOISERS = ("transformer",)
     FLOW = True
     EVENLY = True
+    STRUCTURE = Structure(
+        sides="apart",
+        time=thousandths,
+        blocks={r"(single_)?transformer_blocks\.\d+": ("encoder_hidden_states", "hidden_states")},
+        attention={r"(single_)?transformer_blocks\.\d+\.attn": "before"},
+        grid=_grid,
+        pipelines=("FluxPipeline",),
+    )
     TARGETS: ClassVar[Mapping[str, Presets]] = {
         "denoiser": {
             "attention": _ATTENTION,

@@ -24,6 +24,7 @@ from visiontune.errors import UserError
 from visiontune.models import _variants
 from visiontune.models._distilled import few_steps
 from visiontune.models._reading import NOTHING, Reads
+from visiontune.models._structure import Structure
 from visiontune.models.base import Model, dtype_of, freeze
 from visiontune.models.sources import pretrained
 from visiontune.models.words import Reader, quiet
@@ -44,6 +45,8 @@ class PipelineModel(Model):
         DENOISERS: the components that compute the prediction. CODEC: the one between pixels and what they work on.
         GUIDANCE_OFFSET: what the pipeline's guidance scale lacks to the weight w of u + w (c - u); 1 for pipelines that
             compute c + scale (c - u).
+        STRUCTURE: how its pipeline calls its denoiser and what that is made of, for guidance that reaches into it; None
+            where no such guidance was verified.
         WORDLESS: the component that predicts rows without words, where it is another than the denoiser.
         pipe: the pipeline.
         downsample: pixels per latent along one side. unit: the sides of a picture are multiples of this.
@@ -59,6 +62,7 @@ class PipelineModel(Model):
     DENOISERS: ClassVar[tuple[str, ...]] = ("unet",)
     CODEC: ClassVar[str] = "vae"
     GUIDANCE_OFFSET: ClassVar[float] = 0.0
+    STRUCTURE: ClassVar[Structure | None] = None
     WORDLESS: ClassVar[str | None] = None
 
     resolution: int
@@ -287,11 +291,12 @@ class PipelineModel(Model):
         self.pipe.scheduler = made
         self.pipe.set_progress_bar_config(disable=True)
         try:
-            with self._present(), quiet():
+            with self._present(), quiet(), guidance.attach(self):
                 # Pipelines take pictures of one size in a batch, and some of one request alone.
                 shown = any(request.pictures for request in requests)
                 calls, sides = [[one] for one in requests] if shown else [requests], self.size(*(size or ()))
-                return np.concatenate([self._draw(c, sides, steps, self._stock(guidance, c)) for c in calls])
+                told = guidance.stock()
+                return np.concatenate([self._draw(c, sides, steps, self._stock(told, c)) for c in calls])
         finally:
             self.pipe.scheduler = before
             self.pipe.set_progress_bar_config(**bar)

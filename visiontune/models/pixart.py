@@ -13,6 +13,7 @@ from torch import Tensor
 
 from visiontune.core import Condition, Request
 from visiontune.diffusion.guidance import Guidance
+from visiontune.models._structure import Structure
 from visiontune.models._text import CLIP_AND_T5, default_of
 from visiontune.models.base import Presets, require
 from visiontune.models.diffusion import DiffusionModel
@@ -29,6 +30,11 @@ class PixArt(DiffusionModel):
     family = "pixart"
     pipeline_classes = ("PixArtAlphaPipeline", "PixArtSigmaPipeline")
     DENOISERS = ("transformer",)
+    STRUCTURE = Structure(
+        sides="negative first",
+        blocks={r"transformer_blocks\.\d+": ("hidden_states",)},
+        attention={r"transformer_blocks\.\d+\.attn1": "none"},
+    )
     TARGETS: ClassVar[Mapping[str, Presets]] = {
         "denoiser": {
             "attention": _ATTENTION,

@@ -12,6 +12,7 @@ from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
 from torch import Tensor
 
 from visiontune.core import Condition
+from visiontune.models._structure import Structure
 from visiontune.models.base import Presets, require
 from visiontune.models.diffusion import DiffusionModel
 
@@ -27,6 +28,13 @@ class StableDiffusion(DiffusionModel):
     pipeline_classes = ("StableDiffusionPipeline",)
     # Previews of a training run must show what the model makes, not the checker's black images.
     load_options: ClassVar[dict[str, Any]] = {"safety_checker": None, "requires_safety_checker": False}
+    STRUCTURE = Structure(
+        sides="negative first",
+        noisy="sample",
+        blocks={r".+\.transformer_blocks\.\d+": ("hidden_states",)},
+        attention={r".+\.attn1": "none"},
+        mid="mid_block",
+    )
     TARGETS: ClassVar[Mapping[str, Presets]] = {
         "denoiser": {
             "attention": _ATTENTION,

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from visiontune.core import Condition
+from visiontune.models._structure import Structure
 from visiontune.models._text import DECODER, chat_overhead, ragged
 from visiontune.models.base import Presets, require
 from visiontune.models.diffusion import DiffusionModel
@@ -25,6 +26,11 @@ _TURBO_SHIFT = 3.0
 _ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 
 
+def _from_clean(told: Tensor) -> Tensor:
+    """Timesteps of a network that is told how clean its input is."""
+    return (1 - told) * 1000
+
+
 class ZImage(DiffusionModel):
     """`ZImagePipeline`; its Condition has `tokens` and `mask`."""
 
@@ -34,6 +40,16 @@ class ZImage(DiffusionModel):
     FLOW = True
     EVENLY = True
     GUIDANCE_OFFSET = 1.0
+    STRUCTURE = Structure(
+        sides="prompt first",
+        noisy="x",
+        told="t",
+        time=_from_clean,
+        sign=-1,
+        blocks={r"layers\.\d+": ("x",)},
+        # The tokens of picture and prompt lie in one stream, padded to no fixed length.
+        attention={},
+    )
     TARGETS: ClassVar[Mapping[str, Presets]] = {
         "denoiser": {
             "attention": _ATTENTION,

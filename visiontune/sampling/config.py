@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from visiontune.errors import UserError
 from visiontune.schema import option
@@ -53,6 +53,11 @@ class SampleConfig:
     steps: int = option(25, least=1, greatest=100_000, help="denoising steps")
     cfg_scale: float = option(
         4.0, least=-1000, greatest=1000, help="classifier-free guidance; 1 is none and halves the cost"
+    )
+    guidance: list[str | dict[str, Any]] | None = option(
+        None,
+        help="terms that guide together: [{pag: 2}, {rescale: {scale: 0.7}}]; on top of cfg_scale, unless one (cfg, "
+        "apg, cfg_zero, embedded) takes its place. `visiontune list guidance` names them",
     )
     negative_prompt: str = option("", help="prompt of the unconditional branch")
     scheduler: Scheduler = option("model", help="sampler; model is the one that the model came with")

@@ -20,6 +20,7 @@ from tqdm.auto import tqdm
 from visiontune import files, outside, signals
 from visiontune.data.prompt_files import read_prompts
 from visiontune.errors import UserError
+from visiontune.guidance.stack import GuidanceStack
 from visiontune.models.words import lost
 from visiontune.ops.devices import check_device
 from visiontune.ops.threads import Threads
@@ -62,6 +63,7 @@ def generate(config: SampleConfig, model: PipelineModel | None = None) -> Path:
         Interrupted: Ctrl-C or SIGTERM, after the batch in which it came.
     """
     check_device(config.device, "device", ("auto",))
+    _guidance(config)  # mistakes before a model is opened
     state = _processes(config.device)
     prompts = substituted(read_prompts(config.prompts), config)
     config = replace(config, negative_prompt=substituted([config.negative_prompt], config)[0])
@@ -142,12 +144,23 @@ def _pixels(config: SampleConfig, model: PipelineModel, batch: Sequence[Job]) ->
         [job.seed for job in batch],
         steps=config.steps,
         cfg_scale=config.cfg_scale,
+        guidance=_guidance(config),
         negative_prompt=config.negative_prompt,
         batch_size=len(batch),
         height=config.height,
         width=config.width,
         scheduler=config.scheduler,
     )
+
+
+def _guidance(config: SampleConfig) -> GuidanceStack | None:
+    if config.guidance is None:
+        return None
+    stack = GuidanceStack.of(config.guidance)
+    instead = stack.base or stack.told
+    if instead is not None and config.cfg_scale != SampleConfig.__dataclass_fields__["cfg_scale"].default:
+        raise UserError(f"guidance has {instead.name}, which takes the place of cfg_scale: leave one of them out")
+    return stack
 
 
 def _run(
@@ -251,6 +264,7 @@ def _settings(config: SampleConfig, model: PipelineModel | None) -> dict[str, An
         "adapter_scale": config.adapter_scale,
         "steps": config.steps,
         "cfg_scale": config.cfg_scale,
+        **({"guidance": config.guidance} if config.guidance else {}),
         "negative_prompt": config.negative_prompt,
         "scheduler": config.scheduler,
         "height": config.height,

@@ -17,6 +17,7 @@ from visiontune.core import Request
 from visiontune.errors import UserError
 
 if TYPE_CHECKING:
+    from visiontune.guidance.stack import GuidanceStack
     from visiontune.models.pipeline import PipelineModel
 
 # 256 pictures of 1024x1024.
@@ -50,6 +51,7 @@ def images(
     *,
     steps: int = 25,
     cfg_scale: float = 4.0,
+    guidance: GuidanceStack | None = None,
     negative_prompt: str = "",
     batch_size: int = 8,
     height: int | None = None,
@@ -66,6 +68,7 @@ def images(
         steps: denoising steps.
         cfg_scale: guidance scale of the stock pipeline; with classifier-free guidance ``uncond + w (cond - uncond)``, 1
             runs the conditional branch alone.
+        guidance: terms on top of it, or in its place where one of them says how the negative prompt acts.
         negative_prompt: prompt of the unconditional branch.
         batch_size: images in one pass; changes the result by rounding only.
         height: pixels; the model's resolution when left out. ``width`` likewise.
@@ -84,11 +87,15 @@ def images(
         raise UserError(f"model '{model.source}' ({model.family}) draws no pictures: take one that does")
     requests = [Request(prompt=p, seed=s, negative=negative_prompt) for p, s in pair(prompts, seeds)]
     size, parts = model.size(height, width), []
+    guided = model.guidance(cfg_scale)
+    if guidance is not None:
+        guided = guidance.over(guided)
+        guided.plan(model, steps)
     check_batch(min(batch_size, len(requests)), *size)
     with _evaluating(model), tqdm(total=len(requests), unit="image", disable=not progress) as bar:
         for start in range(0, len(requests), batch_size):
             batch = requests[start : start + batch_size]
-            pixels = model.draw(batch, steps=steps, guidance=model.guidance(cfg_scale), sampler=scheduler, size=size)
+            pixels = model.draw(batch, steps=steps, guidance=guided, sampler=scheduler, size=size)
             finite = np.isfinite(pixels).reshape(len(batch), -1).all(1)
             if not finite.all():
                 first = batch[int(np.argmin(finite))]

@@ -1,0 +1,64 @@
+"""APG: CFG of the clean picture, whose step is bounded, has momentum and goes across the prompt's prediction.
+
+Sadat et al., 2024, arXiv 2410.02416, algorithm 1, in predictions of x_0: D = c - u; m = D + b m; D = m min(1, r / |m|);
+p = c + (w - 1) (D_across + eta D_along), where D_along is the part of D along c.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from visiontune.diffusion.schedule import Schedule
+from visiontune.errors import UserError
+from visiontune.guidance._network import Network
+from visiontune.guidance.base import Base, Point, Strength, dot
+from visiontune.schema import option
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(Base):
+    """Adaptive projected guidance; eta 1 without momentum and threshold is CFG."""
+
+    scale: float = option(least=-1000, greatest=1000, help="w; 1 is none and costs nothing")
+    eta: float = option(0.0, least=-10, greatest=10, help="how much of the step along the prompt's prediction is kept")
+    momentum: float = option(-0.5, above=-1, below=1, help="b, of earlier steps; 0 makes every step stand alone")
+    threshold: float | None = option(15.0, above=0, help="r, the longest step in the norm of the latents; null for any")
+
+    @property
+    def remembers(self) -> bool:
+        return self.momentum != 0 and not self.idle
+
+    def combine(self, u: Tensor, c: Tensor, w: Strength, point: Point) -> Tensor:
+        assert point.schedule is not None
+        clean, slope = _clean(point.schedule, c, point)
+        step = (c.to(clean) - u.to(clean)) / slope
+        if self.remembers:
+            before = point.memory.get("step")
+            step = step if before is None else step + self.momentum * before
+            point.memory["step"] = step.detach()
+        if self.threshold is not None:
+            # A row whose step is 0 keeps it.
+            length = dot(step, step).sqrt().clamp(min=torch.finfo(step.dtype).tiny)
+            step = step * (self.threshold / length).clamp(max=1)
+        along = dot(step, clean) / dot(clean, clean).clamp(min=torch.finfo(step.dtype).tiny) * clean
+        return (c + (w - 1) * slope * (step - along + self.eta * along)).to(c.dtype)
+
+    def check(self, network: Network) -> None:
+        if network.schedule is None:
+            raise UserError(f"apg works on the clean picture, and '{network.source}' predicts tokens: take cfg")
+
+
+def _clean(schedule: Schedule, pred: Tensor, point: Point) -> tuple[Tensor, Tensor]:
+    """x_0, at least float32, that a prediction implies, and how the prediction changes with x_0, [b, 1, ...]."""
+    clean = schedule.to_x_0(pred, point.x, point.t)
+    alpha, sigma = (level.to(clean) for level in schedule.levels(point.t, pred.ndim))
+    slopes = {"eps": -alpha / sigma, "v": -1 / sigma, "flow": -1 / sigma, "x0": torch.ones_like(sigma)}
+    return clean, slopes[schedule.prediction]
+
+
+def build(config: Config) -> Config:
+    """The term."""
+    return config
