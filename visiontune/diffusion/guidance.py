@@ -36,7 +36,8 @@ class Guidance(ABC):
 
     @property
     def remembers(self) -> bool:
-        """Whether a step depends on those before it, so that none can be computed again by itself."""
+        """Whether a step depends on those before it, or is not all of the way to the next, so that none can be
+        computed again by itself."""
         return False
 
     def begin(self, model: Any, levels: Sequence[float] | None = None) -> Guidance:
@@ -49,6 +50,10 @@ class Guidance(ABC):
             UserError: the model is not one that can be guided so, or a part of it acts at none of the levels.
         """
         return self
+
+    def edit(self, x: Tensor, t: Tensor) -> Tensor:
+        """Latents [b, ...] as they are when a step starts at t (a scalar; -1 is the end), the first one too."""
+        return x
 
     def stock(self) -> Guidance:
         """What the stock pipeline is told, so that it gives this guidance inside `attach`."""

@@ -280,12 +280,12 @@ def require_no_memory(guidance: Guidance) -> None:
     """Refuse guidance whose steps cannot be computed again one by one.
 
     Raises:
-        UserError: it remembers earlier steps.
+        UserError: it remembers earlier steps, or edits what they lead to.
     """
     if guidance.remembers:
         raise UserError(
-            "the guidance remembers earlier steps (apg's momentum), and steps are to be computed again one by one: set "
-            "momentum to 0"
+            "the guidance remembers earlier steps (apg's momentum) or edits what they lead to, and steps are to be "
+            "computed again one by one: set momentum to 0, and leave out terms that edit latents"
         )
 
 
@@ -321,7 +321,7 @@ def _walk(
 ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
     """The end, the latents that are kept (the start at least), and the log-probabilities of the steps."""
     compute, stored, steps = x.dtype, keep.dtype or x.dtype, len(stepper.start)
-    x = x.to(stored).to(compute)
+    x = stepper.guidance.edit(x, stepper.start[0]).to(stored).to(compute)
     visited, scores = [x.to(stored)], []
     first = int(inside.int().argmax()) if window.differentiates(inside) and not window.deferred else steps
     for i in range(steps):
@@ -332,7 +332,9 @@ def _walk(
             else:
                 mean, deviation = stepper.step(i, x, constant)
             x = mean if noise is None else mean + deviation * noise[:, i]
-            x = x.to(stored).to(compute)
+            # Some samplers lead to other levels than those where they go on.
+            following = stepper.start[i + 1] if i + 1 < steps else stepper.end[i]
+            x = stepper.guidance.edit(x, following).to(stored).to(compute)
         if keep.log_probs:
             with torch.no_grad():
                 scores.append(_log_prob(x, mean, deviation, keep.reduce) if scored[i] else x.new_zeros(len(x)))

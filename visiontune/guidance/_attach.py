@@ -3,12 +3,15 @@
 Pipelines combine two predictions as u + w (c - u) or c + g (c - u), some with a norm after it. Where both are the same
 tensor, each of these gives that tensor to the bit; so the guided prediction stands on both sides. In a pipeline that
 makes two calls it takes the place of what the first one gave while the second one is answered.
+
+Latents and predictions are brought to our shape [b, c, (f), h, w] and back, which moves values and changes none. Where
+terms edit latents, the sampler's `step` is replaced, too.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 from weakref import WeakSet
@@ -16,37 +19,71 @@ from weakref import WeakSet
 import torch
 from torch import Tensor, nn
 
+from visiontune.core import Condition
 from visiontune.errors import UserError
 from visiontune.guidance._network import Network
-from visiontune.guidance._taps import Forward, Inside, bound, replaced
-from visiontune.guidance.base import Control, Perturbed, Point, Term
+from visiontune.guidance._run import Called, shaped
+from visiontune.guidance._taps import Forward, bound, replaced
+from visiontune.guidance.base import Canvas, Control, Part, Perturbed, Point, Run, Term
 from visiontune.models._structure import Structure
 
 if TYPE_CHECKING:
     from visiontune.guidance.stack import GuidanceStack
 
 Arguments = dict[str, Any]
+# Samplers of one step that take latents as the network does; others keep what was predicted before an edit.
+_SINGLE = ("DDIMScheduler", "DDPMScheduler", "FlowMatchEulerDiscreteScheduler")
 _guided: WeakSet[nn.Module] = WeakSet()
 
 
 @contextmanager
-def attached(stack: GuidanceStack, network: Network, pipe: Any) -> Iterator[None]:
-    """In the block, the pipeline's denoiser gives what makes the pipeline's prediction that of the stack."""
+def attached(stack: GuidanceStack, network: Network, pipe: Any, model: Any) -> Iterator[None]:
+    """In the block, the pipeline's denoiser gives what makes the pipeline's prediction that of the stack.
+
+    Args:
+        model: of a family, around the pipeline; None without one.
+    """
     denoiser, guides = network.denoiser, []
 
     def make(name: str, forward: Forward) -> Forward:
-        guides.append(_Guide(stack, network, pipe, forward))
-        return lambda *args, **kwargs: guides[0](bound(forward, args, kwargs))
+        guide = _Guide(stack, network, pipe, model, forward)
+        guides.append(guide)
+        return lambda *args, **kwargs: forward(*args, **kwargs) if guide.own else guide(bound(forward, args, kwargs))
 
     if denoiser in _guided:
         raise UserError("a stack is attached to this pipeline already: put the terms of both into one")
     _guided.add(denoiser)
     try:
-        with replaced({"": denoiser}, make):
+        with ExitStack() as entered:
+            entered.enter_context(replaced({"": denoiser}, make))
+            if stack.edits:
+                entered.enter_context(_edited(guides[0], pipe.scheduler))
             yield
         guides[0].finish()
     finally:
         _guided.discard(denoiser)
+
+
+@contextmanager
+def _edited(guide: _Guide, scheduler: Any) -> Iterator[None]:
+    """In the block, the sampler steps from latents, and to latents, that the stack has edited."""
+    name = type(scheduler).__name__
+    if name not in _SINGLE:
+        raise UserError(
+            f"{guide.stack.edits[0].name} edits latents between the steps, of which the sampler {name} keeps something "
+            "or which it scales: set scheduler to ddim (flow models: euler)"
+        )
+    step = scheduler.step
+
+    def stepped(model_output: Tensor, timestep: Any, sample: Tensor, *args: Any, **kwargs: Any) -> Any:
+        found = step(model_output, timestep, guide.started(sample), *args, **kwargs)
+        return _with_value(found, guide.arrived(_value(found), timestep))
+
+    scheduler.step = stepped
+    try:
+        yield
+    finally:
+        del scheduler.step
 
 
 @dataclass
@@ -72,18 +109,25 @@ class _Guide:
 
     Attributes:
         found: what the network gave last, unperturbed, as it gave it.
-        steps: the sampler's timesteps, a new tensor in every run.
+        steps: the sampler's timesteps, a new tensor in every run. run_of: the run that they are of.
         memory: of the terms, in one run.
+        start: the edited latents of the first step, until the sampler takes them. arguments: of the last call.
+        own: whether the network is called by a term, and not by the pipeline.
     """
 
     stack: GuidanceStack
     network: Network
     pipe: Any
+    model: Any
     forward: Forward
     found: Any = None
     waiting: _Waiting | None = None
     steps: Any = None
-    memory: dict[int, dict[str, Tensor]] = field(default_factory=dict)
+    run_of: Run = field(default_factory=Run)
+    memory: dict[int, dict[str, Any]] = field(default_factory=dict)
+    start: Tensor | None = None
+    arguments: Arguments = field(default_factory=dict)
+    own: bool = False
 
     @property
     def structure(self) -> Structure:
@@ -93,12 +137,60 @@ class _Guide:
     def __call__(self, arguments: Arguments) -> Any:
         if self.pipe.scheduler.timesteps is not self.steps:
             self.finish()
-            self.steps = self.pipe.scheduler.timesteps
-            self.memory.clear()
+            self._begin(arguments)
+        if self.start is not None:
+            sides = 2 if self._is_doubled(arguments) else 1
+            arguments = self.with_latents(arguments, torch.cat([self.start] * sides))
+        self.arguments = arguments
+        if self.stack.is_lost(self._point(arguments).levels, self.run_of):
+            return self._blank(arguments)
         if self.stack.told is not None:
             levels = self._point(arguments).levels
             arguments["guidance"] = self.stack.told.telling(levels, arguments["guidance"].device)
         return self._apart(arguments) if self.structure.sides == "apart" else self._together(arguments)
+
+    def _begin(self, arguments: Arguments) -> None:
+        """A run begins: its latents are edited before the network sees them."""
+        self.steps = self.pipe.scheduler.timesteps
+        self.memory.clear()
+        schedule = self.network.schedule
+        levels = [] if schedule is None else (self.steps.clamp(min=0) / schedule.num_train_timesteps).tolist()
+        self.run_of = Run(model=self.model, levels=tuple(levels))
+        if not self.stack.edits:
+            return
+        x = self.latents(arguments)
+        self.start = self._edit(x[: len(x) // 2] if self._is_doubled(arguments) else x, levels[0])
+
+    def started(self, sample: Tensor) -> Tensor:
+        """The latents from which the sampler steps: those that were edited, in its own first step."""
+        start, self.start = self.start, None
+        return sample if start is None else self._as_sampled(start, sample)
+
+    def arrived(self, sample: Tensor, timestep: Any) -> Tensor:
+        """What the sampler stepped to, edited."""
+        assert self.network.schedule is not None
+        level = self.run_of.after(float(timestep) / self.network.schedule.num_train_timesteps)
+        assert level is not None
+        edited = self._edit(self.structure.canonical(sample, self.arguments), level)
+        return self._as_sampled(edited, sample)
+
+    def _as_sampled(self, x: Tensor, sample: Tensor) -> Tensor:
+        return self.structure.native(x, self.arguments).to(sample).view_as(sample)
+
+    def _edit(self, x: Tensor, level: float) -> Tensor:
+        assert self.network.schedule is not None
+        t = x.new_full((len(x),), level * self.network.schedule.num_train_timesteps)
+        with self._own():
+            return self.stack.edited(x, lambda term: self._at(x, t, [level] * len(x), term), level)
+
+    @contextmanager
+    def _own(self) -> Iterator[None]:
+        """In the block, calls of the network are a term's own."""
+        before, self.own = self.own, True
+        try:
+            yield
+        finally:
+            self.own = before
 
     def finish(self) -> None:
         """Say that a run ended, or went on, without the negative prompt that the stack guides away from."""
@@ -112,26 +204,28 @@ class _Guide:
         if not self._is_doubled(arguments):
             if self.stack.contrasts:
                 raise self._one_sided()
-            return self._packed(self._guided(_Sides(self, arguments))[0])
+            return self._packed(self._guided(_Sides(self, arguments))[0], arguments)
         rows = len(arguments[self.structure.noisy])
         halves = [_rows(arguments, rows, part) for part in (slice(0, rows // 2), slice(rows // 2, rows))]
         at = 0 if self.structure.sides == "prompt first" else 1
 
         def both() -> tuple[Tensor, Tensor]:
-            sides = self.run(arguments).chunk(2)
+            sides = self.run(arguments, "both").chunk(2)
             return sides[1 - at], sides[at]
 
         if self.stack.base is not None:
             p, _ = self._guided(_Sides(self, halves[at], both=both))
-            return self._packed(torch.cat([p, p]))
+            return self._packed(torch.cat([p, p]), arguments)
         u, c = both()
         _, added = self._guided(_Sides(self, halves[at], c=c), plain=False)
         if not added.ndim:
             return self.found
-        return self._packed(torch.cat([c + added, u + added] if at == 0 else [u + added, c + added]))
+        return self._packed(torch.cat([c + added, u + added] if at == 0 else [u + added, c + added]), arguments)
 
     def _is_doubled(self, arguments: Arguments) -> bool:
         """Whether the rows stand there twice, since the pipeline guides. Some pipelines say it themselves."""
+        if self.structure.sides == "apart":
+            return False
         noisy = _stacked(arguments[self.structure.noisy])
         if getattr(self.pipe, "do_classifier_free_guidance", True) is False or len(noisy) % 2:
             return False
@@ -145,24 +239,24 @@ class _Guide:
             self.waiting = None
             return self._answer(waiting, arguments)
         self.finish()
-        c = self.run(arguments)
-        acts = self.stack.base is not None and self.stack.base.acts(self._point(arguments).levels)
+        c = self.run(arguments, "both")
+        acts = self.stack.base is not None and self.stack.asks_negative(self._point(arguments).levels)
         # Where the negative prompt acts, there is nothing to guide before it is known.
         p, added = (c, None) if acts else self._guided(_Sides(self, arguments, c=c), plain=self.stack.base is not None)
-        given = self.found if p is c else self._packed(p)
+        given = self.found if p is c else self._packed(p, arguments)
         self.waiting = _Waiting(arguments, p, _value(given), None if self.stack.base else added, acts)
         return given
 
     def _answer(self, waiting: _Waiting, arguments: Arguments) -> Any:
         """The second call of a step."""
         if waiting.added is not None:
-            u = self.run(arguments)
-            return self._packed(u + waiting.added) if waiting.added.ndim else self.found
+            u = self.run(arguments, "both")
+            return self._packed(u + waiting.added, arguments) if waiting.added.ndim else self.found
         if not waiting.acts:
-            return self._packed(waiting.prediction)
+            return self._packed(waiting.prediction, arguments)
         c = waiting.prediction
-        p, _ = self._guided(_Sides(self, waiting.arguments, c=c, both=lambda: (self.run(arguments), c)))
-        given = self._packed(p)
+        p, _ = self._guided(_Sides(self, waiting.arguments, c=c, both=lambda: (self.run(arguments, "both"), c)))
+        given = self._packed(p, arguments)
         waiting.value.copy_(_value(given))
         return given
 
@@ -173,52 +267,96 @@ class _Guide:
 
     # -- the network -----------------------------------------------------------------------------------------------
 
-    def run(self, arguments: Arguments) -> Tensor:
-        """What the network predicts, [rows, ...] in our sign."""
-        self.found = self.forward(**arguments)
-        return self.prediction(self.found, arguments)
+    def run(self, arguments: Arguments, side: str) -> Tensor:
+        """What the network predicts, [rows, ...] in our sign and shape; `side` as of `Shaping.shaping`."""
+        self.found, prediction = self._ran(arguments, side)
+        return prediction
 
-    def prediction(self, found: Any, arguments: Arguments) -> Tensor:
+    def worse(self, arguments: Arguments, term: Perturbed) -> Tensor:
+        """What it predicts when a term has made it worse."""
+        return self._ran(arguments, term.name, term)[1]
+
+    def _ran(self, arguments: Arguments, side: str, worse: Perturbed | None = None) -> tuple[Any, Tensor]:
+        def point(term: Term) -> Point:
+            return self._point(self.arguments, term)
+
+        with shaped(self.stack, self.network, arguments, point, side, worse) as check:
+            found = self.forward(**arguments)
+        check()
+        return found, self._prediction(found, arguments)
+
+    def predict(self, x: Tensor, t: Tensor, cond: Condition) -> Tensor:
+        """What the model predicts, for terms that bring conditions of their own."""
+        with self._own():
+            found: Tensor = self.model.predict(x, t, cond)
+            return found
+
+    def latents(self, arguments: Arguments) -> Tensor:
+        """The noisy latents in our shape, or masked tokens."""
+        return self.structure.canonical(_stacked(arguments[self.structure.noisy]), arguments)
+
+    def with_latents(self, arguments: Arguments, x: Tensor) -> Arguments:
+        """The arguments with other latents, which are in our shape."""
+        noisy, native = arguments[self.structure.noisy], self.structure.native(x, arguments)
+        given = list(native.to(noisy[0]).unbind()) if isinstance(noisy, list) else native.to(noisy)
+        return {**arguments, self.structure.noisy: given}
+
+    def _prediction(self, found: Any, arguments: Arguments) -> Tensor:
         """Of what the network gave, the part that is of its noisy input; some give a variance behind it."""
         value = _stacked(_value(found))
         noisy = arguments[self.structure.noisy]
-        return self.structure.sign * (value[:, : noisy.shape[1]] if self._has_more(value, noisy) else value)
+        mine = value[:, : noisy.shape[1]] if self._has_more(value, noisy) else value
+        return self.structure.sign * self.structure.canonical(mine, arguments)
 
     def _has_more(self, value: Tensor, noisy: Any) -> bool:
         return isinstance(noisy, Tensor) and noisy.ndim == value.ndim and value.shape[1] > noisy.shape[1]
 
-    def _packed(self, p: Tensor) -> Any:
-        """A prediction as the network gave its last one."""
-        value = _value(self.found)
-        made = self.structure.sign * p
+    def _packed(self, p: Tensor, arguments: Arguments) -> Any:
+        """A prediction as the network gives one."""
+        found = self._blank(arguments) if self.found is None else self.found
+        value = _value(found)
+        made = self.structure.native(self.structure.sign * p, arguments)
         if isinstance(value, list):
-            return _with_value(self.found, list(made.to(value[0]).unbind()))
+            return _with_value(found, list(made.to(value[0]).unbind()))
         if value.shape[1] > made.shape[1]:
             behind = value[:, made.shape[1] :]
             made = torch.cat([made, torch.cat([behind] * (len(made) // len(behind)))], dim=1)
-        return _with_value(self.found, made.to(value))
+        return _with_value(found, made.to(value))
+
+    def _blank(self, arguments: Arguments) -> Any:
+        """Zeros, as the network would give them without being called."""
+        noisy = arguments[self.structure.noisy]
+        if isinstance(noisy, list):
+            return ([torch.zeros_like(row) for row in noisy],)
+        doubled = getattr(self.network.denoiser.config, "out_channels", None) == 2 * noisy.shape[1]
+        return (torch.zeros_like(torch.cat([noisy] * 2, dim=1) if doubled else noisy),)
 
     # -- the stack -------------------------------------------------------------------------------------------------
 
     def _guided(self, sides: _Sides, plain: bool = True) -> tuple[Tensor, Tensor]:
         """As of `GuidanceStack.combine`; not `plain` where the pipeline's own guidance comes on top."""
         point = self._point(sides.arguments)
-        if not plain and any(isinstance(term, Control) and term.acts(point.levels) for term in self.stack.terms):
-            raise UserError(
-                "the pipeline guides by itself, after the terms of the stack that bound the prediction: put cfg into "
-                "the stack, too, or call the pipeline without guidance"
-            )
+        for term in self.stack.terms if not plain else ():
+            if term.acts(point.levels) and (isinstance(term, Control | Canvas) or term.NEGATIVE):
+                raise UserError(
+                    f"the pipeline guides by itself, on top of what {term.name} has made of the prediction: put cfg "
+                    "into the stack, too, or call the pipeline without guidance"
+                )
         return self.stack.combine(sides, lambda term: self._point(sides.arguments, term), point.levels)
 
     def _point(self, arguments: Arguments, term: Term | None = None) -> Point:
-        x = _stacked(arguments[self.structure.noisy])
-        memory = {} if term is None else self.memory.setdefault(id(term), {})
+        """Of the rows of a call; those of `self.arguments` may stand there twice, and count once."""
+        x = self.latents(arguments)
         if self.structure.time is None or self.network.schedule is None:
             level = (x == self.pipe.scheduler.config.mask_token_id).flatten(1).float().mean(1)
-            return Point(x=x, t=level, levels=level.tolist(), schedule=None, memory=memory)
+            return self._at(x, level, level.tolist(), term)
         t = self.structure.time(torch.as_tensor(arguments[self.structure.told], device=x.device)).expand(len(x))
         level = t.clamp(min=0) / self.network.schedule.num_train_timesteps
-        return Point(x=x, t=t, levels=level.tolist(), schedule=self.network.schedule, memory=memory)
+        return self._at(x, t, level.tolist(), term)
+
+    def _at(self, x: Tensor, t: Tensor, levels: list[float], term: Term | None) -> Point:
+        memory = {} if term is None else self.memory.setdefault(id(term), {})
+        return Point(x=x, t=t, levels=levels, schedule=self.network.schedule, run=self.run_of, memory=memory)
 
     def _one_sided(self) -> UserError:
         return UserError(
@@ -237,15 +375,32 @@ class _Sides:
     both: Callable[[], tuple[Tensor, Tensor]] = lambda: _unknown()
 
     def prompt(self) -> Tensor:
-        return self.guide.run(self.arguments) if self.c is None else self.c
+        return self.guide.run(self.arguments, "prompt") if self.c is None else self.c
 
     def worse(self, term: Perturbed) -> Tensor:
-        inside = Inside(lambda: term.worse(self.guide.network, self.arguments))
-        with inside.around(self.guide.network.denoiser) as check:
-            found = self.guide.forward(**self.arguments)
-        if check is not None:
-            check()
-        return self.guide.prediction(found, self.arguments)
+        return self.guide.worse(self.arguments, term)
+
+    def at(self, x: Tensor, cond: Condition | None = None) -> Tensor:
+        if cond is not None:
+            return self._called(cond, None).at(x)
+        return self.guide.run(self.guide.with_latents(self.arguments, x), "at")
+
+    def of(self, part: Part) -> Called:
+        return self._called(part.cond, part.uncond).of(part)
+
+    def _called(self, cond: Condition, uncond: Condition | None) -> Called:
+        """Calls of the model, with conditions that are none of the pipeline's."""
+        guide, at = self.guide, self.guide._point(self.arguments)
+        return Called(
+            guide.stack,
+            guide.network,
+            guide.predict,
+            lambda term: guide._point(self.arguments, term),
+            at.x,
+            at.t,
+            cond,
+            uncond,
+        )
 
 
 def _unknown() -> tuple[Tensor, Tensor]:

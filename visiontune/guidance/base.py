@@ -1,10 +1,12 @@
 """What a term of a stack is. A prediction is
 
-    p = base(c, u) + sum_k s_k (c - worse_k)
+    p = base(c, u) + sum_k s_k (c - worse_k) + sum_j pull_j
 
 and then goes through the terms that control its norm, in the order in which they stand in the stack. c is the
-prediction for the prompt, u the one for the negative prompt, and worse_k what a perturbed network predicts for the
-prompt.
+prediction for the prompt, u the one for the negative prompt, worse_k what a perturbed network predicts for the prompt,
+and pull_j what a term finds by calls or gradients of its own. Where the canvas is made of regions all this is done for
+each of them, and p is blended of what they give. Between the steps, terms edit the latents; and some shape the network
+in all its calls.
 
 Every term has a strength by row, which depends on how noisy the row is. Where all rows have the strength at which a
 term does nothing, it is not evaluated and costs no call.
@@ -17,11 +19,12 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, Protocol
 
 import torch
 from torch import Tensor
 
+from visiontune.core import Condition
 from visiontune.diffusion.schedule import Schedule
 from visiontune.errors import UserError
 from visiontune.guidance._network import Network
@@ -33,20 +36,74 @@ Strength = float | Tensor
 
 
 @dataclass(frozen=True, kw_only=True)
+class Run:
+    """One run of a sampler.
+
+    Attributes:
+        model: of a family; None on a stock pipeline that no model was made of.
+        levels: of noise where the steps stand, in order; empty where they are not known.
+    """
+
+    model: Any = None
+    levels: Sequence[float] = ()
+
+    def after(self, level: float) -> float | None:
+        """The level to which the step from a level leads, 0 at the end; None where no step stands there."""
+        for one, following in zip(self.levels, [*self.levels[1:], 0.0], strict=False):
+            # Networks that are told their time in other units have it rounded.
+            if math.isclose(one, level, rel_tol=1e-5):
+                return following
+        return None
+
+    def modelled(self, term: str) -> Any:
+        """The model, which a term encodes pictures and prompts with.
+
+        Raises:
+            UserError: there is none.
+        """
+        if self.model is None:
+            raise UserError(
+                f"{term} encodes pictures or prompts of its own, for which a pipeline is not enough: attach the stack "
+                "to a model, as visiontune.models.load gives it"
+            )
+        return self.model
+
+
+@dataclass(frozen=True, kw_only=True)
 class Point:
     """Where a prediction is made.
 
     Attributes:
-        x: [b, ...] what the network sees, in the shape of its prediction. t: [b] timesteps of the schedule.
+        x: [b, ...] the latents, or masked tokens. t: [b] timesteps of the schedule.
         levels: of noise of the rows, shares of the schedule. schedule: None where tokens are masked.
-        memory: of one term, from step to step of a run.
+        run: of which it is a point. memory: of one term, from step to step of the run.
     """
 
     x: Tensor
     t: Tensor
     levels: Sequence[float]
     schedule: Schedule | None
-    memory: dict[str, Tensor] = field(default_factory=dict)
+    run: Run
+    memory: dict[str, Any] = field(default_factory=dict)
+
+
+class Sides(Protocol):
+    """The calls of a network that a stack makes at one point, each of which sees every row once or twice."""
+
+    def both(self) -> tuple[Tensor, Tensor]:
+        """What is predicted for the negative prompt and for the prompt."""
+
+    def prompt(self) -> Tensor:
+        """What is predicted for the prompt alone."""
+
+    def worse(self, term: Perturbed) -> Tensor:
+        """What the network predicts for the prompt when a term has made it worse."""
+
+    def at(self, x: Tensor, cond: Condition | None = None) -> Tensor:
+        """What is predicted at other latents of the same times and for other conditions; None for the prompt."""
+
+    def of(self, part: Part) -> Sides:
+        """The calls for a region."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,11 +113,13 @@ class Term:
     Attributes:
         NEUTRAL: the strength at which it does nothing.
         ROWS: how many more times the network sees every row where it acts.
+        NEGATIVE: whether it needs what is predicted for the negative prompt.
     """
 
     SHORTHAND: ClassVar[str] = "scale"
     NEUTRAL: ClassVar[float] = 0.0
     ROWS: ClassVar[int] = 0
+    NEGATIVE: ClassVar[bool] = False
 
     scale: float = option(help="strength")
     window: tuple[float, float] = option(
@@ -130,6 +189,7 @@ class Base(Term, ABC):
 
     NEUTRAL: ClassVar[float] = 1.0
     ROWS: ClassVar[int] = 1
+    NEGATIVE: ClassVar[bool] = True
 
     @abstractmethod
     def combine(self, u: Tensor, c: Tensor, w: Strength, point: Point) -> Tensor:
@@ -154,12 +214,79 @@ class Perturbed(Term, ABC):
         return s * (c - worse)
 
 
+class Pull(Term, ABC):
+    """A term that adds to the prediction what it finds by calls, or gradients, of its own."""
+
+    @abstractmethod
+    def pull(self, p: Tensor, u: Tensor | None, s: Strength, sides: Sides, point: Point) -> Tensor:
+        """What it adds [b, ...] to the prediction p, s times over; u where it is NEGATIVE or a base acts."""
+
+
 class Control(Term, ABC):
     """A term that changes the prediction that the others have made."""
 
     @abstractmethod
     def control(self, p: Tensor, c: Tensor, phi: Strength) -> Tensor:
         """The prediction p [b, ...], changed in view of the prompt's c."""
+
+
+class Canvas(Term, ABC):
+    """A term that makes the prediction of the canvas of those of its regions; one at most in a stack."""
+
+    @property
+    @abstractmethod
+    def regions(self) -> int:
+        """How many it has."""
+
+    @abstractmethod
+    def parts(self, point: Point) -> Sequence[Part]:
+        """The regions, with everything that they are predicted from."""
+
+    @abstractmethod
+    def blend(self, predictions: Sequence[Tensor], point: Point) -> Tensor:
+        """The canvas [b, ...] of what was predicted for each of the parts."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Part:
+    """A region: its latents [b, ...] and the conditions of its rows."""
+
+    x: Tensor
+    cond: Condition
+    uncond: Condition | None
+
+
+class Edit(Term, ABC):
+    """A term that changes the latents where a step starts, the first one too, and at the end."""
+
+    @property
+    def remembers(self) -> bool:
+        # What an edit makes of latents is no step of the chain, and so has no probability.
+        return True
+
+    @abstractmethod
+    def edit(self, x: Tensor, s: Strength, point: Point) -> Tensor:
+        """The latents x [b, ...] of the point, changed; at the end of a run its levels are 0."""
+
+    def overwrites(self, level: float) -> bool:
+        """Whether nothing of what a step led to is left at this level, so that the step need not be predicted."""
+        return False
+
+
+class Shaping(Term, ABC):
+    """A term that shapes the network in every call of a step."""
+
+    @abstractmethod
+    def shaping(
+        self, network: Network, arguments: Mapping[str, Any], point: Point, side: str
+    ) -> AbstractContextManager[Any]:
+        """In the block the network is shaped; entered again where gradients compute it again.
+
+        Args:
+            arguments: of the call of the denoiser, filled in when it is made.
+            point: where, with the rows of the picture once; the call may see them twice, one side after the other.
+            side: which of a step's calls it is: both, prompt, at, or the name of a perturbation.
+        """
 
 
 def rows_of(x: Tensor) -> tuple[int, ...]:

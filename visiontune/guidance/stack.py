@@ -10,35 +10,35 @@ with stack.attach(pipe):
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, field, replace
-from typing import Any, Protocol
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
+from typing import Any
 
-import torch
 from torch import Tensor
 
 from visiontune import plugin
 from visiontune.core import Condition
-from visiontune.diffusion.guidance import CFG, NO_GUIDANCE, Call, Embedded, Guidance, both_sides
+from visiontune.diffusion.guidance import CFG, NO_GUIDANCE, Call, Embedded, Guidance
 from visiontune.errors import UserError
 from visiontune.guidance import _attach
 from visiontune.guidance._network import Network
-from visiontune.guidance._taps import Inside, bound
-from visiontune.guidance.base import Base, Control, Perturbed, Point, Term, Told
-
-
-class Sides(Protocol):
-    """The calls of a network that a stack makes at one point."""
-
-    def both(self) -> tuple[Tensor, Tensor]:
-        """What is predicted for the negative prompt and for the prompt."""
-
-    def prompt(self) -> Tensor:
-        """What is predicted for the prompt alone."""
-
-    def worse(self, term: Perturbed) -> Tensor:
-        """What the network predicts for the prompt when a term has made it worse."""
+from visiontune.guidance._run import Begun
+from visiontune.guidance.base import (
+    Base,
+    Canvas,
+    Control,
+    Edit,
+    Part,
+    Perturbed,
+    Point,
+    Pull,
+    Run,
+    Shaping,
+    Sides,
+    Term,
+    Told,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,7 +63,7 @@ class Plan:
 
 @dataclass(frozen=True)
 class GuidanceStack(Guidance):
-    """Terms that guide together: at most one `Base`, then those that perturb, then those that control the norm.
+    """Terms that guide together: at most one `Base`, then what perturbs and pulls, then what controls the norm.
 
     Args:
         terms: in any order; those of a kind act in the order given.
@@ -76,7 +76,12 @@ class GuidanceStack(Guidance):
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "terms", tuple(self.terms))
-        for kind, what in ((Base, "say how the negative prompt acts"), (Told, "say what the network is told")):
+        once = (
+            (Base, "say how the negative prompt acts"),
+            (Told, "say what the network is told"),
+            (Canvas, "say what the canvas is made of"),
+        )
+        for kind, what in once:
             names = [term.name for term in self.terms if isinstance(term, kind)]
             if len(names) > 1:
                 raise UserError(f"{' and '.join(names)} both {what}: leave one out")
@@ -125,11 +130,11 @@ class GuidanceStack(Guidance):
 
     @property
     def contrasts(self) -> bool:
-        return self.base is not None and not self.base.idle
+        return any(term.NEGATIVE and not term.idle for term in self.terms)
 
     @property
     def remembers(self) -> bool:
-        return any(term.remembers for term in self.terms)
+        return any(term.remembers and not term.idle for term in self.terms)
 
     def __call__(
         self, call: Call, x: Tensor, t: Tensor, level: Tensor, cond: Condition, uncond: Condition | None
@@ -139,7 +144,7 @@ class GuidanceStack(Guidance):
     def begin(self, model: Any, levels: Sequence[float] | None = None) -> Guidance:
         network = Network.of_model(model)
         self.check(network, levels)
-        return _Begun(stack=self, network=network)
+        return Begun(stack=self, network=network, run=Run(model=model, levels=tuple(levels or ())))
 
     def check(self, network: Network, levels: Sequence[float] | None = None) -> None:
         """Refuse a network that a term cannot guide, and levels at none of which it acts; UserError as for `begin`."""
@@ -147,6 +152,8 @@ class GuidanceStack(Guidance):
             if term.idle:
                 continue
             term.check(network)
+            if network.schedule is None and isinstance(term, Pull | Canvas | Edit):
+                raise UserError(f"{term.name} guides latents, and '{network.source}' predicts tokens: take cfg")
             if levels and not term.acts(levels):
                 raise UserError(
                     f"{term.name} acts at none of the steps, which stand at levels of noise from {max(levels):.3g} to "
@@ -166,12 +173,19 @@ class GuidanceStack(Guidance):
             # The share of tokens that are masked; see `visiontune.diffusion.unmask`.
             levels = [math.cos(math.pi / 2 * i / steps) for i in range(steps)]
         self.check(Network.of_model(model), levels)
-        acting = [tuple(term for term in self.terms if term.acts([level])) for level in levels]
+        run = Run(model=model, levels=levels)
         return Plan(
             levels=tuple(levels),
-            acting=tuple(tuple(term.name for term in terms) for terms in acting),
-            rows=tuple(1 + sum(term.ROWS for term in terms) for terms in acting),
+            acting=tuple(tuple(term.name for term in self.terms if term.acts([level])) for level in levels),
+            rows=tuple(0 if self.is_lost([level], run) else self._rows(level) for level in levels),
         )
+
+    def _rows(self, level: float) -> int:
+        """How often a step at a level sees each picture."""
+        acting = [term for term in self.terms if term.acts([level])]
+        rows = 1 + any(term.NEGATIVE for term in acting)
+        rows += sum(term.ROWS for term in acting if not isinstance(term, Base))
+        return rows * next((term.regions for term in acting if isinstance(term, Canvas)), 1)
 
     def stock(self) -> Guidance:
         # Any scale but 1 has the pipeline predict both sides; what it makes of them is left as it is.
@@ -193,24 +207,45 @@ class GuidanceStack(Guidance):
         pipe = getattr(model, "pipe", model)
         network = Network.of_pipeline(pipe)
         self.check(network)
-        return _attach.attached(self, network, pipe)
+        return _attach.attached(self, network, pipe, None if pipe is model else model)
+
+    def asks_negative(self, levels: Sequence[float]) -> bool:
+        """Whether a term that acts at the levels needs what is predicted for the negative prompt."""
+        return any(term.NEGATIVE and term.acts(levels) for term in self.terms)
 
     def combine(self, sides: Sides, point: Callable[[Term], Point], levels: Sequence[float]) -> tuple[Tensor, Tensor]:
-        """The guided prediction, and what of it the perturbations have added (0 where they do not act).
+        """The guided prediction, and what of it the perturbations and pulls have added (0 where they do not act).
 
         Args:
             sides: the network's calls. point: of a term, with its memory. levels: of noise, of the rows.
         """
-        base = self.base
-        if base is not None and base.acts(levels):
+        canvas = next((term for term in self.terms if isinstance(term, Canvas) and term.acts(levels)), None)
+        if canvas is None:
+            return self._combined(sides, point, levels)
+        at = point(canvas)
+        found = [
+            self._combined(sides.of(part), _within(point, part, i), levels)[0]
+            for i, part in enumerate(canvas.parts(at))
+        ]
+        return canvas.blend(found, at), at.x.new_zeros(())
+
+    def _combined(self, sides: Sides, point: Callable[[Term], Point], levels: Sequence[float]) -> tuple[Tensor, Tensor]:
+        base, u = self.base, None
+        if self.asks_negative(levels):
             u, c = sides.both()
-            p = base.combine(u, c, base.amount(levels, c), point(base))
         else:
-            p = c = sides.prompt()
+            c = sides.prompt()
+        p = c
+        if base is not None and base.acts(levels):
+            assert u is not None
+            p = base.combine(u, c, base.amount(levels, c), point(base))
         added = c.new_zeros(())
         for term in self.terms:
             if isinstance(term, Perturbed) and term.acts(levels):
                 added = added + term.difference(c, sides.worse(term), term.amount(levels, c))
+        for term in self.terms:
+            if isinstance(term, Pull) and term.acts(levels):
+                added = added + term.pull(p + added, u, term.amount(levels, c), sides, point(term))
         if added.ndim:
             p = p + added
         for term in self.terms:
@@ -218,78 +253,37 @@ class GuidanceStack(Guidance):
                 p = term.control(p, c, term.amount(levels, c))
         return p, added
 
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class _Begun(Guidance):
-    """A stack on the network of one run."""
-
-    stack: GuidanceStack
-    network: Network
-    memory: dict[int, dict[str, Tensor]] = field(default_factory=dict)
+    @property
+    def edits(self) -> tuple[Edit, ...]:
+        """The terms that change latents between steps, as far as they do anything."""
+        return tuple(term for term in self.terms if isinstance(term, Edit) and not term.idle)
 
     @property
-    def contrasts(self) -> bool:
-        return self.stack.contrasts
+    def shapes(self) -> tuple[Shaping, ...]:
+        """The terms that shape the network, as far as they do anything."""
+        return tuple(term for term in self.terms if isinstance(term, Shaping) and not term.idle)
 
-    @property
-    def remembers(self) -> bool:
-        return self.stack.remembers
+    def edited(self, x: Tensor, point: Callable[[Term], Point], level: float) -> Tensor:
+        """Latents [b, ...] as they are when a step starts at a level, or the end is reached, which is at 0."""
+        for term in self.edits:
+            if term.acts([level]):
+                x = term.edit(x, term.amount([level] * len(x), x), replace(point(term), x=x))
+        return x
 
-    def __call__(
-        self, call: Call, x: Tensor, t: Tensor, level: Tensor, cond: Condition, uncond: Condition | None
-    ) -> Tensor:
-        levels = level.tolist()
-        if self.stack.told is not None:
-            cond = replace(cond, extra={**cond.extra, "guidance": self.stack.told.telling(levels, x.device)})
-        sides = _Called(self.network, call, x, t, cond, uncond)
-        at = Point(x=x, t=t, levels=levels, schedule=self.network.schedule)
-        return self.stack.combine(sides, lambda term: replace(at, memory=self._memory(term)), levels)[0]
-
-    def _memory(self, term: Term) -> dict[str, Tensor]:
-        return self.memory.setdefault(id(term), {})
+    def is_lost(self, levels: Sequence[float], run: Run) -> bool:
+        """Whether nothing will be left of what is predicted at the levels, since an edit overwrites it."""
+        after = run.after(levels[0]) if len({*levels}) == 1 else None
+        return after is not None and any(term.acts([after]) and term.overwrites(after) for term in self.edits)
 
 
-@dataclass(frozen=True)
-class _Called:
-    """`Sides` of our own calls of a model."""
+def _within(point: Callable[[Term], Point], part: Part, i: int) -> Callable[[Term], Point]:
+    """Points of terms in a region, where each has a memory of its own."""
 
-    network: Network
-    call: Call
-    x: Tensor
-    t: Tensor
-    cond: Condition
-    uncond: Condition | None
+    def found(term: Term) -> Point:
+        at = point(term)
+        return replace(at, x=part.x, memory=at.memory.setdefault(f"region {i}", {}))
 
-    def both(self) -> tuple[Tensor, Tensor]:
-        if self.uncond is None:
-            raise ValueError("guidance needs the condition that it guides away from")
-        return both_sides(self.call, self.x, self.t, self.cond, self.uncond)
-
-    def prompt(self) -> Tensor:
-        return self.call(self.x, self.t, self.cond)
-
-    def worse(self, term: Perturbed) -> Tensor:
-        arguments: dict[str, Any] = {}
-        inside = Inside(lambda: term.worse(self.network, arguments))
-        with _noted(self.network, arguments), inside.around(self.network.denoiser) as check:
-            found = self.prompt()
-        if check is not None:
-            check()
-        return found
-
-
-@contextmanager
-def _noted(network: Network, arguments: dict[str, Any]) -> Iterator[None]:
-    """In the block, calls of the denoiser leave what they were given in `arguments`."""
-
-    def note(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        arguments.update(bound(module.forward, args, kwargs))
-
-    handle = network.denoiser.register_forward_pre_hook(note, with_kwargs=True)
-    try:
-        yield
-    finally:
-        handle.remove()
+    return found
 
 
 def _term(spec: str | Mapping[str, Any], path: str) -> Term:
@@ -303,6 +297,6 @@ def _term(spec: str | Mapping[str, Any], path: str) -> Term:
         raise UserError(f"{path} is called '{spec}' already: take name out of its options")
     module, config = plugin.configure("guidance", {**given, "name": spec}, path)
     term = plugin.build(module, config, path)
-    if not isinstance(term, Base | Perturbed | Control | Told):
-        raise UserError(f"{path}: build of '{spec}' gives no Base, Perturbed, Control or Told")
+    if not isinstance(term, Base | Perturbed | Pull | Control | Canvas | Edit | Shaping | Told):
+        raise UserError(f"{path}: build of '{spec}' gives no term of a kind that visiontune.guidance.base has")
     return term

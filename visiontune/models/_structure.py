@@ -21,6 +21,10 @@ def thousandths(told: Tensor) -> Tensor:
     return told * 1000
 
 
+def _unchanged(x: Tensor, arguments: Arguments) -> Tensor:
+    return x
+
+
 def _noisy_sides(arguments: Arguments, noisy: str) -> tuple[int, int]:
     height, width = arguments[noisy].shape[-2:]
     return height, width
@@ -43,6 +47,7 @@ class Structure:
             tokens. words: the argument whose second axis tells how many.
         mid: beginning of the names of what is in the middle; None takes the block in the middle of all.
         grid: height and width of the picture's tokens, or in the same ratio.
+        canonical: latents and predictions [b, c, (f), h, w] of those of the denoiser, or of the sampler. native: back.
         pipelines: the pipeline classes that this holds for; None for all of the family.
     """
 
@@ -56,4 +61,6 @@ class Structure:
     words: str = "encoder_hidden_states"
     mid: str | None = None
     grid: Callable[[Arguments, str], tuple[int, int]] = _noisy_sides
+    canonical: Callable[[Tensor, Arguments], Tensor] = _unchanged
+    native: Callable[[Tensor, Arguments], Tensor] = _unchanged
     pipelines: tuple[str, ...] | None = None

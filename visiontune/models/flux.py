@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from diffusers.pipelines.flux import pipeline_flux_kontext as kontext
 from torch import Tensor
-from torch.nn.functional import pixel_unshuffle
+from torch.nn.functional import pixel_shuffle, pixel_unshuffle
 
 from visiontune.core import Condition, Request
 from visiontune.diffusion.guidance import CFG, Embedded, Guidance
@@ -46,6 +46,16 @@ def _grid(arguments: Arguments, noisy: str) -> tuple[int, int]:
     return height, width
 
 
+def _unpacked(x: Tensor, arguments: Arguments) -> Tensor:
+    """Latents [b, c, h, w] of the tokens [b, n, 4 c] of 2 x 2 of them."""
+    return pixel_shuffle(x.mT.unflatten(2, _grid(arguments, "")), 2)
+
+
+def _tokens(x: Tensor, arguments: Arguments) -> Tensor:
+    """Latents as tokens: `_unpacked` undone."""
+    return pixel_unshuffle(x, 2).flatten(2).mT
+
+
 class Flux(DiffusionModel):
     """`FluxPipeline`, and with pictures `FluxKontextPipeline` and `FluxFillPipeline`.
 
@@ -64,6 +74,8 @@ class Flux(DiffusionModel):
         blocks={r"(single_)?transformer_blocks\.\d+": ("encoder_hidden_states", "hidden_states")},
         attention={r"(single_)?transformer_blocks\.\d+\.attn": "before"},
         grid=_grid,
+        canonical=_unpacked,
+        native=_tokens,
         pipelines=("FluxPipeline",),
     )
     TARGETS: ClassVar[Mapping[str, Presets]] = {

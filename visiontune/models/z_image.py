@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from visiontune.core import Condition
-from visiontune.models._structure import Structure
+from visiontune.models._structure import Arguments, Structure
 from visiontune.models._text import DECODER, chat_overhead, ragged
 from visiontune.models.base import Presets, require
 from visiontune.models.diffusion import DiffusionModel
@@ -29,6 +29,15 @@ _ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 def _from_clean(told: Tensor) -> Tensor:
     """Timesteps of a network that is told how clean its input is."""
     return (1 - told) * 1000
+
+
+def _without_frame(x: Tensor, arguments: Arguments) -> Tensor:
+    """[b, c, h, w], also of the one frame [b, c, 1, h, w] that the network sees."""
+    return x.squeeze(2) if x.ndim == 5 else x
+
+
+def _with_frame(x: Tensor, arguments: Arguments) -> Tensor:
+    return x.unsqueeze(2)
 
 
 class ZImage(DiffusionModel):
@@ -46,6 +55,8 @@ class ZImage(DiffusionModel):
         told="t",
         time=_from_clean,
         sign=-1,
+        canonical=_without_frame,
+        native=_with_frame,
         blocks={r"layers\.\d+": ("x",)},
         # The tokens of picture and prompt lie in one stream, padded to no fixed length.
         attention={},
