@@ -83,7 +83,7 @@ class Point:
     t: Tensor
     levels: Sequence[float]
     schedule: Schedule | None
-    run: Run
+    run: Run = Run()
     memory: dict[str, Any] = field(default_factory=dict)
 
 
