@@ -43,7 +43,8 @@ MAY_IMPORT = {
     "pocket": {"errors", "files", "outside", "schema", "core"},
     "rewards": GROUND | {"core", "ops", "models.clip", "models.sources", "pocket", "data.pictures"},
     "data": {"errors", "files", "outside", "schema", "catalogue", "core", "ops", "pocket"},
-    "objectives": {"errors", "files", "outside", "schema", "plugin", "core", "ops", "diffusion", "models.base", "data"},
+    "objectives": {"errors", "files", "outside", "schema", "plugin", "core", "ops", "diffusion", "models.base", "data"}
+    | {"guidance"},
     "sampling": GROUND | LIBRARY - {"objectives", "rewards"} | {"pocket"},
     "training": GROUND | LIBRARY - {"rewards"} | {"sampling"},
     "evaluation": GROUND | LIBRARY - {"objectives"} | {"pocket", "sampling", "training"},

@@ -25,6 +25,7 @@ from visiontune.data.inventory import inventory
 from visiontune.data.loader import BatchSampler
 from visiontune.data.prompts import PromptBatches
 from visiontune.diffusion.timesteps import Histogram
+from visiontune.guidance.stack import guidance_of
 from visiontune.objectives.base import generator
 from visiontune.ops.memory import Kept, Peak, held
 from visiontune.training import optim, resume
@@ -275,7 +276,18 @@ def _used(run: Run, trainer: Trainer) -> list[str]:
     data = inventory(trainer.rows.rows.samples, run.data) if isinstance(trainer.rows, BatchSampler) else []
     words = trainer.adapters.embeddings() if trainer.adapters is not None else {}
     learnt = [f"trained word: '{word}' in {name}" for name, own in words.items() for word in own.words]
-    return [*data, *learnt, *told_under(run, trainer.under), *passed_over(run, trainer.model)]
+    under = told_under(run, trainer.under)
+    return [*data, *learnt, *under, *passed_over(run, trainer.model), *_guided(run, trainer)]
+
+
+def _guided(run: Run, trainer: Trainer) -> list[str]:
+    """What terms of guidance cost, where pictures are drawn."""
+    lines = []
+    for section, options in {"objective": trainer.objective.config, "preview": run.preview}.items():
+        if getattr(options, "guidance", None) is not None:
+            stack: Any = guidance_of(trainer.model, options)
+            lines.append(f"{section}.guidance: {stack.plan(trainer.model, options.steps).total()}")
+    return lines
 
 
 def _steps(trainer: Trainer, turn: int) -> None:

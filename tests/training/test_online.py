@@ -21,6 +21,8 @@ from visiontune.config import load_run
 from visiontune.data.prompts import PromptBatches
 from visiontune.diffusion.schedule import Schedule
 from visiontune.errors import UserError
+from visiontune.estimate import measure
+from visiontune.guidance.stack import GuidanceStack
 from visiontune.objectives import alignprop
 from visiontune.training import checkpoint
 from visiontune.training.config import PreviewConfig, TrainConfig
@@ -296,6 +298,48 @@ def test_a_recipe_trains_and_shows_before_and_after(tmp_path):
     assert adapters.read_header(result)["objective"] == "alignprop"
     folders = {path.name for path in (run.folder / "samples").iterdir()}
     assert folders == {"step-000000", "step-000001", "step-000002", "before_after.png"}
+
+
+def test_rollouts_previews_and_guards_are_guided_by_terms(tmp_path, monkeypatch):
+    seen = []
+    begin = GuidanceStack.begin
+
+    def begun(stack, *args, **kwargs):
+        seen.append(("rollout", [term.name for term in stack.terms]))
+        return begin(stack, *args, **kwargs)
+
+    def attach(stack, model):
+        seen.append(("picture", [term.name for term in stack.terms]))
+        return attached(stack, model)
+
+    attached = GuidanceStack.attach
+    monkeypatch.setattr(GuidanceStack, "begin", begun)
+    monkeypatch.setattr(GuidanceStack, "attach", attach)
+    terms = ["objective.guidance=[{cfg: 3}, {slg: 1}]", "preview.guidance=[{slg: 2}]", "preview.prompts=['a circle']"]
+    guards = "guards={every: 2, holdout: 1, seeds: [0], diversity_min: null}"
+    assemble.assemble(recipe(tmp_path, *terms, guards)).fit()
+    assert ("rollout", ["cfg", "slg"]) in seen
+    # Two previews, whose own scale is 1, and the guard at both ends, which draws as the rollouts do.
+    pictures = [tuple(names) for what, names in seen if what == "picture"]
+    assert sorted(pictures) == [("cfg", "slg")] * 2 + [("slg",)] * 2
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ("objective.guidance=[{pag: {layers: nine}}]", "pag: no layer of '.*' is called 'nine'"),
+        ("objective.guidance=[{apg: {scale: 4, momentum: -0.5}}]", "remembers earlier steps"),
+        ("preview={prompts: [a], steps: 2, guidance: [{slg: {window: [0.1, 0.2]}}]}", "preview.guidance: slg acts at"),
+    ],
+)
+def test_guidance_that_cannot_be_is_refused_before_the_run(tmp_path, given, words):
+    with pytest.raises(UserError, match=words):
+        assemble.assemble(recipe(tmp_path, given))
+
+
+def test_check_says_what_guidance_costs(tmp_path):
+    run = recipe(tmp_path, "objective.guidance=[{cfg: 3}, {slg: {scale: 1, window: [0.5, 1]}}]")
+    assert "objective.guidance: cfg, slg: the network sees each picture 7 times in 3 steps" in measure(run).text()
 
 
 def test_mistakes_of_a_recipe_are_found_before_the_model_is_opened(tmp_path, monkeypatch):

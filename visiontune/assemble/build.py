@@ -181,16 +181,17 @@ def _check_sizes(run: Run, model: Any, objective: Objective) -> None:
     if not hasattr(model, "check_area"):
         return
     from visiontune.sampling.pipeline import check_batch
+    from visiontune.training.trouble import named
 
     options: Any = getattr(objective, "config", None)
     steps = {name: getattr(options, name) for name in ("steps", "prior_steps") if hasattr(options, name)}
     for name, count in steps.items():
-        with _named(f"objective.{name}"):
+        with named(f"objective.{name}"):
             model.check_steps(count)
     side = run.data.resolution or model.resolution
-    with _named("data.resolution"):
+    with named("data.resolution"):
         model.check_area(side, side)
-    with _named("train.batch_size"):
+    with named("train.batch_size"):
         rows = min(getattr(options, "micro_batch", None) or run.train.batch_size, run.train.batch_size)
         check_batch(rows, side, side)
 
@@ -217,15 +218,6 @@ def _check_dropout(run: Run, model: Any) -> None:
             f"data.caption_dropout: rows without a caption pass the {apart} of '{model.source}', which is not trained: "
             f"set it to 0, or add {apart} to train.parts"
         )
-
-
-@contextmanager
-def _named(option: str) -> Iterator[None]:
-    """Put the option that led to an error in front of its message."""
-    try:
-        yield
-    except UserError as error:
-        raise UserError(f"{option}: {error}") from error
 
 
 def _rows(

@@ -111,7 +111,7 @@ def make_guard(run: Run, prompts: Sequence[str], objective: Objective) -> Any:
         if getattr(reward, "running", None):
             raise UserError("guards.reward has terms with normalise: running, whose scale moves: take raw or declared")
     options = vars(objective.config)
-    drawn = {name: options[name] for name in ("steps", "cfg_scale") if name in options}
+    drawn = {name: options[name] for name in ("steps", "cfg_scale", "guidance") if name in options}
     return Guard(run.guards, prompts, reward=reward, **drawn)
 
 

@@ -40,11 +40,11 @@ class Guidance(ABC):
         computed again by itself."""
         return False
 
-    def begin(self, model: Any, levels: Sequence[float] | None = None) -> Guidance:
+    def begin(self, model: Any, levels: Sequence[float] | None = None, whole: bool = True) -> Guidance:
         """The guidance of one run of a model's sampler, for those that reach into its networks or remember steps.
 
         Args:
-            levels: of noise where the steps stand, as far as they are known.
+            levels: of noise where the steps stand, as far as they are known. whole: whether they are all of a run's.
 
         Raises:
             UserError: the model is not one that can be guided so, or a part of it acts at none of the levels.

@@ -58,7 +58,12 @@ class Plan:
         lines = [
             f"step {i}: noise {level:.3f}, {rows} a picture: {', '.join(names)}" for i, (level, rows, names) in steps
         ]
-        return "\n".join([*lines, f"in all {sum(self.rows)} a picture, {len(self.rows)} without guidance"])
+        return "\n".join([*lines, self.total()])
+
+    def total(self) -> str:
+        """All steps in one line."""
+        names = dict.fromkeys(name for names in self.acting for name in names)
+        return f"{', '.join(names)}: the network sees each picture {sum(self.rows)} times in {len(self.rows)} steps"
 
 
 @dataclass(frozen=True)
@@ -98,6 +103,15 @@ class GuidanceStack(Guidance):
             UserError: naming what is wrong and where.
         """
         return GuidanceStack([_term(spec, f"{path}[{i}]") for i, spec in enumerate(specs)])
+
+    @staticmethod
+    def of_options(options: Any, path: str = "guidance") -> GuidanceStack | None:
+        """The stack of options that have a `guidance`; None where it is not set.
+
+        Raises:
+            UserError: as of `of`.
+        """
+        return None if options.guidance is None else GuidanceStack.of(options.guidance, path)
 
     def over(self, own: Guidance) -> GuidanceStack:
         """The stack on top of a family's own guidance, unless a term of it takes the place of that.
@@ -141,9 +155,9 @@ class GuidanceStack(Guidance):
     ) -> Tensor:
         raise ValueError("a stack guides one run of a model: call what begin(model) gives")
 
-    def begin(self, model: Any, levels: Sequence[float] | None = None) -> Guidance:
+    def begin(self, model: Any, levels: Sequence[float] | None = None, whole: bool = True) -> Guidance:
         network = Network.of_model(model)
-        self.check(network, levels)
+        self.check(network, levels if whole else None)
         return Begun(stack=self, network=network, run=Run(model=model, levels=tuple(levels or ())))
 
     def check(self, network: Network, levels: Sequence[float] | None = None) -> None:
@@ -274,6 +288,17 @@ class GuidanceStack(Guidance):
         """Whether nothing will be left of what is predicted at the levels, since an edit overwrites it."""
         after = run.after(levels[0]) if len({*levels}) == 1 else None
         return after is not None and any(term.acts([after]) and term.overwrites(after) for term in self.edits)
+
+
+def guidance_of(model: Any, options: Any) -> Guidance:
+    """How options guide a model: by the terms of their `guidance`, on top of their `cfg_scale`.
+
+    Raises:
+        UserError: as of `GuidanceStack.of_options`.
+    """
+    own: Guidance = model.guidance(options.cfg_scale)
+    stack = GuidanceStack.of_options(options)
+    return own if stack is None else stack.over(own)
 
 
 def _within(point: Callable[[Term], Point], part: Part, i: int) -> Callable[[Term], Point]:

@@ -38,7 +38,7 @@ def draw(
         latents: where the rows start, instead of noise of their own.
     """
     config = objective.config
-    guidance = model.guidance(config.cfg_scale)
+    guidance = objective.guidance(model)
     cond, uncond = conditions(model, rows.prompts, guidance, text=False)
     drawn = rollout(
         model,

@@ -13,7 +13,9 @@ from visiontune.core import Batch, Condition
 from visiontune.diffusion.dynamics import make_dynamics
 from visiontune.diffusion.guidance import Guidance, guided
 from visiontune.diffusion.replay import micro_batches
+from visiontune.diffusion.trajectory import require_no_memory
 from visiontune.errors import UserError
+from visiontune.guidance.stack import GuidanceStack, guidance_of
 from visiontune.objectives._advantages import NOISE
 from visiontune.objectives.base import Needs, Online, Tools, continuous, draws_clips
 from visiontune.schema import option
@@ -29,9 +31,16 @@ class OnlineConfig:
 
     steps: int = option(25, least=1, greatest=100_000, help="sampling steps of a rollout")
     cfg_scale: float = option(4.0, least=-1000, greatest=1000, help="guidance of the rollout; 1 for none")
+    guidance: list[str | dict[str, Any]] | None = option(
+        None,
+        help="terms that guide together, on top of cfg_scale or in its place, as of sample; null for cfg_scale alone",
+    )
     micro_batch: int | None = option(
         None, least=1, greatest=4096, help="pictures drawn and differentiated at once; null for all"
     )
+
+    def __post_init__(self) -> None:
+        GuidanceStack.of_options(self, "objective.guidance")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,6 +50,7 @@ class SteppedConfig(OnlineConfig):
     dynamics: str | dict[str, Any] = option("ddim", help="how the sampler steps: a name, or {name: ddim, eta: 1.0}")
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         make_dynamics(self.dynamics)
 
 
@@ -69,6 +79,16 @@ class Rollouts(Online):
     def needs(self) -> Needs:
         return Needs(online=True, reward=True)
 
+    def guidance(self, model: PipelineModel) -> Guidance:
+        """How the rollouts are guided."""
+        return guidance_of(model, self.config)
+
+    def check_guidance(self, model: PipelineModel) -> None:
+        """Refuse guidance that the model, or the objective, cannot be given; called by `check`."""
+        guidance = self.guidance(model)
+        if isinstance(guidance, GuidanceStack):
+            guidance.plan(model, self.config.steps)
+
 
 class Stepped(Rollouts):
     """Draws continuous latents by the steps of a sampler.
@@ -95,13 +115,15 @@ class Stepped(Rollouts):
                 "reward of clips"
             )
         self.dynamics.check(model.schedule.prediction)
+        self.check_guidance(model)
         if self.likelihoods:
             self.dynamics.require_noise()
+            require_no_memory(self.guidance(model))
 
     def probe(self, model: DiffusionModel, batch: Batch, tools: Tools) -> None:
         """One guided prediction of a micro-batch: gradients are taken one prediction at a time."""
         batch = batch[: self.config.micro_batch or len(batch)]
-        guidance = model.guidance(self.config.cfg_scale)
+        guidance = self.guidance(model)
         cond, uncond = conditions(model, batch.prompts, guidance, tools.text)
         shape = model.latent_shape()
         t = model.chain(self.config.steps, shape)[0][:1].to(model.device).expand(len(batch))

@@ -216,7 +216,7 @@ class Policy(Stepped):
         if not tools.text:
             return None, None
         with torch.no_grad():
-            return conditions(model, rows.prompts, model.guidance(self.config.cfg_scale), text=False)
+            return conditions(model, rows.prompts, self.guidance(model), text=False)
 
     def advantages(self, own: dict[str, Tensor], prompts: Tensor, tools: Tools) -> tuple[Tensor, dict[str, Tensor]]:
         """Advantages [b] of this process's rows, normalised over all processes, and terms for the logs."""
@@ -320,7 +320,7 @@ class Policy(Stepped):
         base = self.base_means(model, chunk, steps, tools) if self.beta else None
         live: tuple[Condition | None, Condition | None] = (None, None)
         if tools.text:
-            live = conditions(model, chunk.batch.prompts, model.guidance(self.config.cfg_scale), text=True)
+            live = conditions(model, chunk.batch.prompts, self.guidance(model), text=True)
         # The encoder's graph is walked once, with the gradients of all steps.
         cond, uncond = (None if value is None else leaf_of(value) for value in live)
         found: dict[str, list[Tensor]] = {"loss": [], "clipped": [], "kl": [], "drift": []}

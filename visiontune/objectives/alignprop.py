@@ -27,7 +27,7 @@ from torch import Tensor
 from visiontune.core import Batch, Loss
 from visiontune.diffusion._window import gradient_window, require_effect
 from visiontune.diffusion.pathwise import backpropagate, end_gradient, into_conditions
-from visiontune.diffusion.trajectory import Start, Trajectory, Window, rollout
+from visiontune.diffusion.trajectory import Start, Trajectory, Window, require_no_memory, rollout
 from visiontune.diffusion.transition import kernel
 from visiontune.errors import UserError
 from visiontune.objectives._online import Stepped, SteppedConfig, conditions, parts_of, pixels, reward_terms, score
@@ -104,6 +104,7 @@ class AlignProp(Stepped):
     def check(self, model: DiffusionModel, reward: Any) -> None:
         """Besides, refuse what an unlucky draw of the window would refuse in the middle of a run."""
         super().check(model, reward)
+        require_no_memory(self.guidance(model))
         for length, window in self.shortest():
             chain = self.chain(model, length)
             require_effect(
@@ -162,7 +163,7 @@ class AlignProp(Stepped):
         self, model: DiffusionModel, rows: Batch, length: int, window: int, share: float, tools: Tools
     ) -> tuple[dict[str, Tensor], Tensor]:
         """Add the gradients of some rows, ``share`` of the batch; their scores and their part of the scaled loss."""
-        guidance = model.guidance(self.config.cfg_scale)
+        guidance = self.guidance(model)
         with torch.enable_grad():
             cond, uncond = conditions(model, rows.prompts, guidance, tools.text)
         with torch.no_grad():
@@ -210,7 +211,7 @@ class AlignProp(Stepped):
         tools: Tools,
     ) -> Tensor:
         """Where the first steps lead, with the conditions of the untrained text encoder."""
-        guidance = model.guidance(self.config.cfg_scale)
+        guidance = self.guidance(model)
         with tools.reference():
             cond, uncond = conditions(model, rows.prompts, guidance, text=False)
         begun = rollout(

@@ -62,6 +62,7 @@ class Config(GroupConfig):
     kl: Literal["exact", "k3"] = option("exact", help="over the whole vocabulary, or estimated from the drawn token")
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.coupled and self.masks % 2:
             raise ValueError("masks must be even with coupled, which makes them in pairs")
 
@@ -161,6 +162,7 @@ class UniGRPO(Rollouts):
                 f"objective=unigrpo is for models that fill in masked tokens (amused), not for '{model.source}': take "
                 "objective=grpo"
             )
+        self.check_guidance(model)
 
     def probe(self, model: MaskedModel, batch: Batch, tools: Tools) -> None:
         """One prediction of the tokens of a micro-batch: gradients are taken one mask at a time."""
@@ -189,7 +191,7 @@ class UniGRPO(Rollouts):
     def draw(self, model: MaskedModel, rows: Batch, tools: Tools) -> tuple[Tensor, Condition]:
         """Tokens ``[m, h, w]`` of some rows, and their conditions."""
         config = self.config
-        guidance = model.guidance(config.cfg_scale)
+        guidance = self.guidance(model)
         cond, uncond = conditions(model, rows.prompts, guidance, text=False)
         tokens = unmask(
             model,

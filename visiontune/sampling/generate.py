@@ -63,7 +63,7 @@ def generate(config: SampleConfig, model: PipelineModel | None = None) -> Path:
         Interrupted: Ctrl-C or SIGTERM, after the batch in which it came.
     """
     check_device(config.device, "device", ("auto",))
-    _guidance(config)  # mistakes before a model is opened
+    _check_guidance(config)
     state = _processes(config.device)
     prompts = substituted(read_prompts(config.prompts), config)
     config = replace(config, negative_prompt=substituted([config.negative_prompt], config)[0])
@@ -144,7 +144,7 @@ def _pixels(config: SampleConfig, model: PipelineModel, batch: Sequence[Job]) ->
         [job.seed for job in batch],
         steps=config.steps,
         cfg_scale=config.cfg_scale,
-        guidance=_guidance(config),
+        guidance=GuidanceStack.of_options(config),
         negative_prompt=config.negative_prompt,
         batch_size=len(batch),
         height=config.height,
@@ -153,14 +153,12 @@ def _pixels(config: SampleConfig, model: PipelineModel, batch: Sequence[Job]) ->
     )
 
 
-def _guidance(config: SampleConfig) -> GuidanceStack | None:
-    if config.guidance is None:
-        return None
-    stack = GuidanceStack.of(config.guidance)
-    instead = stack.base or stack.told
+def _check_guidance(config: SampleConfig) -> None:
+    """Refuse, before a model is opened, terms that are wrong, and one in the place of a scale that was given, too."""
+    stack = GuidanceStack.of_options(config)
+    instead = None if stack is None else stack.base or stack.told
     if instead is not None and config.cfg_scale != SampleConfig.__dataclass_fields__["cfg_scale"].default:
         raise UserError(f"guidance has {instead.name}, which takes the place of cfg_scale: leave one of them out")
-    return stack
 
 
 def _run(

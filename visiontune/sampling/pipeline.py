@@ -17,6 +17,7 @@ from visiontune.core import Request
 from visiontune.errors import UserError
 
 if TYPE_CHECKING:
+    from visiontune.diffusion.guidance import Guidance
     from visiontune.guidance.stack import GuidanceStack
     from visiontune.models.pipeline import PipelineModel
 
@@ -42,6 +43,21 @@ def _evaluating(model: PipelineModel) -> Iterator[None]:
             module.training = True
         for adapter_set in sets:
             adapter_set.train()
+
+
+def guidance_of(model: PipelineModel, steps: int, cfg_scale: float, terms: GuidanceStack | None = None) -> Guidance:
+    """How pictures are guided: by a scale, and by terms on top of it or in its place.
+
+    Raises:
+        UserError: the model does not draw in so many steps, or cannot be guided so.
+    """
+    model.check_steps(steps)
+    own = model.guidance(cfg_scale)
+    if terms is None:
+        return own
+    guidance = terms.over(own)
+    guidance.plan(model, steps)
+    return guidance
 
 
 def images(
@@ -87,10 +103,7 @@ def images(
         raise UserError(f"model '{model.source}' ({model.family}) draws no pictures: take one that does")
     requests = [Request(prompt=p, seed=s, negative=negative_prompt) for p, s in pair(prompts, seeds)]
     size, parts = model.size(height, width), []
-    guided = model.guidance(cfg_scale)
-    if guidance is not None:
-        guided = guidance.over(guided)
-        guided.plan(model, steps)
+    guided = guidance_of(model, steps, cfg_scale, guidance)
     check_batch(min(batch_size, len(requests)), *size)
     with _evaluating(model), tqdm(total=len(requests), unit="image", disable=not progress) as bar:
         for start in range(0, len(requests), batch_size):

@@ -117,6 +117,9 @@ class PreviewConfig:
     )
     steps: int = option(25, least=1, greatest=100_000, help="sampling steps")
     cfg_scale: float = option(4.0, least=-1000, greatest=1000, help="guidance scale")
+    guidance: list[str | dict[str, Any]] | None = option(
+        None, help="terms that guide together, on top of cfg_scale or in its place, as of sample"
+    )
     batch_size: int = option(4, least=1, greatest=4096, help="images drawn at once")
 
     def __post_init__(self) -> None:
@@ -174,6 +177,9 @@ class GuardsConfig:
     )
     steps: int | None = option(None, least=1, greatest=100_000, help="sampling steps; null for the objective's")
     cfg_scale: float | None = option(None, least=-1000, greatest=1000, help="guidance scale; null for the objective's")
+    guidance: list[str | dict[str, Any]] | None = option(
+        None, help="terms that guide together, on top of cfg_scale or in its place; null for the objective's"
+    )
     batch_size: int = option(8, least=1, greatest=4096, help="pictures drawn and scored at once")
     reward: str | dict[str, Any] | None = option(
         None, help="another reward than the trained one, with its options as in reward:; null for none"

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from visiontune.errors import UserError
+from visiontune.guidance.stack import GuidanceStack
 from visiontune.ops.pixels import to_tensor
 from visiontune.schema import nearest
 from visiontune.training import checkpoint, measures, preview
@@ -105,7 +106,7 @@ class Guard:
     Args:
         config: bounds and what to do.
         prompts: what is drawn.
-        steps, cfg_scale: how, where ``config`` leaves it open.
+        steps, cfg_scale, guidance: how, where ``config`` leaves it open; terms as in a recipe.
         reward: ``(images [b, (f), 3, h, w] in [0, 1], prompts, meta) -> [b]``, or ``None``.
 
     Attributes:
@@ -121,11 +122,14 @@ class Guard:
         *,
         steps: int = 25,
         cfg_scale: float = 4.0,
+        guidance: list[str | dict[str, Any]] | None = None,
         reward: Any = None,
     ) -> None:
         self.config, self.prompts, self.reward = config, list(prompts), reward
         self.steps = config.steps if config.steps is not None else steps
         self.cfg_scale = config.cfg_scale if config.cfg_scale is not None else cfg_scale
+        own = GuidanceStack.of_options(config, "guards.guidance")
+        self.guidance = GuidanceStack.of(guidance) if own is None and guidance is not None else own
         self.meter, self.seen = Meter(), set[str]()
         self.start: dict[str, float] = {}
         self.latest: dict[str, float] = {}
@@ -154,6 +158,7 @@ class Guard:
             seeds * len(self.prompts),
             steps=self.steps,
             cfg_scale=self.cfg_scale,
+            guidance=self.guidance,
             batch_size=self.config.batch_size,
         )
         return drawn.reshape(len(self.prompts), len(seeds), *drawn.shape[1:])

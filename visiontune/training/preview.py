@@ -35,6 +35,7 @@ def file_name(prompt: int, seed: int) -> str:
 
 def draw(model: PipelineModel, config: PreviewConfig) -> np.ndarray:
     """Pictures ``uint8 [prompts * seeds, (f), h, w, 3]``, all seeds of the first prompt first."""
+    from visiontune.guidance.stack import GuidanceStack
     from visiontune.sampling.generate import images
 
     pairs = [(i, prompt, seed) for i, prompt in enumerate(config.prompts) for seed in config.seeds]
@@ -44,6 +45,7 @@ def draw(model: PipelineModel, config: PreviewConfig) -> np.ndarray:
         [seed for _, _, seed in pairs],
         steps=config.steps,
         cfg_scale=config.cfg_scale,
+        guidance=GuidanceStack.of_options(config),
         batch_size=config.batch_size,
     )
 

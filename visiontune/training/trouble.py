@@ -14,7 +14,9 @@ import torch
 from torch import Tensor
 
 from visiontune.errors import UserError
+from visiontune.guidance.stack import GuidanceStack
 from visiontune.ops.shards import local
+from visiontune.sampling.pipeline import guidance_of
 from visiontune.training.checkpoint import latest
 from visiontune.training.config import PreviewConfig
 
@@ -131,12 +133,25 @@ def check_drawing(model: Any, preview: PreviewConfig, guard: Guard | None) -> No
     """
     if preview.prompts and not hasattr(model, "draw"):
         raise UserError(f"model '{model.source}' ({model.family}) draws no pictures: set preview.prompts=[]")
-    wanted = {"preview.steps": preview.steps} if preview.prompts else {}
-    for option, steps in {**wanted, **({"guards.steps": guard.steps} if guard is not None else {})}.items():
-        try:
-            model.check_steps(steps)
-        except UserError as error:
-            raise UserError(f"{option}: {error}") from error
+    drawn: dict[str, tuple[Any, GuidanceStack | None]] = {}
+    if preview.prompts:
+        drawn["preview"] = preview, GuidanceStack.of_options(preview, "preview.guidance")
+    if guard is not None:
+        drawn["guards"] = guard, guard.guidance
+    for section, (how, terms) in drawn.items():
+        with named(f"{section}.steps"):
+            model.check_steps(how.steps)
+        with named(f"{section}.guidance"):
+            guidance_of(model, how.steps, how.cfg_scale, terms)
+
+
+@contextmanager
+def named(option: str) -> Iterator[None]:
+    """Put the option that led to an error in front of its message."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{option}: {error}") from error
 
 
 def check_weights(
