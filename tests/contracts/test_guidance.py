@@ -15,6 +15,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from tiny import tiny_model
 
 from visiontune import adapters, plugin
@@ -26,7 +27,7 @@ from visiontune.diffusion.trajectory import Keep, Start, Window, rollout
 from visiontune.diffusion.unmask import guided_logits, unmask
 from visiontune.errors import UserError
 from visiontune.guidance._taps import replaced
-from visiontune.guidance.base import Base, Perturbed, Told
+from visiontune.guidance.base import Base, Edit, Perturbed, Told
 from visiontune.guidance.stack import GuidanceStack
 from visiontune.models.masked import MaskedModel
 from visiontune.models.pipeline import own_generator
@@ -35,7 +36,10 @@ PROMPTS = ["a red circle above a blue square", "green triangle"]
 REQUESTS = [Request(prompt=prompt, negative="small", seed=seed) for seed, prompt in enumerate(PROMPTS)]
 STEPS = 2
 FAMILIES = ["sd", "sdxl", "sd3", "flux", "pixart", "z_image", "amused"]
+GRADIENT = Image.linear_gradient("L").resize((16, 16)).convert("RGB")
 OPTIONS = {
+    "inpaint": {"picture": GRADIENT, "mask": Image.linear_gradient("L")},
+    "magicmix": {"picture": GRADIENT},
     "cfg": {"scale": 3.0},
     "cfg_zero": {"scale": 3.0, "zero": None},
     "apg": {"scale": 3.0, "threshold": 1.0},
@@ -44,6 +48,8 @@ OPTIONS = {
 }
 # What a term cannot do, and what it says of it.
 CANNOT = {
+    ("inpaint", "amused"): "predicts tokens: take cfg",
+    ("magicmix", "amused"): "predicts tokens: take cfg",
     ("apg", "amused"): "predicts tokens: take cfg",
     ("pag", "z_image"): "has no layers: take slg",
     ("seg", "z_image"): "has no layers: take slg",
@@ -221,8 +227,10 @@ def test_a_stock_pipeline_is_guided_as_it_is_called(family):
 
 
 def pairs():
-    names = [name for name in plugin.names("guidance") if ("sd", name) != ("sd", "embedded")]
-    terms = {name: term_of(name) for name in names}
+    terms = {name: term_of(name) for name in plugin.names("guidance")}
+    # What edits latents acts between predictions.
+    terms = {name: term for name, term in terms.items() if name != "embedded" and not isinstance(term, Edit)}
+    names = list(terms)
     for one, other in itertools.combinations(names, 2):
         if not (isinstance(terms[one], Base) and isinstance(terms[other], Base)):
             yield terms[one], terms[other]

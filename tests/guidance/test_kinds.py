@@ -61,12 +61,13 @@ class Overwrite(Edit):
     scale: float = 1.0
 
     def edit(self, x, s, point):
-        if not self.overwrites(point.levels[0]):
+        if point.memory.get("done"):
             return x
+        point.memory["done"] = not self.overwrites(point.levels[0])
         return point.memory.setdefault("start", x)
 
-    def overwrites(self, level):
-        return level > 0.3
+    def overwrites(self, start):
+        return start > 0.4
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -159,7 +159,8 @@ class _Guide:
         if not self.stack.edits:
             return
         x = self.latents(arguments)
-        self.start = self._edit(x[: len(x) // 2] if self._is_doubled(arguments) else x, levels[0])
+        x = x[: len(x) // 2] if self._is_doubled(arguments) else x
+        self.start = self._edit(x, float(self.steps[0]))
 
     def started(self, sample: Tensor) -> Tensor:
         """The latents from which the sampler steps: those that were edited, in its own first step."""
@@ -168,18 +169,19 @@ class _Guide:
 
     def arrived(self, sample: Tensor, timestep: Any) -> Tensor:
         """What the sampler stepped to, edited."""
-        assert self.network.schedule is not None
-        level = self.run_of.after(float(timestep) / self.network.schedule.num_train_timesteps)
-        assert level is not None
-        edited = self._edit(self.structure.canonical(sample, self.arguments), level)
+        at = int((self.steps - timestep).abs().argmin())
+        # The last step leads to the end, which is cleaner than any level.
+        following = float(self.steps[at + 1]) if at + 1 < len(self.steps) else -1.0
+        edited = self._edit(self.structure.canonical(sample, self.arguments), following)
         return self._as_sampled(edited, sample)
 
     def _as_sampled(self, x: Tensor, sample: Tensor) -> Tensor:
         return self.structure.native(x, self.arguments).to(sample).view_as(sample)
 
-    def _edit(self, x: Tensor, level: float) -> Tensor:
+    def _edit(self, x: Tensor, time: float) -> Tensor:
         assert self.network.schedule is not None
-        t = x.new_full((len(x),), level * self.network.schedule.num_train_timesteps)
+        level = max(time, 0.0) / self.network.schedule.num_train_timesteps
+        t = x.new_full((len(x),), time, dtype=self.steps.dtype)
         with self._own():
             return self.stack.edited(x, lambda term: self._at(x, t, [level] * len(x), term), level)
 

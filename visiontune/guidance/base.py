@@ -266,10 +266,10 @@ class Edit(Term, ABC):
 
     @abstractmethod
     def edit(self, x: Tensor, s: Strength, point: Point) -> Tensor:
-        """The latents x [b, ...] of the point, changed; at the end of a run its levels are 0."""
+        """The latents x [b, ...] of the point, changed; at the end of a run its t is -1, and its levels are 0."""
 
-    def overwrites(self, level: float) -> bool:
-        """Whether nothing of what a step led to is left at this level, so that the step need not be predicted."""
+    def overwrites(self, start: float) -> bool:
+        """Whether nothing is left of where a step from this level leads, so that it need not be predicted."""
         return False
 
 

@@ -287,7 +287,7 @@ class GuidanceStack(Guidance):
     def is_lost(self, levels: Sequence[float], run: Run) -> bool:
         """Whether nothing will be left of what is predicted at the levels, since an edit overwrites it."""
         after = run.after(levels[0]) if len({*levels}) == 1 else None
-        return after is not None and any(term.acts([after]) and term.overwrites(after) for term in self.edits)
+        return after is not None and any(term.acts([after]) and term.overwrites(levels[0]) for term in self.edits)
 
 
 def guidance_of(model: Any, options: Any) -> Guidance:
