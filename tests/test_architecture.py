@@ -20,7 +20,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "visiontune"
 
 GROUND = {"errors", "quiet", "signals", "outside", "files", "ranges", "schema", "yaml_text", "plugin", "catalogue"}
-LIBRARY = {"core", "diffusion", "models", "adapters", "guidance", "objectives", "rewards", "data", "ops"}
+LIBRARY = {"core", "diffusion", "models", "adapters", "guidance", "objectives", "rewards", "search", "data", "ops"}
 # What a module, or the modules of a folder, may import from the package. A longer name wins over a shorter one.
 MAY_IMPORT = {
     "errors": set(),
@@ -44,9 +44,10 @@ MAY_IMPORT = {
     "pocket": {"errors", "files", "outside", "schema", "core"},
     "rewards": GROUND | {"core", "ops", "models.clip", "models.sources", "pocket", "data.pictures"},
     "data": {"errors", "files", "outside", "schema", "catalogue", "core", "ops", "pocket"},
+    "search": {"errors", "schema", "plugin", "core", "ops", "diffusion", "models", "guidance", "rewards"},
     "objectives": {"errors", "files", "outside", "schema", "plugin", "core", "ops", "diffusion", "models.base", "data"}
     | {"guidance"},
-    "sampling": GROUND | LIBRARY - {"objectives", "rewards"} | {"pocket"},
+    "sampling": GROUND | LIBRARY - {"objectives", "rewards"} | {"pocket", "rewards.base"},
     "training": GROUND | LIBRARY - {"rewards"} | {"sampling"},
     "evaluation": GROUND | LIBRARY - {"objectives"} | {"pocket", "sampling", "training"},
     "config": GROUND | LIBRARY | {"sampling", "training"},

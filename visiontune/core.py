@@ -66,6 +66,7 @@ class Request:
         seed: of its noise.
         pictures: what a model that reads pictures is shown, of any size; the model fits them as its pipeline does.
         mask: of a model that paints into its picture: white where it paints, black where it keeps.
+        noise: [c, (f), h, w] standard normal noise to start from, in the place of the seed's.
     """
 
     prompt: str
@@ -73,6 +74,7 @@ class Request:
     negative: str = ""
     pictures: tuple[Image, ...] = ()
     mask: Image | None = None
+    noise: Tensor | None = field(default=None, repr=False, compare=False)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -18,7 +18,7 @@ def test_list_prints_every_entry_of_every_section(cli):
     assert result.code == 0
     for kind in catalogue.KINDS:
         assert all(name in result.out for name in catalogue.names(kind))
-    for kind in ("adapters", "objectives", "guidance", "rewards"):
+    for kind in ("adapters", "objectives", "guidance", "search", "rewards"):
         assert all(name in result.out for name in plugin.names(kind))
     assert "sd family" in result.out and "sdxl family" in result.out
 
@@ -34,7 +34,7 @@ def test_show_prints_a_recipe_as_it_is(cli):
     assert cli("show", "personalise/oft").out.strip() == text.strip()
 
 
-@pytest.mark.parametrize("kind", ["adapters", "objectives", "guidance", "rewards"])
+@pytest.mark.parametrize("kind", ["adapters", "objectives", "guidance", "search", "rewards"])
 def test_show_prints_every_option_of_every_method_with_its_help(cli, kind):
     for name in plugin.names(kind):
         out = cli("show", name).out

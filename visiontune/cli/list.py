@@ -1,4 +1,4 @@
-"""List recipes, adapters, objectives, guidance, models, rewards and datasets.
+"""List recipes, adapters, objectives, guidance, methods of search, models, rewards and datasets.
 
 visiontune list
 visiontune list adapters
@@ -13,7 +13,7 @@ from pathlib import Path
 
 from visiontune import catalogue, plugin
 
-SECTIONS = ("recipes", "adapters", "objectives", "guidance", "models", "rewards", "datasets")
+SECTIONS = ("recipes", "adapters", "objectives", "guidance", "search", "models", "rewards", "datasets")
 _PACKAGE = Path(plugin.__file__).parent
 _FAMILY = re.compile(r"^    family\b.* = ", re.MULTILINE)
 

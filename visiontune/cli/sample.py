@@ -23,7 +23,7 @@ def run(args: argparse.Namespace) -> None:
     from visiontune.sampling.generate import generate
 
     try:
-        manifest = generate(load_sample(*split(args.words, DEFAULT)))
+        manifest = generate(load_sample(*split(args.words, DEFAULT)), say=print)
     except Interrupted as error:
         raise Interrupted(f"{error}: {go_on('sample', *args.words)}", error.number) from error
     print(f"finished: {manifest}")

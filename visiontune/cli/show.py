@@ -17,12 +17,13 @@ from visiontune.errors import UserError
 from visiontune.outside import read_text, shown
 from visiontune.schema import describe, nearest
 
-METHODS = ("adapters", "objectives", "guidance", "rewards")
+METHODS = ("adapters", "objectives", "guidance", "search", "rewards")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "name", help="a recipe, spec, adapter, objective, term of guidance or reward, or a section: model, train, ..."
+        "name",
+        help="a recipe, spec, adapter, objective, term of guidance, search or reward, or a section: model, train, ...",
     )
 
 

@@ -230,11 +230,30 @@ class DiffusionModel(PipelineModel):
     def sampler(self, name: str) -> Any:
         return make_sampler(name, self.pipe.scheduler)
 
+    def start_noise(
+        self, request: Request, size: tuple[int, int] | None = None, generator: torch.Generator | None = None
+    ) -> Tensor:
+        """The noise [c, (f), h, w] from which `draw` starts a request, float32 on the CPU unless it brings its own.
+
+        Args:
+            size: height and width in pixels, the model's own where it is left open.
+            generator: the request's own, which goes on with the noise of the steps; made anew where it is left open.
+        """
+        shape = self.latent_shape(*(size or ()))
+        # Drawn in any case, so that the noise of the steps is the seed's.
+        own = torch.randn(shape, generator=generator or own_generator(request))
+        if request.noise is None:
+            return own
+        if request.noise.shape != own.shape:
+            raise ValueError(f"noise of shape {tuple(request.noise.shape)} for a picture of {tuple(own.shape)}")
+        return request.noise
+
     def _draw(
         self, requests: Sequence[Request], size: tuple[int, int], steps: int, options: dict[str, Any]
     ) -> np.ndarray:
-        shape, generators = self.latent_shape(*size), [own_generator(request) for request in requests]
-        noise = torch.stack([torch.randn(shape, generator=generator) for generator in generators])
+        generators = [own_generator(request) for request in requests]
+        starts = [self.start_noise(one, size, own) for one, own in zip(requests, generators, strict=True)]
+        noise = torch.stack(starts)
         return self.pipe(
             prompt=[request.prompt for request in requests],
             num_inference_steps=steps,

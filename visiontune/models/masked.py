@@ -55,6 +55,8 @@ class MaskedModel(PipelineModel):
     def _draw(
         self, requests: Sequence[Request], size: tuple[int, int], steps: int, options: dict[str, Any]
     ) -> np.ndarray:
+        if any(request.noise is not None for request in requests):
+            raise UserError(f"'{self.source}' starts from masked tokens, not from noise: leave the noise out")
         negatives = options.pop("negative_prompt", None)
         # The stock sampler takes one generator for a whole batch, so each picture is a batch of its own.
         drawn = [

@@ -18,6 +18,7 @@ from visiontune.errors import UserError
 from visiontune.guidance.stack import GuidanceStack, guidance_of
 from visiontune.objectives._advantages import NOISE
 from visiontune.objectives.base import Needs, Online, Tools, continuous, draws_clips
+from visiontune.ops.pixels import shown
 from visiontune.schema import option
 
 if TYPE_CHECKING:
@@ -144,8 +145,7 @@ def pixels(model: PipelineModel, latents: Tensor) -> Tensor:
 
     ``latents`` of a masked model are its tokens.
     """
-    shown = (model.decode(latents) / 2 + 0.5).clamp(0, 1)
-    return shown if shown.ndim == 4 else shown.movedim(2, 1)
+    return shown(model.decode(latents))
 
 
 def parts_of(batch: Batch, size: int | None) -> Iterator[Batch]:

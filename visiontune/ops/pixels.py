@@ -25,6 +25,16 @@ def to_uint8(images: Tensor) -> np.ndarray:
     return images.detach().clamp(0, 1).mul(255).round().byte().movedim(-3, -1).cpu().numpy()
 
 
+def shown(decoded: Tensor) -> Tensor:
+    """Pictures ``[b, 3, h, w]`` or clips ``[b, f, 3, h, w]`` in [0, 1] of what a model decodes; differentiable inside.
+
+    Args:
+        decoded: ``[b, 3, (f), h, w]``, about [-1, 1].
+    """
+    pictures = (decoded / 2 + 0.5).clamp(0, 1)
+    return pictures if pictures.ndim == 4 else pictures.movedim(2, 1)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Framing:
     """How a model wants its images: resized, then cut out of the middle."""

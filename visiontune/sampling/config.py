@@ -59,6 +59,11 @@ class SampleConfig:
         help="terms that guide together: [{pag: 2}, {rescale: {scale: 0.7}}]; on top of cfg_scale, unless one (cfg, "
         "apg, cfg_zero, embedded) takes its place. `visiontune list guidance` names them",
     )
+    search: dict[str, Any] | None = option(
+        None,
+        help="draw more than is kept: {best_of: 8, reward: pocket-clip, held_out: oracle}. `visiontune list search` "
+        "names the methods; reward chooses, and held_out, if any, is measured beside it",
+    )
     negative_prompt: str = option("", help="prompt of the unconditional branch")
     scheduler: Scheduler = option("model", help="sampler; model is the one that the model came with")
     batch_size: int = option(8, least=1, greatest=4096, help="images a batch; changes them by rounding only")

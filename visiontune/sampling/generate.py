@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -18,6 +18,7 @@ from accelerate.utils import broadcast_object_list, gather_object
 from tqdm.auto import tqdm
 
 from visiontune import files, outside, signals
+from visiontune.core import Request
 from visiontune.data.prompt_files import read_prompts
 from visiontune.errors import UserError
 from visiontune.guidance.stack import GuidanceStack
@@ -25,12 +26,15 @@ from visiontune.models.words import lost
 from visiontune.ops.devices import check_device
 from visiontune.ops.threads import Threads
 from visiontune.sampling import manifest
-from visiontune.sampling.config import AdapterConfig, SampleConfig
+from visiontune.sampling.config import SampleConfig
 from visiontune.sampling.grid import grid
 from visiontune.sampling.manifest import Job
 from visiontune.sampling.pipeline import images
-from visiontune.sampling.sources import adapter_file, base_of, loaded, substituted
+from visiontune.sampling.searched import Searcher, report
+from visiontune.sampling.settings import settings_of
+from visiontune.sampling.sources import loaded, substituted
 from visiontune.sampling.writer import write_image
+from visiontune.search.asked import Asked
 
 if TYPE_CHECKING:
     from visiontune.models.pipeline import PipelineModel
@@ -38,6 +42,8 @@ if TYPE_CHECKING:
 __all__ = ["generate", "images"]
 
 T = TypeVar("T")
+# A picture, and what its line in the manifest says besides.
+Drawn = tuple[np.ndarray, dict[str, Any]]
 _log = logging.getLogger(__name__)
 _GRID_COLUMNS = 8
 # Pictures of one folder: from the first on a run is likely to take days, from the second on it was not meant.
@@ -46,7 +52,7 @@ _MANY, _MOST = 10_000, 1_000_000
 _WORTH_TRYING = 200
 
 
-def generate(config: SampleConfig, model: PipelineModel | None = None) -> Path:
+def generate(config: SampleConfig, model: PipelineModel | None = None, say: Callable[[str], None] = _log.info) -> Path:
     """Make every prompt with every seed and return the path of ``manifest.jsonl``.
 
     Images are named by prompt index and seed, written whole or not at all, and listed in the manifest one line each;
@@ -57,24 +63,27 @@ def generate(config: SampleConfig, model: PipelineModel | None = None) -> Path:
         config: see :class:`SampleConfig`.
         model: a model to use in place of ``config.model``, with its adapters attached; ``config.adapter`` is then
             attached on top, and taken off at the end.
+        say: is told, on the main process, what a search will cost and what it has found.
 
     Raises:
         UserError: the prompts cannot be read, the folder holds images of other settings, or the disk is full.
         Interrupted: Ctrl-C or SIGTERM, after the batch in which it came.
     """
     check_device(config.device, "device", ("auto",))
+    # Mistakes before a model is opened.
     _check_guidance(config)
+    search = None if config.search is None else Asked.of(config.search)
     state = _processes(config.device)
     prompts = substituted(read_prompts(config.prompts), config)
     config = replace(config, negative_prompt=substituted([config.negative_prompt], config)[0])
     _check_count(len(prompts), config)
     jobs = manifest.plan(prompts, config.seed_list(), config.format)
-    settings = _settings(config, model)
+    settings = settings_of(config, model)
     out = outside.expanded(config.out, "folder")
     lock = files.Lock(out)
     try:
         finished = _on_main(state, lambda: _open(out, jobs, settings, lock))
-        _draw(config, model, state, jobs, finished, settings, out)
+        _draw(config, model, search, state, jobs, finished, settings, out, say)
     finally:
         lock.release()
     return out / manifest.NAME
@@ -83,14 +92,18 @@ def generate(config: SampleConfig, model: PipelineModel | None = None) -> Path:
 def _draw(
     config: SampleConfig,
     model: PipelineModel | None,
+    search: Asked | None,
     state: PartialState,
     jobs: Sequence[Job],
     finished: dict[str, int],
     settings: dict[str, Any],
     out: Path,
+    say: Callable[[str], None],
 ) -> None:
     """Draw what is missing, this process its share, and finish the folder."""
-    batches = [jobs[i : i + config.batch_size] for i in range(0, len(jobs), config.batch_size)]
+    # What a search draws side by side for a picture fills a batch: so little is lost where a run is ended.
+    together = max(1, config.batch_size // (1 if search is None else search.method.n))
+    batches = [jobs[i : i + together] for i in range(0, len(jobs), together)]
     pending = [batch for batch in batches if any(job.file not in finished for job in batch)]
     mine = pending[state.process_index :: state.num_processes]
     number = 0
@@ -107,14 +120,21 @@ def _draw(
             for line in lost(ready, {"prompt": [*named, ("negative_prompt", config.negative_prompt)]}):
                 if state.is_main_process:
                     _log.warning("%s", line)
+            draw, searcher = partial(_plain, config, ready), _searcher(config, ready, search)
+            if searcher is not None:
+                draw = partial(_searched, config, searcher)
+                if state.is_main_process:
+                    say(searcher.plan())
             for batch in mine:
-                bar.update(_run(config, ready, batch, finished, settings, manifest.part(out, state.process_index)))
+                bar.update(_run(draw, batch, finished, settings, manifest.part(out, state.process_index)))
                 if asked.number:
                     break
         number = asked.number
     # One that is asked to end lets the others finish their share, unless they are asked too, as launchers do.
     number = max(gather_object([number]))
-    _on_main(state, lambda: _close(config, out, jobs, number))
+    for line in report(_on_main(state, lambda: _close(config, out, jobs, number))):
+        if state.is_main_process:
+            say(line)
 
 
 @contextmanager
@@ -130,27 +150,46 @@ def _threads(
         threads.load_state_dict({"count": max(next(iter(finished.values())), 0) or before})
     elif len(batches) * config.steps >= _WORTH_TRYING:
         one = replace(config, steps=1)
-        threads.choose(lambda: _pixels(one, model, first))
+        threads.choose(lambda: _plain(one, model, first))
     try:
         yield
     finally:
         torch.set_num_threads(before)
 
 
-def _pixels(config: SampleConfig, model: PipelineModel, batch: Sequence[Job]) -> np.ndarray:
-    return images(
+def _options(config: SampleConfig) -> dict[str, Any]:
+    """How every picture is drawn."""
+    return {
+        "steps": config.steps,
+        "cfg_scale": config.cfg_scale,
+        "guidance": GuidanceStack.of_options(config),
+        "height": config.height,
+        "width": config.width,
+        "scheduler": config.scheduler,
+    }
+
+
+def _plain(config: SampleConfig, model: PipelineModel, batch: Sequence[Job]) -> list[Drawn]:
+    drawn = images(
         model,
         [job.prompt for job in batch],
         [job.seed for job in batch],
-        steps=config.steps,
-        cfg_scale=config.cfg_scale,
-        guidance=GuidanceStack.of_options(config),
         negative_prompt=config.negative_prompt,
         batch_size=len(batch),
-        height=config.height,
-        width=config.width,
-        scheduler=config.scheduler,
+        **_options(config),
     )
+    return [(image, {}) for image in drawn]
+
+
+def _searcher(config: SampleConfig, model: PipelineModel, search: Asked | None) -> Searcher | None:
+    if search is None:
+        return None
+    return Searcher.of(search, model, batch_size=config.batch_size, **_options(config))
+
+
+def _searched(config: SampleConfig, searcher: Searcher, batch: Sequence[Job]) -> list[Drawn]:
+    requests = [Request(prompt=job.prompt, seed=job.seed, negative=config.negative_prompt) for job in batch]
+    return [(found.picture, {"search": row}) for found, row in searcher(requests)]
 
 
 def _check_guidance(config: SampleConfig) -> None:
@@ -162,21 +201,20 @@ def _check_guidance(config: SampleConfig) -> None:
 
 
 def _run(
-    config: SampleConfig,
-    model: PipelineModel,
+    draw: Callable[[Sequence[Job]], list[Drawn]],
     batch: Sequence[Job],
     finished: dict[str, int],
     settings: dict[str, Any],
     part: Path,
 ) -> int:
     """Sample one batch whole, so that its bits do not depend on what was finished; write what is missing."""
-    pixels = _pixels(config, model, batch)
-    missing = [(job, image) for job, image in zip(batch, pixels, strict=True) if job.file not in finished]
+    drawn = draw(batch)
+    missing = [(job, *one) for job, one in zip(batch, drawn, strict=True) if job.file not in finished]
     try:
-        for job, image in missing:
+        for job, image, more in missing:
             digest = write_image(part.parent / job.file, image)
             row = {"file": job.file, "index": job.index, "prompt": job.prompt, "seed": job.seed, "sha256": digest}
-            files.append_jsonl(part, {**row, "threads": torch.get_num_threads(), "settings": settings})
+            files.append_jsonl(part, {**row, **more, "threads": torch.get_num_threads(), "settings": settings})
     except UserError as error:
         raise UserError(f"{error}; then run the same command again, which goes on from here") from error
     return len(missing)
@@ -194,13 +232,14 @@ def _open(out: Path, jobs: Sequence[Job], settings: dict[str, Any], lock: files.
     return {row["file"]: row.get("threads", 0) for row in rows}
 
 
-def _close(config: SampleConfig, out: Path, jobs: Sequence[Job], number: int) -> None:
-    """Fold the parts together, make sure that nothing is missing, and draw the grid.
+def _close(config: SampleConfig, out: Path, jobs: Sequence[Job], number: int) -> list[dict[str, Any]]:
+    """Fold the parts together, make sure that nothing is missing, draw the grid, and give the manifest's rows.
 
     Args:
         number: of the signal that ended the drawing before its time; 0 for none.
     """
-    done = {row["file"] for row in manifest.collect(out)}
+    rows = manifest.collect(out)
+    done = {row["file"] for row in rows}
     missing = [job.file for job in jobs if job.file not in done]
     if missing and number:
         raise signals.Interrupted(f"{signals.name(number)} after {len(done)} of {len(jobs)} images", number)
@@ -208,7 +247,7 @@ def _close(config: SampleConfig, out: Path, jobs: Sequence[Job], number: int) ->
         raise UserError(f"{len(missing)} images are missing from {out} ({missing[0]} ...): run the same command again")
     columns = min(len(config.seed_list()), _GRID_COLUMNS, config.grid)
     if not columns:
-        return
+        return rows
     by_prompt = [jobs[i : i + columns] for i in range(0, len(jobs), len(config.seed_list()))][: config.grid // columns]
     sheet = grid(
         [out / job.file for row in by_prompt for job in row],
@@ -217,6 +256,7 @@ def _close(config: SampleConfig, out: Path, jobs: Sequence[Job], number: int) ->
         column_captions=[f"seed {job.seed}" for job in by_prompt[0]],
     )
     write_image(out / manifest.GRID, sheet)
+    return rows
 
 
 def _check_count(prompts: int, config: SampleConfig) -> None:
@@ -247,43 +287,3 @@ def _on_main(state: PartialState, action: Callable[[], T]) -> T:
     if trouble is not None:
         raise trouble
     return result
-
-
-def _settings(config: SampleConfig, model: PipelineModel | None) -> dict[str, Any]:
-    """What decides how the images look (batch size, device and processes do not)."""
-    source = model.source if model else base_of(config)
-    return {
-        "model": source,
-        "model_files": None if model else _stamp(Path(source).expanduser()),
-        "revision": config.revision,
-        **({"variant": config.variant} if config.variant else {}),
-        "dtype": config.dtype,
-        "adapter": [_adapter(one) for one in config.adapter_list()],
-        "adapter_scale": config.adapter_scale,
-        "steps": config.steps,
-        "cfg_scale": config.cfg_scale,
-        **({"guidance": config.guidance} if config.guidance else {}),
-        "negative_prompt": config.negative_prompt,
-        "scheduler": config.scheduler,
-        "height": config.height,
-        "width": config.width,
-        "format": config.format,
-    }
-
-
-def _adapter(one: AdapterConfig) -> dict[str, Any]:
-    digest = hashlib.sha256(adapter_file(one.file).read_bytes()).hexdigest()
-    # Folders that were begun without strengths go on.
-    scale = {} if one.scale == 1 else {"scale": one.scale}
-    return {"file": one.file, "sha256": digest[:16], **scale}
-
-
-def _stamp(folder: Path) -> str | None:
-    """Tells the weights of a model folder from those that replace them, without reading gigabytes; None for a name."""
-    if not folder.is_dir():
-        return None
-    digest = hashlib.sha256()
-    for file in sorted(folder.rglob("*.safetensors")):
-        status = file.stat()
-        digest.update(f"{file.relative_to(folder)} {status.st_size} {status.st_mtime_ns}\n".encode())
-    return digest.hexdigest()[:16]

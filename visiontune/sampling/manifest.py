@@ -73,7 +73,7 @@ def read(path: Path) -> list[dict[str, Any]]:
 def _is_row(row: Any) -> bool:
     if not isinstance(row, dict) or not all(isinstance(row.get(key), str) for key in ("file", "prompt")):
         return False
-    optional: dict[str, type] = {"index": int, "seed": int, "threads": int, "settings": dict}
+    optional: dict[str, type] = {"index": int, "seed": int, "threads": int, "settings": dict, "search": dict}
     return "\0" not in row["file"] and all(isinstance(row.get(key, kind()), kind) for key, kind in optional.items())
 
 

@@ -5,7 +5,7 @@ Adapters are attached in place, so nothing here knows of them: what is sampled i
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
@@ -26,7 +26,7 @@ _MOST_PIXELS = 2**28
 
 
 @contextmanager
-def _evaluating(model: PipelineModel) -> Iterator[None]:
+def evaluating(model: PipelineModel) -> Iterator[None]:
     """Evaluation mode for a while; a trainer finds its modules as it left them."""
     networks = model.networks()
     modules = [module for network in networks.values() for module in network.modules() if module.training]
@@ -99,16 +99,61 @@ def images(
         UserError: the model draws nothing, numbers of prompts and seeds differ, a size or a sampler does not fit, or
             the model gave a number that is not finite.
     """
+    requests = [Request(prompt=p, seed=s, negative=negative_prompt) for p, s in pair(prompts, seeds)]
+    guided, size = prepared(model, cfg_scale, guidance, steps, height, width)
+    with tqdm(total=len(requests), unit="image", disable=not progress) as bar:
+        return pictures(
+            model,
+            requests,
+            steps=steps,
+            guidance=guided,
+            size=size,
+            batch_size=batch_size,
+            scheduler=scheduler,
+            drawn=bar.update,
+        )
+
+
+def prepared(
+    model: PipelineModel,
+    cfg_scale: float,
+    terms: GuidanceStack | None,
+    steps: int,
+    height: int | None,
+    width: int | None,
+) -> tuple[Guidance, tuple[int, int]]:
+    """The guidance and the size of pictures, as :func:`images` is told them.
+
+    Raises:
+        UserError: the model draws nothing, is not to be guided so, or has no pictures of that size.
+    """
     if not hasattr(model, "draw"):
         raise UserError(f"model '{model.source}' ({model.family}) draws no pictures: take one that does")
-    requests = [Request(prompt=p, seed=s, negative=negative_prompt) for p, s in pair(prompts, seeds)]
-    size, parts = model.size(height, width), []
-    guided = guidance_of(model, steps, cfg_scale, guidance)
+    return guidance_of(model, steps, cfg_scale, terms), model.size(height, width)
+
+
+def pictures(
+    model: PipelineModel,
+    requests: Sequence[Request],
+    *,
+    steps: int,
+    guidance: Guidance,
+    size: tuple[int, int],
+    batch_size: int,
+    scheduler: str,
+    drawn: Callable[[int], object] = lambda _: None,
+) -> np.ndarray:
+    """The pictures of requests as :func:`images` gives them.
+
+    Args:
+        guidance, size: as from :func:`prepared`. drawn: is told of each batch how many they were.
+    """
     check_batch(min(batch_size, len(requests)), *size)
-    with _evaluating(model), tqdm(total=len(requests), unit="image", disable=not progress) as bar:
+    parts = []
+    with evaluating(model):
         for start in range(0, len(requests), batch_size):
             batch = requests[start : start + batch_size]
-            pixels = model.draw(batch, steps=steps, guidance=guided, sampler=scheduler, size=size)
+            pixels = model.draw(batch, steps=steps, guidance=guidance, sampler=scheduler, size=size)
             finite = np.isfinite(pixels).reshape(len(batch), -1).all(1)
             if not finite.all():
                 first = batch[int(np.argmin(finite))]
@@ -117,7 +162,7 @@ def images(
                     "or lower the adapter's scale"
                 )
             parts.append((pixels * 255).round().astype(np.uint8))
-            bar.update(len(batch))
+            drawn(len(batch))
     return np.concatenate(parts) if parts else np.zeros((0, *size, 3), np.uint8)
 
 

@@ -1,0 +1,55 @@
+"""What of a sampling run decides how its pictures look, as the manifest keeps it."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from visiontune.sampling.config import AdapterConfig, SampleConfig
+from visiontune.sampling.sources import adapter_file, base_of
+from visiontune.search.asked import settings as search
+
+if TYPE_CHECKING:
+    from visiontune.models.pipeline import PipelineModel
+
+
+def settings_of(config: SampleConfig, model: PipelineModel | None) -> dict[str, Any]:
+    """What a folder holds one of: batch size, device and processes are not among it."""
+    source = model.source if model else base_of(config)
+    return {
+        "model": source,
+        "model_files": None if model else _stamp(Path(source).expanduser()),
+        "revision": config.revision,
+        **({"variant": config.variant} if config.variant else {}),
+        "dtype": config.dtype,
+        "adapter": [_adapter(one) for one in config.adapter_list()],
+        "adapter_scale": config.adapter_scale,
+        "steps": config.steps,
+        "cfg_scale": config.cfg_scale,
+        **({"guidance": config.guidance} if config.guidance else {}),
+        **({"search": search(config.search)} if config.search else {}),
+        "negative_prompt": config.negative_prompt,
+        "scheduler": config.scheduler,
+        "height": config.height,
+        "width": config.width,
+        "format": config.format,
+    }
+
+
+def _adapter(one: AdapterConfig) -> dict[str, Any]:
+    digest = hashlib.sha256(adapter_file(one.file).read_bytes()).hexdigest()
+    # Folders that were begun without strengths go on.
+    scale = {} if one.scale == 1 else {"scale": one.scale}
+    return {"file": one.file, "sha256": digest[:16], **scale}
+
+
+def _stamp(folder: Path) -> str | None:
+    """Tells the weights of a model folder from those that replace them, without reading gigabytes; None for a name."""
+    if not folder.is_dir():
+        return None
+    digest = hashlib.sha256()
+    for file in sorted(folder.rglob("*.safetensors")):
+        status = file.stat()
+        digest.update(f"{file.relative_to(folder)} {status.st_size} {status.st_mtime_ns}\n".encode())
+    return digest.hexdigest()[:16]
