@@ -43,6 +43,7 @@ MAY_IMPORT = {
     "weights": {"errors", "files", "outside", "core", "ops", "adapters"},
     "pocket": {"errors", "files", "outside", "schema", "core"},
     "rewards": GROUND | {"core", "ops", "models.clip", "models.sources", "pocket", "data.pictures"},
+    "composition": {"errors", "data.pictures"},
     "data": {"errors", "files", "outside", "schema", "catalogue", "core", "ops", "pocket"},
     "search": {"errors", "schema", "plugin", "core", "ops", "diffusion", "models", "guidance", "rewards"},
     "objectives": {"errors", "files", "outside", "schema", "plugin", "core", "ops", "diffusion", "models.base", "data"}
