@@ -368,6 +368,7 @@ def test_blocks_that_rest_come_one_by_one_and_change_no_bit(model):
     # The denoiser is where what it computes with is, for all who ask where its first weight is.
     model.to("meta", *model.names())
     assert model.device.type == "meta" != device.type
+    assert {tensor.device for tensor in resting.tensors()} == {device}
 
 
 def test_rollout_differentiates_its_last_steps(model):

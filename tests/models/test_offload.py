@@ -146,6 +146,7 @@ def test_all_but_the_blocks_is_on_the_device_with_the_adapter():
     assert {p.grad.device.type for p in found.parameters()} == {"meta"}
     assert {p.device.type for layer in (made.first, made.last) for p in layer.parameters()} == {"meta"}
     assert {p.device.type for p in made.parts.parameters()} == {"cpu"}
+    assert {found.change(name)[0].device.type for name in found.layers} == {"meta"}
     assert equal(resting.tensors(), values)
 
 
