@@ -29,13 +29,17 @@ def test_every_rung_keeps_those_before_it_and_the_rows_of_a_step():
     runs = [read(words) for words in rungs]
     assert {run.train.batch_size * run.train.accumulate for run in runs} == {12}
     assert [run.model.quantize for run in runs[4:6]] == ["int8", "nf4"]
+    # Blocks that rest come last, for they cost the most time; codes of bitsandbytes do not move.
+    assert [(run.model.quantize, run.model.offload) for run in runs[6:]] == [(None, "block"), ("int8", "block")]
+    assert "model.quantize" not in " ".join(rungs[6]) and {*rungs[7]} == {*rungs[6], "model.quantize=int8"}
 
 
 def test_what_a_recipe_has_already_is_no_rung():
-    words = ["train.batch_size=1", "train.gradient_checkpointing=true", "model.quantize=nf4"]
-    assert not any("batch_size" in w or "quantize" in w for rung in fit.ladder(read(words)) for w in rung)
-    # All weights are trained, so none can be codes.
-    assert not any("quantize" in w for rung in fit.ladder(read(["adapter=none"])) for w in rung)
+    words = ["train.batch_size=1", "train.gradient_checkpointing=true", "model.quantize=int8"]
+    assert list(fit.ladder(read(words))) == [(), ("model.offload=block",)]
+    assert list(fit.ladder(read([*words, "model.offload=block"]))) == [()]
+    # All weights are trained, so none can be codes or rest.
+    assert not any("model." in w for rung in fit.ladder(read(["adapter=none"])) for w in rung)
 
 
 def test_an_online_objective_takes_smaller_micro_batches():

@@ -55,6 +55,9 @@ class ModelConfig:
         "native", help="what computes the denoiser's attention; auto: the fastest that is right, by trial"
     )
     compile: bool = option(False, help="compile the blocks that the denoiser repeats")
+    offload: Literal["block"] | None = option(
+        None, help="block: keep the denoiser's frozen blocks in main memory, on the device one at a time"
+    )
     vae_tiling: bool = option(False, help="let the VAE work on large pictures in tiles: less memory, seams smoothed")
 
 

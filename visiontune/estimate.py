@@ -59,6 +59,7 @@ class Estimate:
             asked.
         noise: timesteps as the objective draws them; ``None`` where it takes those of a sampler.
         sizes: heights and widths of the pictures that they were drawn for.
+        resting_bytes: of the weights that are on the device only while they are used, and belong to nothing above.
     """
 
     device: str
@@ -80,6 +81,7 @@ class Estimate:
     said: tuple[str, ...] = ()
     noise: Histogram | None = None
     sizes: tuple[Size, ...] = ()
+    resting_bytes: int = 0
 
     @property
     def memory_bytes(self) -> int:
@@ -118,12 +120,12 @@ class Estimate:
             parts["a copy of the base"] = self.reference_bytes
         resident = " + ".join(f"{name} {size(n)}" for name, n in parts.items())
         passing = f"activations {size(self.activation_bytes)}, gradients {size(self.gradient_bytes)}"
+        home = [f"in main memory: blocks of {size(self.resting_bytes)}"] if self.resting_bytes else []
         if self.peak_bytes is None:
-            return [f"memory: {size(self.memory_bytes)} = {resident} + {passing}; nobody measures its peak here"]
+            return [f"memory: {size(self.memory_bytes)} = {resident} + {passing}; nobody measures its peak here", *home]
         rest = size(max(0, self.peak_bytes - self.resident_bytes))
-        return [
-            f"memory: {size(self.peak_bytes)} at the peak of a step = {resident} + {rest} that come and go ({passing})"
-        ]
+        line = f"memory: {size(self.peak_bytes)} at the peak of a step = {resident} + {rest} that come and go"
+        return [f"{line} ({passing})", *home]
 
     def _data(self) -> str:
         if self.prompts is not None:
@@ -213,20 +215,23 @@ def _forward(trainer: Trainer) -> None:
 def _estimate(run: Run, trainer: Trainer, activations: int, seconds: float, said: Sequence[str]) -> Estimate:
     device, trained = trainer.accelerator.device, list(trainer.parameters.values())
     own = [] if trainer.adapters is None else [*trainer.adapters.parameters(), *trainer.adapters.buffers()]
-    everything = {id(t): t for t in [*_tensors(trainer), *trained]}.values()
+    everything = {id(t): t for t in [*_tensors(trainer), *trained]}
+    resting = {id(t): t for one in trainer.model.offloaded.values() for t in one.tensors()}
+    placed = [t for name, t in everything.items() if name not in resting]
     state = optim.state_tensors(trainer.optimizer.state)
     return Estimate(
         device=str(device),
         **_counts(trainer),
         trained=sum(p.numel() for p in trained),
-        total=sum(t.numel() for t in everything),
+        total=sum(t.numel() for t in everything.values()),
         layers=trainer.adapters.layers if trainer.adapters is not None else [],
         step_seconds=seconds,
         steps=run.train.steps,
-        parameter_bytes=held([*everything, *own], device),
+        parameter_bytes=held([*placed, *own], device),
         gradient_bytes=held(trained),
         optimizer_bytes=held(state) + (held(trained) if run.train.ema is not None else 0),
         activation_bytes=activations,
+        resting_bytes=held(resting.values()),
         reference_bytes=held(trained) if trainer.adapters is None and trainer.objective.needs.reference else 0,
         said=(*_used(run, trainer), *said, *_computed(run, trainer)),
         **_noise(run, trainer),

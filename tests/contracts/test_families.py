@@ -19,6 +19,7 @@ import tiny
 import torch
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from PIL import Image
+from resting import Watched, largest, rest
 from tiny import tiny_model, tiny_pipe
 from torch import nn
 
@@ -35,6 +36,7 @@ from visiontune.models.diffusion import DiffusionModel
 from visiontune.models.pipeline import PipelineModel, own_generator
 from visiontune.models.words import rows_of
 from visiontune.objectives import alignprop, denoising
+from visiontune.ops.memory import held
 from visiontune.rewards import brightness
 
 PROMPTS = ["a red circle above a blue square", "green triangle"]
@@ -346,6 +348,27 @@ def test_gradient_checkpointing_changes_nothing(model):
     model.denoiser.train()
     torch.testing.assert_close(gradients(), plain)
     assert len(plain[1]) > 0.9 * len(list(model.denoiser.parameters()))
+
+
+def test_blocks_that_rest_come_one_by_one_and_change_no_bit(model):
+    def predicted():
+        cond, x_t = read(model), noise(model).requires_grad_()
+        loss = model.predict(x_t, somewhere(model), cond).square().mean()
+        return loss.detach(), *torch.autograd.grad(loss, x_t)
+
+    model.denoiser.enable_gradient_checkpointing()
+    model.denoiser.train()
+    expected, device = predicted(), model.device
+    resting = rest(model)
+    with Watched(resting) as watched:
+        assert all(map(torch.equal, predicted(), expected))
+    assert not watched.read and watched.now == 0
+    # What a network does not recompute stays for the backward pass, as the refiners of Lumina do.
+    assert largest(resting) <= watched.most < held(resting.tensors())
+    # The denoiser is where what it computes with is, for all who ask where its first weight is.
+    model.to("meta", *model.names())
+    assert model.device.type == "meta" != device.type
+    assert {tensor.device for tensor in resting.tensors()} == {device}
 
 
 def test_rollout_differentiates_its_last_steps(model):

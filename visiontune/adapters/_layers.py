@@ -119,8 +119,18 @@ def follow(layer: Any) -> None:
     """Move the methods with adapters on a layer to where the layer is."""
     if layer.weight.device.type != "meta":
         for entry in entries_of(layer):
-            if next(entry.method.parameters()).device != layer.weight.device:
+            if place_of(entry) != layer.weight.device:
                 entry.method.to(layer.weight.device)
+
+
+def place_of(entry: Entry) -> torch.device:
+    """Where the parameters of an adapter's method lie."""
+    return next(entry.method.parameters()).device
+
+
+def brought(weight: Tensor, place: torch.device) -> Tensor:
+    """A base's weight where its adapters are: whole where it is sharded, and moved where it rests elsewhere."""
+    return whole(weight).to(place)
 
 
 def adopt(layer: nn.Module, entry: Entry) -> None:
@@ -148,13 +158,13 @@ def entries_of(layer: nn.Module) -> list[Entry]:
 
 @torch.no_grad()
 def change(layer: Any, entries: Sequence[Entry]) -> tuple[Tensor, Tensor | None]:
-    """What some adapters of a layer, each on top of those before it, add to the frozen weight and bias.
+    """What some adapters of a layer, at least one and each on top of those before it, add to its weight and bias.
 
     Returns:
         In float32 or wider; ``None`` for a bias that stays as it is. A layer without one gets it whole.
     """
-    frozen, bias = whole(weight_of(layer)), getattr(layer, "bias", None)
-    bias = None if bias is None else whole(bias)
+    place, bias = place_of(entries[0]), getattr(layer, "bias", None)
+    frozen, bias = brought(weight_of(layer), place), None if bias is None else brought(bias, place)
     base = frozen.to(torch.promote_types(frozen.dtype, torch.float32))
     before = None if bias is None else bias.to(base)
     weight, moved = base, before

@@ -174,21 +174,21 @@ class _Entries(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, change: Tensor, bias: Tensor | None, w: Tensor, index: Tensor, product: Product
     ) -> Tensor:
-        ctx.save_for_backward(x, change)
-        # The weight and the positions are there anyway; as saved tensors a checkpoint would count them in.
-        ctx.w, ctx.index, ctx.product = w, index, product
+        ctx.save_for_backward(x, change, w)
+        # The positions are there anyway, and the weight may be for this call alone.
+        ctx.index, ctx.product = index, product
         with changed(w, index, change, _dtype(x, w)) as current:
             return product.forward(x, current, bias)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
-        x, change = ctx.saved_tensors
+        x, change, w = ctx.saved_tensors
         grad_x = grad_bias = None
         if ctx.needs_input_grad[0]:
-            with changed(ctx.w, ctx.index, change, g.dtype) as current:
+            with changed(w, ctx.index, change, g.dtype) as current:
                 grad_x = ctx.product.grad_input(g, x, current)
-        grad_change = ctx.product.grad_entries(g, x, ctx.w, ctx.index).to(change.dtype)
+        grad_change = ctx.product.grad_entries(g, x, w, ctx.index).to(change.dtype)
         if ctx.needs_input_grad[2]:
             channels = -1 if isinstance(ctx.product, Matmul) else 1
             grad_bias = g.movedim(channels, -1).flatten(0, -2).sum(0)

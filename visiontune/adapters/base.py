@@ -98,6 +98,11 @@ def attached(modules: nn.Module | Mapping[str, nn.Module]) -> dict[str, AdapterS
     return {entry.owner.name: entry.owner for layer in layers for entry in _layers.entries_of(layer)}
 
 
+def whole_base(config: Any) -> str | None:
+    """What the method of a ``Config`` does with the base's weights outside of forward passes: its ``WHOLE_BASE``."""
+    return getattr(sys.modules[type(config).__module__], "WHOLE_BASE", None)
+
+
 def _resolve(method: str | Any, options: Mapping[str, Any]) -> tuple[str, ModuleType, Any]:
     if isinstance(method, str):
         return method, *plugin.configure("adapters", {**options, "name": method}, "adapter")

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from visiontune.adapters._layers import compute_dtype, masters
+from visiontune.adapters._layers import brought, compute_dtype, masters
 from visiontune.adapters.base import Adapter, Beneath, Method
 from visiontune.errors import UserError
 from visiontune.schema import nearest, option
@@ -260,7 +260,8 @@ class Bridged(Adapter):
 
     def bias(self, b: Tensor | None, scale: float) -> Tensor | None:
         """``b + scale (b_peft - b)``, the second from what the layer makes of zero; ``b`` where that is the same."""
-        adapted = self._at_zero(self.home.layer.weight if b is None else self.home.layer.weight.to(b.dtype), b)
+        weight = brought(self.home.layer.weight, next(self.layer.parameters()).device)
+        adapted = self._at_zero(weight if b is None else weight.to(b.dtype), b)
         before = torch.zeros_like(adapted) if b is None else b
         return b if torch.equal(adapted, before) else before + scale * (adapted - before)
 

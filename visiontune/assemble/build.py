@@ -52,6 +52,7 @@ def build(
         say: is told of pictures without a caption among others, and of words that the model does not read.
     """
     parts.check_shards(run)
+    parts.check_offload(run)
     # Words and data come before the model, which may take minutes to open.
     preview = dataclasses.replace(run.preview, prompts=[parts.in_words(run, p) for p in run.preview.prompts])
     objective = parts.open_objective(run)
@@ -83,6 +84,9 @@ def build(
             f"'{run.objective['name']}' does not have: take lora, or start from a trained one (adapter.start)"
         )
     accelerator = make_accelerator(run.train, run.folder)
+    resources.offload(run, model, adapters)
+    if model.offloaded and accelerator.device.type == "cpu":
+        say("model.offload: this run computes on the CPU, where all weights lie: copying blocks takes time for nothing")
     shards = _spread(run, model, adapters, under, objective, accelerator)
     for line in [*uncaptioned(found.samples), *lost(model, _texts(found, preview.prompts))]:
         if accelerator.is_main_process:
@@ -126,6 +130,9 @@ def _spread(run: Run, model: Any, adapters: Any, under: Any, objective: Objectiv
     encodes = set(model.names()) != {*sharding.networks_of(model, run.train)}
     if shards is None or drawn or encodes:
         model.to(accelerator.device)
+        for one in (adapters, under):
+            if one is not None:
+                one.to(accelerator.device)  # where the layers of blocks do not go
         return shards
     shards.spread(model, adapters, under, objective, run.train)
     return shards

@@ -20,6 +20,7 @@ _FREE = (
     "train",
     "preview",
     "judge",
+    "model.offload",
     *(f"guards.{name}" for name in ("on_alarm", "lr_factor", "reward_drop", "diversity_min", "high_frequency_factor")),
     *(f"guards.{name}" for name in ("blank_max", "distance_max", "change_max", "terms")),
 )

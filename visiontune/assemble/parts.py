@@ -55,6 +55,8 @@ def check_shards(run: Run) -> None:
         sharding.check_adapter(config, run.adapter["name"])
     if run.model.quantize is not None:
         raise UserError("FSDP: quantised weights are not sharded: leave model.quantize out, or start without FSDP")
+    if run.model.offload is not None:
+        raise UserError("FSDP: blocks that leave the device are not sharded: leave model.offload out")
     if run.model.compile:
         raise UserError("FSDP: compiled blocks were not tried on parts of weights: set model.compile to false")
     if run.judge is not None:
@@ -62,6 +64,33 @@ def check_shards(run: Run) -> None:
             "judge looks at a run in one process, and FSDP needs all of them: set judge=none (a finished adapter is "
             "judged by visiontune evaluate)"
         )
+
+
+def check_offload(run: Run) -> None:
+    """Refuse what cannot be done while the blocks of the base are not on the device, before the model is opened.
+
+    Raises:
+        UserError: naming what to change.
+    """
+    from visiontune.adapters.base import whole_base
+
+    if run.model.offload is None:
+        return
+    if run.adapter is None:
+        raise UserError("model.offload is for frozen weights, and adapter=none trains them all: choose an adapter")
+    if not run.train.gradient_checkpointing:
+        raise UserError(
+            "model.offload saves nothing where the backward pass keeps the weights of the forward pass: set "
+            "train.gradient_checkpointing=true"
+        )
+    if run.model.compile:
+        raise UserError("model.offload gives blocks other weights at every call: set model.compile to false")
+    if run.model.quantize == "nf4":
+        raise UserError("model.offload does not move codes of bitsandbytes: set model.quantize to int8 or fp8")
+    name = run.adapter["name"]
+    _, config = plugin.configure("adapters", _without(run.adapter, "targets", "start", "under"), "adapter")
+    if why := whole_base(config):
+        raise UserError(f"model.offload: adapter '{name}' {why}, which are not on the device then: take lora")
 
 
 def load_reward(run: Run, objective: Objective) -> Any:

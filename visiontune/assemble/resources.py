@@ -9,6 +9,7 @@ from visiontune.config import Run
 from visiontune.errors import UserError
 
 if TYPE_CHECKING:
+    from visiontune.adapters.base import AdapterSet
     from visiontune.models.base import Model
 
 
@@ -24,6 +25,25 @@ def tile(model: Any) -> None:
     codec.enable_tiling()
     if hasattr(codec, "use_slicing"):
         codec.enable_slicing()
+
+
+def offload(run: Run, model: Model, adapters: AdapterSet | None) -> None:
+    """Let the blocks of the frozen denoiser rest in the main memory, before the model moves to the device.
+
+    Raises:
+        UserError: it has no such blocks, or the adapter looks at the task.
+    """
+    if run.model.offload is None:
+        return
+    from visiontune.models._offload import Offloaded
+
+    if adapters is not None and adapters.plans:
+        raise UserError(
+            f"model.offload: adapter '{adapters.method}' looks at the task before training, which needs weights on the "
+            "device: take lora, or set it to null"
+        )
+    networks = model.of(*model.names())
+    model.offloaded = {name: Offloaded(network, name, model.source) for name, network in networks.items()}
 
 
 def speed_up(run: Run, model: Model) -> None:

@@ -8,6 +8,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import torch
@@ -19,6 +20,7 @@ from visiontune.schema import nearest
 
 if TYPE_CHECKING:
     from visiontune.models._attention import Choice
+    from visiontune.models._offload import Offloaded
 
 Presets = Mapping[str, tuple[str, ...]]
 
@@ -38,6 +40,7 @@ class Model(ABC):
         precision: the type that the networks compute in under `autocast`, whatever their weights are; None for theirs.
         distilled: why the model counts as distilled to few steps, which a plain denoising loss undoes; None for others.
         attention: what chooses how attention is computed; None for whatever the libraries take.
+        offloaded: the networks whose blocks rest in the main memory, by name.
     """
 
     family: ClassVar[str]
@@ -48,6 +51,7 @@ class Model(ABC):
     precision: torch.dtype | None = None
     distilled: str | None = None
     attention: Choice | None = None
+    offloaded: Mapping[str, Offloaded] = MappingProxyType({})
 
     @abstractmethod
     def networks(self) -> dict[str, nn.Module]:
@@ -122,9 +126,9 @@ class Model(ABC):
         return dtype_of(self.main)
 
     def to(self, device: torch.device | str, *parts: str) -> Self:
-        """Move some networks, or all; returns self."""
-        for network in self.of(*(parts or self.networks())).values():
-            network.to(device)
+        """Move some networks, or all, but for blocks that rest; returns self."""
+        for name, network in self.of(*(parts or self.networks())).items():
+            self.offloaded.get(name, network).to(device)
         return self
 
     def release(self, *parts: str) -> Self:
@@ -217,8 +221,8 @@ def _hash_weights(module: nn.Module, name: str, samples: int = 64) -> str:
         if tensor.is_floating_point():
             digest.update(f"{key}{tuple(tensor.shape)}".encode())
             stride = max(1, tensor.numel() // samples)
-            values.append(plain(tensor.detach()).reshape(-1)[::stride].to(torch.bfloat16))
-    digest.update(torch.cat(values).cpu().view(torch.int16).numpy().tobytes())
+            values.append(plain(tensor.detach()).reshape(-1)[::stride].to("cpu", torch.bfloat16))
+    digest.update(torch.cat(values).view(torch.int16).numpy().tobytes())
     return digest.hexdigest()
 
 

@@ -112,9 +112,9 @@ class Trainer:
         if train.gradient_checkpointing:
             optim.checkpoint_gradients(step.parts)
         # The gradients of online objectives come in pieces and are averaged over processes once, without DDP's hooks,
-        # and so are those of adapters on sharded networks.
-        alone = self.online or self.shards is not None
-        self.step_module = step if alone else self.accelerator.prepare_model(step)
+        # and so are those of adapters on networks that are sharded, or not whole on the device.
+        self._averages = self.shards is not None or bool(model.offloaded)
+        self.step_module = step if self.online or self._averages else self.accelerator.prepare_model(step)
         self.lender = Lender(
             adapters, objective, reward, seed, self.accelerator, self.parameters, text, [*step.parts.values()]
         )
@@ -227,14 +227,14 @@ class Trainer:
             return loss.total, loss.terms
         total = torch.zeros((), device=self.accelerator.device)
         # Parts of weights have parts of gradients after each batch: whole ones would have to be kept otherwise.
-        together = () if self.shards is not None else (self.step_module,)
+        together = () if self._averages else (self.step_module,)
         for part in range(self.train.accumulate):
             with self.accelerator.accumulate(*together):
                 loss = self.loss(step * self.train.accumulate + part)
                 self.accelerator.backward(loss.total)
                 total += loss.total.detach() / self.train.accumulate
                 self._note(loss.terms)
-        if self.shards is not None:
+        if self._averages:
             self.lender.average()
         return total, loss.terms
 

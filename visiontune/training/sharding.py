@@ -9,7 +9,6 @@ small and belong to no network: every process has them, and their gradients are 
 from __future__ import annotations
 
 import logging
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -23,7 +22,9 @@ from torch.distributed.fsdp.wrap import size_based_auto_wrap_policy
 from torch.distributed.tensor import init_device_mesh
 from torch.nn import Parameter
 
+from visiontune.adapters.base import whole_base
 from visiontune.errors import UserError
+from visiontune.models._blocks import named
 from visiontune.ops.shards import is_sharded, whole
 from visiontune.schema import nearest
 from visiontune.training import optim
@@ -87,12 +88,12 @@ def check_adapter(config: Any, name: str) -> None:
     """Refuse a method that reads or writes the base's weights where a process has but a part of them.
 
     Args:
-        config: of the method; ``WHOLE_BASE`` of its module, if it has one, says what it does. name: the method's.
+        config: of the method. name: the method's.
 
     Raises:
         UserError: naming what would do.
     """
-    if why := getattr(sys.modules[type(config).__module__], "WHOLE_BASE", None):
+    if why := whole_base(config):
         raise UserError(
             f"adapter '{name}' {why}, and with FSDP a process has but a part of them: take lora, or start without FSDP"
         )
@@ -228,8 +229,7 @@ class Shards:
 
     def _blocks(self, network: nn.Module) -> list[nn.Module]:
         """The units within a network, inner ones first: those of accelerate's configuration, or the network's own."""
-        own = [getattr(network, name, None) or () for name in ("_no_split_modules", "_repeated_blocks")]
-        names = {*self._named} or {name for listed in own for name in listed}
+        names = {*self._named} or named(network)
         return [m for m in reversed([*network.modules()]) if m is not network and type(m).__name__ in names]
 
     # -- together again -----------------------------------------------------------------------------------------
