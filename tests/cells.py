@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import io
-from collections.abc import Iterator
 from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import Any
@@ -62,37 +61,44 @@ class Cell:
         return "-".join(astuple(self))
 
 
+_model = functools.cache(tiny_model)
+
+
 @functools.cache
 def refusal(objective: str, family: str) -> str | None:
     """Why an objective does not take a family, if it does not."""
     module = plugin.load("objectives", objective)
     try:
-        module.build(module.Config()).check(tiny_model(family), load_reward("redness"))
+        module.build(module.Config()).check(_model(family), load_reward("redness"))
     except UserError as error:
         return str(error)
     return None
 
 
+@functools.cache
 def online(objective: str) -> bool:
     """Whether an objective has no data, at which some adapters look before training."""
     module = plugin.load("objectives", objective)
     return module.build(module.Config()).needs.online
 
 
-def covering() -> Iterator[Cell]:
+@functools.cache
+def covering() -> tuple[Cell, ...]:
     """Few cells in which every two of an adapter, an objective and a family that takes it meet.
 
     Adapters that look at data first meet objectives without data on one family, and those with data on all others.
     """
+    cells = []
     for j, family in enumerate(FAMILIES):
         taken = [name for name in plugin.names("objectives") if refusal(name, family) is None]
         for i, adapter in enumerate(plugin.names("adapters")):
             looks = declared()[adapter].looks
             fit = [name for name in taken if not (looks and online(name))]
             if fit:
-                yield Cell(adapter, fit[(i + j) % len(fit)], family)
+                cells.append(Cell(adapter, fit[(i + j) % len(fit)], family))
             if looks and (family == PLAIN or not fit):
-                yield from (Cell(adapter, name, family) for name in taken if online(name))
+                cells += (Cell(adapter, name, family) for name in taken if online(name))
+    return tuple(cells)
 
 
 def recipe(cell: Cell, shop: Workshop) -> dict[str, Any]:
