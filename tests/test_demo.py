@@ -13,7 +13,8 @@ from visiontune import demo
 from visiontune.errors import UserError
 
 pytestmark = pytest.mark.pocket
-FEW = ["train.steps=2", "objective.prior_images=2", "objective.prior_steps=2", "preview.prompts=[]"]
+FEW = ["train.steps=2", "train.batch_size=1", "preview.prompts=[]"]
+FEW += ["objective.prior_images=2", "objective.prior_steps=2"]
 
 
 @pytest.mark.parametrize("workers", [1, 2])
