@@ -46,6 +46,8 @@ SMALL = {
     "timestep_count": 1,
     "updates": 1,
 }
+# And of these an adapter that looks at the task, which takes minutes by default.
+GLANCE = {"batches": 2, "proxy_steps": 3, "points": 2, "search_steps": 3}
 SEEN = Request(prompt="a red circle", seed=1)
 
 
@@ -114,13 +116,15 @@ def recipe(cell: Cell, shop: Workshop) -> dict[str, Any]:
         root = shop.pairs if "rejected" in needs.columns else shop.photos
         about = {"data": {"root": str(root), "class_noun": "circle"}}
     chosen = method.options if method.plan_options is None else method.plan_options
+    known = plugin.load("adapters", cell.adapter).Config.__dataclass_fields__
+    glance = {key: value for key, value in GLANCE.items() if key in known}
     return {
         "verb": "train",
         "description": "a cell",
         "name": str(cell),
         "model": str(shop.model),
         "out": str(shop.folder / "runs"),
-        "adapter": {"name": cell.adapter, "targets": "attention", **chosen},
+        "adapter": {"name": cell.adapter, "targets": "attention", **glance, **chosen},
         "objective": objective,
         **about,
         "preview": {"prompts": []},
