@@ -13,7 +13,7 @@ import functools
 import json
 import types
 import typing
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import MISSING
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union
@@ -102,7 +102,7 @@ def from_mapping(cls: type[T], data: Any, path: str = "") -> T:
 
 
 # Annotations are texts, and each is compiled anew whenever it is asked for.
-_hints = functools.cache(typing.get_type_hints)
+_hints: Callable[[Any], dict[str, Any]] = functools.cache(typing.get_type_hints)
 
 
 def limits(field: dataclasses.Field[Any]) -> Range:
