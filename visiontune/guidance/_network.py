@@ -57,7 +57,7 @@ class Network:
             UserError: no family that can be guided so has its class.
         """
         name = type(pipe).__name__
-        kinds: list[Any] = [kind for kind in families().values() if name in getattr(kind, "pipeline_classes", ())]
+        kinds: list[Any] = [kind for kind in families(name).values() if name in getattr(kind, "pipeline_classes", ())]
         structure = _of_pipeline(kinds[0], pipe) if kinds else None
         if structure is None:
             able = {one for kind in families().values() for one in _able(kind)}
