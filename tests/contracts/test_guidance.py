@@ -27,7 +27,7 @@ from visiontune.diffusion.trajectory import Keep, Start, Window, rollout
 from visiontune.diffusion.unmask import guided_logits, unmask
 from visiontune.errors import UserError
 from visiontune.guidance._taps import replaced
-from visiontune.guidance.base import Base, Edit, Perturbed, Told
+from visiontune.guidance.base import Base, Edit, Perturbed, Shaping, Told
 from visiontune.guidance.stack import GuidanceStack
 from visiontune.models.masked import MaskedModel
 from visiontune.models.pipeline import own_generator
@@ -46,6 +46,7 @@ OPTIONS = {
     "rescale": {"scale": 0.7},
     "seg": {"sigma": 1.0},
 }
+UNETS = ("skip_tuning", "scalelong", "inherit")
 # What a term cannot do, and what it says of it.
 CANNOT = {
     ("inpaint", "amused"): "predicts tokens: take cfg",
@@ -53,10 +54,17 @@ CANNOT = {
     ("apg", "amused"): "predicts tokens: take cfg",
     ("pag", "z_image"): "has no layers: take slg",
     ("seg", "z_image"): "has no layers: take slg",
+    ("stg", "z_image"): "has no layers: take slg",
     **{("embedded", family): "carries no guidance inside" for family in FAMILIES if family != "flux"},
+    **{(name, family): "is for UNets" for name in UNETS for family in FAMILIES if family not in ("sd", "sdxl")},
 }
+# Terms that act from step to step of a run, and say so where a prediction is of none.
+STEPPING = {"inherit": "this is a step of none"}
 # Each term by itself where families differ, and all together where one is made and called as another.
-ALIKE = {"sdxl": ("cfg", "pag", "seg", "slg", "autoguidance", "rescale"), "pixart": ("apg", "pag", "slg", "rescale")}
+ALIKE = {
+    "sdxl": ("cfg", "pag", "seg", "slg", "autoguidance", "skip_tuning", "inherit", "rescale"),
+    "pixart": ("apg", "pag", "slg", "stg", "rescale"),
+}
 CASES = [(family, (name,)) for family in FAMILIES if family not in ALIKE for name in plugin.names("guidance")]
 CASES += ALIKE.items()
 
@@ -227,11 +235,10 @@ def test_a_stock_pipeline_is_guided_as_it_is_called(family):
 
 
 def pairs():
-    terms = {name: term_of(name) for name in plugin.names("guidance")}
+    names = [name for name in plugin.names("guidance") if (name, "sd") not in CANNOT and name not in STEPPING]
     # What edits latents acts between predictions.
-    terms = {name: term for name, term in terms.items() if name != "embedded" and not isinstance(term, Edit)}
-    names = list(terms)
-    for one, other in itertools.combinations(names, 2):
+    terms = {name: term for name in names if not isinstance(term := term_of(name), Edit)}
+    for one, other in itertools.combinations(terms, 2):
         if not (isinstance(terms[one], Base) and isinstance(terms[other], Base)):
             yield terms[one], terms[other]
 
@@ -255,6 +262,17 @@ def test_terms_stand_beside_each_other():
             without = GuidanceStack([left for left in stack.terms if left is not term])
             assert (found - at(without)).abs().max() > 1e-5
         torch.testing.assert_close(at(GuidanceStack(stack.terms[::-1])), found, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", STEPPING)
+def test_a_term_that_steps_needs_a_run(name):
+    made = model("sd")
+    with torch.no_grad(), pytest.raises(UserError, match=STEPPING[name]):
+        guided(
+            made, noise_of(made), torch.tensor([600, 600]), made.embed(PROMPTS), None, GuidanceStack([term_of(name)])
+        )
+    with pytest.raises(UserError, match="no gradient"):
+        rollout(made, made.embed(PROMPTS), guidance=GuidanceStack([term_of(name)]), chain=STEPS, window=Window(steps=1))
 
 
 def test_the_perturbations_of_a_stack_add_up():
@@ -287,8 +305,9 @@ def test_the_perturbations_of_a_stack_add_up():
 
 @pytest.mark.parametrize("family", ["sd", "sd3"])
 def test_gradients_are_those_of_the_guided_chain(family):
-    """Step by step, with the network's own checkpoints, and as one graph, whatever perturbs the network."""
-    terms = [term for term in map(term_of, plugin.names("guidance")) if isinstance(term, Perturbed)]
+    """Step by step, with the network's own checkpoints, and as one graph, whatever perturbs or shapes the network."""
+    able = [term_of(name) for name in plugin.names("guidance") if (name, family) not in CANNOT and name not in STEPPING]
+    terms = [term for term in able if isinstance(term, Perturbed | Shaping)]
     made = model(family)
     made.denoiser.train()
     cond, start, found = made.embed(PROMPTS), Start(latents=noise_of(made)), []
