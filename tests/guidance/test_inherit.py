@@ -137,10 +137,11 @@ def test_a_step_is_made_of_its_own_outer_stages_and_earlier_inner_ones():
     # What it took at one level, it takes at that level again; at the next it computes everything.
     assert torch.equal(at(x[1], 700, 0.8), expected)
     assert torch.equal(at(x[1], 700, 0.6), made(x[1], 700, encoder_hidden_states=words).sample)
-    # A call that is of no step inherits nothing and leaves nothing.
-    with term.shaping(network, {}, point(0.8, memory=memory), "at"):
-        other = made(x[0], 700, encoder_hidden_states=words).sample
-    assert torch.equal(other, made(x[0], 700, encoder_hidden_states=words).sample)
+    # Calls of a term's own inherit nothing.
+    for level, other in ((1.0, x[1]), (0.8, x[0])):
+        with term.shaping(network, {}, point(level, memory=memory), "at"):
+            found = made(other, 700, encoder_hidden_states=words).sample
+        assert torch.equal(found, made(other, 700, encoder_hidden_states=words).sample)
     assert not any("forward" in vars(module) for module in made.modules())
 
 
