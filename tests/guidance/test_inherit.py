@@ -146,10 +146,17 @@ def test_a_step_is_made_of_its_own_outer_stages_and_earlier_inner_ones():
 
 
 @torch.no_grad()
-def test_a_side_that_is_first_called_between_two_full_steps_is_computed():
-    network, term, memory = Network.of_model(model()), inherit.Config(first=0, scale=4), {}
-    words, x = model().embed(PROMPTS).tokens, torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
-    for level, side, seen in ((1.0, "both", 1), (0.8, "pag", 1), (0.6, "pag", 0), (0.6, "pag 2", 1), (0.4, "both", 0)):
+def test_a_side_inherits_of_the_latest_full_step_or_is_computed():
+    """Where it was not called then, it is computed where it is called first."""
+    network, term, memory = Network.of_model(model()), inherit.Config(first=0), {}
+    words, x = model().embed(PROMPTS).tokens, torch.zeros(2, 4, 8, 8)
+    called = [
+        *((1.0, "both", 1), (1.0, "pag", 1)),
+        *((0.8, "both", 0), (0.8, "pag", 0), (0.8, "pag 2", 1)),
+        (0.6, "both", 1),
+        *((0.4, "both", 0), (0.4, "pag", 1), (0.4, "pag 2", 1)),
+    ]
+    for level, side, seen in called:
         calls = []
         layer = model().denoiser.mid_block.resnets[0]
         handle = layer.register_forward_hook(lambda module, args, found, calls=calls: calls.append(1))

@@ -77,9 +77,9 @@ class Config(Shaping):
         if side == "at":  # calls for latents or conditions of a term's own, which no earlier step need have made
             yield
             return
-        step, keys = self._step(point), self._keys_of(point)
-        kept, chosen = point.memory.setdefault(side, Kept()), self._modules(network)
-        latest = max(key for key in keys if key <= step)
+        step, (keys, chosen) = self._step(point), self._settled(network, point)
+        kept = point.memory.setdefault(side, Kept())
+        latest = max((key for key in keys if key <= step), default=step)
         if latest < step and latest <= kept.step <= step:
             with replaced(chosen, kept.give):
                 yield
@@ -111,14 +111,14 @@ class Config(Shaping):
             "layers, and inherit what the others give"
         )
 
-    def _keys_of(self, point: Point) -> list[int]:
-        """Of the run, which is told once that it has few steps."""
-        if "keys" not in point.memory:
+    def _settled(self, network: Network, point: Point) -> tuple[list[int], dict[str, nn.Module]]:
+        """The steps that compute everything, and what the others inherit: found once a run, since names are many."""
+        if "of the run" not in point.memory:
             levels = _steps(point)
-            point.memory["keys"] = self.keys(levels)
             if len(levels) <= _FEW:
                 _log.warning("inherit: %d steps differ much from one another, and have little to inherit", len(levels))
-        found: list[int] = point.memory["keys"]
+            point.memory["of the run"] = self.keys(levels), self._modules(network)
+        found: tuple[list[int], dict[str, nn.Module]] = point.memory["of the run"]
         return found
 
     def _step(self, point: Point) -> int:
@@ -145,13 +145,13 @@ class Config(Shaping):
         return names
 
 
-def _all_but(place: int, name: str, stage: nn.Module) -> list[str]:
+def _all_but(live: int, name: str, stage: nn.Module) -> list[str]:
     """The names of the parts of a stage, of whose layers one is left out: its ResNet, and the attention behind it."""
     found = []
     for kind, parts in stage.named_children():
         names = [f"{name}.{kind}.{i}" for i, _ in enumerate(parts.children())]
         if kind in ("resnets", "attentions"):
-            del names[place]
+            del names[live]
         found += names
     return found
 
