@@ -184,6 +184,23 @@ def test_runs_do_not_inherit_from_one_another():
     np.testing.assert_allclose(ours, pictures, rtol=0, atol=1e-5)
 
 
+@torch.no_grad()
+def test_two_perturbations_of_a_kind_inherit_each_from_itself():
+    """So that each adds at a step what it adds there alone."""
+    cond, x = model().embed(PROMPTS[1:]), torch.randn(2, 1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+
+    def second(*terms):
+        run = GuidanceStack([inherit.Config(first=0), *terms]).begin(model(), LEVELS)
+        for latents, level in zip(x, LEVELS, strict=False):
+            levels = torch.tensor([level])
+            found = run(model().predict, latents, levels * 1000, levels, cond, None)
+        return found
+
+    one, other = pag.Config(), pag.Config(layers="all")
+    torch.testing.assert_close(second(one, other), second(one) + second(other) - second(), rtol=0, atol=1e-5)
+    assert (second(one) - second(other)).abs().max() > 1e-3
+
+
 @dataclass(frozen=True, kw_only=True)
 class Halves(Canvas):
     """The left and the right half, each with a prompt of its own, which nothing blends."""
