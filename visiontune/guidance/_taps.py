@@ -44,19 +44,19 @@ def replaced(modules: Mapping[str, nn.Module], make: Callable[[str, Forward], Fo
 def attending(
     layers: Mapping[str, nn.Module], term: str, attend: Callable[[str], Attention]
 ) -> Iterator[Callable[[], None]]:
-    """In the block, the attention of each layer is `attend(name)`; gives a check that all layers were reached.
+    """In the block, the attention of each layer is `attend(name)`; gives a check that it was so in all that ran.
 
     Raises:
         UserError: by the check, where a layer computed its attention in another way.
     """
-    unseen = {*layers}
+    unseen: set[str] = set()
 
     def make(name: str, forward: Forward) -> Forward:
         def tapped(*args: Any, **kwargs: Any) -> Any:
             with _Attending(attend(name)) as mode:
                 found = forward(*args, **kwargs)
-            if mode.seen:
-                unseen.discard(name)
+            if not mode.seen:
+                unseen.add(name)
             return found
 
         return tapped

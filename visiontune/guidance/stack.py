@@ -47,11 +47,13 @@ class Plan:
 
     Attributes:
         levels: of noise. acting: names of the terms that act. rows: how often the network sees each picture.
+        notes: what terms say of the run as a whole.
     """
 
     levels: tuple[float, ...]
     acting: tuple[tuple[str, ...], ...]
     rows: tuple[int, ...]
+    notes: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         steps = enumerate(zip(self.levels, self.rows, self.acting, strict=True), start=1)
@@ -63,7 +65,8 @@ class Plan:
     def total(self) -> str:
         """All steps in one line."""
         names = dict.fromkeys(name for names in self.acting for name in names)
-        return f"{', '.join(names)}: the network sees each picture {sum(self.rows)} times in {len(self.rows)} steps"
+        seen = f"{', '.join(names)}: the network sees each picture {sum(self.rows)} times in {len(self.rows)} steps"
+        return "; ".join([seen, *self.notes])
 
 
 @dataclass(frozen=True)
@@ -173,6 +176,8 @@ class GuidanceStack(Guidance):
                     f"{term.name} acts at none of the steps, which stand at levels of noise from {max(levels):.3g} to "
                     f"{min(levels):.3g}: move its window, which is {list(term.window)}"
                 )
+            if levels:
+                term.note(network, levels)
 
     def plan(self, model: Any, steps: int) -> Plan:
         """What a run of a model's own sampler costs, found without one.
@@ -186,12 +191,14 @@ class GuidanceStack(Guidance):
         else:
             # The share of tokens that are masked; see `visiontune.diffusion.unmask`.
             levels = [math.cos(math.pi / 2 * i / steps) for i in range(steps)]
-        self.check(Network.of_model(model), levels)
-        run = Run(model=model, levels=levels)
+        network, run = Network.of_model(model), Run(model=model, levels=levels)
+        self.check(network, levels)
+        notes = (term.note(network, levels) for term in self.terms if not term.idle)
         return Plan(
             levels=tuple(levels),
             acting=tuple(tuple(term.name for term in self.terms if term.acts([level])) for level in levels),
             rows=tuple(0 if self.is_lost([level], run) else self._rows(level) for level in levels),
+            notes=tuple(filter(None, notes)),
         )
 
     def _rows(self, level: float) -> int:
@@ -237,10 +244,10 @@ class GuidanceStack(Guidance):
         if canvas is None:
             return self._combined(sides, point, levels)
         at = point(canvas)
-        found = [
-            self._combined(sides.of(part), _within(point, part, i), levels)[0]
-            for i, part in enumerate(canvas.parts(at))
-        ]
+        found = []
+        for i, part in enumerate(canvas.parts(at)):
+            inside = _within(point, part, i)
+            found.append(self._combined(sides.of(part, inside), inside, levels)[0])
         return canvas.blend(found, at), at.x.new_zeros(())
 
     def _combined(self, sides: Sides, point: Callable[[Term], Point], levels: Sequence[float]) -> tuple[Tensor, Tensor]:
@@ -266,6 +273,12 @@ class GuidanceStack(Guidance):
             if isinstance(term, Control) and term.acts(levels):
                 p = term.control(p, c, term.amount(levels, c))
         return p, added
+
+    def side(self, term: Perturbed) -> str:
+        """What the calls of a perturbation are to terms that shape the network; see `Shaping.shaping`."""
+        twins = [id(other) for other in self.terms if isinstance(other, Perturbed) and other.name == term.name]
+        number = twins.index(id(term)) + 1
+        return term.name if number == 1 else f"{term.name} {number}"
 
     @property
     def edits(self) -> tuple[Edit, ...]:
