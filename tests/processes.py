@@ -53,10 +53,21 @@ def ranks(world: int, work: Callable[[int], object]) -> list[int]:
             if world > 1:
                 os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world)}
                 os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-            work(rank)
-            os._exit(0)
+            os._exit(_exit_code(work, rank))
         children.append(child)
     return [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+
+
+def _exit_code(work: Callable[[int], object], rank: int) -> int:
+    """What a process that does nothing but its work would end with."""
+    try:
+        work(rank)
+    except SystemExit as ended:
+        return int(ended.code or 0)
+    except BaseException:
+        traceback.print_exc()
+        return 1
+    return 0
 
 
 @functools.cache

@@ -25,7 +25,9 @@ class Config(Base):
     scale: float = option(least=-1000, greatest=1000, help="w; 1 is none and costs nothing")
     eta: float = option(0.0, least=-10, greatest=10, help="how much of the step along the prompt's prediction is kept")
     momentum: float = option(-0.5, above=-1, below=1, help="b, of earlier steps; 0 makes every step stand alone")
-    threshold: float | None = option(15.0, above=0, help="r, the longest step in the norm of the latents; null for any")
+    threshold: float | None = option(
+        15.0, above=0, greatest=1e9, help="r, the longest step in the norm of the latents; null for any"
+    )
 
     @property
     def remembers(self) -> bool:

@@ -55,7 +55,7 @@ class Config(Shaping):
 
     scale: float = option(2.0, least=1, greatest=1000, help="period: of so many steps, one is computed in full")
     first: float = option(0.1, least=0, greatest=1, help="share of the steps, the first ones, all computed in full")
-    layers: str | list[int | str] = option(
+    layers: str | list[str] = option(
         "inner",
         help="what is inherited: inner (all but the first layer down and the last one up), deep (all but the outermost "
         "stages), mid, or patterns of the names of modules (up_blocks.1, *.attn2)",

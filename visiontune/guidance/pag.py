@@ -27,7 +27,7 @@ class Config(Perturbed):
     """Perturbed attention, in one more call."""
 
     scale: float = option(3.0, least=-1000, greatest=1000, help="s of p + s (c - worse)")
-    layers: str | list[int | str] = option(
+    layers: str | list[str] = option(
         "mid", help="mid, all, numbers of blocks, or patterns of the names of attention layers (down_blocks.*)"
     )
 

@@ -29,8 +29,10 @@ class Config(Perturbed):
     """Blurred attention, in one more call."""
 
     scale: float = option(3.0, least=-1000, greatest=1000, help="s of p + s (c - worse)")
-    sigma: float | None = option(None, above=0, help="deviation of the blur in tokens; null for the mean query")
-    layers: str | list[int | str] = option(
+    sigma: float | None = option(
+        None, above=0, greatest=1e6, help="deviation of the blur in tokens; null for the mean query"
+    )
+    layers: str | list[str] = option(
         "mid", help="mid, all, numbers of blocks, or patterns of the names of attention layers (down_blocks.*)"
     )
 

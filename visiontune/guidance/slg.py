@@ -22,7 +22,7 @@ class Config(Perturbed):
     """Skipped blocks, in one more call."""
 
     scale: float = option(2.8, least=-1000, greatest=1000, help="s of p + s (c - worse)")
-    layers: str | list[int | str] = option(
+    layers: str | list[str] = option(
         "mid", help="mid, all, numbers of blocks ([7, 8, 9]), or patterns of the names of blocks"
     )
 

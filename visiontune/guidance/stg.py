@@ -29,7 +29,7 @@ class Config(Perturbed):
     skip: Literal["attention", "residual"] = option(
         "attention", help="attention: each token gets its own value (STG-A); residual: blocks do nothing (STG-R)"
     )
-    layers: str | list[int | str] = option(
+    layers: str | list[str] = option(
         "mid", help="mid, all, numbers of blocks, or patterns of the names of attention layers, or of blocks"
     )
 
