@@ -10,6 +10,7 @@ terms edit latents, the sampler's `step` is replaced, too.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -48,7 +49,12 @@ def attached(stack: GuidanceStack, network: Network, pipe: Any, model: Any) -> I
     def make(name: str, forward: Forward) -> Forward:
         guide = _Guide(stack, network, pipe, model, forward)
         guides.append(guide)
-        return lambda *args, **kwargs: forward(*args, **kwargs) if guide.own else guide(bound(forward, args, kwargs))
+
+        @functools.wraps(forward)  # its signature, for calls of a term's own
+        def called(*args: Any, **kwargs: Any) -> Any:
+            return forward(*args, **kwargs) if guide.own else guide(bound(forward, args, kwargs))
+
+        return called
 
     if denoiser in _guided:
         raise UserError("a stack is attached to this pipeline already: put the terms of both into one")

@@ -44,19 +44,19 @@ def replaced(modules: Mapping[str, nn.Module], make: Callable[[str, Forward], Fo
 def attending(
     layers: Mapping[str, nn.Module], term: str, attend: Callable[[str], Attention]
 ) -> Iterator[Callable[[], None]]:
-    """In the block, the attention of each layer is `attend(name)`; gives a check that all layers were reached.
+    """In the block, the attention of each layer is `attend(name)`; gives a check that it was so in all that ran.
 
     Raises:
         UserError: by the check, where a layer computed its attention in another way.
     """
-    unseen = {*layers}
+    unseen: set[str] = set()
 
     def make(name: str, forward: Forward) -> Forward:
         def tapped(*args: Any, **kwargs: Any) -> Any:
             with _Attending(attend(name)) as mode:
                 found = forward(*args, **kwargs)
-            if mode.seen:
-                unseen.discard(name)
+            if not mode.seen:
+                unseen.add(name)
             return found
 
         return tapped
@@ -161,3 +161,18 @@ class _Part:
 def bound(forward: Forward, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
     """The arguments of a call by name."""
     return dict(inspect.signature(forward).bind(*args, **kwargs).arguments)
+
+
+@contextmanager
+def noted(denoiser: nn.Module, arguments: dict[str, Any]) -> Iterator[None]:
+    """In the block, calls of the denoiser leave what they were given in `arguments`."""
+
+    def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        arguments.clear()
+        arguments.update(bound(module.forward, args, kwargs))
+
+    handle = denoiser.register_forward_pre_hook(note, with_kwargs=True)
+    try:
+        yield
+    finally:
+        handle.remove()

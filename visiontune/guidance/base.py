@@ -173,6 +173,14 @@ class Term:
     def check(self, network: Network) -> None:
         """Refuse a network that it cannot guide: UserError naming it and the mend."""
 
+    def note(self, network: Network, levels: Sequence[float]) -> str:
+        """What a plan says of a run at these levels besides its calls; empty where that is all.
+
+        Raises:
+            UserError: it does nothing in such a run.
+        """
+        return ""
+
 
 class Told(Term):
     """A term whose strength the network is told, as `extra["guidance"]` [b]; one at most in a stack."""
@@ -257,7 +265,13 @@ class Part:
 
 
 class Edit(Term, ABC):
-    """A term that changes the latents where a step starts, the first one too, and at the end."""
+    """A term that changes the latents where a step starts, the first one too, and at the end.
+
+    Attributes:
+        STARTS: whether it says where a run starts; one at most in a stack does.
+    """
+
+    STARTS: ClassVar[bool] = False
 
     @property
     def remembers(self) -> bool:
@@ -269,7 +283,7 @@ class Edit(Term, ABC):
         """The latents x [b, ...] of the point, changed; at the end of a run its t is -1, and its levels are 0."""
 
     def overwrites(self, start: float) -> bool:
-        """Whether nothing is left of where a step from this level leads, so that it need not be predicted."""
+        """Whether nothing is left of where a step from this level leads, once the term acts at a later one."""
         return False
 
 

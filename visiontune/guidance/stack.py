@@ -47,11 +47,13 @@ class Plan:
 
     Attributes:
         levels: of noise. acting: names of the terms that act. rows: how often the network sees each picture.
+        notes: what terms say of the run as a whole.
     """
 
     levels: tuple[float, ...]
     acting: tuple[tuple[str, ...], ...]
     rows: tuple[int, ...]
+    notes: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         steps = enumerate(zip(self.levels, self.rows, self.acting, strict=True), start=1)
@@ -63,7 +65,8 @@ class Plan:
     def total(self) -> str:
         """All steps in one line."""
         names = dict.fromkeys(name for names in self.acting for name in names)
-        return f"{', '.join(names)}: the network sees each picture {sum(self.rows)} times in {len(self.rows)} steps"
+        seen = f"{', '.join(names)}: the network sees each picture {sum(self.rows)} times in {len(self.rows)} steps"
+        return "; ".join([seen, *self.notes])
 
 
 @dataclass(frozen=True)
@@ -87,9 +90,8 @@ class GuidanceStack(Guidance):
             (Canvas, "say what the canvas is made of"),
         )
         for kind, what in once:
-            names = [term.name for term in self.terms if isinstance(term, kind)]
-            if len(names) > 1:
-                raise UserError(f"{' and '.join(names)} both {what}: leave one out")
+            _one_of([term for term in self.terms if isinstance(term, kind)], what)
+        _one_of([term for term in self.edits if term.STARTS], "say where a run starts")
 
     @staticmethod
     def of(specs: Sequence[str | Mapping[str, Any]], path: str = "guidance") -> GuidanceStack:
@@ -173,6 +175,8 @@ class GuidanceStack(Guidance):
                     f"{term.name} acts at none of the steps, which stand at levels of noise from {max(levels):.3g} to "
                     f"{min(levels):.3g}: move its window, which is {list(term.window)}"
                 )
+            if levels:
+                term.note(network, levels)
 
     def plan(self, model: Any, steps: int) -> Plan:
         """What a run of a model's own sampler costs, found without one.
@@ -186,12 +190,14 @@ class GuidanceStack(Guidance):
         else:
             # The share of tokens that are masked; see `visiontune.diffusion.unmask`.
             levels = [math.cos(math.pi / 2 * i / steps) for i in range(steps)]
-        self.check(Network.of_model(model), levels)
-        run = Run(model=model, levels=levels)
+        network, run = Network.of_model(model), Run(model=model, levels=levels)
+        self.check(network, levels)
+        notes = (term.note(network, levels) for term in self.terms if not term.idle)
         return Plan(
             levels=tuple(levels),
             acting=tuple(tuple(term.name for term in self.terms if term.acts([level])) for level in levels),
             rows=tuple(0 if self.is_lost([level], run) else self._rows(level) for level in levels),
+            notes=tuple(filter(None, notes)),
         )
 
     def _rows(self, level: float) -> int:
@@ -287,7 +293,10 @@ class GuidanceStack(Guidance):
     def is_lost(self, levels: Sequence[float], run: Run) -> bool:
         """Whether nothing will be left of what is predicted at the levels, since an edit overwrites it."""
         after = run.after(levels[0]) if len({*levels}) == 1 else None
-        return after is not None and any(term.acts([after]) and term.overwrites(levels[0]) for term in self.edits)
+        if after is None:
+            return False
+        later = [level for level in (*run.levels, 0.0) if level <= after]
+        return any(term.acts(later) and term.overwrites(levels[0]) for term in self.edits)
 
 
 def guidance_of(model: Any, options: Any) -> Guidance:
@@ -299,6 +308,11 @@ def guidance_of(model: Any, options: Any) -> Guidance:
     own: Guidance = model.guidance(options.cfg_scale)
     stack = GuidanceStack.of_options(options)
     return own if stack is None else stack.over(own)
+
+
+def _one_of(terms: Sequence[Term], what: str) -> None:
+    if len(terms) > 1:
+        raise UserError(f"{' and '.join(term.name for term in terms)} both {what}: leave one out")
 
 
 def _within(point: Callable[[Term], Point], part: Part, i: int) -> Callable[[Term], Point]:
