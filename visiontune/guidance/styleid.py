@@ -51,6 +51,9 @@ class Config(Edit, Shaping):
     gamma: float = option(
         0.75, least=0, greatest=1, help="how much of the content's queries there is; less, more style"
     )
+    adain: float = option(
+        1.0, least=0, greatest=1, help="how far mean and deviation of the noise's channels go over to the style's"
+    )
     temperature: float = option(1.5, above=0, greatest=100, help="T, by which logits of attention are multiplied")
     layers: str | list[int | str] = option(
         "late", help="late, mid, all, numbers of blocks, or patterns of the names of attention layers (up_blocks.2)"
@@ -70,7 +73,7 @@ class Config(Edit, Shaping):
         )
         content, style = self._inverted(kept, point).split(1)
         point.memory["kept"] = kept
-        return restyled(content, style, self.scale).to(x).repeat(len(x), *(1,) * (x.ndim - 1))
+        return restyled(content, style, self.adain).to(x).repeat(len(x), *(1,) * (x.ndim - 1))
 
     def overwrites(self, start: float) -> bool:
         # What comes before it acts, since then the content takes its place.
