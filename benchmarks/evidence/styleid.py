@@ -2,7 +2,7 @@
 
     python benchmarks/evidence/styleid.py
 
-Writes ``styleid.png`` (the style, then one scene a column; one setting a row) and ``styleid.json`` into
+Writes ``styleid.png`` (the style, then the first scenes, one a column; one setting a row) and ``styleid.json`` into
 ``samples/guidance``: how many pictures show the scene's objects, by shape and by shape and colour, how many stand on
 the style's tone and texture, and how far latents are from the style's in mean and deviation of a channel.
 """
@@ -26,16 +26,18 @@ from visiontune.guidance.stack import GuidanceStack
 from visiontune.models import load
 from visiontune.ops.pixels import to_tensor
 from visiontune.pocket import oracle
-from visiontune.pocket.scenes import stream
+from visiontune.pocket.scenes import caption, stream
 from visiontune.pocket.world import Scene, render
 
 OUT = Path(__file__).parents[2] / "samples/guidance"
-STEPS = 15
+STEPS, SHOWN = 15, 7
 # Of each row the scale of CFG, and the options of the term. Prompts name the objects and no ground.
 ROWS: dict[str, tuple[float, dict[str, float]] | None] = {
     "the scenes": None,
     "prompts, next to no style": (4.0, {"scale": 1e-6, "adain": 0.0}),
+    "prompts, scale 0.25": (4.0, {"scale": 0.25}),
     "prompts, scale 0.5": (4.0, {"scale": 0.5}),
+    "prompts, scale 1": (4.0, {}),
     "no prompts, scale 1": (1.0, {}),
 }
 
@@ -46,8 +48,8 @@ def contents(count: int) -> list[Scene]:
 
 
 def named(scene: Scene) -> str:
-    """A prompt of the scene's objects."""
-    return " and ".join(f"a {thing.color} {thing.shape}" for thing in scene.things)
+    """The scene's caption without its ground."""
+    return caption(scene, np.random.default_rng(0), detail=1).partition(" on a ")[0]
 
 
 def drawn(model: Any, scene: Scene, style: np.ndarray, scale: float, options: dict[str, float]) -> np.ndarray:
@@ -83,21 +85,22 @@ def scores(model: Any, pictures: list[np.ndarray], scenes: list[Scene], style: S
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--count", type=int, default=6)
+    parser.add_argument("--count", type=int, default=16)
     args = parser.parse_args()
     model, scenes = load("pocket/sd"), contents(args.count)
     style = replace(next(stream(11))[0], tone="dark", texture="striped")
     grid, found = [], {}
     for name, setting in ROWS.items():
         pictures = [render(one) if setting is None else drawn(model, one, render(style), *setting) for one in scenes]
-        grid.append(np.concatenate([render(style), *pictures], axis=1))
+        grid.append(np.concatenate([render(style), *pictures[:SHOWN]], axis=1))
         found[name] = {key: round(value, 3) for key, value in scores(model, pictures, scenes, style).items()}
         print(name, found[name], flush=True)
     OUT.mkdir(parents=True, exist_ok=True)
     whole = Image.fromarray(np.concatenate(grid))
     whole.resize((2 * whole.width, 2 * whole.height), Image.Resampling.NEAREST).save(OUT / "styleid.png")
     write_json(
-        OUT / "styleid.json", {"command": "python benchmarks/evidence/styleid.py", "steps": STEPS, "rows": found}
+        OUT / "styleid.json",
+        {"command": "python benchmarks/evidence/styleid.py", "steps": STEPS, "scenes": args.count, "rows": found},
     )
 
 

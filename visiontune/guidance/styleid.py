@@ -90,8 +90,8 @@ class Config(Edit, Shaping):
 
         def attend(name: str) -> Attention:
             def injected(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, **call: Any) -> Tensor:
-                given = self._injected((q, k, v), stored[name], network.words(name, arguments))
-                found = scaled_dot_product_attention(*given, attn_mask=mask, **call)
+                q_s, k_s, v_s = self._injected((q, k, v), stored[name], network.words(name, arguments))
+                found = scaled_dot_product_attention(q_s, k_s, v_s, attn_mask=mask, **call)
                 if share == 1:
                     return found
                 return scaled_dot_product_attention(q, k, v, attn_mask=mask, **call).lerp(found, share)
