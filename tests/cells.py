@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import io
-from collections.abc import Iterator
 from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import Any
@@ -47,6 +46,8 @@ SMALL = {
     "timestep_count": 1,
     "updates": 1,
 }
+# And of these an adapter that looks at the task, which takes minutes by default.
+GLANCE = {"batches": 2, "proxy_steps": 3, "points": 2, "search_steps": 3}
 SEEN = Request(prompt="a red circle", seed=1)
 
 
@@ -62,37 +63,44 @@ class Cell:
         return "-".join(astuple(self))
 
 
+_model = functools.cache(tiny_model)
+
+
 @functools.cache
 def refusal(objective: str, family: str) -> str | None:
     """Why an objective does not take a family, if it does not."""
     module = plugin.load("objectives", objective)
     try:
-        module.build(module.Config()).check(tiny_model(family), load_reward("redness"))
+        module.build(module.Config()).check(_model(family), load_reward("redness"))
     except UserError as error:
         return str(error)
     return None
 
 
+@functools.cache
 def online(objective: str) -> bool:
     """Whether an objective has no data, at which some adapters look before training."""
     module = plugin.load("objectives", objective)
     return module.build(module.Config()).needs.online
 
 
-def covering() -> Iterator[Cell]:
+@functools.cache
+def covering() -> tuple[Cell, ...]:
     """Few cells in which every two of an adapter, an objective and a family that takes it meet.
 
     Adapters that look at data first meet objectives without data on one family, and those with data on all others.
     """
+    cells = []
     for j, family in enumerate(FAMILIES):
         taken = [name for name in plugin.names("objectives") if refusal(name, family) is None]
         for i, adapter in enumerate(plugin.names("adapters")):
             looks = declared()[adapter].looks
             fit = [name for name in taken if not (looks and online(name))]
             if fit:
-                yield Cell(adapter, fit[(i + j) % len(fit)], family)
+                cells.append(Cell(adapter, fit[(i + j) % len(fit)], family))
             if looks and (family == PLAIN or not fit):
-                yield from (Cell(adapter, name, family) for name in taken if online(name))
+                cells += (Cell(adapter, name, family) for name in taken if online(name))
+    return tuple(cells)
 
 
 def recipe(cell: Cell, shop: Workshop) -> dict[str, Any]:
@@ -108,13 +116,15 @@ def recipe(cell: Cell, shop: Workshop) -> dict[str, Any]:
         root = shop.pairs if "rejected" in needs.columns else shop.photos
         about = {"data": {"root": str(root), "class_noun": "circle"}}
     chosen = method.options if method.plan_options is None else method.plan_options
+    known = plugin.load("adapters", cell.adapter).Config.__dataclass_fields__
+    glance = {key: value for key, value in GLANCE.items() if key in known}
     return {
         "verb": "train",
         "description": "a cell",
         "name": str(cell),
         "model": str(shop.model),
         "out": str(shop.folder / "runs"),
-        "adapter": {"name": cell.adapter, "targets": "attention", **chosen},
+        "adapter": {"name": cell.adapter, "targets": "attention", **glance, **chosen},
         "objective": objective,
         **about,
         "preview": {"prompts": []},

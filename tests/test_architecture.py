@@ -67,11 +67,13 @@ LIGHT = {*GROUND, "__init__", "config", "assemble", "cli", "data.base", "trainin
 HEAVY = {"torch", "torchvision", "numpy", "scipy", "PIL", "diffusers", "transformers", "accelerate", "datasets"}
 
 
+FILES = sorted(f for f in PACKAGE.rglob("*.py") if "_catalogue" not in f.parts)
+
+
 @functools.cache
 def modules() -> list[tuple[str, ast.Module]]:
     """Every module's name within the package and its syntax tree."""
-    files = sorted(f for f in PACKAGE.rglob("*.py") if "_catalogue" not in f.parts)
-    return [(_name(f), ast.parse(f.read_text(encoding="utf-8"))) for f in files]
+    return [(_name(f), ast.parse(f.read_text(encoding="utf-8"))) for f in FILES]
 
 
 def _name(file: Path) -> str:
@@ -189,7 +191,7 @@ def test_tests_mirror_the_package():
     assert folders - {"contracts", "benchmarks", "families"} <= {f.name for f in PACKAGE.iterdir() if f.is_dir()}
 
 
-@pytest.mark.parametrize("name", [n for n, _ in modules() if not n.startswith(("assets", "__main__"))])
+@pytest.mark.parametrize("name", [n for n in map(_name, FILES) if not n.startswith(("assets", "__main__"))])
 def test_every_module_imports_and_says_what_it_is(name):
     module = importlib.import_module(f"visiontune.{name}" if name != "__init__" else "visiontune")
     empty_package = not Path(str(module.__file__)).read_text(encoding="utf-8").strip()

@@ -34,6 +34,9 @@ def test_a_method_is_a_file_with_a_config_that_is_no_base(tmp_path, monkeypatch)
     (tmp_path / "kind" / "alias.py").write_text("from other import Config as Other\nConfig = Other\n")
     (tmp_path / "kind" / "helper.py").write_text("class Configuration: ...\n")
     assert plugin.names("kind") == ["alias", "good"]
+    for name in ("_private", "base", "helper", "nothing", "sub/good"):
+        with pytest.raises(UserError, match=f"'{name}' is not one of the kind; "):
+            plugin.load("kind", name)
 
 
 @pytest.mark.parametrize("kind", ["adapters", "objectives", "rewards"])

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
-from tiny import SIZE, save_tiny
+from tiny import SIZE, save_tiny, tiny_model
 
 from visiontune import assemble, models
 from visiontune.config import load_run
@@ -38,14 +38,15 @@ class Workshop:
         """The photos, each beside one that is liked less."""
         return self._photos("pairs", "rejected")
 
-    @property
+    @functools.cached_property
     def noisy(self) -> str:
         """Dynamics that have noise to score."""
         flow = self.open().schedule.prediction == "flow"
         return "{name: flow-sde, eta: 0.7}" if flow else "{name: ddim, eta: 1.0}"
 
     def open(self, folder: Path | None = None):
-        return models.load(str(folder or self.model))
+        """A model of this family that was saved, or a copy of this one's, as it lies in its folder."""
+        return models.load(str(folder)) if folder else tiny_model(self.family, str(self.model))
 
     def trainer(self, recipe: str, name: str, *more: str):
         common = ["train.trackers=[]", "train.device=cpu", "train.precision=no", "train.checkpoint_every=1"]

@@ -13,6 +13,7 @@ import functools
 import importlib
 import importlib.util
 import inspect
+import os
 import re
 import sys
 import traceback
@@ -35,13 +36,12 @@ _DEFINES_CONFIG = re.compile(r"^(class Config\b|Config\b.*=)", re.MULTILINE)
 
 def names(kind: str) -> list[str]:
     """The methods of a kind, sorted: the files that define a ``Config``. Nothing is imported."""
-    return sorted(
-        file.stem
-        for file in (_PACKAGE / kind).glob("*.py")
-        if not file.stem.startswith("_")
-        and file.stem not in _NOT_METHODS
-        and _DEFINES_CONFIG.search(file.read_text(encoding="utf-8"))
-    )
+    return sorted(file.stem for file in (_PACKAGE / kind).glob("*.py") if _is_method(file))
+
+
+def _is_method(file: Path) -> bool:
+    hidden = file.stem.startswith("_") or file.stem in _NOT_METHODS
+    return not hidden and bool(_DEFINES_CONFIG.search(file.read_text(encoding="utf-8")))
 
 
 def load(kind: str, name: str) -> ModuleType:
@@ -53,7 +53,9 @@ def load(kind: str, name: str) -> ModuleType:
     if name.endswith(".py"):
         return _load_file(name)
     if "." not in name:
-        if name not in names(kind):
+        # Only the one file is read: whatever is made by name comes through here.
+        folder, file = _PACKAGE / kind, f"{name}.py"
+        if file not in os.listdir(folder) or not _is_method(folder / file):
             raise UserError(f"'{name}' is not one of the {kind}{schema.nearest(name, names(kind))}")
         return _import(f"visiontune.{kind}.{name}")
     # An installed command does not see the working folder as `python -m` does, and users' plug-ins live there.

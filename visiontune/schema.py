@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 import json
 import types
 import typing
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import MISSING
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union
@@ -91,13 +92,17 @@ def from_mapping(cls: type[T], data: Any, path: str = "") -> T:
     for name, field in fields.items():
         if name not in data and field.default is MISSING and field.default_factory is MISSING:
             raise UserError(f"{_join(path, name)} is missing: {field.metadata.get('help', 'it has no default')}")
-    hints = typing.get_type_hints(cls)
+    hints = _hints(cls)
     values = {key: convert(hints[key], value, _join(path, key), limits(fields[key])) for key, value in data.items()}
     try:
         return cls(**values)
     except (ValueError, UserError) as error:
         where = path or label(cls)
         raise UserError(str(error) if str(error).startswith(where) else f"{where}: {error}") from error
+
+
+# Annotations are texts, and each is compiled anew whenever it is asked for.
+_hints: Callable[[Any], dict[str, Any]] = functools.cache(typing.get_type_hints)
 
 
 def limits(field: dataclasses.Field[Any]) -> Range:
@@ -281,7 +286,7 @@ def _allowed(kind: type, within: Range) -> str:
 
 def describe(cls: type) -> list[tuple[str, str, str, str]]:
     """One row ``(name, type and range, default, help)`` for each option of a dataclass; ``required`` has no default."""
-    hints, rows = typing.get_type_hints(cls), []
+    hints, rows = _hints(cls), []
     for field in dataclasses.fields(cls):
         value = field.default if field.default_factory is MISSING else field.default_factory()
         default = "required" if value is MISSING else _written(value)

@@ -8,7 +8,7 @@ matching with logit-normal times (Esser et al., 2024, arXiv 2403.03206). Scenes 
 for their relation and seen through the same noise; a part of the single objects has a second colour and a pattern, as
 the subjects of fine-tuning will. A transformer learns shapes from a flow alone very slowly: a head that is thrown away
 afterwards has the middle of it say which shape and which colour stands on every patch. There is no T5, and no zeros
-stand for it; in the last part one step in twelve has the 256 which the stock pipeline puts there unless it is told
+stand for it; in the last part one step in eight has the 256 which the stock pipeline puts there unless it is told
 otherwise, so that it draws well either way. Run it again to go on after an interruption. The finished pipeline lands
 in ``<out>/model``.
 """
@@ -35,7 +35,7 @@ from visiontune.pocket.scenes import stream
 from visiontune.pocket.world import COLORS
 from visiontune.training.pretrain import fit
 
-ZEROS, EVERY = 256, 12  # of T5 in the stock pipeline, and how often they are seen in the last part
+ZEROS, EVERY = 256, 8  # of T5 in the stock pipeline, and how often they are seen in the last part
 KINDS = {"one": 0.4, "two": 0.4, "many": 0.1, "three": 0.1}
 PATTERNS = 0.35
 HEADS, HEAD, LAYERS = 5, 32, 8
@@ -90,11 +90,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("runs/pretrain/flow"))
     parser.add_argument("--scenes", type=int, default=50_000)
-    parser.add_argument("--steps", type=int, default=5500)
+    parser.add_argument("--steps", type=int, default=8000)
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--naming-from", type=int, default=1000, help="step up to which the flow alone is taught")
-    parser.add_argument("--zeros-from", type=int, default=4600, help="step up to which no zeros stand for a T5")
+    parser.add_argument("--zeros-from", type=int, default=6800, help="step up to which no zeros stand for a T5")
     parser.add_argument("--probe-every", type=int, default=500)
     args = parser.parse_args()
     torch.manual_seed(0)

@@ -125,9 +125,10 @@ def test_the_recipe_trains_on_codes(tmp_path) -> None:
     pytest.importorskip("bitsandbytes")
     from visiontune.estimate import measure
 
-    run = config.load_run("personalise/lq_lora", [f"out={tmp_path}"])
+    words = ["train.batch_size=1", f"out={tmp_path}"]
+    run = config.load_run("personalise/lq_lora", words)
     assert (run.model.quantize, run.model.quantize_rank) == ("nf4", run.adapter["rank"])
-    less = measure(config.load_run("personalise/lq_lora", ["model.quantize_rank=0", f"out={tmp_path}"]))
+    less = measure(config.load_run("personalise/lq_lora", ["model.quantize_rank=0", *words]))
     cost = measure(run)
     assert cost.trained == less.trained
     assert cost.parameter_bytes > less.parameter_bytes

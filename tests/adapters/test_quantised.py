@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from visiontune import config, models, plugin
 from visiontune.adapters import attach, attached, load
 from visiontune.adapters._quantised import dequantised, error_of, is_quantised
 from visiontune.errors import UserError
+from visiontune.estimate import measure
 from visiontune.models._quantise import quantise
 
 pytestmark = [
@@ -181,20 +183,24 @@ def test_a_model_opens_quantised(kind) -> None:
     assert 0 < (a - b).norm() < {"int8": 0.05, "fp8": 0.15, "nf4": 0.3}[kind] * a.norm()
 
 
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """What the recipe of a method costs on plain weights."""
+    words = ["train.batch_size=1", f"out={tmp_path_factory.mktemp('whole')}"]
+    return functools.cache(lambda method: measure(config.load_run(f"personalise/{method}", words)))
+
+
 @pytest.mark.parametrize("kind", ["int8", "nf4"])
 @pytest.mark.parametrize("method", ["lora", "oft"])
-def test_a_recipe_trains_on_codes(kind, method, tmp_path) -> None:
+def test_a_recipe_trains_on_codes(kind, method, whole, tmp_path) -> None:
     pytest.importorskip("bitsandbytes" if kind == "nf4" else "torchao")
-    from visiontune.estimate import measure
-
-    words = [f"model.quantize={kind}", f"out={tmp_path}"]
+    words = [f"model.quantize={kind}", "train.batch_size=1", f"out={tmp_path}"]
     run = config.load_run(f"personalise/{method}", words)
     assert run.model.quantize == kind
-    cost = measure(run)
-    whole = measure(config.load_run(f"personalise/{method}", [word for word in words if "quantize" not in word]))
-    assert cost.layers == whole.layers
-    assert cost.trained == whole.trained
-    assert cost.parameter_bytes < whole.parameter_bytes
+    cost, plain = measure(run), whole(method)
+    assert cost.layers == plain.layers
+    assert cost.trained == plain.trained
+    assert cost.parameter_bytes < plain.parameter_bytes
 
 
 def test_refusals(monkeypatch) -> None:

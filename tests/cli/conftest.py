@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +13,7 @@ from PIL import Image
 from tiny import save_tiny
 
 from visiontune.cli.main import main
+from visiontune.evaluation import kept
 
 
 @dataclass
@@ -68,6 +70,12 @@ train: {{steps: 2, batch_size: 1, checkpoint_every: 1, trackers: [], device: cpu
 """
     )
     return path
+
+
+@pytest.fixture
+def glance(monkeypatch) -> None:
+    """Have a CLIP judge by three ordinary pictures of two steps, unless it is told more."""
+    monkeypatch.setattr(kept, "Likeness", functools.partial(kept.Likeness, ordinary=3, steps=2, seeds=1))
 
 
 @pytest.fixture

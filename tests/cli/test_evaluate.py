@@ -7,6 +7,8 @@ import pytest
 import yaml
 from safetensors.torch import load_file
 
+pytestmark = pytest.mark.usefixtures("glance")
+
 
 def test_a_run_is_judged_at_its_checkpoints_and_strengths(cli, recipe):
     assert cli("train", recipe, "train.checkpoint_every=1", "train.steps=2", "train.lr=1e-2").code == 0

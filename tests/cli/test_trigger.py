@@ -21,6 +21,7 @@ def rows(path: str) -> torch.Tensor:
     return found
 
 
+@pytest.mark.usefixtures("glance")
 @pytest.mark.parametrize("parts", ["[denoiser, trigger]", "[denoiser, text, trigger]"])
 def test_the_word_is_learnt_at_its_own_rate_and_prompts_without_it_stay(cli, recipe, parts):
     checked = cli("check", recipe, f"train.parts={parts}", *OPTIONS)

@@ -62,10 +62,15 @@ def test_data_and_prior_pictures_train_an_adapter_of_every_part(shop, personal):
     assert moved(personal)
 
 
-@pytest.mark.parametrize("recipe", ["personalise", "grpo"])
-def test_an_interrupted_run_ends_in_the_same_bits(shop, recipe):
-    train = getattr(shop, recipe)
-    whole = load_file(train(f"{recipe}-whole").fit())
+@pytest.fixture(scope="module")
+def rewarded(shop) -> Path:
+    """The adapter of GRPO."""
+    return shop.grpo("rewarded").fit()
+
+
+@pytest.mark.parametrize(("recipe", "result"), [("personalise", "personal"), ("grpo", "rewarded")])
+def test_an_interrupted_run_ends_in_the_same_bits(shop, recipe, result, request):
+    train, whole = getattr(shop, recipe), load_file(request.getfixturevalue(result))
     interrupt(train(f"{recipe}-broken"), 1)
     broken = load_file(train(f"{recipe}-broken", "train.resume=true").fit())
     assert whole.keys() == broken.keys() and len(whole) > 4

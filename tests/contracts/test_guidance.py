@@ -27,7 +27,7 @@ from visiontune.diffusion.trajectory import Keep, Start, Window, rollout
 from visiontune.diffusion.unmask import guided_logits, unmask
 from visiontune.errors import UserError
 from visiontune.guidance._taps import replaced
-from visiontune.guidance.base import Base, Edit, Perturbed, Told
+from visiontune.guidance.base import Base, Edit, Perturbed, Shaping, Told
 from visiontune.guidance.stack import GuidanceStack
 from visiontune.models.masked import MaskedModel
 from visiontune.models.pipeline import own_generator
@@ -47,6 +47,7 @@ OPTIONS = {
     "rescale": {"scale": 0.7},
     "seg": {"sigma": 1.0},
 }
+UNETS = ("skip_tuning", "scalelong", "inherit")
 # What a term cannot do, and what it says of it.
 CANNOT = {
     ("inpaint", "amused"): "predicts tokens: take cfg",
@@ -56,14 +57,18 @@ CANNOT = {
     ("apg", "amused"): "predicts tokens: take cfg",
     ("pag", "z_image"): "has no layers: take slg",
     ("seg", "z_image"): "has no layers: take slg",
+    ("stg", "z_image"): "has no layers: take slg",
     **{("embedded", family): "carries no guidance inside" for family in FAMILIES if family != "flux"},
+    **{(name, family): "is for UNets" for name in UNETS for family in FAMILIES if family not in ("sd", "sdxl")},
 }
-# Rows that a term has the network see once in a run, however many pictures it draws.
-ONCE = {"styleid": 2 * STEPS}
+# Terms that act from step to step of a run, and say so where a prediction is of none; the last step moves little.
+STEPPING = {"inherit": "this is a step of none"}
+# Rows of each step that a term has the network see once in a run, however many pictures it draws.
+ONCE = {"styleid": 2}
 # Each term by itself where families differ, and all together where one is made and called as another.
 ALIKE = {
-    "sdxl": ("cfg", "pag", "seg", "slg", "autoguidance", "rescale", "styleid"),
-    "pixart": ("apg", "pag", "slg", "rescale", "styleid"),
+    "sdxl": ("cfg", "pag", "seg", "slg", "autoguidance", "skip_tuning", "inherit", "rescale", "styleid"),
+    "pixart": ("apg", "pag", "slg", "stg", "rescale", "styleid"),
 }
 CASES = [(family, (name,)) for family in FAMILIES if family not in ALIKE for name in plugin.names("guidance")]
 CASES += ALIKE.items()
@@ -84,9 +89,9 @@ def model(family):
 
 
 @functools.cache
-def untouched(family, guides):
+def untouched(family, guides, steps):
     """A picture of the stock pipeline as it was first drawn."""
-    return drawn(model(family), CFG(scale=3.0) if guides else NO_GUIDANCE, REQUESTS[1:])
+    return drawn(model(family), CFG(scale=3.0) if guides else NO_GUIDANCE, REQUESTS[1:], steps)
 
 
 def term_of(name, **options):
@@ -108,16 +113,16 @@ def noise_of(made, requests=REQUESTS):
     return torch.stack([torch.randn(made.latent_shape(), generator=own_generator(one)) for one in requests])
 
 
-def rolled(made, stack):
+def rolled(made, stack, steps=STEPS):
     """The pictures of a rollout, or of our own unmasking."""
     cond, uncond = made.embed(PROMPTS), made.embed(["small"] * 2, negative=True)
     with torch.no_grad():
         if isinstance(made, MaskedModel):
             rows = [own_generator(one) for one in REQUESTS]
-            found = unmask(made, cond, uncond=uncond, guidance=stack, steps=STEPS, generator=rows)
+            found = unmask(made, cond, uncond=uncond, guidance=stack, steps=steps, generator=rows)
         else:
             start = Start(latents=noise_of(made))
-            found = rollout(made, cond, uncond=uncond, guidance=stack, chain=STEPS, start=start).final
+            found = rollout(made, cond, uncond=uncond, guidance=stack, chain=steps, start=start).final
         pictures = (made.decode(found) / 2 + 0.5).clamp(0, 1)
     return pictures.permute(0, 2, 3, 1).numpy()
 
@@ -168,29 +173,30 @@ def test_terms(family, names):
             with pytest.raises(UserError, match=CANNOT[names[0], family]):
                 refused(made)
         return
+    steps = STEPS + bool(STEPPING.keys() & names)
     plain = stack_of(*(term_of(name, scale=term_of(name).NEUTRAL) for name in names))
     base = CFG(scale=3.0) if plain.contrasts else NO_GUIDANCE
-    untouched(family, plain.contrasts)
+    untouched(family, plain.contrasts, steps)
 
     # What the stock pipeline draws is what a rollout ends in, at the cost that was planned.
     with counted(made) as rows:
-        pictures = drawn(made, stack)
+        pictures = drawn(made, stack, steps=steps)
         seen = sum(rows)
         # Masked pictures are drawn one by one, so that rows are counted and not calls.
-        once = sum(ONCE.get(name, 0) for name in names)
-        assert seen == len(REQUESTS) * sum(stack.plan(made, STEPS).rows) + once
-        ours = rolled(made, stack)
+        once = steps * sum(ONCE.get(name, 0) for name in names)
+        assert seen == len(REQUESTS) * sum(stack.plan(made, steps).rows) + once
+        ours = rolled(made, stack, steps)
         assert sum(rows) == 2 * seen
     np.testing.assert_allclose(pictures, ours, rtol=0, atol=1e-5)
     # A row does not see the others.
-    alone = drawn(made, stack, REQUESTS[1:])
+    alone = drawn(made, stack, REQUESTS[1:], steps)
     np.testing.assert_allclose(alone, pictures[1:], rtol=0, atol=1e-5)
 
     # At its neutral strength nothing is called, and nothing changes by a bit.
     with counted(made) as rows:
-        neutral = drawn(made, plain, REQUESTS[1:])
-        assert sum(rows) == STEPS * (2 if plain.contrasts else 1)
-    stock = drawn(made, base, REQUESTS[1:])
+        neutral = drawn(made, plain, REQUESTS[1:], steps)
+        assert sum(rows) == steps * (2 if plain.contrasts else 1)
+    stock = drawn(made, base, REQUESTS[1:], steps)
     if names != ("cfg",):
         assert moved(made, stack, plain, alone - stock) > 1e-3
     if family != "z_image" or not plain.contrasts:
@@ -198,7 +204,7 @@ def test_terms(family, names):
     else:  # its pipeline computes c + (w - 1) (c - u)
         np.testing.assert_allclose(neutral, stock, rtol=0, atol=1e-5)
     assert state(made) == before
-    np.testing.assert_array_equal(stock, untouched(family, plain.contrasts))
+    np.testing.assert_array_equal(stock, untouched(family, plain.contrasts, steps))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -236,11 +242,10 @@ def test_a_stock_pipeline_is_guided_as_it_is_called(family):
 
 
 def pairs():
-    terms = {name: term_of(name) for name in plugin.names("guidance")}
+    names = [name for name in plugin.names("guidance") if (name, "sd") not in CANNOT and name not in STEPPING]
     # What edits latents acts between predictions.
-    terms = {name: term for name, term in terms.items() if name != "embedded" and not isinstance(term, Edit)}
-    names = list(terms)
-    for one, other in itertools.combinations(names, 2):
+    terms = {name: term for name in names if not isinstance(term := term_of(name), Edit)}
+    for one, other in itertools.combinations(terms, 2):
         if not (isinstance(terms[one], Base) and isinstance(terms[other], Base)):
             yield terms[one], terms[other]
 
@@ -254,6 +259,10 @@ def test_terms_stand_beside_each_other():
     def at(stack):
         return guided(made, x, t, cond, uncond, stack)
 
+    @functools.cache
+    def alone(*names):
+        return at(GuidanceStack([term_of(name) for name in names]))
+
     for one, other in pairs():
         stack = stack_of(one, other)
         with counted(made) as rows:
@@ -261,9 +270,19 @@ def test_terms_stand_beside_each_other():
         assert sum(rows) == stack.plan(made, STEPS).rows[0]
         # Both act: without either it is another prediction, and the order in which they are listed is none.
         for term in (one, other):
-            without = GuidanceStack([left for left in stack.terms if left is not term])
-            assert (found - at(without)).abs().max() > 1e-5
+            without = alone(*(left.name for left in stack.terms if left is not term))
+            assert (found - without).abs().max() > 1e-5
         torch.testing.assert_close(at(GuidanceStack(stack.terms[::-1])), found, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", STEPPING)
+def test_a_term_that_steps_needs_a_run(name):
+    made = model("sd")
+    given = (made, noise_of(made), torch.tensor([600, 600]), made.embed(PROMPTS), None, GuidanceStack([term_of(name)]))
+    with torch.no_grad(), pytest.raises(UserError, match=STEPPING[name]):
+        guided(*given)
+    with pytest.raises(UserError, match="no gradient"):
+        guided(*given)
 
 
 def test_the_perturbations_of_a_stack_add_up():
@@ -296,8 +315,9 @@ def test_the_perturbations_of_a_stack_add_up():
 
 @pytest.mark.parametrize("family", ["sd", "sd3"])
 def test_gradients_are_those_of_the_guided_chain(family):
-    """Step by step, with the network's own checkpoints, and as one graph, whatever perturbs the network."""
-    terms = [term for term in map(term_of, plugin.names("guidance")) if isinstance(term, Perturbed)]
+    """Step by step, with the network's own checkpoints, and as one graph, whatever perturbs or shapes the network."""
+    able = [term_of(name) for name in plugin.names("guidance") if (name, family) not in CANNOT and name not in STEPPING]
+    terms = [term for term in able if isinstance(term, Perturbed | Shaping)]
     made = model(family)
     made.denoiser.train()
     cond, start, found = made.embed(PROMPTS), Start(latents=noise_of(made)), []

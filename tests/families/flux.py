@@ -1,6 +1,7 @@
 """A FLUX.1 pipeline of a double and two single blocks, which carries guidance inside unless it is a `schnell`.
 
-Kontext brings pictures to about a megapixel, which is in its pipeline's code; here to some thousand times less.
+Kontext brings pictures to about a megapixel, and all of them prompts to 512 tokens, which is in their pipelines' code;
+here pictures to some thousand times less, and prompts to 64 tokens.
 """
 
 from __future__ import annotations
@@ -16,12 +17,15 @@ from diffusers import (
 )
 from diffusers.pipelines.flux import pipeline_flux_kontext
 from families.sd3 import WIDTH, t5_config, t5_tokenizer
-from tiny import autoencoder, clip_config, tokenizer
+from tiny import autoencoder, clip_config, set_default, tokenizer
 from transformers import CLIPTextModel, T5EncoderModel
 
 VARIANTS = ({"schnell": True}, {"edits": "kontext"}, {"edits": "fill"})
 CLASSES = {None: FluxPipeline, "kontext": FluxKontextPipeline, "fill": FluxFillPipeline}
 pipeline_flux_kontext.PREFERRED_KONTEXT_RESOLUTIONS = [(12, 20), (16, 16), (20, 12)]
+
+for kind in CLASSES.values():
+    set_default(kind.__call__, "max_sequence_length", 64)
 
 
 def pipeline(schnell: bool = False, edits: str | None = None) -> Any:

@@ -1,6 +1,7 @@
 """A FLUX.2 klein of a double and two single blocks, and a dev, whose Mistral has as many layers as are read.
 
-Their pipelines show pictures of 64 pixels a side or more, which is in their code; here of 16.
+Their pipelines show pictures of 64 pixels a side or more, and read layers up to the 27th and the 30th, which is in
+their code; here pictures of 16, and layers up to the third and the fourth.
 """
 
 from __future__ import annotations
@@ -18,14 +19,17 @@ from diffusers import (
 )
 from diffusers.pipelines.flux2.image_processor import Flux2ImageProcessor
 from families.z_image import qwen3_config
-from tiny import SIZE, chat_tokenizer
+from tiny import SIZE, chat_tokenizer, set_default
 from transformers import Mistral3Config, Mistral3ForConditionalGeneration, Qwen3ForCausalLM
 
 VARIANTS = ({"dev": True}, {"distilled": True})
 Flux2ImageProcessor.check_image_input = staticmethod(
     functools.partial(Flux2ImageProcessor.check_image_input, min_side_length=SIZE)
 )
-READ = {True: 31, False: 28}  # layers: three of them are read, up to this one
+READ = {Flux2Pipeline: (1, 2, 4), Flux2KleinPipeline: (1, 2, 3)}
+for kind, layers in READ.items():
+    for function in (kind.__call__, kind.encode_prompt):
+        set_default(function, "text_encoder_out_layers", layers)
 
 
 def pipeline(dev: bool = False, distilled: bool = False) -> Flux2Pipeline | Flux2KleinPipeline:
@@ -47,8 +51,9 @@ def pipeline(dev: bool = False, distilled: bool = False) -> Flux2Pipeline | Flux
         "tokenizer": words,
     }
     if dev:
-        return Flux2Pipeline(**parts, text_encoder=Mistral3ForConditionalGeneration(mistral_config(words)).eval())
-    encoder = Qwen3ForCausalLM(qwen3_config(words, READ[dev])).eval()
+        encoder = Mistral3ForConditionalGeneration(mistral_config(words, layers_of(Flux2Pipeline))).eval()
+        return Flux2Pipeline(**parts, text_encoder=encoder)
+    encoder = Qwen3ForCausalLM(qwen3_config(words, layers_of(Flux2KleinPipeline))).eval()
     return Flux2KleinPipeline(**parts, text_encoder=encoder, is_distilled=distilled)
 
 
@@ -66,7 +71,12 @@ def autoencoder() -> AutoencoderKLFlux2:
     return vae
 
 
-def mistral_config(words, layers: int = READ[True]) -> Mistral3Config:
+def layers_of(kind: type) -> int:
+    """Those of a text encoder: what is read is what comes before one of them."""
+    return READ[kind][-1] + 1
+
+
+def mistral_config(words, layers: int) -> Mistral3Config:
     text = {
         "model_type": "mistral",
         "hidden_size": 16,

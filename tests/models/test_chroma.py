@@ -45,7 +45,7 @@ def test_a_prompt_has_its_own_tokens_and_one_of_the_padding():
         torch.testing.assert_close(cond.tokens[row, :count], expected[0])
     assert cond.mask[1].all()
     long = model.embed(["a " * 600])
-    assert long.tokens.shape[1] == 512 and long.mask.all()
+    assert long.tokens.shape[1] == model.reader.limit == 64 and long.mask.all()
 
 
 def test_padding_reaches_neither_predictions_nor_the_stock_pipelines_pictures():

@@ -7,9 +7,6 @@ import os
 import pickle
 import shutil
 import signal
-import subprocess
-import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from processes import apart
 from tiny import save_tiny, tiny_model
 
 from visiontune import adapters
@@ -310,53 +308,12 @@ def test_bad_options(tmp_path: Path) -> None:
         generate(_config(tmp_path, tmp_path / "file"))
 
 
-# Sampling of one or two configs, slowed down, with a log of every file written and every error raised.
-_SCRIPT = """
-import json, os, sys, time
-from pathlib import Path
-from visiontune.errors import UserError
-from visiontune.sampling.sources import base_of
-from visiontune.schema import from_mapping
-from visiontune.sampling import generate as module
-from visiontune.sampling.config import SampleConfig
-
-write, rank = module.write_image, os.environ.get("RANK", "0")
-
-def log(text):
-    with Path(__file__).with_name(f"log{rank}").open("a") as file:
-        file.write(text + "\\n")
-
-def slow(path, image):
-    time.sleep(float(sys.argv[1]))
-    log(path.name)
-    return write(path, image)
-
-module.write_image = slow
-for options in sys.argv[2:]:
-    try:
-        module.generate(from_mapping(SampleConfig, json.loads(options)))
-    except UserError as error:
-        log(str(error))
-"""
-
-
-def _command(processes: int, script: Path, pause: float, *configs: SampleConfig) -> list[str]:
-    script.write_text(_SCRIPT)
-    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-    options = [json.dumps(vars(config)) for config in configs]
-    return [sys.executable, *(launch if processes > 1 else []), str(script), str(pause), *options]
-
-
-_ENV = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(module.__file__).parents[2])}
-
-
 def test_two_processes_leave_no_gap_no_duplicate_and_the_same_bits(folder: Path, tmp_path: Path) -> None:
     # Batches of two give three batches: rank 0 has two of them, rank 1 one.
     one, two = tmp_path / "one", tmp_path / "two"
     generate(_config(folder, one, batch_size=2))
-    config, changed = _config(folder, two, batch_size=2), _config(folder, two, batch_size=2, steps=3)
-    command = _command(2, tmp_path / "run.py", 0.0, config, changed)
-    subprocess.run(command, env=_ENV, check=True, timeout=280, capture_output=True)
+    configs = (_config(folder, two, batch_size=2), _config(folder, two, batch_size=2, steps=3))
+    assert apart("sampling.generate_worker:two", tmp_path, *(json.dumps(vars(c)) for c in configs)) == [0, 0]
     assert _bytes(two) == _bytes(one)
     logs = [(tmp_path / f"log{rank}").read_text().splitlines() for rank in range(2)]
     names = [row["file"] for row in _rows(one)]
@@ -368,14 +325,8 @@ def test_two_processes_leave_no_gap_no_duplicate_and_the_same_bits(folder: Path,
 
 def test_kill_at_any_moment_then_run_again(folder: Path, finished: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    command = _command(1, tmp_path / "run.py", 0.3, _config(folder, out))
-    process = subprocess.Popen(command, env=_ENV, stderr=subprocess.DEVNULL)
-    deadline = time.monotonic() + 250
-    while not (out / "manifest.jsonl").exists() and time.monotonic() < deadline:
-        time.sleep(0.05)
-    time.sleep(0.4)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    options = json.dumps(vars(_config(folder, out)))
+    assert apart("sampling.generate_worker:killed", options) == [-signal.SIGKILL]
     done = _rows(out)
     assert 1 <= len(done) < 6
     for path in out.glob("0*.png"):

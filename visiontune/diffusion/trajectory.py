@@ -284,8 +284,8 @@ def require_no_memory(guidance: Guidance) -> None:
     """
     if guidance.remembers:
         raise UserError(
-            "the guidance remembers earlier steps (apg's momentum) or edits what they lead to, and steps are to be "
-            "computed again one by one: set momentum to 0, and leave out terms that edit latents"
+            "the guidance remembers earlier steps (apg's momentum, inherit) or edits what they lead to, and steps are "
+            "to be computed again one by one: set momentum to 0, and leave out what inherits or edits"
         )
 
 

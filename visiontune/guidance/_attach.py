@@ -50,11 +50,11 @@ def attached(stack: GuidanceStack, network: Network, pipe: Any, model: Any) -> I
         guide = _Guide(stack, network, pipe, model, forward)
         guides.append(guide)
 
-        @functools.wraps(forward)  # its signature, for calls of a term's own
-        def called(*args: Any, **kwargs: Any) -> Any:
+        @functools.wraps(forward)
+        def guided(*args: Any, **kwargs: Any) -> Any:
             return forward(*args, **kwargs) if guide.own else guide(bound(forward, args, kwargs))
 
-        return called
+        return guided
 
     if denoiser in _guided:
         raise UserError("a stack is attached to this pipeline already: put the terms of both into one")
@@ -282,7 +282,7 @@ class _Guide:
 
     def worse(self, arguments: Arguments, term: Perturbed) -> Tensor:
         """What it predicts when a term has made it worse."""
-        return self._ran(arguments, term.name, term)[1]
+        return self._ran(arguments, self.stack.side(term), term)[1]
 
     def _ran(self, arguments: Arguments, side: str, worse: Perturbed | None = None) -> tuple[Any, Tensor]:
         def point(term: Term) -> Point:
@@ -393,8 +393,8 @@ class _Sides:
             return self._called(cond, None).at(x)
         return self.guide.run(self.guide.with_latents(self.arguments, x), "at")
 
-    def of(self, part: Part) -> Called:
-        return self._called(part.cond, part.uncond).of(part)
+    def of(self, part: Part, point: Callable[[Term], Point]) -> Called:
+        return self._called(part.cond, part.uncond).of(part, point)
 
     def _called(self, cond: Condition, uncond: Condition | None) -> Called:
         """Calls of the model, with conditions that are none of the pipeline's."""

@@ -57,7 +57,7 @@ class Network:
             UserError: no family that can be guided so has its class.
         """
         name = type(pipe).__name__
-        kinds: list[Any] = [kind for kind in families().values() if name in getattr(kind, "pipeline_classes", ())]
+        kinds: list[Any] = [kind for kind in families(name).values() if name in getattr(kind, "pipeline_classes", ())]
         structure = _of_pipeline(kinds[0], pipe) if kinds else None
         if structure is None:
             able = {one for kind in families().values() for one in _able(kind)}
@@ -112,6 +112,28 @@ class Network:
     def blocks(self, layers: Layers, term: str) -> dict[str, nn.Module]:
         """Whole blocks, chosen as in `attention`."""
         return self._chosen(layers, self._all(self._reached(term).blocks), term)
+
+    def stages(self, term: str) -> tuple[dict[str, nn.Module], dict[str, nn.Module], dict[str, nn.Module]]:
+        """What goes down, the middle, and what comes up and takes long skips, each in the order of evaluation.
+
+        Raises:
+            UserError: the network has no long skips.
+        """
+        stages = self._reached(term).stages
+        if stages is None:
+            raise UserError(
+                f"{term} is for UNets, which hand features across from the way down to the way up, and "
+                f"'{self.source}' has no such skips: leave {term} out"
+            )
+        down, middle, up = (self._all([pattern]) for pattern in stages)
+        return down, middle, up
+
+    def inside(self, layers: Layers, term: str) -> dict[str, nn.Module]:
+        """Stages and what is in them, chosen as in `attention`; of what stands within another choice, that alone."""
+        begun = tuple(f"{name}." for stage in self.stages(term) for name in stage)
+        candidates = {n: m for n, m in self.denoiser.named_modules() if f"{n}.".startswith(begun)}
+        chosen = self._chosen(layers, candidates, term)
+        return {n: m for n, m in chosen.items() if not any(n.startswith(f"{other}.") for other in chosen)}
 
     def _reached(self, term: str) -> Structure:
         if self.structure is None:

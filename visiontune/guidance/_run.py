@@ -89,7 +89,7 @@ class Called:
         return self._plain("prompt", self.x, self.cond)
 
     def worse(self, term: Perturbed) -> Tensor:
-        with self._called(term.name, term) as check:
+        with self._called(self.stack.side(term), term) as check:
             found = self.call(self.x, self.t, self._told(self.cond))
         check()
         return found
@@ -97,8 +97,8 @@ class Called:
     def at(self, x: Tensor, cond: Condition | None = None) -> Tensor:
         return self._plain("at", x, self.cond if cond is None else cond)
 
-    def of(self, part: Part) -> Called:
-        return replace(self, x=part.x, cond=part.cond, uncond=part.uncond)
+    def of(self, part: Part, point: Callable[[Term], Point]) -> Called:
+        return replace(self, point=point, x=part.x, cond=part.cond, uncond=part.uncond)
 
     def _plain(self, side: str, x: Tensor, cond: Condition) -> Tensor:
         with self._called(side):

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, Protocol
@@ -49,11 +49,8 @@ class Run:
 
     def after(self, level: float) -> float | None:
         """The level to which the step from a level leads, 0 at the end; None where no step stands there."""
-        for one, following in zip(self.levels, [*self.levels[1:], 0.0], strict=False):
-            # Networks that are told their time in other units have it rounded.
-            if math.isclose(one, level, rel_tol=1e-5):
-                return following
-        return None
+        step = place(self.levels, level)
+        return None if step is None else [*self.levels[1:], 0.0][step]
 
     def modelled(self, term: str) -> Any:
         """The model, which a term encodes pictures and prompts with.
@@ -102,8 +99,8 @@ class Sides(Protocol):
     def at(self, x: Tensor, cond: Condition | None = None) -> Tensor:
         """What is predicted at other latents of the same times and for other conditions; None for the prompt."""
 
-    def of(self, part: Part) -> Sides:
-        """The calls for a region."""
+    def of(self, part: Part, point: Callable[[Term], Point]) -> Sides:
+        """The calls for a region, in which terms are at points of their own."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -168,7 +165,7 @@ class Term:
         """Of rows at these levels, to multiply a prediction [b, ...] with."""
         found = [self.at(level) for level in levels]
         # One number leaves low precision what it is, as in the stock pipelines.
-        return found[0] if len({*found}) == 1 else torch.tensor(found).to(like).view(-1, *(1,) * (like.ndim - 1))
+        return found[0] if len({*found}) == 1 else like.new_tensor(found).view(-1, *(1,) * (like.ndim - 1))
 
     def check(self, network: Network) -> None:
         """Refuse a network that it cannot guide: UserError naming it and the mend."""
@@ -299,8 +296,15 @@ class Shaping(Term, ABC):
         Args:
             arguments: of the call of the denoiser, filled in when it is made.
             point: where, with the rows of the picture once; the call may see them twice, one side after the other.
-            side: which of a step's calls it is: both, prompt, at, or the name of a perturbation.
+            side: which of a step's calls it is: both, prompt, at, or the name of a perturbation, with a number where
+                the stack has another one of that name before it.
         """
+
+
+def place(levels: Sequence[float], level: float) -> int | None:
+    """Which step of those at the levels stands at a level; None where none does."""
+    # Networks that are told their time in other units have it rounded.
+    return next((i for i, one in enumerate(levels) if math.isclose(one, level, rel_tol=1e-5)), None)
 
 
 def rows_of(x: Tensor) -> tuple[int, ...]:

@@ -243,10 +243,10 @@ class GuidanceStack(Guidance):
         if canvas is None:
             return self._combined(sides, point, levels)
         at = point(canvas)
-        found = [
-            self._combined(sides.of(part), _within(point, part, i), levels)[0]
-            for i, part in enumerate(canvas.parts(at))
-        ]
+        found = []
+        for i, part in enumerate(canvas.parts(at)):
+            inside = _within(point, part, i)
+            found.append(self._combined(sides.of(part, inside), inside, levels)[0])
         return canvas.blend(found, at), at.x.new_zeros(())
 
     def _combined(self, sides: Sides, point: Callable[[Term], Point], levels: Sequence[float]) -> tuple[Tensor, Tensor]:
@@ -272,6 +272,12 @@ class GuidanceStack(Guidance):
             if isinstance(term, Control) and term.acts(levels):
                 p = term.control(p, c, term.amount(levels, c))
         return p, added
+
+    def side(self, term: Perturbed) -> str:
+        """What the calls of a perturbation are to terms that shape the network; see `Shaping.shaping`."""
+        twins = [id(other) for other in self.terms if isinstance(other, Perturbed) and other.name == term.name]
+        number = twins.index(id(term)) + 1
+        return term.name if number == 1 else f"{term.name} {number}"
 
     @property
     def edits(self) -> tuple[Edit, ...]:

@@ -72,8 +72,12 @@ def quantise(
     _quantise.quantise(module, kind, rank, squares)
 
 
-def families() -> dict[str, type[Model]]:
-    """Every family by its key: the classes that the files of this folder define."""
+def families(naming: str | None = None) -> dict[str, type[Model]]:
+    """Every family by its key: the classes that the files of this folder define.
+
+    Args:
+        naming: of the pipeline or the architecture that is looked for: files that do not name it are not imported.
+    """
     from visiontune.models import _loading
 
-    return _loading.families()
+    return _loading.families(naming)

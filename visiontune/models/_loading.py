@@ -42,11 +42,11 @@ _BROKEN: tuple[type[Exception], ...] = (
 _HUB_ID = re.compile(r"\w[\w.-]*/[\w.-]+")
 
 
-def families() -> dict[str, type[Model]]:
+def families(naming: str | None = None) -> dict[str, type[Model]]:
     """See `visiontune.models.families`."""
     found = {}
     for info in pkgutil.iter_modules(models.__path__):
-        if info.name.startswith("_"):
+        if info.name.startswith("_") or not _names(info.name, naming):
             continue
         module = importlib.import_module(f"{models.__name__}.{info.name}")
         for value in vars(module).values():
@@ -54,6 +54,11 @@ def families() -> dict[str, type[Model]]:
             if ours and "family" in vars(value):
                 found[value.family] = value
     return found
+
+
+def _names(module: str, naming: str | None) -> bool:
+    """Whether the file of a family names a class; importing them all takes as long as everything else."""
+    return naming is None or f'"{naming}"' in (Path(models.__path__[0]) / f"{module}.py").read_text(encoding="utf-8")
 
 
 def load(
@@ -91,11 +96,17 @@ def _family(source: str, layout: str, index: dict[str, Any]) -> tuple[str, Any]:
     name = str(index.get("_class_name"))
     if not pipeline:
         name = "open_clip" if layout == OPEN_CLIP else ", ".join(index.get("architectures") or ["None"])
-    known = {name: cls for cls in families().values() for name in getattr(cls, attribute, ())}
+    known = _by_class(attribute, name)
     if name not in known:
+        known = _by_class(attribute)
         near = "".join(f", of which {match} is nearest" for match in difflib.get_close_matches(name, known, n=1))
         raise UserError(f"model '{source}' has the {kind} {name}; supported: {', '.join(sorted(known))}{near}")
     return name, known[name]
+
+
+def _by_class(attribute: str, naming: str | None = None) -> dict[str, Any]:
+    """Families by what they understand; with `naming` at least those that understand it."""
+    return {name: cls for cls in families(naming).values() for name in getattr(cls, attribute, ())}
 
 
 def _check_device(device: str) -> None:

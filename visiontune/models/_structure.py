@@ -47,6 +47,8 @@ class Structure:
             tokens. words: the argument whose second axis tells how many.
         mid: beginning of the names of what is in the middle; None takes the block in the middle of all.
         grid: height and width of the picture's tokens, or in the same ratio.
+        stages: of a network with long skips, patterns of what goes down, of the middle, and of what comes up and takes
+            the skips as `res_hidden_states_tuple`, the last of them first.
         canonical: latents and predictions [b, c, (f), h, w] of those of the denoiser, or of the sampler. native: back.
         pipelines: the pipeline classes that this holds for; None for all of the family.
     """
@@ -61,6 +63,7 @@ class Structure:
     words: str = "encoder_hidden_states"
     mid: str | None = None
     grid: Callable[[Arguments, str], tuple[int, int]] = _noisy_sides
+    stages: tuple[str, str, str] | None = None
     canonical: Callable[[Tensor, Arguments], Tensor] = _unchanged
     native: Callable[[Tensor, Arguments], Tensor] = _unchanged
     pipelines: tuple[str, ...] | None = None

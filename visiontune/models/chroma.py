@@ -17,7 +17,7 @@ from diffusers.models.transformers.transformer_flux import FluxAttnProcessor
 from torch import Tensor, nn
 
 from visiontune.core import Condition
-from visiontune.models._text import ragged
+from visiontune.models._text import default_of, ragged
 from visiontune.models._time import exact_time
 from visiontune.models.base import require_text_to_image
 from visiontune.models.diffusion import DiffusionModel
@@ -25,7 +25,6 @@ from visiontune.models.flux import Flux
 from visiontune.models.words import Reader
 
 _PATCH = 2
-_TOKENS = 512
 
 
 class Chroma(DiffusionModel):
@@ -44,7 +43,8 @@ class Chroma(DiffusionModel):
         channels = self.latent_channels * _PATCH**2
         plain = config.in_channels == pipe.transformer.out_channels == channels
         require_text_to_image(plain, self.source, config.in_channels)
-        self.reader = Reader(pipe.tokenizer, _TOKENS)
+        self._tokens = int(default_of(type(pipe), "max_sequence_length"))
+        self.reader = Reader(pipe.tokenizer, self._tokens)
         self.unit = max(self.unit, self.downsample * _PATCH)
         self.resolution = self.downsample * int(pipe.default_sample_size)
         pipe.transformer.set_attn_processor(_MaskedKeys())
@@ -59,7 +59,7 @@ class Chroma(DiffusionModel):
             prompts,
             device=self.pipe.text_encoder.device,
             do_classifier_free_guidance=False,
-            max_sequence_length=_TOKENS,
+            max_sequence_length=self._tokens,
         )
         return ragged(row[kept] for row, kept in zip(tokens, mask.bool(), strict=True))
 

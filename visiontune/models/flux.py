@@ -23,7 +23,7 @@ from visiontune.core import Condition, Request
 from visiontune.diffusion.guidance import CFG, Embedded, Guidance
 from visiontune.models._reading import Reads, stacked
 from visiontune.models._structure import Arguments, Structure, thousandths
-from visiontune.models._text import CLIP_AND_T5
+from visiontune.models._text import CLIP_AND_T5, default_of
 from visiontune.models._time import exact_time
 from visiontune.models.base import Presets, require, require_text_to_image
 from visiontune.models.diffusion import DiffusionModel, Generators
@@ -33,7 +33,6 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 _PATCH = 2
-_T5_TOKENS = 512
 _ATTENTION = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
 # Of the double blocks, and of the single ones, whose last layer is attention's too.
 _FEED_FORWARD = ("net.0.proj", "net.2", "proj_mlp", "proj_out")
@@ -99,7 +98,8 @@ class Flux(DiffusionModel):
         plain = (config.in_channels, pipe.transformer.out_channels) == (given + more, given)
         require_text_to_image(plain, self.source, config.in_channels)
         require(self.embedded or not self.reads.mask, self.source, "Fill carries its guidance inside, and it has none")
-        self.reader = Reader(pipe.tokenizer_2, _T5_TOKENS)
+        self._t5_tokens = int(default_of(type(pipe), "max_sequence_length"))
+        self.reader = Reader(pipe.tokenizer_2, self._t5_tokens)
         self.unit = max(self.unit, self.downsample * _PATCH)
         self.resolution = int(self.vae.config.sample_size)
 
@@ -116,7 +116,7 @@ class Flux(DiffusionModel):
 
     def _embed(self, prompts: list[str]) -> Condition:
         tokens, pooled, _ = self.pipe.encode_prompt(
-            prompts, device=self.pipe.text_encoder.device, max_sequence_length=_T5_TOKENS
+            prompts, device=self.pipe.text_encoder.device, max_sequence_length=self._t5_tokens
         )
         return Condition(tokens=tokens, pooled=pooled)
 
@@ -193,7 +193,7 @@ class Flux(DiffusionModel):
     # -- the stock pipeline -------------------------------------------------------------------------------------
 
     def _stock(self, guidance: Guidance, requests: Sequence[Request]) -> dict[str, Any]:
-        options: dict[str, Any] = {"max_sequence_length": _T5_TOKENS, "guidance_scale": 1.0}
+        options: dict[str, Any] = {"max_sequence_length": self._t5_tokens, "guidance_scale": 1.0}
         if isinstance(guidance, CFG):
             return {
                 **options,

@@ -34,6 +34,7 @@ class StableDiffusion(DiffusionModel):
         blocks={r".+\.transformer_blocks\.\d+": ("hidden_states",)},
         attention={r".+\.attn1": "none"},
         mid="mid_block",
+        stages=(r"down_blocks\.\d+", "mid_block", r"up_blocks\.\d+"),
     )
     TARGETS: ClassVar[Mapping[str, Presets]] = {
         "denoiser": {
