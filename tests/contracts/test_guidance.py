@@ -40,6 +40,7 @@ GRADIENT = Image.linear_gradient("L").resize((16, 16)).convert("RGB")
 OPTIONS = {
     "inpaint": {"picture": GRADIENT, "mask": Image.linear_gradient("L")},
     "magicmix": {"picture": GRADIENT},
+    "styleid": {"content": GRADIENT, "style": GRADIENT.rotate(90), "layers": "all"},
     "cfg": {"scale": 3.0},
     "cfg_zero": {"scale": 3.0, "zero": None},
     "apg": {"scale": 3.0, "threshold": 1.0},
@@ -51,6 +52,8 @@ UNETS = ("skip_tuning", "scalelong", "inherit")
 CANNOT = {
     ("inpaint", "amused"): "predicts tokens: take cfg",
     ("magicmix", "amused"): "predicts tokens: take cfg",
+    ("styleid", "amused"): "predicts tokens: take cfg",
+    ("styleid", "z_image"): "has no layers: take slg",
     ("apg", "amused"): "predicts tokens: take cfg",
     ("pag", "z_image"): "has no layers: take slg",
     ("seg", "z_image"): "has no layers: take slg",
@@ -60,10 +63,12 @@ CANNOT = {
 }
 # Terms that act from step to step of a run, and say so where a prediction is of none; the last step moves little.
 STEPPING = {"inherit": "this is a step of none"}
+# Rows of each step that a term has the network see once in a run, however many pictures it draws.
+ONCE = {"styleid": 2}
 # Each term by itself where families differ, and all together where one is made and called as another.
 ALIKE = {
-    "sdxl": ("cfg", "pag", "seg", "slg", "autoguidance", "skip_tuning", "inherit", "rescale"),
-    "pixart": ("apg", "pag", "slg", "stg", "rescale"),
+    "sdxl": ("cfg", "pag", "seg", "slg", "autoguidance", "skip_tuning", "inherit", "rescale", "styleid"),
+    "pixart": ("apg", "pag", "slg", "stg", "rescale", "styleid"),
 }
 CASES = [(family, (name,)) for family in FAMILIES if family not in ALIKE for name in plugin.names("guidance")]
 CASES += ALIKE.items()
@@ -178,7 +183,8 @@ def test_terms(family, names):
         pictures = drawn(made, stack, steps=steps)
         seen = sum(rows)
         # Masked pictures are drawn one by one, so that rows are counted and not calls.
-        assert seen == len(REQUESTS) * sum(stack.plan(made, steps).rows)
+        once = steps * sum(ONCE.get(name, 0) for name in names)
+        assert seen == len(REQUESTS) * sum(stack.plan(made, steps).rows) + once
         ours = rolled(made, stack, steps)
         assert sum(rows) == 2 * seen
     np.testing.assert_allclose(pictures, ours, rtol=0, atol=1e-5)

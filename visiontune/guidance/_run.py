@@ -14,7 +14,7 @@ from torch import Tensor
 from visiontune.core import Condition
 from visiontune.diffusion.guidance import Call, Guidance, both_sides
 from visiontune.guidance._network import Network
-from visiontune.guidance._taps import Inside, bound
+from visiontune.guidance._taps import Inside, noted
 from visiontune.guidance.base import Part, Perturbed, Point, Run, Term
 
 if TYPE_CHECKING:
@@ -117,7 +117,7 @@ class Called:
         arguments: dict[str, Any] = {}
         with ExitStack() as entered:
             if worse is not None or self.stack.shapes:
-                entered.enter_context(_noted(self.network, arguments))
+                entered.enter_context(noted(self.network.denoiser, arguments))
             yield entered.enter_context(shaped(self.stack, self.network, arguments, self.point, side, worse))
 
 
@@ -157,18 +157,3 @@ def _each(checks: Sequence[Callable[[], None] | None]) -> None:
     for check in checks:
         if check is not None:
             check()
-
-
-@contextmanager
-def _noted(network: Network, arguments: dict[str, Any]) -> Iterator[None]:
-    """In the block, calls of the denoiser leave what they were given in `arguments`."""
-
-    def note(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        arguments.clear()
-        arguments.update(bound(module.forward, args, kwargs))
-
-    handle = network.denoiser.register_forward_pre_hook(note, with_kwargs=True)
-    try:
-        yield
-    finally:
-        handle.remove()

@@ -161,3 +161,18 @@ class _Part:
 def bound(forward: Forward, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
     """The arguments of a call by name."""
     return dict(inspect.signature(forward).bind(*args, **kwargs).arguments)
+
+
+@contextmanager
+def noted(denoiser: nn.Module, arguments: dict[str, Any]) -> Iterator[None]:
+    """In the block, calls of the denoiser leave what they were given in `arguments`."""
+
+    def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        arguments.clear()
+        arguments.update(bound(module.forward, args, kwargs))
+
+    handle = denoiser.register_forward_pre_hook(note, with_kwargs=True)
+    try:
+        yield
+    finally:
+        handle.remove()

@@ -262,7 +262,13 @@ class Part:
 
 
 class Edit(Term, ABC):
-    """A term that changes the latents where a step starts, the first one too, and at the end."""
+    """A term that changes the latents where a step starts, the first one too, and at the end.
+
+    Attributes:
+        STARTS: whether it says where a run starts; one at most in a stack does.
+    """
+
+    STARTS: ClassVar[bool] = False
 
     @property
     def remembers(self) -> bool:
@@ -274,7 +280,7 @@ class Edit(Term, ABC):
         """The latents x [b, ...] of the point, changed; at the end of a run its t is -1, and its levels are 0."""
 
     def overwrites(self, start: float) -> bool:
-        """Whether nothing is left of where a step from this level leads, so that it need not be predicted."""
+        """Whether nothing is left of where a step from this level leads, once the term acts at a later one."""
         return False
 
 

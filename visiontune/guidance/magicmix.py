@@ -24,6 +24,8 @@ from visiontune.schema import option
 class Config(Edit):
     """The layout of a picture, pulled back to between two levels of noise."""
 
+    STARTS = True
+
     scale: float = option(
         0.5, least=0, greatest=1, help="1 - nu, how much of the layout is mixed in; 0 is a free drawing"
     )

@@ -90,9 +90,8 @@ class GuidanceStack(Guidance):
             (Canvas, "say what the canvas is made of"),
         )
         for kind, what in once:
-            names = [term.name for term in self.terms if isinstance(term, kind)]
-            if len(names) > 1:
-                raise UserError(f"{' and '.join(names)} both {what}: leave one out")
+            _one_of([term for term in self.terms if isinstance(term, kind)], what)
+        _one_of([term for term in self.edits if term.STARTS], "say where a run starts")
 
     @staticmethod
     def of(specs: Sequence[str | Mapping[str, Any]], path: str = "guidance") -> GuidanceStack:
@@ -300,7 +299,10 @@ class GuidanceStack(Guidance):
     def is_lost(self, levels: Sequence[float], run: Run) -> bool:
         """Whether nothing will be left of what is predicted at the levels, since an edit overwrites it."""
         after = run.after(levels[0]) if len({*levels}) == 1 else None
-        return after is not None and any(term.acts([after]) and term.overwrites(levels[0]) for term in self.edits)
+        if after is None:
+            return False
+        later = [level for level in (*run.levels, 0.0) if level <= after]
+        return any(term.acts(later) and term.overwrites(levels[0]) for term in self.edits)
 
 
 def guidance_of(model: Any, options: Any) -> Guidance:
@@ -312,6 +314,11 @@ def guidance_of(model: Any, options: Any) -> Guidance:
     own: Guidance = model.guidance(options.cfg_scale)
     stack = GuidanceStack.of_options(options)
     return own if stack is None else stack.over(own)
+
+
+def _one_of(terms: Sequence[Term], what: str) -> None:
+    if len(terms) > 1:
+        raise UserError(f"{' and '.join(term.name for term in terms)} both {what}: leave one out")
 
 
 def _within(point: Callable[[Term], Point], part: Part, i: int) -> Callable[[Term], Point]:
