@@ -232,12 +232,11 @@ def test_a_stock_pipeline_is_guided_as_it_is_called(family):
     options = {"num_inference_steps": STEPS, "latents": made._stock_latents(noise_of(made)), "output_type": "np"}
     own = {"true_cfg_scale": 2.0, "guidance_scale": 1.0} if family == "flux" else {"guidance_scale": 9.0}
     off = {"guidance_scale": 1.0}
-    told = {"max_sequence_length": 512} if family == "flux" else {}
     with stack.attach(made.pipe):
-        found = made.pipe(PROMPTS, negative_prompt=["small"] * 2, height=16, width=16, **options, **own, **told).images
+        found = made.pipe(PROMPTS, negative_prompt=["small"] * 2, height=16, width=16, **options, **own).images
     np.testing.assert_allclose(found, drawn(made, stack), rtol=0, atol=1e-6)
     with pytest.raises(UserError, match="does not predict"), stack.attach(made.pipe):
-        made.pipe(PROMPTS, height=16, width=16, **options, **off, **told)
+        made.pipe(PROMPTS, height=16, width=16, **options, **off)
     with pytest.raises(UserError, match="attached to this pipeline already"), stack.attach(made.pipe):
         drawn(made, stack)
     with pytest.raises(KeyboardInterrupt), stack.attach(made.pipe):
