@@ -38,8 +38,8 @@ MAY_IMPORT = {
     "diffusion": {"errors", "files", "outside", "schema", "core"},
     "models": {"errors", "files", "outside", "schema", "core", "ops", "diffusion"},
     "adapters": {"errors", "files", "outside", "schema", "plugin", "core", "ops"},
-    "guidance": {"errors", "files", "outside", "schema", "plugin", "core", "diffusion", "models", "adapters"}
-    | {"data.pictures", "ops"},
+    "guidance": {"errors", "files", "outside", "schema", "plugin", "core", "ops", "diffusion", "models", "adapters"}
+    | {"rewards", "data.pictures"},
     "weights": {"errors", "files", "outside", "core", "ops", "adapters"},
     "pocket": {"errors", "files", "outside", "schema", "core"},
     "rewards": GROUND | {"core", "ops", "models.clip", "models.sources", "pocket", "data.pictures"},

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tiny import tiny_model
+from tiny import SIZE, tiny_model
 
 from visiontune import adapters, plugin
 from visiontune.core import Request
@@ -26,6 +26,7 @@ from visiontune.diffusion.replay import replay
 from visiontune.diffusion.trajectory import Keep, Start, Window, rollout
 from visiontune.diffusion.unmask import guided_logits, unmask
 from visiontune.errors import UserError
+from visiontune.guidance._regions import Region
 from visiontune.guidance._taps import replaced
 from visiontune.guidance.base import Base, Edit, Perturbed, Shaping, Told
 from visiontune.guidance.stack import GuidanceStack
@@ -46,15 +47,23 @@ OPTIONS = {
     "apg": {"scale": 3.0, "threshold": 1.0},
     "rescale": {"scale": 0.7},
     "seg": {"sigma": 1.0},
+    "mixture": {
+        "regions": [
+            Region(box=(0, 0, 16, 8), prompt="a red circle"),
+            Region(box=(0, 8, 16, 8), prompt="green triangle"),
+        ]
+    },
+    "msg": {"reference": Image.new("RGB", (SIZE, SIZE), "red"), "seed": 0, "window": (0.0, 0.99)},
+    "reward": {"reward": "brightness", "scale": 100.0, "prompt": ""},
 }
 UNETS = ("skip_tuning", "scalelong", "inherit")
 # What a term cannot do, and what it says of it.
 CANNOT = {
-    ("inpaint", "amused"): "predicts tokens: take cfg",
-    ("magicmix", "amused"): "predicts tokens: take cfg",
-    ("styleid", "amused"): "predicts tokens: take cfg",
+    **{
+        (name, "amused"): "predicts tokens: take cfg"
+        for name in ("apg", "inpaint", "magicmix", "mixture", "msg", "reward", "styleid")
+    },
     ("styleid", "z_image"): "has no layers: take slg",
-    ("apg", "amused"): "predicts tokens: take cfg",
     ("pag", "z_image"): "has no layers: take slg",
     ("seg", "z_image"): "has no layers: take slg",
     ("stg", "z_image"): "has no layers: take slg",

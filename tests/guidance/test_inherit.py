@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import logging
 from dataclasses import dataclass
-from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -207,9 +206,11 @@ class Halves(Canvas):
 
     scale: float = 1.0
     texts: tuple[str, ...] = ("a red circle", "a blue square")
-    regions: ClassVar[int] = 2
 
-    def parts(self, point):
+    def scales(self, run):
+        return [None, None]
+
+    def parts(self, sides, point):
         uncond = model().embed(["small"], negative=True)
         halves = zip(point.x.chunk(2, dim=-1), self.texts, strict=True)
         return [Part(x=x, cond=model().embed([text]), uncond=uncond) for x, text in halves]

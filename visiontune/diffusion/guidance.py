@@ -40,11 +40,18 @@ class Guidance(ABC):
         computed again by itself."""
         return False
 
-    def begin(self, model: Any, levels: Sequence[float] | None = None, whole: bool = True) -> Guidance:
+    def begin(
+        self,
+        model: Any,
+        levels: Sequence[float] | None = None,
+        whole: bool = True,
+        shape: Sequence[int] | None = None,
+    ) -> Guidance:
         """The guidance of one run of a model's sampler, for those that reach into its networks or remember steps.
 
         Args:
             levels: of noise where the steps stand, as far as they are known. whole: whether they are all of a run's.
+            shape: [c, (f), h, w] of the latents, as far as it is known.
 
         Raises:
             UserError: the model is not one that can be guided so, or a part of it acts at none of the levels.
@@ -59,8 +66,8 @@ class Guidance(ABC):
         """What the stock pipeline is told, so that it gives this guidance inside `attach`."""
         return self
 
-    def attach(self, model: Any) -> AbstractContextManager[Any]:
-        """In the block, the model's stock pipeline guides in this way."""
+    def attach(self, model: Any, prompts: Sequence[str] | None = None) -> AbstractContextManager[Any]:
+        """In the block, the model's stock pipeline guides in this way; `prompts` are those that it is called with."""
         return nullcontext()
 
     @abstractmethod

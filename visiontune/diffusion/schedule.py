@@ -200,6 +200,18 @@ class Schedule:
             case "flow":
                 return x_t + alpha * pred
 
+    def per_x_0(self, t: Tensor, ndim: int) -> Tensor:
+        """By how much the prediction at an x_t changes with the clean latents that it implies, float64 [b, 1, ...]; for
+        all but x0 infinite where sigma is 0."""
+        alpha, sigma = self.levels(t, ndim)
+        match self.prediction:
+            case "eps":
+                return -alpha / sigma
+            case "x0":
+                return torch.ones_like(sigma)
+            case "v" | "flow":
+                return -1 / sigma
+
     def weights(self, t: Tensor, signal: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
         """What `signal x_0 + noise eps` is in x_t and the prediction: the weight of each, float64.
 

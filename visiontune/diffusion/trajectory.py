@@ -256,7 +256,8 @@ def rollout(
         uncond = None
     elif uncond is None:
         uncond = model.unconditional(len(cond))
-    begun = guidance.begin(model, _shares(model, begin), whole=isinstance(chain, int))
+    levels, shape = _shares(model, begin), tuple(x.shape[1:])
+    begun = guidance.begin(model, levels, whole=isinstance(chain, int), shape=shape)
     stepper = Stepper(model=model, start=begin, end=end, dynamics=dynamics, cond=cond, uncond=uncond, guidance=begun)
     x, visited, scores = _walk(stepper, x, noise, scored, inside, keep, window)
     return Trajectory(

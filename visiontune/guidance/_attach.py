@@ -11,7 +11,7 @@ terms edit latents, the sampler's `step` is replaced, too.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -38,16 +38,18 @@ _guided: WeakSet[nn.Module] = WeakSet()
 
 
 @contextmanager
-def attached(stack: GuidanceStack, network: Network, pipe: Any, model: Any) -> Iterator[None]:
+def attached(
+    stack: GuidanceStack, network: Network, pipe: Any, model: Any, prompts: Sequence[str] | None
+) -> Iterator[None]:
     """In the block, the pipeline's denoiser gives what makes the pipeline's prediction that of the stack.
 
     Args:
-        model: of a family, around the pipeline; None without one.
+        model: of a family, around the pipeline; None without one. prompts: of the pictures; None where not known.
     """
     denoiser, guides = network.denoiser, []
 
     def make(name: str, forward: Forward) -> Forward:
-        guide = _Guide(stack, network, pipe, model, forward)
+        guide = _Guide(stack, network, pipe, model, prompts, forward)
         guides.append(guide)
 
         @functools.wraps(forward)
@@ -97,13 +99,14 @@ class _Waiting:
     """The first of two calls of a step.
 
     Attributes:
-        arguments: of the call. prediction: what it gave. value: the tensor that the pipeline holds.
+        arguments: of the call. prediction: what it gave; None where regions are predicted in its place. value: the
+            tensor that the pipeline holds.
         added: what the perturbations add to either side, where the pipeline's own guidance stays; None where the stack
             says how the negative prompt acts. acts: whether it does at this step.
     """
 
     arguments: Arguments
-    prediction: Tensor
+    prediction: Tensor | None
     value: Tensor
     added: Tensor | None
     acts: bool
@@ -125,6 +128,7 @@ class _Guide:
     network: Network
     pipe: Any
     model: Any
+    prompts: Sequence[str] | None
     forward: Forward
     found: Any = None
     waiting: _Waiting | None = None
@@ -161,10 +165,11 @@ class _Guide:
         self.memory.clear()
         schedule = self.network.schedule
         levels = [] if schedule is None else (self.steps.clamp(min=0) / schedule.num_train_timesteps).tolist()
-        self.run_of = Run(model=self.model, levels=tuple(levels))
+        x = self.latents(arguments)
+        self.run_of = Run(model=self.model, levels=tuple(levels), shape=tuple(x.shape[1:]), prompts=self.prompts)
+        self.stack.check(self.network, self.run_of)
         if not self.stack.edits:
             return
-        x = self.latents(arguments)
         x = x[: len(x) // 2] if self._is_doubled(arguments) else x
         self.start = self._edit(x, float(self.steps[0]))
 
@@ -222,7 +227,7 @@ class _Guide:
             return sides[1 - at], sides[at]
 
         if self.stack.base is not None:
-            p, _ = self._guided(_Sides(self, halves[at], both=both))
+            p, _ = self._guided(_Sides(self, halves[at], both=both, negative=halves[1 - at]))
             return self._packed(torch.cat([p, p]), arguments)
         u, c = both()
         _, added = self._guided(_Sides(self, halves[at], c=c), plain=False)
@@ -247,11 +252,15 @@ class _Guide:
             self.waiting = None
             return self._answer(waiting, arguments)
         self.finish()
-        c = self.run(arguments, "both")
-        acts = self.stack.base is not None and self.stack.asks_negative(self._point(arguments).levels)
+        levels = self._point(arguments).levels
+        # Regions are predicted in the place of the whole.
+        c = None if self.stack.cuts(levels) else self.run(arguments, "both")
+        acts = self.stack.base is not None and self.stack.asks_negative(levels)
+        p, added = c, None
         # Where the negative prompt acts, there is nothing to guide before it is known.
-        p, added = (c, None) if acts else self._guided(_Sides(self, arguments, c=c), plain=self.stack.base is not None)
-        given = self.found if p is c else self._packed(p, arguments)
+        if not acts:
+            p, added = self._guided(_Sides(self, arguments, c=c), plain=self.stack.base is not None)
+        given = self._blank(arguments) if p is None else self.found if p is c else self._packed(p, arguments)
         self.waiting = _Waiting(arguments, p, _value(given), None if self.stack.base else added, acts)
         return given
 
@@ -260,10 +269,16 @@ class _Guide:
         if waiting.added is not None:
             u = self.run(arguments, "both")
             return self._packed(u + waiting.added, arguments) if waiting.added.ndim else self.found
-        if not waiting.acts:
-            return self._packed(waiting.prediction, arguments)
         c = waiting.prediction
-        p, _ = self._guided(_Sides(self, waiting.arguments, c=c, both=lambda: (self.run(arguments, "both"), c)))
+        if not waiting.acts:
+            assert c is not None
+            return self._packed(c, arguments)
+
+        def both() -> tuple[Tensor, Tensor]:
+            assert c is not None
+            return self.run(arguments, "both"), c
+
+        p, _ = self._guided(_Sides(self, waiting.arguments, c=c, both=both, negative=arguments))
         given = self._packed(p, arguments)
         waiting.value.copy_(_value(given))
         return given
@@ -345,7 +360,7 @@ class _Guide:
         """As of `GuidanceStack.combine`; not `plain` where the pipeline's own guidance comes on top."""
         point = self._point(sides.arguments)
         for term in self.stack.terms if not plain else ():
-            if term.acts(point.levels) and (isinstance(term, Control | Canvas) or term.NEGATIVE):
+            if term.acts(point.levels) and (isinstance(term, Control | Canvas) or term.contrasts):
                 raise UserError(
                     f"the pipeline guides by itself, on top of what {term.name} has made of the prediction: put cfg "
                     "into the stack, too, or call the pipeline without guidance"
@@ -375,12 +390,14 @@ class _Guide:
 
 @dataclass(eq=False)
 class _Sides:
-    """`Sides` of a pipeline's call: the arguments of the prompt's rows, what is known, and how both are predicted."""
+    """`Sides` of a pipeline's call: the arguments of the prompt's rows and of the negative prompt's, what is known, and
+    how both are predicted."""
 
     guide: _Guide
     arguments: Arguments
     c: Tensor | None = None
     both: Callable[[], tuple[Tensor, Tensor]] = lambda: _unknown()
+    negative: Arguments | None = None
 
     def prompt(self) -> Tensor:
         return self.guide.run(self.arguments, "prompt") if self.c is None else self.c
@@ -395,6 +412,10 @@ class _Sides:
 
     def of(self, part: Part, point: Callable[[Term], Point]) -> Called:
         return self._called(part.cond, part.uncond).of(part, point)
+
+    def conditions(self) -> tuple[Condition, Condition | None]:
+        condition = self.guide.structure.condition
+        return condition(self.arguments), None if self.negative is None else condition(self.negative)
 
     def _called(self, cond: Condition, uncond: Condition | None) -> Called:
         """Calls of the model, with conditions that are none of the pipeline's."""

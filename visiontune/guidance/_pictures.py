@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,19 +37,27 @@ def latents_of(picture: Picture, point: Point, term: str, option: str = "picture
     """
     if f"latents of {option}" not in point.memory:
         model = point.run.modelled(term)
-        shown = pictures.read(Path(picture)) if isinstance(picture, str) else pictures.upright_rgb(picture)
-        height, width = (side * model.downsample for side in point.x.shape[-2:])
-        if abs(shown.width * height - shown.height * width) > max(shown.width * height, shown.height * width) / 50:
-            raise UserError(
-                f"{term}: {option} has {shown.width}x{shown.height} pixels, which is another ratio than that of the "
-                f"{width}x{height} that are drawn: crop it, or draw in its ratio"
-            )
-        fitted = shown.resize((width, height), Image.Resampling.LANCZOS)
-        pixels = 2 * to_tensor(_array(fitted)) - 1
+        pixels = 2 * to_tensor(_array(fitted(picture, model, point.x.shape, term, option))) - 1
         found = model.encode(pixels[None].to(model.device), sample=False)
         point.memory[f"latents of {option}"] = found.to(point.x)
     found = point.memory[f"latents of {option}"]
     return found
+
+
+def fitted(picture: Picture, model: Any, shape: Sequence[int], term: str, option: str = "picture") -> Image.Image:
+    """A picture in RGB, of the size that latents [..., h, w] decode to.
+
+    Raises:
+        UserError: the picture has another ratio of its sides, or cannot be read.
+    """
+    shown = pictures.read(Path(picture)) if isinstance(picture, str) else pictures.upright_rgb(picture)
+    height, width = (side * model.downsample for side in shape[-2:])
+    if abs(shown.width * height - shown.height * width) > max(shown.width * height, shown.height * width) / 50:
+        raise UserError(
+            f"{term}: {option} has {shown.width}x{shown.height} pixels, which is another ratio than that of the "
+            f"{width}x{height} that are drawn: crop it, or draw in its ratio"
+        )
+    return shown.resize((width, height), Image.Resampling.LANCZOS)
 
 
 def mask_of(mask: Picture, point: Point, term: str) -> Tensor:

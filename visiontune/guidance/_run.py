@@ -57,7 +57,8 @@ class Begun(Guidance):
         return self.stack.edited(x, self._points(x, t.to(x.device).expand(len(x)), [level] * len(x)), level)
 
     def _points(self, x: Tensor, t: Tensor, levels: Sequence[float]) -> Callable[[Term], Point]:
-        at = Point(x=x, t=t, levels=levels, schedule=self.network.schedule, run=self.run)
+        run = replace(self.run, shape=tuple(x.shape[1:]))
+        at = Point(x=x, t=t, levels=levels, schedule=self.network.schedule, run=run)
         return lambda term: replace(at, memory=self.memory.setdefault(id(term), {}))
 
 
@@ -99,6 +100,9 @@ class Called:
 
     def of(self, part: Part, point: Callable[[Term], Point]) -> Called:
         return replace(self, point=point, x=part.x, cond=part.cond, uncond=part.uncond)
+
+    def conditions(self) -> tuple[Condition, Condition | None]:
+        return self.cond, self.uncond
 
     def _plain(self, side: str, x: Tensor, cond: Condition) -> Tensor:
         with self._called(side):

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from visiontune.diffusion.schedule import Schedule
 from visiontune.errors import UserError
 from visiontune.guidance._network import Network
 from visiontune.guidance.base import Base, Point, Strength, dot
@@ -35,7 +34,8 @@ class Config(Base):
 
     def combine(self, u: Tensor, c: Tensor, w: Strength, point: Point) -> Tensor:
         assert point.schedule is not None
-        clean, slope = _clean(point.schedule, c, point)
+        clean = point.schedule.to_x_0(c, point.x, point.t)
+        slope = point.schedule.per_x_0(point.t, c.ndim).to(clean)
         step = (c.to(clean) - u.to(clean)) / slope
         if self.remembers:
             before = point.memory.get("step")
@@ -51,14 +51,6 @@ class Config(Base):
     def check(self, network: Network) -> None:
         if network.schedule is None:
             raise UserError(f"apg works on the clean picture, and '{network.source}' predicts tokens: take cfg")
-
-
-def _clean(schedule: Schedule, pred: Tensor, point: Point) -> tuple[Tensor, Tensor]:
-    """x_0, at least float32, that a prediction implies, and how the prediction changes with x_0, [b, 1, ...]."""
-    clean = schedule.to_x_0(pred, point.x, point.t)
-    alpha, sigma = (level.to(clean) for level in schedule.levels(point.t, pred.ndim))
-    slopes = {"eps": -alpha / sigma, "v": -1 / sigma, "flow": -1 / sigma, "x0": torch.ones_like(sigma)}
-    return clean, slopes[schedule.prediction]
 
 
 def build(config: Config) -> Config:

@@ -42,10 +42,14 @@ class Run:
     Attributes:
         model: of a family; None on a stock pipeline that no model was made of.
         levels: of noise where the steps stand, in order; empty where they are not known.
+        shape: [c, (f), h, w] of the latents; empty where it is not known.
+        prompts: of the rows; None where they are not known, as in rollouts and where a user calls a pipeline.
     """
 
     model: Any = None
     levels: Sequence[float] = ()
+    shape: Sequence[int] = ()
+    prompts: Sequence[str] | None = None
 
     def after(self, level: float) -> float | None:
         """The level to which the step from a level leads, 0 at the end; None where no step stands there."""
@@ -74,6 +78,7 @@ class Point:
         x: [b, ...] the latents, or masked tokens. t: [b] timesteps of the schedule.
         levels: of noise of the rows, shares of the schedule. schedule: None where tokens are masked.
         run: of which it is a point. memory: of one term, from step to step of the run.
+        place: row and column of the canvas where the first of the latents lies, if they are those of a region.
     """
 
     x: Tensor
@@ -82,6 +87,7 @@ class Point:
     schedule: Schedule | None
     run: Run = Run()
     memory: dict[str, Any] = field(default_factory=dict)
+    place: tuple[int, int] = (0, 0)
 
 
 class Sides(Protocol):
@@ -101,6 +107,9 @@ class Sides(Protocol):
 
     def of(self, part: Part, point: Callable[[Term], Point]) -> Sides:
         """The calls for a region, in which terms are at points of their own."""
+
+    def conditions(self) -> tuple[Condition, Condition | None]:
+        """Of the rows: what they are for and what they are guided away from, as far as that is known."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -167,6 +176,16 @@ class Term:
         # One number leaves low precision what it is, as in the stock pipelines.
         return found[0] if len({*found}) == 1 else like.new_tensor(found).view(-1, *(1,) * (like.ndim - 1))
 
+    @property
+    def contrasts(self) -> bool:
+        """Whether it needs what is predicted for the negative prompt."""
+        return self.NEGATIVE
+
+    @property
+    def rows(self) -> int:
+        """How many more times the network sees every row where it acts."""
+        return self.ROWS
+
     def check(self, network: Network) -> None:
         """Refuse a network that it cannot guide: UserError naming it and the mend."""
 
@@ -177,6 +196,9 @@ class Term:
             UserError: it does nothing in such a run.
         """
         return ""
+
+    def begins(self, run: Run) -> None:
+        """Refuse a run, as far as it is known, before its first step: UserError naming the mend."""
 
 
 class Told(Term):
@@ -224,7 +246,8 @@ class Pull(Term, ABC):
 
     @abstractmethod
     def pull(self, p: Tensor, u: Tensor | None, s: Strength, sides: Sides, point: Point) -> Tensor:
-        """What it adds [b, ...] to the prediction p, s times over; u where it is NEGATIVE or a base acts."""
+        """What it adds [b, ...], s times over, to the prediction p of base and perturbations; u where it `contrasts`
+        or a base acts."""
 
 
 class Control(Term, ABC):
@@ -238,13 +261,12 @@ class Control(Term, ABC):
 class Canvas(Term, ABC):
     """A term that makes the prediction of the canvas of those of its regions; one at most in a stack."""
 
-    @property
     @abstractmethod
-    def regions(self) -> int:
-        """How many it has."""
+    def scales(self, run: Run) -> Sequence[float | None]:
+        """Of each of the regions the strength of the base in it; None for the stack's."""
 
     @abstractmethod
-    def parts(self, point: Point) -> Sequence[Part]:
+    def parts(self, sides: Sides, point: Point) -> Sequence[Part]:
         """The regions, with everything that they are predicted from."""
 
     @abstractmethod
@@ -254,11 +276,18 @@ class Canvas(Term, ABC):
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Part:
-    """A region: its latents [b, ...] and the conditions of its rows."""
+    """A region: its latents [b, ...] and the conditions of its rows.
+
+    Attributes:
+        place: row and column of the canvas where the first of its latents lies.
+        prompt: what `cond` was made of, where that is not the picture's own.
+    """
 
     x: Tensor
     cond: Condition
     uncond: Condition | None
+    place: tuple[int, int] = (0, 0)
+    prompt: str | None = None
 
 
 class Edit(Term, ABC):

@@ -146,7 +146,7 @@ class GuidanceStack(Guidance):
 
     @property
     def contrasts(self) -> bool:
-        return any(term.NEGATIVE and not term.idle for term in self.terms)
+        return any(term.contrasts and not term.idle for term in self.terms)
 
     @property
     def remembers(self) -> bool:
@@ -157,13 +157,20 @@ class GuidanceStack(Guidance):
     ) -> Tensor:
         raise ValueError("a stack guides one run of a model: call what begin(model) gives")
 
-    def begin(self, model: Any, levels: Sequence[float] | None = None, whole: bool = True) -> Guidance:
-        network = Network.of_model(model)
-        self.check(network, levels if whole else None)
-        return Begun(stack=self, network=network, run=Run(model=model, levels=tuple(levels or ())))
+    def begin(
+        self,
+        model: Any,
+        levels: Sequence[float] | None = None,
+        whole: bool = True,
+        shape: Sequence[int] | None = None,
+    ) -> Guidance:
+        network, run = Network.of_model(model), Run(model=model, levels=tuple(levels or ()), shape=tuple(shape or ()))
+        self.check(network, run if whole else replace(run, levels=()))
+        return Begun(stack=self, network=network, run=run)
 
-    def check(self, network: Network, levels: Sequence[float] | None = None) -> None:
-        """Refuse a network that a term cannot guide, and levels at none of which it acts; UserError as for `begin`."""
+    def check(self, network: Network, run: Run | None = None) -> None:
+        """Refuse a network, and a run, that a term cannot guide; UserError as for `begin`."""
+        levels = () if run is None else run.levels
         for term in self.terms:
             if term.idle:
                 continue
@@ -177,41 +184,56 @@ class GuidanceStack(Guidance):
                 )
             if levels:
                 term.note(network, levels)
+            if run is not None:
+                term.begins(run)
+                if isinstance(term, Canvas) and self.base is None and any(s is not None for s in term.scales(run)):
+                    raise UserError(
+                        f"{term.name} gives regions scales of their own, and the stack has no base: put cfg into it"
+                    )
 
-    def plan(self, model: Any, steps: int) -> Plan:
+    def plan(self, model: Any, steps: int, size: tuple[int, int] | None = None) -> Plan:
         """What a run of a model's own sampler costs, found without one.
+
+        Args:
+            size: height and width in pixels, the model's own where they are left open.
 
         Raises:
             UserError: as `begin`.
         """
+        shape: tuple[int, ...] = ()
         if hasattr(model, "chain"):
-            start, _ = model.chain(steps, model.latent_shape())
+            shape = model.latent_shape(*(size or ()))
+            start, _ = model.chain(steps, shape)
             levels = (start.clamp(min=0) / model.schedule.num_train_timesteps).tolist()
         else:
             # The share of tokens that are masked; see `visiontune.diffusion.unmask`.
             levels = [math.cos(math.pi / 2 * i / steps) for i in range(steps)]
-        network, run = Network.of_model(model), Run(model=model, levels=levels)
-        self.check(network, levels)
+        network, run = Network.of_model(model), Run(model=model, levels=levels, shape=shape, prompts=())
+        self.check(network, run)
         notes = (term.note(network, levels) for term in self.terms if not term.idle)
         return Plan(
             levels=tuple(levels),
             acting=tuple(tuple(term.name for term in self.terms if term.acts([level])) for level in levels),
-            rows=tuple(0 if self.is_lost([level], run) else self._rows(level) for level in levels),
+            rows=tuple(0 if self.is_lost([level], run) else self._rows(level, run) for level in levels),
             notes=tuple(filter(None, notes)),
         )
 
-    def _rows(self, level: float) -> int:
+    def _rows(self, level: float, run: Run) -> int:
         """How often a step at a level sees each picture."""
-        acting = [term for term in self.terms if term.acts([level])]
-        rows = 1 + any(term.NEGATIVE for term in acting)
-        rows += sum(term.ROWS for term in acting if not isinstance(term, Base))
-        return rows * next((term.regions for term in acting if isinstance(term, Canvas)), 1)
+        canvas = self._canvas([level])
+        scales = [None] if canvas is None else canvas.scales(run)
+        return sum(self._rows_at(level, scale) for scale in scales)
+
+    def _rows_at(self, level: float, scale: float | None) -> int:
+        acting = [term for term in self.with_base(scale).terms if term.acts([level])]
+        more = sum(term.rows for term in acting if not isinstance(term, Base))
+        return 1 + any(term.contrasts for term in acting) + more
 
     def stock(self) -> Guidance:
         # Any scale but 1 has the pipeline predict both sides; what it makes of them is left as it is.
         return CFG(scale=2.0) if self.contrasts else NO_GUIDANCE
 
-    def attach(self, model: Any) -> AbstractContextManager[Any]:
+    def attach(self, model: Any, prompts: Sequence[str] | None = None) -> AbstractContextManager[Any]:
         """In the block, a stock pipeline guides in this way; after it, everything is as it was.
 
         Where the stack has a `Base` that acts, call the pipeline with guidance of its own, of any scale, so that it
@@ -220,6 +242,7 @@ class GuidanceStack(Guidance):
 
         Args:
             model: a stock diffusers pipeline of one of the families, or a model around one.
+            prompts: of the pictures that it is called for, for terms that score them by their prompts.
 
         Raises:
             UserError: the pipeline cannot be guided so.
@@ -227,11 +250,11 @@ class GuidanceStack(Guidance):
         pipe = getattr(model, "pipe", model)
         network = Network.of_pipeline(pipe)
         self.check(network)
-        return _attach.attached(self, network, pipe, None if pipe is model else model)
+        return _attach.attached(self, network, pipe, None if pipe is model else model, prompts)
 
     def asks_negative(self, levels: Sequence[float]) -> bool:
         """Whether a term that acts at the levels needs what is predicted for the negative prompt."""
-        return any(term.NEGATIVE and term.acts(levels) for term in self.terms)
+        return any(term.contrasts and term.acts(levels) for term in self.terms)
 
     def combine(self, sides: Sides, point: Callable[[Term], Point], levels: Sequence[float]) -> tuple[Tensor, Tensor]:
         """The guided prediction, and what of it the perturbations and pulls have added (0 where they do not act).
@@ -239,33 +262,52 @@ class GuidanceStack(Guidance):
         Args:
             sides: the network's calls. point: of a term, with its memory. levels: of noise, of the rows.
         """
-        canvas = next((term for term in self.terms if isinstance(term, Canvas) and term.acts(levels)), None)
+        canvas = self._canvas(levels)
         if canvas is None:
             return self._combined(sides, point, levels)
         at = point(canvas)
         found = []
-        for i, part in enumerate(canvas.parts(at)):
+        for i, (part, scale) in enumerate(zip(canvas.parts(sides, at), canvas.scales(at.run), strict=True)):
             inside = _within(point, part, i)
-            found.append(self._combined(sides.of(part, inside), inside, levels)[0])
+            found.append(self._combined(sides.of(part, inside), inside, levels, scale)[0])
         return canvas.blend(found, at), at.x.new_zeros(())
 
-    def _combined(self, sides: Sides, point: Callable[[Term], Point], levels: Sequence[float]) -> tuple[Tensor, Tensor]:
-        base, u = self.base, None
-        if self.asks_negative(levels):
+    def cuts(self, levels: Sequence[float]) -> bool:
+        """Whether the prediction at the levels is made of those of regions."""
+        return self._canvas(levels) is not None
+
+    def _canvas(self, levels: Sequence[float]) -> Canvas | None:
+        return next((term for term in self.terms if isinstance(term, Canvas) and term.acts(levels)), None)
+
+    def with_base(self, scale: float | None) -> GuidanceStack:
+        """The stack with another strength of its base, if one is given."""
+        base = self.base
+        if scale is None or base is None:
+            return self
+        return GuidanceStack([replace(term, scale=scale) if term is base else term for term in self.terms])
+
+    def _combined(
+        self, sides: Sides, point: Callable[[Term], Point], levels: Sequence[float], scale: float | None = None
+    ) -> tuple[Tensor, Tensor]:
+        stack, u = self.with_base(scale), None
+        base = stack.base
+        if stack.asks_negative(levels):
             u, c = sides.both()
         else:
             c = sides.prompt()
         p = c
         if base is not None and base.acts(levels):
-            assert u is not None
-            p = base.combine(u, c, base.amount(levels, c), point(base))
+            assert u is not None and self.base is not None
+            p = base.combine(u, c, base.amount(levels, c), point(self.base))
         added = c.new_zeros(())
         for term in self.terms:
             if isinstance(term, Perturbed) and term.acts(levels):
                 added = added + term.difference(c, sides.worse(term), term.amount(levels, c))
+        # All pulls start from one prediction, so that the order in which they are listed is none.
+        before = p + added
         for term in self.terms:
             if isinstance(term, Pull) and term.acts(levels):
-                added = added + term.pull(p + added, u, term.amount(levels, c), sides, point(term))
+                added = added + term.pull(before, u, term.amount(levels, c), sides, point(term))
         if added.ndim:
             p = p + added
         for term in self.terms:
@@ -326,7 +368,8 @@ def _within(point: Callable[[Term], Point], part: Part, i: int) -> Callable[[Ter
 
     def found(term: Term) -> Point:
         at = point(term)
-        return replace(at, x=part.x, memory=at.memory.setdefault(f"region {i}", {}))
+        run = at.run if part.prompt is None else replace(at.run, prompts=[part.prompt] * len(part.x))
+        return replace(at, x=part.x, run=run, place=part.place, memory=at.memory.setdefault(f"region {i}", {}))
 
     return found
 

@@ -8,6 +8,8 @@ from typing import Any, Literal
 
 from torch import Tensor
 
+from visiontune.core import Condition
+
 Arguments = Mapping[str, Any]
 Words = Literal["none", "before", "after"]
 
@@ -30,6 +32,15 @@ def _noisy_sides(arguments: Arguments, noisy: str) -> tuple[int, int]:
     return height, width
 
 
+def _tokens_alone(arguments: Arguments) -> Condition:
+    return Condition(tokens=arguments["encoder_hidden_states"])
+
+
+def pooled(arguments: Arguments) -> Condition:
+    """Tokens and a pooled vector."""
+    return Condition(tokens=arguments["encoder_hidden_states"], pooled=arguments["pooled_projections"])
+
+
 @dataclass(frozen=True, kw_only=True)
 class Structure:
     """The facts of a family. Names are those of the arguments of the denoiser's `forward`; patterns are regular
@@ -50,6 +61,7 @@ class Structure:
         stages: of a network with long skips, patterns of what goes down, of the middle, and of what comes up and takes
             the skips as `res_hidden_states_tuple`, the last of them first.
         canonical: latents and predictions [b, c, (f), h, w] of those of the denoiser, or of the sampler. native: back.
+        condition: what the rows of a call are told, as `embed` gives it.
         pipelines: the pipeline classes that this holds for; None for all of the family.
     """
 
@@ -66,4 +78,5 @@ class Structure:
     stages: tuple[str, str, str] | None = None
     canonical: Callable[[Tensor, Arguments], Tensor] = _unchanged
     native: Callable[[Tensor, Arguments], Tensor] = _unchanged
+    condition: Callable[[Arguments], Condition] = _tokens_alone
     pipelines: tuple[str, ...] | None = None

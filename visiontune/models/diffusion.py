@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
 _NO_SIGNAL = 2.0**-12  # what samplers that divide by alpha have in the place of 0
 Generators = torch.Generator | list[torch.Generator] | None
+# Left, top, width and height in pixels.
+Box = tuple[int, int, int, int]
 
 
 class DiffusionModel(PipelineModel):
@@ -105,6 +107,15 @@ class DiffusionModel(PipelineModel):
     def from_latents(self, latents: Tensor) -> Tensor:
         """What the VAE decodes: `to_latents` undone."""
         return latents / _along_channels(self._scale, latents) + _along_channels(self._shift, latents)
+
+    def placed(self, cond: Condition, box: Box, canvas: tuple[int, int] | None) -> Condition:
+        """Conditions of a region of a picture, for families that tell the network of sizes.
+
+        Args:
+            box: the region. canvas: height and width of the picture that the region is a part of, in pixels; None for a
+                region that counts as a picture by itself.
+        """
+        return cond
 
     # -- pixels -------------------------------------------------------------------------------------------------
 

@@ -22,7 +22,7 @@ from torch.nn.functional import pixel_shuffle, pixel_unshuffle
 from visiontune.core import Condition, Request
 from visiontune.diffusion.guidance import CFG, Embedded, Guidance
 from visiontune.models._reading import Reads, stacked
-from visiontune.models._structure import Arguments, Structure, thousandths
+from visiontune.models._structure import Arguments, Structure, pooled, thousandths
 from visiontune.models._text import CLIP_AND_T5, default_of
 from visiontune.models._time import exact_time
 from visiontune.models.base import Presets, require, require_text_to_image
@@ -55,6 +55,12 @@ def _tokens(x: Tensor, arguments: Arguments) -> Tensor:
     return pixel_unshuffle(x, 2).flatten(2).mT
 
 
+def _told(arguments: Arguments) -> Condition:
+    """The words, and the scale that a distilled network is told."""
+    guidance = arguments.get("guidance")
+    return replace(pooled(arguments), extra={} if guidance is None else {"guidance": guidance})
+
+
 class Flux(DiffusionModel):
     """`FluxPipeline`, and with pictures `FluxKontextPipeline` and `FluxFillPipeline`.
 
@@ -75,6 +81,7 @@ class Flux(DiffusionModel):
         grid=_grid,
         canonical=_unpacked,
         native=_tokens,
+        condition=_told,
         pipelines=("FluxPipeline",),
     )
     TARGETS: ClassVar[Mapping[str, Presets]] = {

@@ -291,15 +291,20 @@ class PipelineModel(Model):
         self.pipe.scheduler = made
         self.pipe.set_progress_bar_config(disable=True)
         try:
-            with self._present(), quiet(), guidance.attach(self):
+            with self._present(), quiet():
                 # Pipelines take pictures of one size in a batch, and some of one request alone.
                 shown = any(request.pictures for request in requests)
                 calls, sides = [[one] for one in requests] if shown else [requests], self.size(*(size or ()))
-                told = guidance.stock()
-                return np.concatenate([self._draw(c, sides, steps, self._stock(told, c)) for c in calls])
+                return np.concatenate([self._draw_guided(c, sides, steps, guidance) for c in calls])
         finally:
             self.pipe.scheduler = before
             self.pipe.set_progress_bar_config(**bar)
+
+    def _draw_guided(
+        self, requests: Sequence[Request], size: tuple[int, int], steps: int, guidance: Guidance
+    ) -> np.ndarray:
+        with guidance.attach(self, [request.prompt for request in requests]):
+            return self._draw(requests, size, steps, self._stock(guidance.stock(), requests))
 
     @abstractmethod
     def _draw(

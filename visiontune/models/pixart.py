@@ -13,7 +13,7 @@ from torch import Tensor
 
 from visiontune.core import Condition, Request
 from visiontune.diffusion.guidance import Guidance
-from visiontune.models._structure import Structure
+from visiontune.models._structure import Arguments, Structure
 from visiontune.models._text import CLIP_AND_T5, default_of
 from visiontune.models.base import Presets, require
 from visiontune.models.diffusion import DiffusionModel
@@ -22,6 +22,10 @@ from visiontune.models.words import Reader
 _ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 # The only size at which the pipeline of alpha tells the network any.
 _SIZED = 128
+
+
+def _masked(arguments: Arguments) -> Condition:
+    return Condition(tokens=arguments["encoder_hidden_states"], mask=arguments["encoder_attention_mask"].bool())
 
 
 class PixArt(DiffusionModel):
@@ -34,6 +38,7 @@ class PixArt(DiffusionModel):
         sides="negative first",
         blocks={r"transformer_blocks\.\d+": ("hidden_states",)},
         attention={r"transformer_blocks\.\d+\.attn1": "none"},
+        condition=_masked,
     )
     TARGETS: ClassVar[Mapping[str, Presets]] = {
         "denoiser": {

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from visiontune.core import Condition, Request
 from visiontune.diffusion.guidance import Guidance
-from visiontune.models._structure import Structure
+from visiontune.models._structure import Structure, pooled
 from visiontune.models._text import CLIP_AND_T5
 from visiontune.models.base import Presets, require, require_text_to_image
 from visiontune.models.diffusion import DiffusionModel
@@ -36,6 +36,7 @@ class StableDiffusion3(DiffusionModel):
         sides="negative first",
         blocks={r"transformer_blocks\.\d+": ("encoder_hidden_states", "hidden_states")},
         attention={r"transformer_blocks\.\d+\.attn": "after", r"transformer_blocks\.\d+\.attn2": "none"},
+        condition=pooled,
     )
     TARGETS: ClassVar[Mapping[str, Presets]] = {
         "denoiser": {

@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from visiontune.core import Condition
+from visiontune.models._structure import Arguments
 from visiontune.models.base import require
+from visiontune.models.diffusion import Box
 from visiontune.models.sd import StableDiffusion
+
+
+def _told(arguments: Arguments) -> Condition:
+    added = arguments["added_cond_kwargs"]
+    sizes = {"time_ids": added["time_ids"]}
+    return Condition(tokens=arguments["encoder_hidden_states"], pooled=added["text_embeds"], extra=sizes)
 
 
 class StableDiffusionXL(StableDiffusion):
@@ -22,6 +31,7 @@ class StableDiffusionXL(StableDiffusion):
     family = "sdxl"
     pipeline_classes = ("StableDiffusionXLPipeline",)
     load_options: ClassVar[dict[str, Any]] = {"add_watermarker": False}
+    STRUCTURE = replace(StableDiffusion.STRUCTURE, condition=_told)
 
     def __init__(self, pipe: Any, source: str = "") -> None:
         super().__init__(pipe, source)
@@ -40,6 +50,12 @@ class StableDiffusionXL(StableDiffusion):
             return empty
         assert empty.pooled is not None
         return Condition(tokens=torch.zeros_like(empty.tokens), pooled=torch.zeros_like(empty.pooled))
+
+    def placed(self, cond: Condition, box: Box, canvas: tuple[int, int] | None) -> Condition:
+        left, top, width, height = box
+        sizes = [*(canvas or (height, width)), *((top, left) if canvas else (0, 0)), height, width]
+        told = torch.tensor([sizes] * len(cond), dtype=torch.float32, device=cond.tokens.device)
+        return replace(cond, extra={**cond.extra, "time_ids": told})
 
     def _added(self, x_t: Tensor, cond: Condition) -> dict[str, Tensor]:
         if cond.pooled is None:

@@ -57,6 +57,7 @@ class ZImage(DiffusionModel):
         sign=-1,
         canonical=_without_frame,
         native=_with_frame,
+        condition=lambda arguments: ragged(arguments["cap_feats"]),
         blocks={r"layers\.\d+": ("x",)},
         # The tokens of picture and prompt lie in one stream, padded to no fixed length.
         attention={},

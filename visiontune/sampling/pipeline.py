@@ -45,8 +45,17 @@ def evaluating(model: PipelineModel) -> Iterator[None]:
             adapter_set.train()
 
 
-def guidance_of(model: PipelineModel, steps: int, cfg_scale: float, terms: GuidanceStack | None = None) -> Guidance:
+def guidance_of(
+    model: PipelineModel,
+    steps: int,
+    cfg_scale: float,
+    terms: GuidanceStack | None = None,
+    size: tuple[int, int] | None = None,
+) -> Guidance:
     """How pictures are guided: by a scale, and by terms on top of it or in its place.
+
+    Args:
+        size: height and width in pixels, the model's own where they are left open.
 
     Raises:
         UserError: the model does not draw in so many steps, or cannot be guided so.
@@ -56,7 +65,7 @@ def guidance_of(model: PipelineModel, steps: int, cfg_scale: float, terms: Guida
     if terms is None:
         return own
     guidance = terms.over(own)
-    guidance.plan(model, steps)
+    guidance.plan(model, steps, size)
     return guidance
 
 
@@ -129,7 +138,8 @@ def prepared(
     """
     if not hasattr(model, "draw"):
         raise UserError(f"model '{model.source}' ({model.family}) draws no pictures: take one that does")
-    return guidance_of(model, steps, cfg_scale, terms), model.size(height, width)
+    size = model.size(height, width)
+    return guidance_of(model, steps, cfg_scale, terms, size), size
 
 
 def pictures(

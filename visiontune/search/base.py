@@ -49,7 +49,7 @@ class Setting:
     def rows(self) -> int:
         """How often the network sees a picture that is drawn without search."""
         if isinstance(self.guidance, GuidanceStack):
-            return sum(self.guidance.plan(self.model, self.steps).rows)
+            return sum(self.guidance.plan(self.model, self.steps, self.size).rows)
         return self.steps * (2 if self.guidance.contrasts else 1)
 
     def score(self, pictures: np.ndarray, requests: Sequence[Request], by: Reward | None = None) -> list[float]:
