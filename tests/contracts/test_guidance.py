@@ -325,7 +325,8 @@ def test_the_perturbations_of_a_stack_add_up():
 def test_gradients_are_those_of_the_guided_chain(family):
     """Step by step, with the network's own checkpoints, and as one graph, whatever perturbs or shapes the network."""
     able = [term_of(name) for name in plugin.names("guidance") if (name, family) not in CANNOT and name not in STEPPING]
-    terms = [term for term in able if isinstance(term, Perturbed | Shaping)]
+    # What remembers is computed in one go, and refused here.
+    terms = [term for term in able if isinstance(term, Perturbed | Shaping) and not term.remembers]
     made = model(family)
     made.denoiser.train()
     cond, start, found = made.embed(PROMPTS), Start(latents=noise_of(made)), []

@@ -175,7 +175,7 @@ def test_a_grid_is_found_of_the_number_of_tokens():
 
 def test_a_recipe_lists_terms():
     stack = GuidanceStack.of([{"cfg": 4}, {"pag": {"scale": 2, "layers": ["mid", 1]}}, "rescale"])
-    assert stack == GuidanceStack([cfg.Config(scale=4), pag.Config(scale=2, layers=["mid", 1]), rescale.Config()])
+    assert stack == GuidanceStack([cfg.Config(scale=4), pag.Config(scale=2, layers=["mid", "1"]), rescale.Config()])
     assert stack.contrasts and not GuidanceStack([cfg.Config(scale=1)]).contrasts
 
 

@@ -308,9 +308,9 @@ def test_rollouts_previews_and_guards_are_guided_by_terms(tmp_path, monkeypatch)
         seen.append(("rollout", [term.name for term in stack.terms]))
         return begin(stack, *args, **kwargs)
 
-    def attach(stack, model):
+    def attach(stack, *args, **kwargs):
         seen.append(("picture", [term.name for term in stack.terms]))
-        return attached(stack, model)
+        return attached(stack, *args, **kwargs)
 
     attached = GuidanceStack.attach
     monkeypatch.setattr(GuidanceStack, "begin", begun)

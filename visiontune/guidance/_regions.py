@@ -29,7 +29,7 @@ class Region:
 
     SHORTHAND: ClassVar[str] = "box"
 
-    box: Box = option(least=0, help="left, top, width and height in pixels")
+    box: Box = option(least=0, greatest=1_000_000, help="left, top, width and height in pixels")
     prompt: str | None = option(None, help="what it shows; null for the picture's own prompt")
     negative: str | None = option(None, help="what it is guided away from; null for the picture's own negative prompt")
     scale: float | None = option(None, least=-1000, greatest=1000, help="of the base in it; null for the base's own")

@@ -55,7 +55,7 @@ class Config(Edit, Shaping):
         1.0, least=0, greatest=1, help="how far mean and deviation of the noise's channels go over to the style's"
     )
     temperature: float = option(1.5, above=0, greatest=100, help="T, by which logits of attention are multiplied")
-    layers: str | list[int | str] = option(
+    layers: str | list[str] = option(
         "late", help="late, mid, all, numbers of blocks, or patterns of the names of attention layers (up_blocks.2)"
     )
     offload: bool = option(False, help="keep what the layers are given in main memory, and not on the model's device")
