@@ -25,7 +25,7 @@ from visiontune.data.inventory import inventory
 from visiontune.data.loader import BatchSampler
 from visiontune.data.prompts import PromptBatches
 from visiontune.diffusion.timesteps import Histogram
-from visiontune.guidance.stack import guidance_of
+from visiontune.guidance.stack import GuidanceStack, guidance_of
 from visiontune.objectives.base import generator
 from visiontune.ops.memory import Kept, Peak, held
 from visiontune.training import optim, resume
@@ -290,7 +290,7 @@ def _guided(run: Run, trainer: Trainer) -> list[str]:
     lines = []
     for section, options in {"objective": trainer.objective.config, "preview": run.preview}.items():
         if getattr(options, "guidance", None) is not None:
-            stack: Any = guidance_of(trainer.model, options)
+            stack: Any = guidance_of(trainer.model, options.cfg_scale, GuidanceStack.of_options(options))
             lines.append(f"{section}.guidance: {stack.plan(trainer.model, options.steps).total()}")
     return lines
 

@@ -9,6 +9,7 @@ median over rounds. Writes ``benchmarks/results/speed_guidance.json`` and ``.md`
 
 from __future__ import annotations
 
+import copy
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -74,7 +75,7 @@ def measure(rounds: int) -> Iterator[dict[str, Any]]:
     yield row(0, "cfg of the stack / the stock pipeline's", found["cfg"], 1.01)
 
     stack = drawing(made, [{"apg": CFG_SCALE}, {"pag": PAG_SCALE}])
-    decoding = torch.randn(ROWS, *made.latent_shape())
+    calls, decoding = separate(made), torch.randn(ROWS, *made.latent_shape())
 
     @torch.no_grad()
     def bare() -> Any:
@@ -83,13 +84,12 @@ def measure(rounds: int) -> Iterator[dict[str, Any]]:
         made.embed(["a red circle", ""] * ROWS)
         return made.decode(decoding)
 
-    calls = separate(made)
     found = ratios({"bare": bare, "stack": stack}, "bare", rounds)
     yield row(0, "apg and pag / the calls that they make, and the VAE's", found["stack"], 1.05)
 
     parts = {**made.pipe.components, "requires_safety_checker": False}
     ours = drawing(made, [{"cfg": CFG_SCALE}, {"pag": PAG_SCALE}])
-    stock = StableDiffusionPAGPipeline(**{**parts, "unet": _again(made.pipe.unet)}, pag_applied_layers="mid")
+    stock = StableDiffusionPAGPipeline(**{**parts, "unet": copy.deepcopy(made.pipe.unet)}, pag_applied_layers="mid")
     stock.set_progress_bar_config(disable=True)
     noise = torch.randn(ROWS, *made.latent_shape())
 
@@ -114,13 +114,6 @@ def measure(rounds: int) -> Iterator[dict[str, Any]]:
         {"own": drawing(pocket, None), "neutral": drawing(pocket, [{"cfg": CFG_SCALE}, {"pag": 0}])}, "own", rounds
     )
     yield row(0, "terms at strength 0 / the stock pipeline, pocket-sd", found["neutral"], 1.01)
-
-
-def _again(unet: Any) -> Any:
-    """The same network a second time, on which the other pipeline's attention may stay."""
-    made = type(unet).from_config(unet.config)
-    made.load_state_dict(unet.state_dict())
-    return made.eval()
 
 
 if __name__ == "__main__":

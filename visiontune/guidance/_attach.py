@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from visiontune.core import Condition
 from visiontune.errors import UserError
+from visiontune.guidance._native import Arguments, Native, rows_within, stacked, value_of, with_value
 from visiontune.guidance._network import Network
 from visiontune.guidance._run import Called, shaped
 from visiontune.guidance._taps import Forward, bound, replaced
@@ -31,7 +32,6 @@ from visiontune.models._structure import Structure
 if TYPE_CHECKING:
     from visiontune.guidance.stack import GuidanceStack
 
-Arguments = dict[str, Any]
 # Samplers of one step that take latents as the network does; others keep what was predicted before an edit.
 _SINGLE = ("DDIMScheduler", "DDPMScheduler", "FlowMatchEulerDiscreteScheduler")
 _guided: WeakSet[nn.Module] = WeakSet()
@@ -85,7 +85,7 @@ def _edited(guide: _Guide, scheduler: Any) -> Iterator[None]:
 
     def stepped(model_output: Tensor, timestep: Any, sample: Tensor, *args: Any, **kwargs: Any) -> Any:
         found = step(model_output, timestep, guide.started(sample), *args, **kwargs)
-        return _with_value(found, guide.arrived(_value(found), timestep))
+        return with_value(found, guide.arrived(value_of(found), timestep))
 
     scheduler.step = stepped
     try:
@@ -144,16 +144,20 @@ class _Guide:
         assert self.network.structure is not None
         return self.network.structure
 
+    @property
+    def native(self) -> Native:
+        return Native(self.structure, self.network.denoiser)
+
     def __call__(self, arguments: Arguments) -> Any:
         if self.pipe.scheduler.timesteps is not self.steps:
             self.finish()
             self._begin(arguments)
         if self.start is not None:
             sides = 2 if self._is_doubled(arguments) else 1
-            arguments = self.with_latents(arguments, torch.cat([self.start] * sides))
+            arguments = self.native.with_latents(arguments, torch.cat([self.start] * sides))
         self.arguments = arguments
-        if self.stack.is_lost(self._point(arguments).levels, self.run_of):
-            return self._blank(arguments)
+        if self.stack.edits and self.stack.is_lost(self._point(arguments).levels, self.run_of):
+            return self.native.blank(arguments)
         if self.stack.told is not None:
             levels = self._point(arguments).levels
             arguments["guidance"] = self.stack.told.telling(levels, arguments["guidance"].device)
@@ -165,7 +169,7 @@ class _Guide:
         self.memory.clear()
         schedule = self.network.schedule
         levels = [] if schedule is None else (self.steps.clamp(min=0) / schedule.num_train_timesteps).tolist()
-        x = self.latents(arguments)
+        x = self.native.latents(arguments)
         self.run_of = Run(model=self.model, levels=tuple(levels), shape=tuple(x.shape[1:]), prompts=self.prompts)
         self.stack.check(self.network, self.run_of)
         if not self.stack.edits:
@@ -219,7 +223,7 @@ class _Guide:
                 raise self._one_sided()
             return self._packed(self._guided(_Sides(self, arguments))[0], arguments)
         rows = len(arguments[self.structure.noisy])
-        halves = [_rows(arguments, rows, part) for part in (slice(0, rows // 2), slice(rows // 2, rows))]
+        halves = [rows_within(arguments, rows, part) for part in (slice(0, rows // 2), slice(rows // 2, rows))]
         at = 0 if self.structure.sides == "prompt first" else 1
 
         def both() -> tuple[Tensor, Tensor]:
@@ -239,7 +243,7 @@ class _Guide:
         """Whether the rows stand there twice, since the pipeline guides. Some pipelines say it themselves."""
         if self.structure.sides == "apart":
             return False
-        noisy = _stacked(arguments[self.structure.noisy])
+        noisy = stacked(arguments[self.structure.noisy])
         if getattr(self.pipe, "do_classifier_free_guidance", True) is False or len(noisy) % 2:
             return False
         return torch.equal(*noisy.chunk(2))
@@ -260,8 +264,8 @@ class _Guide:
         # Where the negative prompt acts, there is nothing to guide before it is known.
         if not acts:
             p, added = self._guided(_Sides(self, arguments, c=c), plain=self.stack.base is not None)
-        given = self._blank(arguments) if p is None else self.found if p is c else self._packed(p, arguments)
-        self.waiting = _Waiting(arguments, p, _value(given), None if self.stack.base else added, acts)
+        given = self.native.blank(arguments) if p is None else self.found if p is c else self._packed(p, arguments)
+        self.waiting = _Waiting(arguments, p, value_of(given), None if self.stack.base else added, acts)
         return given
 
     def _answer(self, waiting: _Waiting, arguments: Arguments) -> Any:
@@ -280,7 +284,7 @@ class _Guide:
 
         p, _ = self._guided(_Sides(self, waiting.arguments, c=c, both=both, negative=arguments))
         given = self._packed(p, arguments)
-        waiting.value.copy_(_value(given))
+        waiting.value.copy_(value_of(given))
         return given
 
     def _is_other_side(self, one: Arguments, other: Arguments) -> bool:
@@ -306,7 +310,7 @@ class _Guide:
         with shaped(self.stack, self.network, arguments, point, side, worse) as check:
             found = self.forward(**arguments)
         check()
-        return found, self._prediction(found, arguments)
+        return found, self.native.prediction(found, arguments)
 
     def predict(self, x: Tensor, t: Tensor, cond: Condition) -> Tensor:
         """What the model predicts, for terms that bring conditions of their own."""
@@ -314,45 +318,8 @@ class _Guide:
             found: Tensor = self.model.predict(x, t, cond)
             return found
 
-    def latents(self, arguments: Arguments) -> Tensor:
-        """The noisy latents in our shape, or masked tokens."""
-        return self.structure.canonical(_stacked(arguments[self.structure.noisy]), arguments)
-
-    def with_latents(self, arguments: Arguments, x: Tensor) -> Arguments:
-        """The arguments with other latents, which are in our shape."""
-        noisy, native = arguments[self.structure.noisy], self.structure.native(x, arguments)
-        given = list(native.to(noisy[0]).unbind()) if isinstance(noisy, list) else native.to(noisy)
-        return {**arguments, self.structure.noisy: given}
-
-    def _prediction(self, found: Any, arguments: Arguments) -> Tensor:
-        """Of what the network gave, the part that is of its noisy input; some give a variance behind it."""
-        value = _stacked(_value(found))
-        noisy = arguments[self.structure.noisy]
-        mine = value[:, : noisy.shape[1]] if self._has_more(value, noisy) else value
-        return self.structure.sign * self.structure.canonical(mine, arguments)
-
-    def _has_more(self, value: Tensor, noisy: Any) -> bool:
-        return isinstance(noisy, Tensor) and noisy.ndim == value.ndim and value.shape[1] > noisy.shape[1]
-
     def _packed(self, p: Tensor, arguments: Arguments) -> Any:
-        """A prediction as the network gives one."""
-        found = self._blank(arguments) if self.found is None else self.found
-        value = _value(found)
-        made = self.structure.native(self.structure.sign * p, arguments)
-        if isinstance(value, list):
-            return _with_value(found, list(made.to(value[0]).unbind()))
-        if value.shape[1] > made.shape[1]:
-            behind = value[:, made.shape[1] :]
-            made = torch.cat([made, torch.cat([behind] * (len(made) // len(behind)))], dim=1)
-        return _with_value(found, made.to(value))
-
-    def _blank(self, arguments: Arguments) -> Any:
-        """Zeros, as the network would give them without being called."""
-        noisy = arguments[self.structure.noisy]
-        if isinstance(noisy, list):
-            return ([torch.zeros_like(row) for row in noisy],)
-        doubled = getattr(self.network.denoiser.config, "out_channels", None) == 2 * noisy.shape[1]
-        return (torch.zeros_like(torch.cat([noisy] * 2, dim=1) if doubled else noisy),)
+        return self.native.packed(p, arguments, self.native.blank(arguments) if self.found is None else self.found)
 
     # -- the stack -------------------------------------------------------------------------------------------------
 
@@ -369,7 +336,7 @@ class _Guide:
 
     def _point(self, arguments: Arguments, term: Term | None = None) -> Point:
         """Of the rows of a call; those of `self.arguments` may stand there twice, and count once."""
-        x = self.latents(arguments)
+        x = self.native.latents(arguments)
         if self.structure.time is None or self.network.schedule is None:
             level = (x == self.pipe.scheduler.config.mask_token_id).flatten(1).float().mean(1)
             return self._at(x, level, level.tolist(), term)
@@ -408,7 +375,7 @@ class _Sides:
     def at(self, x: Tensor, cond: Condition | None = None) -> Tensor:
         if cond is not None:
             return self._called(cond, None).at(x)
-        return self.guide.run(self.guide.with_latents(self.arguments, x), "at")
+        return self.guide.run(self.guide.native.with_latents(self.arguments, x), "at")
 
     def of(self, part: Part, point: Callable[[Term], Point]) -> Called:
         return self._called(part.cond, part.uncond).of(part, point)
@@ -434,31 +401,3 @@ class _Sides:
 
 def _unknown() -> tuple[Tensor, Tensor]:
     raise AssertionError("one side alone is known")
-
-
-def _value(found: Any) -> Any:
-    """The prediction in what a network gave: itself, or the first of a tuple or an output of diffusers."""
-    return found if isinstance(found, Tensor) else found[0]
-
-
-def _with_value(found: Any, value: Any) -> Any:
-    if isinstance(found, Tensor):
-        return value
-    if isinstance(found, tuple):
-        return (value, *found[1:])
-    return type(found)(**{**found, next(iter(found)): value})
-
-
-def _stacked(rows: Tensor | list[Tensor]) -> Tensor:
-    return torch.stack(rows) if isinstance(rows, list) else rows
-
-
-def _rows(value: Any, rows: int, part: slice) -> Any:
-    """Of whatever has one entry a row, those of a part."""
-    if isinstance(value, Tensor):
-        return value[part] if value.ndim and len(value) == rows else value
-    if isinstance(value, list):
-        return value[part] if len(value) == rows else value
-    if isinstance(value, dict):
-        return {key: _rows(item, rows, part) for key, item in value.items()}
-    return value

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
@@ -23,7 +24,7 @@ Picture = str | Image.Image
 def check_picture(picture: Any, term: str, option: str = "picture") -> None:
     """Refuse what is no picture, before a model is opened: UserError naming the term and the option."""
     if isinstance(picture, str):
-        pictures.size(outside.expanded(Path(picture), f"{term}: {option}"))
+        pictures.size(_file(picture, term, option))
     elif not isinstance(picture, Image.Image):
         raise UserError(f"{term}: {option} must be a file, or a picture of Pillow, not {picture!r}")
 
@@ -37,7 +38,7 @@ def latents_of(picture: Picture, point: Point, term: str, option: str = "picture
     """
     if f"latents of {option}" not in point.memory:
         model = point.run.modelled(term)
-        pixels = 2 * to_tensor(_array(fitted(picture, model, point.x.shape, term, option))) - 1
+        pixels = 2 * to_tensor(np.array(fitted(picture, model, point.x.shape, term, option))) - 1
         found = model.encode(pixels[None].to(model.device), sample=False)
         point.memory[f"latents of {option}"] = found.to(point.x)
     found = point.memory[f"latents of {option}"]
@@ -50,7 +51,7 @@ def fitted(picture: Picture, model: Any, shape: Sequence[int], term: str, option
     Raises:
         UserError: the picture has another ratio of its sides, or cannot be read.
     """
-    shown = pictures.read(Path(picture)) if isinstance(picture, str) else pictures.upright_rgb(picture)
+    shown = pictures.read(_file(picture, term, option)) if isinstance(picture, str) else pictures.upright_rgb(picture)
     height, width = (side * model.downsample for side in shape[-2:])
     if abs(shown.width * height - shown.height * width) > max(shown.width * height, shown.height * width) / 50:
         raise UserError(
@@ -64,11 +65,11 @@ def mask_of(mask: Picture, point: Point, term: str) -> Tensor:
     """[1, 1, h, w] over the latents, 1 where any pixel of a latent is more than half white; kept in the memory.
 
     Raises:
-        UserError: the mask is empty, or covers everything, or cannot be read.
+        UserError: the mask is empty, or cannot be read.
     """
     if "mask" not in point.memory:
-        grey = pictures.read_mask(Path(mask)) if isinstance(mask, str) else pictures.mask(mask)
-        white = (to_tensor(_array(grey)[..., None])[None] > 0.5).to(point.x)
+        grey = pictures.read_mask(_file(mask, term, "mask")) if isinstance(mask, str) else pictures.mask(mask)
+        white = (to_tensor(np.array(grey)[..., None])[None] > 0.5).to(point.x)
         # Larger masks are pooled, smaller ones repeated; either way no pixel of the mask is lost.
         height, width = point.x.shape[-2:]
         found = F.adaptive_max_pool2d(white, (height, width))
@@ -79,7 +80,5 @@ def mask_of(mask: Picture, point: Point, term: str) -> Tensor:
     return found
 
 
-def _array(picture: Image.Image) -> Any:
-    import numpy as np
-
-    return np.array(picture)
+def _file(picture: str, term: str, option: str) -> Path:
+    return outside.expanded(Path(picture), f"{term}: {option}")

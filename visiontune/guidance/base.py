@@ -137,9 +137,7 @@ class Term:
     )
 
     def __post_init__(self) -> None:
-        low, high = self.window
-        if not low < high:
-            raise UserError(f"window must be two levels of noise, the lower one first, not {low:g} and {high:g}")
+        check_window(self.window)
 
     @property
     def name(self) -> str:
@@ -328,6 +326,13 @@ class Shaping(Term, ABC):
             side: which of a step's calls it is: both, prompt, at, or the name of a perturbation, with a number where
                 the stack has another one of that name before it.
         """
+
+
+def check_window(window: tuple[float, float]) -> None:
+    """Refuse levels of noise that bound nothing: UserError."""
+    low, high = window
+    if not low < high:
+        raise UserError(f"window must be two levels of noise, the lower one first, not {low:g} and {high:g}")
 
 
 def place(levels: Sequence[float], level: float) -> int | None:

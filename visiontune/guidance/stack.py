@@ -347,15 +347,14 @@ class GuidanceStack(Guidance):
         return any(term.acts(later) and term.overwrites(levels[0]) for term in self.edits)
 
 
-def guidance_of(model: Any, options: Any) -> Guidance:
-    """How options guide a model: by the terms of their `guidance`, on top of their `cfg_scale`.
+def guidance_of(model: Any, cfg_scale: float, terms: GuidanceStack | None) -> Guidance:
+    """How a model is guided: by a scale, and by terms on top of it or in its place.
 
     Raises:
-        UserError: as of `GuidanceStack.of_options`.
+        UserError: as of `GuidanceStack.over`.
     """
-    own: Guidance = model.guidance(options.cfg_scale)
-    stack = GuidanceStack.of_options(options)
-    return own if stack is None else stack.over(own)
+    own: Guidance = model.guidance(cfg_scale)
+    return own if terms is None else terms.over(own)
 
 
 def _one_of(terms: Sequence[Term], what: str) -> None:

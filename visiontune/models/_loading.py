@@ -57,7 +57,7 @@ def families(naming: str | None = None) -> dict[str, type[Model]]:
 
 
 def _names(module: str, naming: str | None) -> bool:
-    """Whether the file of a family names a class; importing them all takes as long as everything else."""
+    """Whether the file of a family names a class; what it then imports of diffusers is not needed for any other."""
     return naming is None or f'"{naming}"' in (Path(models.__path__[0]) / f"{module}.py").read_text(encoding="utf-8")
 
 

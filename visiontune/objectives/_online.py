@@ -82,7 +82,7 @@ class Rollouts(Online):
 
     def guidance(self, model: PipelineModel) -> Guidance:
         """How the rollouts are guided."""
-        return guidance_of(model, self.config)
+        return guidance_of(model, self.config.cfg_scale, GuidanceStack.of_options(self.config))
 
     def check_guidance(self, model: PipelineModel) -> None:
         """Refuse guidance that the model, or the objective, cannot be given; called by `check`."""

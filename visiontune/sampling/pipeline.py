@@ -45,14 +45,14 @@ def evaluating(model: PipelineModel) -> Iterator[None]:
             adapter_set.train()
 
 
-def guidance_of(
+def checked_guidance(
     model: PipelineModel,
     steps: int,
     cfg_scale: float,
     terms: GuidanceStack | None = None,
     size: tuple[int, int] | None = None,
 ) -> Guidance:
-    """How pictures are guided: by a scale, and by terms on top of it or in its place.
+    """How pictures are guided; see `visiontune.guidance.stack.guidance_of`.
 
     Args:
         size: height and width in pixels, the model's own where they are left open.
@@ -60,12 +60,12 @@ def guidance_of(
     Raises:
         UserError: the model does not draw in so many steps, or cannot be guided so.
     """
+    from visiontune.guidance.stack import GuidanceStack, guidance_of
+
     model.check_steps(steps)
-    own = model.guidance(cfg_scale)
-    if terms is None:
-        return own
-    guidance = terms.over(own)
-    guidance.plan(model, steps, size)
+    guidance = guidance_of(model, cfg_scale, terms)
+    if isinstance(guidance, GuidanceStack):
+        guidance.plan(model, steps, size)
     return guidance
 
 
@@ -139,7 +139,7 @@ def prepared(
     if not hasattr(model, "draw"):
         raise UserError(f"model '{model.source}' ({model.family}) draws no pictures: take one that does")
     size = model.size(height, width)
-    return guidance_of(model, steps, cfg_scale, terms, size), size
+    return checked_guidance(model, steps, cfg_scale, terms, size), size
 
 
 def pictures(

@@ -20,6 +20,7 @@ from visiontune.diffusion.dynamics import make_dynamics
 from visiontune.diffusion.replay import micro_batches
 from visiontune.diffusion.trajectory import Chain, Start, rollout
 from visiontune.errors import UserError
+from visiontune.guidance.base import check_window
 from visiontune.models.pipeline import own_generator
 from visiontune.schema import option
 from visiontune.search._latents import Judge, conditions, diffusion, pictures_of
@@ -54,9 +55,7 @@ class Config(Search):
     )
 
     def __post_init__(self) -> None:
-        low, high = self.window
-        if not low < high:
-            raise UserError(f"window must be two levels of noise, the lower one first, not {low:g} and {high:g}")
+        check_window(self.window)
         dynamics = make_dynamics(self.dynamics)
         if not dynamics.stochastic:
             raise UserError(

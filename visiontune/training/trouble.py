@@ -16,7 +16,7 @@ from torch import Tensor
 from visiontune.errors import UserError
 from visiontune.guidance.stack import GuidanceStack
 from visiontune.ops.shards import local
-from visiontune.sampling.pipeline import guidance_of
+from visiontune.sampling.pipeline import checked_guidance
 from visiontune.training.checkpoint import latest
 from visiontune.training.config import PreviewConfig
 
@@ -142,7 +142,7 @@ def check_drawing(model: Any, preview: PreviewConfig, guard: Guard | None) -> No
         with named(f"{section}.steps"):
             model.check_steps(how.steps)
         with named(f"{section}.guidance"):
-            guidance_of(model, how.steps, how.cfg_scale, terms)
+            checked_guidance(model, how.steps, how.cfg_scale, terms)
 
 
 @contextmanager
