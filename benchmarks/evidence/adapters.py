@@ -49,7 +49,7 @@ def run(method: str | None, subject: str, seed: int, work: Path, lr: float = 0.0
         return train_and_measure(None, subject, seed, work, [], **JUDGED)
     rate = f"{lr:.3g}"
     options = [f"train.lr={rate}", "train.checkpoint_every=1000000", *SIZES.get(method, [])]
-    row = train_and_measure(method, subject, seed, work, options, f"-lr{rate}", weaker, **JUDGED)
+    row = train_and_measure(method, subject, seed, work, options, f"-lr{rate}", weaker=weaker, **JUDGED)
     return {**row, "lr": float(rate)}
 
 

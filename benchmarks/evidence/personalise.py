@@ -53,6 +53,7 @@ def train_and_measure(
     work: Path,
     overrides: list[str],
     label: str = "",
+    *,
     name: str = "",
     weaker: Sequence[float] = (),
     **sizes: int,
