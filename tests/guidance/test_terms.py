@@ -11,6 +11,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from visiontune.diffusion.schedule import Schedule
 from visiontune.errors import UserError
 from visiontune.guidance import apg, cfg, cfg_zero, pag, rescale, seg
+from visiontune.guidance._features import grid_of
 from visiontune.guidance.base import Point
 from visiontune.guidance.stack import GuidanceStack
 
@@ -166,11 +167,10 @@ def test_seg_leaves_the_queries_of_words(words):
 
 
 def test_a_grid_is_found_of_the_number_of_tokens():
-    assert (
-        seg.grid_of(24, (8, 12)) == (4, 6) and seg.grid_of(24, (96, 64)) == (6, 4) and seg.grid_of(6, (5, 8)) == (2, 3)
-    )
-    with pytest.raises(UserError, match="no grid of 7 tokens"):
-        seg.grid_of(7, (8, 8))
+    for tokens, ratio, grid in ((24, (8, 12), (4, 6)), (24, (96, 64), (6, 4)), (6, (5, 8), (2, 3))):
+        assert grid_of(tokens, ratio, "seg", "") == grid
+    with pytest.raises(UserError, match="seg finds no grid of 7 tokens like 8x8: set its sigma to null"):
+        grid_of(7, (8, 8), "seg", "set its sigma to null")
 
 
 def test_a_recipe_lists_terms():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -13,6 +14,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from visiontune.core import Condition
 from visiontune.diffusion.guidance import Call, Guidance
+from visiontune.errors import UserError
 from visiontune.guidance._network import Network
 from visiontune.guidance._taps import Attention, attending, noted
 
@@ -78,3 +80,16 @@ def pictured(words: slice, tokens: int) -> slice:
 def put(whole: Tensor, part: Tensor, at: slice) -> Tensor:
     """Tokens [b, heads, n, d] with others in their place."""
     return torch.cat([whole[..., : at.start, :], part, whole[..., at.stop :, :]], dim=-2)
+
+
+def grid_of(tokens: int, ratio: tuple[int, int], term: str, mend: str) -> tuple[int, int]:
+    """Height and width of a grid of so many tokens with sides in a ratio.
+
+    Raises:
+        UserError: there is none; `term` is who asks, `mend` what helps.
+    """
+    exact = math.sqrt(tokens * ratio[0] / ratio[1])
+    for height in sorted({math.floor(exact), math.ceil(exact)} - {0}, key=lambda side: abs(side - exact)):
+        if tokens % height == 0:
+            return height, tokens // height
+    raise UserError(f"{term} finds no grid of {tokens} tokens like {ratio[0]}x{ratio[1]}: {mend}")

@@ -88,6 +88,23 @@ class Network:
             )
         return self._chosen(layers, self._all(known), term)
 
+    def worded(self, layers: Layers, term: str) -> dict[str, nn.Module]:
+        """Layers in which the picture attends to words, chosen as in `attention`.
+
+        Raises:
+            UserError: the network has none that are known, or a pattern matches none of them.
+        """
+        structure = self._reached(term)
+        known = (
+            [structure.cross] if structure.cross else [one for one, at in structure.attention.items() if at != "none"]
+        )
+        if not known:
+            raise UserError(
+                f"{term} looks where words are attended to, for which '{self.source}' has no layers of its own: "
+                f"leave {term} out"
+            )
+        return self._chosen(layers, self._all(known), term)
+
     def words(self, layer: str, arguments: Mapping[str, Any]) -> slice:
         """Which tokens of an attention layer are words, `slice(0, 0)` where none are.
 

@@ -7,7 +7,6 @@ the edges the weights are those of the tokens that there are, divided by their s
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -17,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from visiontune.errors import UserError
+from visiontune.guidance._features import grid_of
 from visiontune.guidance._network import Network
 from visiontune.guidance._taps import Attention, attending
 from visiontune.guidance.base import Perturbed
@@ -55,7 +54,9 @@ class Config(Perturbed):
         first, last, _ = words.indices(q.shape[-2])
         before, told, after = q[..., :first, :], q[..., first:last, :], q[..., last:, :]
         picture = torch.cat([before, after], dim=-2)
-        picture = blur(picture, self.sigma, None if self.sigma is None else grid_of(picture.shape[-2], ratio))
+        mend = "set its sigma to null"
+        grid = None if self.sigma is None else grid_of(picture.shape[-2], ratio, self.name, mend)
+        picture = blur(picture, self.sigma, grid)
         # Words stand before the picture or after it.
         return torch.cat([told, picture] if first == 0 else [picture, told], dim=-2)
 
@@ -72,19 +73,6 @@ def _weights(side: int, sigma: float, like: Tensor) -> Tensor:
     """[side, side] of each token along an axis in what becomes of each."""
     place = torch.arange(side, dtype=torch.float32, device=like.device)
     return (-((place[:, None] - place) / sigma).square() / 2).softmax(1).to(like.dtype)
-
-
-def grid_of(tokens: int, ratio: tuple[int, int]) -> tuple[int, int]:
-    """Height and width of a grid of so many tokens with sides in a ratio.
-
-    Raises:
-        UserError: there is none.
-    """
-    exact = math.sqrt(tokens * ratio[0] / ratio[1])
-    for height in sorted({math.floor(exact), math.ceil(exact)} - {0}, key=lambda side: abs(side - exact)):
-        if tokens % height == 0:
-            return height, tokens // height
-    raise UserError(f"seg finds no grid of {tokens} tokens like {ratio[0]}x{ratio[1]}: set its sigma to null")
 
 
 def build(config: Config) -> Config:

@@ -56,6 +56,8 @@ class Structure:
             one alone they return it bare.
         attention: pattern of the layers in which the picture attends to itself, and where the words stand among their
             tokens. words: the argument whose second axis tells how many.
+        cross: pattern of the layers in which it attends to words alone; None where those are the layers above.
+        tokenizers: components of the pipeline that read what stands along the tokens, one after the other.
         mid: beginning of the names of what is in the middle; None takes the block in the middle of all.
         grid: height and width of the picture's tokens, or in the same ratio.
         stages: of a network with long skips, patterns of what goes down, of the middle, and of what comes up and takes
@@ -73,6 +75,8 @@ class Structure:
     blocks: Mapping[str, tuple[str, ...]]
     attention: Mapping[str, Words]
     words: str = "encoder_hidden_states"
+    cross: str | None = None
+    tokenizers: tuple[str, ...] = ("tokenizer",)
     mid: str | None = None
     grid: Callable[[Arguments, str], tuple[int, int]] = _noisy_sides
     stages: tuple[str, str, str] | None = None

@@ -78,6 +78,7 @@ class Flux(DiffusionModel):
         time=thousandths,
         blocks={r"(single_)?transformer_blocks\.\d+": ("encoder_hidden_states", "hidden_states")},
         attention={r"(single_)?transformer_blocks\.\d+\.attn": "before"},
+        tokenizers=("tokenizer_2",),
         grid=_grid,
         canonical=_unpacked,
         native=_tokens,

@@ -38,6 +38,7 @@ class PixArt(DiffusionModel):
         sides="negative first",
         blocks={r"transformer_blocks\.\d+": ("hidden_states",)},
         attention={r"transformer_blocks\.\d+\.attn1": "none"},
+        cross=r"transformer_blocks\.\d+\.attn2",
         condition=_masked,
     )
     TARGETS: ClassVar[Mapping[str, Presets]] = {

@@ -36,6 +36,7 @@ class StableDiffusion3(DiffusionModel):
         sides="negative first",
         blocks={r"transformer_blocks\.\d+": ("encoder_hidden_states", "hidden_states")},
         attention={r"transformer_blocks\.\d+\.attn": "after", r"transformer_blocks\.\d+\.attn2": "none"},
+        tokenizers=("tokenizer", "tokenizer_3"),
         condition=pooled,
     )
     TARGETS: ClassVar[Mapping[str, Presets]] = {

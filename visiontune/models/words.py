@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -76,6 +77,33 @@ def lost(model: Any, texts: Mapping[str, Sequence[tuple[str, str]]]) -> list[str
     """What is said of texts that a model reads in part: :meth:`Reader.lost` of each kind; nothing without a reader."""
     reader = getattr(model, "reader", None)
     return [] if reader is None else [line for kind, named in texts.items() for line in reader.lost(kind, named)]
+
+
+def places(model: Any, prompt: str, words: str) -> list[int]:
+    """Where some words of a prompt stand along the tokens that a family's pipeline makes of it.
+
+    Args:
+        model: with a `STRUCTURE`. words: they count wherever they stand in the prompt, in any case of their letters.
+
+    Raises:
+        UserError: the prompt does not have the words, or the model does not read so far.
+    """
+    names = [name for name in model.STRUCTURE.tokenizers if getattr(model.pipe, name) is not None]
+    found, before = list[int](), 0
+    for name in names:
+        tokenizer = getattr(model.pipe, name)
+        limit = model.reader.limit if name == names[-1] else int(tokenizer.model_max_length)
+        text = model.pipe._text_preprocessing(prompt)[0] if hasattr(model.pipe, "_text_preprocessing") else prompt
+        spans = [one.span() for one in re.finditer(rf"(?<!\w){re.escape(words)}(?!\w)", text, re.IGNORECASE)]
+        with quiet():
+            tokens = tokenizer(text, return_offsets_mapping=True)["offset_mapping"][:limit]
+        found += [
+            before + i for i, (first, last) in enumerate(tokens) if any(first < end and last > at for at, end in spans)
+        ]
+        before += limit
+    if not found:
+        raise UserError(f"'{shown(words)}' is not among the words that are read of the prompt '{shown(prompt)[:80]}'")
+    return found
 
 
 def rows_of(model: Any, word: str, known: str = "") -> dict[str, tuple[nn.Embedding, dict[str, list[int]], set[int]]]:
