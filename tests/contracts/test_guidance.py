@@ -41,6 +41,7 @@ GRADIENT = Image.linear_gradient("L").resize((16, 16)).convert("RGB")
 OPTIONS = {
     "inpaint": {"picture": GRADIENT, "mask": Image.linear_gradient("L")},
     "magicmix": {"picture": GRADIENT},
+    "shine": {"picture": GRADIENT, "mask": [0, 0, 8, 8], "subject": "red circle", "prompt": PROMPTS[0]},
     "styleid": {"content": GRADIENT, "style": GRADIENT.rotate(90), "layers": "all"},
     "cfg": {"scale": 3.0},
     "cfg_zero": {"scale": 3.0, "zero": None},
@@ -63,6 +64,7 @@ CANNOT = {
         (name, "amused"): "predicts tokens: take cfg"
         for name in ("apg", "inpaint", "magicmix", "mixture", "msg", "reward", "styleid")
     },
+    **{("shine", family): "has no layers of its own: leave shine out" for family in ("z_image", "amused")},
     ("styleid", "z_image"): "has no layers: take slg",
     ("pag", "z_image"): "has no layers: take slg",
     ("seg", "z_image"): "has no layers: take slg",
@@ -81,6 +83,8 @@ ALIKE = {
 }
 CASES = [(family, (name,)) for family in FAMILIES if family not in ALIKE for name in plugin.names("guidance")]
 CASES += ALIKE.items()
+# A run starts in one way alone.
+CASES += [(family, ("shine",)) for family in ALIKE]
 
 
 @functools.cache

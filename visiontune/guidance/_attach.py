@@ -335,12 +335,14 @@ class _Guide:
         return self.stack.combine(sides, lambda term: self._point(sides.arguments, term), point.levels)
 
     def _point(self, arguments: Arguments, term: Term | None = None) -> Point:
-        """Of the rows of a call; those of `self.arguments` may stand there twice, and count once."""
-        x = self.native.latents(arguments)
+        """Of the rows of a call; for a term those of `self.arguments` count once, though they may stand there twice."""
+        x, told = self.native.latents(arguments), arguments.get(self.structure.told)
+        if term is not None and arguments is self.arguments and self._is_doubled(arguments):
+            x, told = (rows_within(one, len(x), slice(len(x) // 2)) for one in (x, told))
         if self.structure.time is None or self.network.schedule is None:
             level = (x == self.pipe.scheduler.config.mask_token_id).flatten(1).float().mean(1)
             return self._at(x, level, level.tolist(), term)
-        t = self.structure.time(torch.as_tensor(arguments[self.structure.told], device=x.device)).expand(len(x))
+        t = self.structure.time(torch.as_tensor(told, device=x.device)).expand(len(x))
         level = t.clamp(min=0) / self.network.schedule.num_train_timesteps
         return self._at(x, t, level.tolist(), term)
 

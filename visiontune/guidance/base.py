@@ -184,6 +184,10 @@ class Term:
         """How many more times the network sees every row where it acts."""
         return self.ROWS
 
+    def rows_at(self, level: float, run: Run) -> int:
+        """How many more times the network sees every row in a step of a run from a level at which it acts."""
+        return self.rows
+
     def check(self, network: Network) -> None:
         """Refuse a network that it cannot guide: UserError naming it and the mend."""
 

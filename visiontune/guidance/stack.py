@@ -222,11 +222,11 @@ class GuidanceStack(Guidance):
         """How often a step at a level sees each picture."""
         canvas = self._canvas([level])
         scales = [None] if canvas is None else canvas.scales(run)
-        return sum(self._rows_at(level, scale) for scale in scales)
+        return sum(self._rows_at(level, run, scale) for scale in scales)
 
-    def _rows_at(self, level: float, scale: float | None) -> int:
+    def _rows_at(self, level: float, run: Run, scale: float | None) -> int:
         acting = [term for term in self.with_base(scale).terms if term.acts([level])]
-        more = sum(term.rows for term in acting if not isinstance(term, Base))
+        more = sum(term.rows_at(level, run) for term in acting if not isinstance(term, Base))
         return 1 + any(term.contrasts for term in acting) + more
 
     def stock(self) -> Guidance:
