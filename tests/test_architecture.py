@@ -44,6 +44,10 @@ MAY_IMPORT = {
     "pocket": {"errors", "files", "outside", "schema", "core"},
     "rewards": GROUND | {"core", "ops", "models.clip", "models.sources", "pocket", "data.pictures"},
     "composition": {"errors", "data.pictures"},
+    **{
+        f"composition.{name}": {"errors", "core", "diffusion", "models", "guidance"}
+        for name in ("freecompose", "_delta", "_keys")
+    },
     "data": {"errors", "files", "outside", "schema", "catalogue", "core", "ops", "pocket"},
     "search": {"errors", "schema", "plugin", "core", "ops", "diffusion", "models", "guidance", "rewards"},
     "objectives": {"errors", "files", "outside", "schema", "plugin", "core", "ops", "diffusion", "models.base", "data"}
