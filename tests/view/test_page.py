@@ -53,7 +53,13 @@ def run(tmp_path):
 def drawn(tmp_path_factory):
     out = tmp_path_factory.mktemp("drawn")
     terms = [{"cfg": 2}, {"reward": {"reward": "brightness", "scale": 10}}]
-    options = {"prompts": ["a red circle", "it's <b>blue</b>"], "seeds": 2, "steps": 1, "device": "cpu", "guidance": terms}
+    options = {
+        "prompts": ["a red circle", "it's <b>blue</b>"],
+        "seeds": 2,
+        "steps": 1,
+        "device": "cpu",
+        "guidance": terms,
+    }
     generate(SampleConfig(**options, out=str(out), held_out="jpeg", negative_prompt="small"), tiny_model("sd"))
     return out
 
