@@ -7,7 +7,12 @@ from pathlib import Path
 
 from visiontune import adapters
 
-OPTIONS = ["objective={name: cfg_distill, steps: 2, updates: 2, cfg_scale: 3}", "train.batch_size=2", "train.checkpoint_every=2", "train.log_every=1"]
+OPTIONS = [
+    "objective={name: cfg_distill, steps: 2, updates: 2, cfg_scale: 3}",
+    "train.batch_size=2",
+    "train.checkpoint_every=2",
+    "train.log_every=1",
+]
 
 
 def test_what_was_distilled_is_drawn_without_guidance(cli, recipe, caplog):

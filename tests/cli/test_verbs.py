@@ -43,7 +43,7 @@ def test_a_file_adds_a_verb(cli, tmp_path, monkeypatch, capsys):
 def test_help_lists_every_verb_with_its_summary(cli):
     out = cli("--help").out
     lines = dict(re.findall(r"^ {4}(\S+) +(.*)$", out, re.MULTILINE))
-    verbs = ["check", "copy", "demo", "evaluate", "export", "import", "list", "sample", "score", "show", "train"]
+    verbs = ["check", "copy", "demo", "evaluate", "export", "import", "list", "sample", "score", "show", "train", "view"]
     assert list(lines) == verbs
     assert lines["train"] == "train what a recipe describes"
 
