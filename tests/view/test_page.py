@@ -129,3 +129,19 @@ def test_scores_of_another_kind_are_refused(drawn, tmp_path):
     (tmp_path / "scores.json").write_text("[1, 2]")
     with pytest.raises(UserError, match="holds no scores of images"):
         samples.read(tmp_path)
+
+
+def test_a_page_of_somebody_else_is_not_written_over(run):
+    file = page.write([run])
+    page.write([run])
+    file.write_text("<html>my own</html>")
+    with pytest.raises(UserError, match="is no page of visiontune: name another file with --out"):
+        page.write([run])
+    assert page.named(run).startswith("no page of it: ") and file.read_text() == "<html>my own</html>"
+
+
+def test_more_pictures_than_a_page_should_hold_unasked_are_named_only(drawn, tmp_path, monkeypatch):
+    (tmp_path / "manifest.jsonl").write_bytes((drawn / "manifest.jsonl").read_bytes())
+    monkeypatch.setattr(page, "_MOST", 3)
+    assert page.named(tmp_path) == f"visiontune view {tmp_path} shows them"
+    assert not (tmp_path / "index.html").exists()

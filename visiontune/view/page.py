@@ -6,6 +6,7 @@ import html
 import json
 import os
 import re
+import shlex
 from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
@@ -15,6 +16,9 @@ from visiontune.errors import UserError
 from visiontune.view import runs, samples
 
 NAME = "index.html"
+_MARK = '<meta name="generator" content="visiontune view">'
+# Small copies of more pictures take minutes.
+_MOST = 10_000
 
 
 def write(folders: Sequence[Path], out: Path | None = None) -> Path:
@@ -24,9 +28,11 @@ def write(folders: Sequence[Path], out: Path | None = None) -> Path:
         out: the file; of a single folder by default `index.html` in it, of several `index.html` here.
 
     Raises:
-        UserError: a folder holds neither, or something damaged.
+        UserError: a folder holds neither, or something damaged; or the file is there and is another one.
     """
     target = out or (folders[0] / NAME if len(folders) == 1 else Path(NAME))
+    if target.exists() and _MARK not in outside.read_text(target, "page"):
+        raise UserError(f"{target} is there, and is no page of visiontune: name another file with --out")
     read_runs, read_samples = [], []
     for folder in folders:
         if runs.is_run(folder):
@@ -41,6 +47,16 @@ def write(folders: Sequence[Path], out: Path | None = None) -> Path:
     names = ", ".join(one["name"] for one in (*read_runs, *read_samples))
     files.write_text(target, render(names, {"runs": read_runs, "samples": read_samples}))
     return target
+
+
+def named(folder: Path) -> str:
+    """What a command says at its end of the page of its folder, which it writes; why it does not, if it does not."""
+    if samples.count(folder) > _MOST:
+        return f"visiontune view {shlex.quote(str(folder))} shows them"
+    try:
+        return f"{write([folder])} shows it"
+    except UserError as error:
+        return f"no page of it: {error}"
 
 
 def render(title: str, data: object) -> str:

@@ -25,6 +25,12 @@ def is_folder_of_samples(folder: Path) -> bool:
     return (folder / manifest.NAME).is_file()
 
 
+def count(folder: Path) -> int:
+    """How many pictures a folder lists; 0 where no sampling run wrote."""
+    file = folder / manifest.NAME
+    return outside.read_bytes(file, "manifest").count(b"\n") if file.is_file() else 0
+
+
 def read(folder: Path) -> dict[str, Any]:
     """Every finished picture with what is known of it, as JSON has it.
 
