@@ -64,6 +64,11 @@ class SampleConfig:
         help="draw more than is kept: {best_of: 8, reward: pocket-clip, held_out: oracle}. `visiontune list search` "
         "names the methods; reward chooses, and held_out, if any, is measured beside it",
     )
+    held_out: str | dict[str, Any] | None = option(
+        None,
+        help="reward that judges what the reward of guidance guides, each picture drawn without it, too; a search has "
+        "its own",
+    )
     negative_prompt: str = option("", help="prompt of the unconditional branch")
     scheduler: Scheduler = option("model", help="sampler; model is the one that the model came with")
     batch_size: int = option(8, least=1, greatest=4096, help="images a batch; changes them by rounding only")

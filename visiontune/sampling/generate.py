@@ -28,6 +28,7 @@ from visiontune.ops.threads import Threads
 from visiontune.sampling import manifest
 from visiontune.sampling.config import SampleConfig
 from visiontune.sampling.grid import grid
+from visiontune.sampling.guided import Judged, check
 from visiontune.sampling.manifest import Job
 from visiontune.sampling.pipeline import images
 from visiontune.sampling.searched import Searcher, report
@@ -63,7 +64,7 @@ def generate(config: SampleConfig, model: PipelineModel | None = None, say: Call
         config: see :class:`SampleConfig`.
         model: a model to use in place of ``config.model``, with its adapters attached; ``config.adapter`` is then
             attached on top, and taken off at the end.
-        say: is told, on the main process, what a search will cost and what it has found.
+        say: is told, on the main process, what a search will cost, and what it or a held-out reward has found.
 
     Raises:
         UserError: the prompts cannot be read, the folder holds images of other settings, or the disk is full.
@@ -120,11 +121,9 @@ def _draw(
             for line in lost(ready, {"prompt": [*named, ("negative_prompt", config.negative_prompt)]}):
                 if state.is_main_process:
                     _log.warning("%s", line)
-            draw, searcher = partial(_plain, config, ready), _searcher(config, ready, search)
-            if searcher is not None:
-                draw = partial(_searched, config, searcher)
-                if state.is_main_process:
-                    say(searcher.plan())
+            draw, plan = _drawing(config, ready, search)
+            if plan and state.is_main_process:
+                say(plan)
             for batch in mine:
                 bar.update(_run(draw, batch, finished, settings, manifest.part(out, state.process_index)))
                 if asked.number:
@@ -181,15 +180,29 @@ def _plain(config: SampleConfig, model: PipelineModel, batch: Sequence[Job]) -> 
     return [(image, {}) for image in drawn]
 
 
-def _searcher(config: SampleConfig, model: PipelineModel, search: Asked | None) -> Searcher | None:
-    if search is None:
-        return None
-    return Searcher.of(search, model, batch_size=config.batch_size, **_options(config))
+def _drawing(
+    config: SampleConfig, model: PipelineModel, search: Asked | None
+) -> tuple[Callable[[Sequence[Job]], list[Drawn]], str]:
+    """How a batch is drawn, and what is to be said of that."""
+    options = {"batch_size": config.batch_size, **_options(config)}
+    if search is not None:
+        searcher = Searcher.of(search, model, **options)
+        return partial(_searched, config, searcher), searcher.plan()
+    if config.held_out is not None:
+        return partial(_judged, config, Judged.of(config.held_out, model, **options)), ""
+    return partial(_plain, config, model), ""
 
 
 def _searched(config: SampleConfig, searcher: Searcher, batch: Sequence[Job]) -> list[Drawn]:
-    requests = [Request(prompt=job.prompt, seed=job.seed, negative=config.negative_prompt) for job in batch]
-    return [(found.picture, {"search": row}) for found, row in searcher(requests)]
+    return [(found.picture, {"search": row}) for found, row in searcher(_requests(config, batch))]
+
+
+def _judged(config: SampleConfig, judged: Judged, batch: Sequence[Job]) -> list[Drawn]:
+    return [(picture, {"guided": row}) for picture, row in judged(_requests(config, batch))]
+
+
+def _requests(config: SampleConfig, batch: Sequence[Job]) -> list[Request]:
+    return [Request(prompt=job.prompt, seed=job.seed, negative=config.negative_prompt) for job in batch]
 
 
 def _check_guidance(config: SampleConfig) -> None:
@@ -198,6 +211,10 @@ def _check_guidance(config: SampleConfig) -> None:
     instead = None if stack is None else stack.base or stack.told
     if instead is not None and config.cfg_scale != SampleConfig.__dataclass_fields__["cfg_scale"].default:
         raise UserError(f"guidance has {instead.name}, which takes the place of cfg_scale: leave one of them out")
+    if config.search is not None and config.held_out is not None:
+        raise UserError("a search has a held_out of its own: put it there, as search.held_out")
+    if config.search is None:
+        check(stack, config.held_out)
 
 
 def _run(
