@@ -2,7 +2,7 @@
 
     python pipelines/pretrain/picture_to_control.py --out runs/pretrain/control
 
-Half of the captions are empty, so that a map has to say what the words do not. A quarter of the maps are black on one
+Three captions of four are empty, so that a map has to say what the words do not. A quarter of the maps are black on one
 side of a line, where the adapter shall learn to say nothing. Times are drawn towards noise, where places are decided
 (Mou et al., 2023, arXiv 2302.08453, section 3.3).
 
@@ -30,7 +30,7 @@ from visiontune.pocket.world import Scene, render
 from visiontune.training.pretrain import fit
 
 SEEDS = {"sketch": 51, "colors": 52}
-UNTOLD = 0.5
+UNTOLD = 0.75
 PARTLY = 0.25
 SNR_GAMMA = 5.0
 PROBED = 24
@@ -57,7 +57,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", choices=MAPS, default=list(MAPS))
     parser.add_argument("--scenes", type=int, default=4000)
     parser.add_argument("--steps", type=int, default=700)
-    parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--lr", type=float, default=1.5e-3)
     parser.add_argument("--probe-every", type=int, default=250)
     args = parser.parse_args()

@@ -268,7 +268,7 @@ def test_outside_of_its_window_a_control_is_left_out():
         both = fed(term, arguments, levels=(0.7, 0.5))
         second = {name: value if value is None else value[1:] for name, value in arguments.items()}
         equal([one[1:] for one in both], fed(term, second, levels=(0.5,)), rtol=0, atol=1e-5)
-    later = {"window": (0.0, 0.6)}
+    later = {"window": (0.0, 0.4)}
     assert GuidanceStack([config(one=later, other=later)]).plan(model(), 2).acting == ((), ("maxfusion",))
 
 
