@@ -88,7 +88,7 @@ def scores(pictures: Sequence[np.ndarray], given: Sequence[Pair]) -> dict[str, f
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--count", type=int, default=24)
+    parser.add_argument("--count", type=int, default=20)
     args = parser.parse_args()
     model, grids = load("pocket/sd"), {"control": [], "maxfusion": []}
     found: dict[str, dict[str, dict[str, dict[str, float]]]] = {"control": {}, "maxfusion": {}}

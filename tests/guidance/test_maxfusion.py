@@ -272,6 +272,12 @@ def test_outside_of_its_window_a_control_is_left_out():
     assert GuidanceStack([config(one=later, other=later)]).plan(model(), 2).acting == ((), ("maxfusion",))
 
 
+def test_calls_of_fewer_rows_are_merged_alike():
+    """On pipelines that see both sides in one call, perturbations call the network for one of them."""
+    term = config("T2I-Adapter", one={"window": (0.4, 1.0)})
+    equal(fed(term, call(rows=1), levels=(0.5, 0.5)), fed(term, call(rows=1), levels=(0.5,)))
+
+
 def test_it_costs_what_adding_up_costs():
     calls, arguments = [], call()
     parts = [part for seed in (1, 2) for part in (*net(seed).down_blocks, net(seed).mid_block)]
@@ -317,6 +323,8 @@ def test_what_cannot_be_is_said():
     refused("two controls or more, not 1", one)
     refused("merges nets of one kind, not ControlNet and T2I-Adapter", one, light[0])
     refused("T2I-Adapters are merged at the end alone", *light, merge="full")
+    shallow = control.Config(net=adapter(1, channels=(16,)), picture=LINES)
+    refused("have other levels than each other", light[0], shallow)
     refused("made for another base", light[0], control.Config(net=adapter(1, channels=(16, 24)), picture=LINES))
     refused("control 2 acts at none of the steps", one, control.Config(net=net(2), picture=LINES, window=(0.2, 0.21)))
     pooled = controlnet(model().denoiser, 3)

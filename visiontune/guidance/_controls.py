@@ -27,7 +27,7 @@ _SKIPS, _MIDDLE = "down_block_additional_residuals", "mid_block_additional_resid
 _INSIDE = "down_intrablock_additional_residuals"
 
 
-def opened(net: Any, term: str) -> nn.Module:
+def opened(net: Any, term: str) -> Any:
     """A ControlNet or T2I-Adapter: itself, or of a pocket name, a folder or a Hub id.
 
     Raises:
@@ -43,15 +43,14 @@ def opened(net: Any, term: str) -> nn.Module:
 
 
 @functools.lru_cache(maxsize=4)
-def _loaded(source: str, term: str) -> nn.Module:
+def _loaded(source: str, term: str) -> Any:
     """Loaded once for all steps and batches."""
     place = str(pocket.folder(source, _WEIGHTS)) if source.startswith(pocket.PREFIX) else source
     with weights_of(f"{term}: net '{source}'", "diffusers", place, option="net"):
         name = ControlNetModel.load_config(place).get("_class_name")
         if name not in _KINDS:
             raise UserError(f"{term}: '{source}' is a {name}: give a {' or a '.join(_KINDS)}")
-        found: nn.Module = pretrained(_KINDS[name], place).eval().requires_grad_(False)
-    return found
+        return pretrained(_KINDS[name], place).eval().requires_grad_(False)
 
 
 def is_adapter(net: nn.Module) -> bool:

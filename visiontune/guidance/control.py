@@ -36,8 +36,8 @@ class Config(Feeding):
         return _controls.given(arguments, found, _controls.is_adapter(self.opened))
 
     @property
-    def opened(self) -> nn.Module:
-        """The net."""
+    def opened(self) -> Any:
+        """The net, a `ControlNetModel` or a `T2IAdapter`."""
         return _controls.opened(self.net, self.name)
 
     def features(self, network: Network, arguments: Mapping[str, Any], point: Point) -> _controls.Features:

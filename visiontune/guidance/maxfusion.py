@@ -64,8 +64,10 @@ class Config(Feeding):
             if one.acts(point.levels)
         ]
         adapter, rows = _controls.is_adapter(self.controls[0].opened), len(arguments["sample"])
-        on = torch.tensor([[one.acts([level]) for level in point.levels] for one, _ in acting], device=point.x.device)
-        on = on.repeat(1, rows // on.shape[1])
+        # Rows of one level are not told apart: a call may see fewer of them than the point has.
+        levels = point.levels if len({*point.levels}) > 1 else point.levels[:1]
+        on = torch.tensor([[one.acts([level]) for level in levels] for one, _ in acting], device=point.x.device)
+        on = on.repeat(1, rows // len(levels))
         if adapter or self.merge == "final":
             found = [one.features(network, arguments, at) for one, at in acting]
         else:
@@ -87,6 +89,8 @@ class Config(Feeding):
         if _controls.is_adapter(nets[0]):
             if self.merge == "full":
                 raise UserError("maxfusion: T2I-Adapters are merged at the end alone: set merge to final")
+            if len({len(net.config.channels) for net in nets}) > 1:
+                raise UserError("maxfusion: the T2I-Adapters have other levels than each other: leave one out")
         else:
             check_nets(nets, full=self.merge != "final")
 
@@ -107,7 +111,7 @@ def final(found: Sequence[Features], rule: Rule, on: Tensor) -> Features:
     return tuple(rule.final(torch.stack(layer), on) for layer in zip(*found, strict=True))
 
 
-class MaxFusionControlNet(MultiControlNetModel):  # type: ignore[misc]
+class MaxFusionControlNet(MultiControlNetModel):
     """ControlNets merged, in the place of diffusers' wrapper that adds them up, for its ControlNet pipelines.
 
     Args:
@@ -116,6 +120,8 @@ class MaxFusionControlNet(MultiControlNetModel):  # type: ignore[misc]
     Raises:
         UserError: they cannot be merged; or, when it is called, guess mode and what else it does not know.
     """
+
+    nets: torch.nn.ModuleList
 
     def __init__(
         self, controlnets: Sequence[ControlNetModel], *, threshold: float = 0.7, tau: float = 0.0, merge: Merge = "full"
@@ -151,7 +157,8 @@ class MaxFusionControlNet(MultiControlNetModel):  # type: ignore[misc]
             found = [_controls.features(net, arguments, s) for net, s in zip(nets, shown, strict=True)]
         strong = [_controls.scaled(f, scale, len(sample)) for f, scale in zip(found, scales, strict=True)]
         *down, middle = final(strong, self.rule, on)
-        return ControlNetOutput(tuple(down), middle) if return_dict else (down, middle)
+        output: Any = ControlNetOutput
+        return output(tuple(down), middle) if return_dict else (down, middle)
 
 
 def build(config: Config) -> Config:
