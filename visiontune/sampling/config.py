@@ -51,8 +51,12 @@ class SampleConfig:
     )
     out: str = option("runs/samples", help="folder that receives images, manifest.jsonl and grid.png")
     steps: int = option(25, least=1, greatest=100_000, help="denoising steps")
-    cfg_scale: float = option(
-        4.0, least=-1000, greatest=1000, help="classifier-free guidance; 1 is none and halves the cost"
+    cfg_scale: float | None = option(
+        None,
+        least=-1000,
+        greatest=1000,
+        help="classifier-free guidance; 1 is none and halves the cost; null: 4, or 1 where an adapter has guidance "
+        "distilled into it",
     )
     guidance: list[str | dict[str, Any]] | None = option(
         None,

@@ -33,7 +33,7 @@ from visiontune.sampling.manifest import Job
 from visiontune.sampling.pipeline import images
 from visiontune.sampling.searched import Searcher, report
 from visiontune.sampling.settings import settings_of
-from visiontune.sampling.sources import loaded, substituted
+from visiontune.sampling.sources import loaded, scale_of, substituted
 from visiontune.sampling.writer import write_image
 from visiontune.search.asked import Asked
 
@@ -73,6 +73,7 @@ def generate(config: SampleConfig, model: PipelineModel | None = None, say: Call
     check_device(config.device, "device", ("auto",))
     # Mistakes before a model is opened.
     _check_guidance(config)
+    config = replace(config, cfg_scale=scale_of(config))
     search = None if config.search is None else Asked.of(config.search)
     state = _processes(config.device)
     prompts = substituted(read_prompts(config.prompts), config)
@@ -209,7 +210,7 @@ def _check_guidance(config: SampleConfig) -> None:
     """Refuse, before a model is opened, terms that are wrong, and one in the place of a scale that was given, too."""
     stack = GuidanceStack.of_options(config)
     instead = None if stack is None else stack.base or stack.told
-    if instead is not None and config.cfg_scale != SampleConfig.__dataclass_fields__["cfg_scale"].default:
+    if instead is not None and config.cfg_scale is not None:
         raise UserError(f"guidance has {instead.name}, which takes the place of cfg_scale: leave one of them out")
     if config.search is not None and config.held_out is not None:
         raise UserError("a search has a held_out of its own: put it there, as search.held_out")
