@@ -37,7 +37,7 @@ from visiontune.sampling.generate import images
 RESULTS = Path(__file__).parent / "results"
 KINDS = ("one", "two", "many", "three")
 FEWER = 200  # prompts of the kinds that no bar is set for
-FEWEST = 40  # of controls, whose pictures are drawn one by one
+FEWEST = 24  # of controls, whose pictures are drawn one by one
 CFG_SCALE = 4.0
 Codec = Callable[[np.ndarray], np.ndarray]
 

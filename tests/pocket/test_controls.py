@@ -9,9 +9,13 @@ from itertools import islice
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 from scipy import ndimage
 
+from visiontune.data import numbered
+from visiontune.data.procedural import Spec
+from visiontune.errors import UserError
 from visiontune.pocket.controls import CELL, colors, followed, sketch
 from visiontune.pocket.scenes import stream
 from visiontune.pocket.world import COLORS, Scene, Thing, coverage, render
@@ -53,6 +57,15 @@ def test_following_is_having_the_objects_in_their_place():
     assert followed(render(changed), scene) == {"shape": 0.5, "color": 0.5, "both": 0.0}
     moved = replace(scene, things=(replace(RED, x=44.0, y=16.0),))
     assert followed(render(moved), scene) == {"shape": 0.0, "color": 0.0, "both": 0.0}
+
+
+def test_maps_are_pictures_of_the_catalogue():
+    scenes = [scene for scene, _ in islice(stream(71, holdout=True), 3)]
+    for name, of_picture in (("sketches", sketch), ("colors", colors)):
+        found = np.array(numbered.picture(f"pocket/{name}/2"))
+        assert np.array_equal(found, of_picture(render(scenes[2])))
+    with pytest.raises(UserError, match="a map has no worse image"):
+        Spec(world="scenes", map="sketch", rejected_style="flat")
 
 
 def test_the_script_blackens_one_side_of_some_maps():
