@@ -26,8 +26,8 @@ from visiontune.evaluation.metrics import psnr
 from visiontune.guidance import control
 from visiontune.guidance.stack import GuidanceStack
 from visiontune.models import load
-from visiontune.models.base import DiffusionModel
 from visiontune.models.clip import load_clip
+from visiontune.models.diffusion import DiffusionModel
 from visiontune.pocket import oracle
 from visiontune.pocket.controls import MAPS, followed
 from visiontune.pocket.scenes import stream, subject_scene
