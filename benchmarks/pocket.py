@@ -18,13 +18,18 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image
 
+from visiontune.core import Request
 from visiontune.evaluation.attributes import JUDGES, audit
 from visiontune.evaluation.metrics import psnr
+from visiontune.guidance import control
+from visiontune.guidance.stack import GuidanceStack
 from visiontune.models import load
-from visiontune.models.base import DiffusionModel
 from visiontune.models.clip import load_clip
+from visiontune.models.diffusion import DiffusionModel
 from visiontune.pocket import oracle
+from visiontune.pocket.controls import MAPS, followed
 from visiontune.pocket.scenes import stream, subject_scene
 from visiontune.pocket.world import SUBJECTS, render
 from visiontune.sampling.generate import images
@@ -32,6 +37,7 @@ from visiontune.sampling.generate import images
 RESULTS = Path(__file__).parent / "results"
 KINDS = ("one", "two", "many", "three")
 FEWER = 200  # prompts of the kinds that no bar is set for
+FEWEST = 24  # of controls, whose pictures are drawn one by one
 CFG_SCALE = 4.0
 Codec = Callable[[np.ndarray], np.ndarray]
 
@@ -90,11 +96,30 @@ def clip_rows(n: int) -> Iterator[dict]:
         yield {**row, "what": f"pocket-clip: {row['what']}"}
 
 
+def control_rows(n: int) -> Iterator[dict]:
+    """Objects of held-out scenes in their place, drawn in 12 steps without words, with a control and without one."""
+    model, count = load("pocket/sd"), min(n, FEWEST)
+    scenes = [scene for scene, _ in itertools.islice(stream(905, holdout=True), count)]
+    for name, of_picture in {"nothing": None, **MAPS}.items():
+        hits = []
+        for seed, scene in enumerate(scenes):
+            terms = []
+            if of_picture is not None:
+                shown = Image.fromarray(of_picture(render(scene)))
+                terms = [control.Config(net=f"pocket/{name}", picture=shown)]
+            picture = model.draw([Request(prompt="", seed=seed)], steps=12, guidance=GuidanceStack(terms))[0]
+            hits.append(followed((picture * 255).round().astype(np.uint8), scene))
+        for what in ("shape", "color"):
+            value = float(np.mean([hit[what] for hit in hits]))
+            yield {"what": f"pocket-controls, {name}: objects in place with their {what}", "value": value, "n": count}
+
+
 PARTS: dict[str, Callable[[int], Iterator[dict]]] = {
     "oracle": lambda n: oracle_rows(codec(load("pocket/sd")), n),
     "VAE": lambda n: vae_rows(codec(load("pocket/sd")), n),
     "pocket-clip": clip_rows,
     "pocket-sd": lambda n: sampling_rows("pocket-sd", n),
+    "pocket-controls": control_rows,
     "pocket-flow": lambda n: sampling_rows("pocket-flow", n),
 }
 

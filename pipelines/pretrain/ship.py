@@ -2,6 +2,7 @@
 
 python pipelines/pretrain/ship.py --sd runs/pretrain/sd/model --clip runs/pretrain/clip/model
 python pipelines/pretrain/ship.py --flow runs/pretrain/flow/model
+python pipelines/pretrain/ship.py --control runs/pretrain/control
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import shutil
 from pathlib import Path
 
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, T2IAdapter
 
 import visiontune
 
@@ -51,12 +52,16 @@ def main() -> None:
     parser.add_argument("--sd", type=Path, help="folder of the trained pocket-sd pipeline")
     parser.add_argument("--flow", type=Path, help="folder of the trained pocket-flow pipeline")
     parser.add_argument("--clip", type=Path, help="folder of the trained pocket-clip")
+    parser.add_argument("--control", type=Path, help="folder in which the pocket controls were trained")
     args = parser.parse_args()
     for name, trained in (("pocket-sd", args.sd), ("pocket-flow", args.flow)):
         if trained:
             put(trained, replace(ASSETS / name))
     if args.clip:
         shutil.copytree(args.clip, replace(ASSETS / "pocket-clip"), dirs_exist_ok=True)
+    for trained in args.control.glob("*/model") if args.control else ():
+        control = T2IAdapter.from_pretrained(trained, dtype=torch.float16)
+        control.save_pretrained(replace(ASSETS / f"pocket-{trained.parent.name}"))
     forget_paths(ASSETS)
     for file in ASSETS.rglob("*.safetensors"):
         assert file.stat().st_size <= MOST_BYTES, f"{file} is larger than {MOST_BYTES} bytes"

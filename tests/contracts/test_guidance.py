@@ -15,6 +15,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from control_nets import adapter
 from PIL import Image
 from tiny import SIZE, tiny_model
 
@@ -26,9 +27,10 @@ from visiontune.diffusion.replay import replay
 from visiontune.diffusion.trajectory import Keep, Start, Window, rollout
 from visiontune.diffusion.unmask import guided_logits, unmask
 from visiontune.errors import UserError
+from visiontune.guidance import control
 from visiontune.guidance._regions import Region
 from visiontune.guidance._taps import replaced
-from visiontune.guidance.base import Base, Edit, Perturbed, Shaping, Told
+from visiontune.guidance.base import Base, Edit, Feeding, Perturbed, Shaping, Told
 from visiontune.guidance.stack import GuidanceStack
 from visiontune.models.masked import MaskedModel
 from visiontune.models.pipeline import own_generator
@@ -38,7 +40,10 @@ REQUESTS = [Request(prompt=prompt, negative="small", seed=seed) for seed, prompt
 STEPS = 2
 FAMILIES = ["sd", "sdxl", "sd3", "flux", "pixart", "z_image", "amused"]
 GRADIENT = Image.linear_gradient("L").resize((16, 16)).convert("RGB")
+CONTROLS = [control.Config(net=adapter(seed), picture=GRADIENT.rotate(90 * seed)) for seed in (0, 1)]
 OPTIONS = {
+    "control": {"net": CONTROLS[0].net, "picture": GRADIENT},
+    "maxfusion": {"controls": CONTROLS},
     "inpaint": {"picture": GRADIENT, "mask": Image.linear_gradient("L")},
     "magicmix": {"picture": GRADIENT},
     "shine": {"picture": GRADIENT, "mask": [0, 0, 8, 8], "subject": "red circle", "prompt": PROMPTS[0]},
@@ -57,7 +62,7 @@ OPTIONS = {
     "msg": {"reference": Image.new("RGB", (SIZE, SIZE), "red"), "seed": 0, "window": (0.0, 0.99)},
     "reward": {"reward": "brightness", "scale": 100.0, "prompt": ""},
 }
-UNETS = ("skip_tuning", "scalelong", "inherit")
+UNETS = ("control", "inherit", "maxfusion", "scalelong", "skip_tuning")
 # What a term cannot do, and what it says of it.
 CANNOT = {
     **{
@@ -78,7 +83,7 @@ STEPPING = {"inherit": "this is a step of none"}
 ONCE = {"styleid": 2}
 # Each term by itself where families differ, and all together where one is made and called as another.
 ALIKE = {
-    "sdxl": ("cfg", "pag", "seg", "slg", "autoguidance", "skip_tuning", "inherit", "rescale", "styleid"),
+    "sdxl": ("cfg", "pag", "seg", "slg", "autoguidance", "skip_tuning", "inherit", "rescale", "styleid", "control"),
     "pixart": ("apg", "pag", "slg", "stg", "rescale", "styleid"),
 }
 CASES = [(family, (name,)) for family in FAMILIES if family not in ALIKE for name in plugin.names("guidance")]
@@ -330,7 +335,7 @@ def test_gradients_are_those_of_the_guided_chain(family):
     """Step by step, with the network's own checkpoints, and as one graph, whatever perturbs or shapes the network."""
     able = [term_of(name) for name in plugin.names("guidance") if (name, family) not in CANNOT and name not in STEPPING]
     # What remembers is computed in one go, and refused here.
-    terms = [term for term in able if isinstance(term, Perturbed | Shaping) and not term.remembers]
+    terms = [term for term in able if isinstance(term, Perturbed | Shaping | Feeding) and not term.remembers]
     made = model(family)
     made.denoiser.train()
     cond, start, found = made.embed(PROMPTS), Start(latents=noise_of(made)), []

@@ -13,6 +13,7 @@ from PIL import Image
 
 from visiontune.data.base import DEFAULT_PROMPT, DEFAULT_TRIGGER, Sample, source, substitute
 from visiontune.errors import UserError
+from visiontune.pocket.controls import MAPS
 from visiontune.pocket.scenes import caption, sample_scene, stream, subject_scene
 from visiontune.pocket.world import STYLES, SUBJECTS, Scene, render
 from visiontune.schema import nearest, option
@@ -29,6 +30,9 @@ class Spec:
     subject: str | None = option(None, help="name of the subject (world: subject)")
     style: str = option("flat", help="rendering style: flat, outline, pixel, shaded or hatched")
     rejected_style: str | None = option(None, help="draw every scene in this style too, as the worse image of a pair")
+    map: Literal["sketch", "colors"] | None = option(
+        None, help="of every scene this map, for controls, in the place of the picture"
+    )
     holdout: bool = option(False, help="only scenes whose captions pocket models have never seen (world: scenes)")
     count: int = option(5, least=1, greatest=10_000_000, help="number of images")
     seed: int = option(0, least=0, greatest=2**63 - 1, help="seed of the scenes")
@@ -44,6 +48,8 @@ class Spec:
         for style in (self.style, self.rejected_style or self.style):
             if style not in STYLES:
                 raise UserError(f"unknown style '{style}'{nearest(style, STYLES)}")
+        if self.map and self.rejected_style:
+            raise UserError("a map has no worse image: leave rejected_style out")
         if self.world == "subject" and not self.caption:
             raise UserError("a subject needs a caption: 'a photo of a [trigger] [class]'")
 
@@ -79,7 +85,9 @@ def samples(
     return [
         Sample(
             id=f"{name}/{i:04d}",
-            sources={column: source(column, partial(_draw, scene, _style(spec, column))) for column in columns},
+            sources={
+                column: source(column, partial(_draw, scene, _style(spec, column), spec.map)) for column in columns
+            },
             caption=substitute(template.replace("{scene}", words), trigger, class_noun),
             caption_from=DEFAULT_PROMPT if prompt else f"the dataset {name}",
         )
@@ -91,9 +99,10 @@ def _style(spec: Spec, column: str) -> str | None:
     return spec.rejected_style if column == "rejected" else None
 
 
-def _draw(scene: Scene, style: str | None) -> Image.Image:
-    """A scene, in its own style or another."""
-    return Image.fromarray(render(replace(scene, style=style) if style else scene))
+def _draw(scene: Scene, style: str | None, of_picture: str | None) -> Image.Image:
+    """A scene, in its own style or another, or a map of it."""
+    picture = render(replace(scene, style=style) if style else scene)
+    return Image.fromarray(MAPS[of_picture](picture) if of_picture else picture)
 
 
 def _scenes(spec: Spec) -> Iterator[tuple[Scene, str]]:

@@ -24,7 +24,7 @@ from visiontune.core import Condition
 from visiontune.errors import UserError
 from visiontune.guidance._native import Arguments, Native, rows_within, stacked, value_of, with_value
 from visiontune.guidance._network import Network
-from visiontune.guidance._run import Called, shaped
+from visiontune.guidance._run import Called, fed, shaped
 from visiontune.guidance._taps import Forward, bound, replaced
 from visiontune.guidance.base import Canvas, Control, Part, Perturbed, Point, Run, Term
 from visiontune.models._structure import Structure
@@ -308,7 +308,7 @@ class _Guide:
             return self._point(self.arguments, term)
 
         with shaped(self.stack, self.network, arguments, point, side, worse) as check:
-            found = self.forward(**arguments)
+            found = self.forward(**fed(self.stack, self.network, point, arguments))
         check()
         return found, self.native.prediction(found, arguments)
 

@@ -57,15 +57,15 @@ def latents_of(picture: Picture, point: Point, term: str, option: str = "picture
     """
     if f"latents of {option}" not in point.memory:
         model = point.run.modelled(term)
-        pixels = 2 * to_tensor(np.array(fitted(picture, model, point.x.shape, term, option))) - 1
+        pixels = 2 * to_tensor(np.array(fitted(picture, model.downsample, point.x.shape, term, option))) - 1
         found = model.encode(pixels[None].to(model.device), sample=False)
         point.memory[f"latents of {option}"] = found.to(point.x)
     found = point.memory[f"latents of {option}"]
     return found
 
 
-def fitted(picture: Picture, model: Any, shape: Sequence[int], term: str, option: str = "picture") -> Image.Image:
-    """A picture in RGB, of the size that latents [..., h, w] decode to.
+def fitted(picture: Picture, downsample: int, shape: Sequence[int], term: str, option: str = "picture") -> Image.Image:
+    """A picture in RGB, of the size that latents [..., h, w] decode to, each to so many pixels a side.
 
     Raises:
         UserError: the picture has another ratio of its sides, or cannot be read.
@@ -74,7 +74,7 @@ def fitted(picture: Picture, model: Any, shape: Sequence[int], term: str, option
         shown = _numbered(picture, term, option) or pictures.read(_file(picture, term, option))
     else:
         shown = pictures.upright_rgb(picture)
-    height, width = (side * model.downsample for side in shape[-2:])
+    height, width = (side * downsample for side in shape[-2:])
     if _differ(shown.size, (width, height)):
         raise UserError(
             f"{term}: {option} has {shown.width}x{shown.height} pixels, which is another ratio than that of the "

@@ -120,9 +120,21 @@ class Called:
         """In the block the network is as the stack, and a perturbation, have it; gives a check for after it."""
         arguments: dict[str, Any] = {}
         with ExitStack() as entered:
-            if worse is not None or self.stack.shapes:
-                entered.enter_context(noted(self.network.denoiser, arguments))
+            if worse is not None or self.stack.shapes or self.stack.feeds:
+                feed = functools.partial(fed, self.stack, self.network, self.point)
+                entered.enter_context(noted(self.network.denoiser, arguments, feed if self.stack.feeds else None))
             yield entered.enter_context(shaped(self.stack, self.network, arguments, self.point, side, worse))
+
+
+def fed(
+    stack: GuidanceStack, network: Network, point: Callable[[Term], Point], arguments: Mapping[str, Any]
+) -> Mapping[str, Any]:
+    """The arguments of a call of the denoiser, with all that the stack's terms add to them."""
+    for term in stack.feeds:
+        at = point(term)
+        if term.acts(at.levels):
+            arguments = term.fed(network, arguments, at)
+    return arguments
 
 
 @contextmanager

@@ -164,12 +164,18 @@ def bound(forward: Forward, args: tuple[Any, ...], kwargs: Mapping[str, Any]) ->
 
 
 @contextmanager
-def noted(denoiser: nn.Module, arguments: dict[str, Any]) -> Iterator[None]:
-    """In the block, calls of the denoiser leave what they were given in `arguments`."""
+def noted(
+    denoiser: nn.Module,
+    arguments: dict[str, Any],
+    feed: Callable[[Mapping[str, Any]], Mapping[str, Any]] | None = None,
+) -> Iterator[None]:
+    """In the block, calls of the denoiser leave what they were given in `arguments`, and are given what `feed` makes
+    of it."""
 
-    def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         arguments.clear()
         arguments.update(bound(module.forward, args, kwargs))
+        return None if feed is None else ((), dict(feed(arguments)))
 
     handle = denoiser.register_forward_pre_hook(note, with_kwargs=True)
     try:

@@ -6,7 +6,7 @@ and then goes through the terms that control its norm, in the order in which the
 prediction for the prompt, u the one for the negative prompt, worse_k what a perturbed network predicts for the prompt,
 and pull_j what a term finds by calls or gradients of its own. Where the canvas is made of regions all this is done for
 each of them, and p is blended of what they give. Between the steps, terms edit the latents; and some shape the network
-in all its calls.
+in all its calls, or add to what it is given in them.
 
 Every term has a strength by row, which depends on how noisy the row is. Where all rows have the strength at which a
 term does nothing, it is not evaluated and costs no call.
@@ -330,6 +330,14 @@ class Shaping(Term, ABC):
             side: which of a step's calls it is: both, prompt, at, or the name of a perturbation, with a number where
                 the stack has another one of that name before it.
         """
+
+
+class Feeding(Term, ABC):
+    """A term that adds to what the network is given in every call of a step."""
+
+    @abstractmethod
+    def fed(self, network: Network, arguments: Mapping[str, Any], point: Point) -> Mapping[str, Any]:
+        """The arguments of a call of the denoiser, with what the term adds; `point` as of `Shaping.shaping`."""
 
 
 def check_window(window: tuple[float, float]) -> None:

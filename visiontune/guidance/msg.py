@@ -61,7 +61,7 @@ class Config(Pull):
         if len(run.shape) > 3:
             raise UserError(f"msg reads a picture, and '{model.source}' draws clips: take a model that draws pictures")
         if run.shape:
-            fitted(self.reference, model, run.shape, self.name, "reference")
+            fitted(self.reference, model.downsample, run.shape, self.name, "reference")
         if self.seed is None and run.levels and not self.acts(run.levels[:1]):
             raise UserError(
                 "msg noises its reference as the picture begins, and does not act there: give it a seed, or move the "

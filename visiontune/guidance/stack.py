@@ -29,6 +29,7 @@ from visiontune.guidance.base import (
     Canvas,
     Control,
     Edit,
+    Feeding,
     Part,
     Perturbed,
     Point,
@@ -331,6 +332,11 @@ class GuidanceStack(Guidance):
         """The terms that shape the network, as far as they do anything."""
         return tuple(term for term in self.terms if isinstance(term, Shaping) and not term.idle)
 
+    @property
+    def feeds(self) -> tuple[Feeding, ...]:
+        """The terms that add to what the network is given, as far as they do anything."""
+        return tuple(term for term in self.terms if isinstance(term, Feeding) and not term.idle)
+
     def edited(self, x: Tensor, point: Callable[[Term], Point], level: float) -> Tensor:
         """Latents [b, ...] as they are when a step starts at a level, or the end is reached, which is at 0."""
         for term in self.edits:
@@ -384,6 +390,6 @@ def _term(spec: str | Mapping[str, Any], path: str) -> Term:
         raise UserError(f"{path} is called '{spec}' already: take name out of its options")
     module, config = plugin.configure("guidance", {**given, "name": spec}, path)
     term = plugin.build(module, config, path)
-    if not isinstance(term, Base | Perturbed | Pull | Control | Canvas | Edit | Shaping | Told):
+    if not isinstance(term, Base | Perturbed | Pull | Control | Canvas | Edit | Shaping | Feeding | Told):
         raise UserError(f"{path}: build of '{spec}' gives no term of a kind that visiontune.guidance.base has")
     return term

@@ -127,6 +127,11 @@ def _chroma(image: np.ndarray) -> np.ndarray:
     return image.max(-1) - image.min(-1)
 
 
+def colored(image: np.ndarray) -> np.ndarray:
+    """Where a picture ``[64, 64, 3]`` has colours, which objects have and grounds have not: bool ``[64, 64]``."""
+    return _chroma(np.asarray(image, np.float32)) > CHROMA_THRESHOLD
+
+
 def _shape_of(mask: np.ndarray) -> tuple[str, float, float, float, float]:
     """Best shape for a boolean mask, with its overlap (IoU), centre x, y and radius."""
     rows, cols = np.nonzero(mask.any(1))[0], np.nonzero(mask.any(0))[0]
