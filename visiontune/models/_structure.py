@@ -56,6 +56,8 @@ class Structure:
             one alone they return it bare.
         attention: pattern of the layers in which the picture attends to itself, and where the words stand among their
             tokens. words: the argument whose second axis tells how many.
+        reading: pattern of the layers in which the picture attends to the words alone; None where there are none whose
+            words are those of `encoder_hidden_states`.
         mid: beginning of the names of what is in the middle; None takes the block in the middle of all.
         grid: height and width of the picture's tokens, or in the same ratio.
         stages: of a network with long skips, patterns of what goes down, of the middle, and of what comes up and takes
@@ -73,6 +75,7 @@ class Structure:
     blocks: Mapping[str, tuple[str, ...]]
     attention: Mapping[str, Words]
     words: str = "encoder_hidden_states"
+    reading: str | None = None
     mid: str | None = None
     grid: Callable[[Arguments, str], tuple[int, int]] = _noisy_sides
     stages: tuple[str, str, str] | None = None

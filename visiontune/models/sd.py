@@ -33,6 +33,7 @@ class StableDiffusion(DiffusionModel):
         noisy="sample",
         blocks={r".+\.transformer_blocks\.\d+": ("hidden_states",)},
         attention={r".+\.attn1": "none"},
+        reading=r".+\.attn2",
         mid="mid_block",
         stages=(r"down_blocks\.\d+", "mid_block", r"up_blocks\.\d+"),
     )

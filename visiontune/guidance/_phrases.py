@@ -1,0 +1,120 @@
+"""Phrases of a prompt with the regions that they are about."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from visiontune.errors import UserError
+from visiontune.guidance import _words
+from visiontune.guidance._pictures import white_of
+from visiontune.guidance._regions import Region, check_box
+from visiontune.guidance.base import Run
+from visiontune.models.diffusion import Box
+from visiontune.schema import option
+
+# Of a phrase its words, and its nouns.
+Named = tuple[str, list[str]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Phrase:
+    """Words of the prompt, and where what they name is to be."""
+
+    phrase: str = option(help="words as they stand in the prompt; of equal ones each takes its next place there")
+    box: Box | None = option(None, least=0, greatest=1_000_000, help="left, top, width and height in pixels")
+    mask: Any = option(None, help="file of a mask in the place of a box, white where it is to be")
+    nouns: list[str] | None = option(None, help="words of the phrase that name the object; null for its last one")
+
+    def __post_init__(self) -> None:
+        if (self.box is None) == (self.mask is None):
+            raise UserError(f"the region of '{self.phrase}' needs a box or a mask, one of the two")
+
+    def white(self, run: Run, term: str) -> Tensor:
+        """bool [h, w] of the run's latents.
+
+        Raises:
+            UserError: it reaches out of them, or is empty.
+        """
+        if self.box is None:
+            return white_of(self.mask, run.shape, term)[0, 0] > 0
+        region = Region(box=self.box)
+        check_box(region, run, term)
+        found = torch.zeros(*run.shape[-2:], dtype=torch.bool)
+        found[region.cells(run.model)] = True
+        return found
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Text:
+    """A prompt.
+
+    Attributes:
+        columns: the tokens of each phrase. nouns: those of its nouns. words: of all that is neither mark nor padding.
+        told: of nouns, by their tokens, the embeddings [d] that they have in other prompts.
+    """
+
+    columns: list[list[int]]
+    nouns: list[list[int]]
+    words: slice
+    told: dict[int, Tensor]
+
+
+def named(phrase: str, nouns: Sequence[str] | None = None) -> Named:
+    """A phrase with its nouns, of which its last word is one where none are given."""
+    return phrase, [*(nouns or phrase.split()[-1:])]
+
+
+def masks_of(regions: Sequence[Phrase], run: Run, term: str, rest: bool) -> Tensor:
+    """bool [r, h, w] of a run's latents; `rest`, what no region covers, is the last one.
+
+    Raises:
+        UserError: as of `Phrase.white`; or nothing is left uncovered.
+    """
+    masks = torch.stack([region.white(run, term) for region in regions])
+    if not rest:
+        return masks
+    bare = ~masks.any(0, keepdim=True)
+    if not bare.any():
+        raise UserError(f"{term}: regions cover all of the picture: leave out background, or make a region smaller")
+    return torch.cat([masks, bare])
+
+
+def columns_of(model: Any, prompt: str, phrases: Sequence[Named], term: str) -> list[list[int]]:
+    """The tokens of each phrase; those of one that comes again are its next ones.
+
+    Raises:
+        UserError: a phrase is not in the prompt, or a noun not in its phrase.
+    """
+    found, words = [], [phrase for phrase, _ in phrases]
+    for i, (phrase, nouns) in enumerate(phrases):
+        found.append(_words.places(model, prompt, phrase, term, number=words[:i].count(phrase)))
+        for noun in nouns:
+            _words.places(model, phrase, noun, term)
+    return found
+
+
+@torch.no_grad()
+def read(
+    model: Any, prompt: str, phrases: Sequence[Named], term: str, source: Literal["word", "phrase"] | None
+) -> Text:
+    """A prompt, with its nouns as they are read alone (`word`) or in their phrase alone.
+
+    Raises:
+        UserError: as of `columns_of`.
+    """
+    columns, nouns, told = columns_of(model, prompt, phrases, term), [], {}
+    for at, (phrase, names) in zip(columns, phrases, strict=True):
+        inner = {name: _words.places(model, phrase, name, term) for name in names}
+        nouns.append([at[place - 1] for places in inner.values() for place in places])
+        for name, places in inner.items() if source else ():
+            # Behind the mark of the beginning.
+            there = places if source == "phrase" else [*range(1, 1 + len(places))]
+            alone = model.embed([phrase if source == "phrase" else name]).tokens[0]
+            told |= {at[place - 1]: alone[one] for place, one in zip(places, there, strict=True)}
+    end = len(_words.tokens_of(model, prompt, term)) - 1
+    return Text(columns=columns, nouns=nouns, words=slice(1, end), told=told)
