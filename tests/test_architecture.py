@@ -39,7 +39,7 @@ MAY_IMPORT = {
     "models": {"errors", "files", "outside", "schema", "core", "ops", "diffusion"},
     "adapters": {"errors", "files", "outside", "schema", "plugin", "core", "ops"},
     "guidance": {"errors", "files", "outside", "schema", "plugin", "core", "ops", "diffusion", "models", "adapters"}
-    | {"rewards", "data.pictures"},
+    | {"rewards", "data.pictures", "data.numbered"},
     "weights": {"errors", "files", "outside", "core", "ops", "adapters"},
     "pocket": {"errors", "files", "outside", "schema", "core"},
     "rewards": GROUND | {"core", "ops", "models.clip", "models.sources", "pocket", "data.pictures"},

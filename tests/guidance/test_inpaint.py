@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 from tiny import tiny_model
 
+from visiontune.data.base import Config as Data
+from visiontune.data.readers import read
 from visiontune.diffusion.schedule import Schedule
 from visiontune.diffusion.trajectory import Keep, Start, rollout
 from visiontune.errors import UserError
 from visiontune.guidance import cfg, inpaint
-from visiontune.guidance._pictures import mask_of
-from visiontune.guidance.base import Point
+from visiontune.guidance._pictures import check_mask, check_picture, fitted, mask_of
+from visiontune.guidance.base import Point, Run
 from visiontune.guidance.stack import GuidanceStack
 
 PICTURE = Image.linear_gradient("L").resize((16, 16)).convert("RGB")
@@ -64,3 +68,43 @@ def test_a_mask_without_white_is_refused():
     x = torch.zeros(1, 4, 8, 8)
     with pytest.raises(UserError, match="inpaint: the mask is black everywhere"):
         mask_of(Image.new("L", (8, 8)), Point(x=x, t=torch.zeros(1), levels=[0.0], schedule=Schedule.flow()), "inpaint")
+
+
+def test_a_mask_of_another_ratio_is_refused():
+    x = torch.zeros(1, 4, 8, 8)
+    with pytest.raises(UserError, match="the mask has 16x8 pixels, which is another ratio"):
+        mask_of(
+            Image.new("L", (16, 8), 255),
+            Point(x=x, t=torch.zeros(1), levels=[0.0], schedule=Schedule.flow()),
+            "inpaint",
+        )
+
+
+def test_a_mask_may_be_a_rectangle_of_pixels():
+    made = tiny_model("sd3")
+    side = made.downsample
+    x = torch.zeros(1, 4, 4, 8)
+    point = Point(x=x, t=torch.zeros(1), levels=[0.0], schedule=Schedule.flow(), run=Run(model=made))
+    found = mask_of([side + 1, side, side, 1], point, "inpaint")
+    expected = torch.zeros(1, 1, 4, 8)
+    expected[..., 1, 1:3] = 1  # a latent of which one column of pixels is white is white, too
+    assert torch.equal(found, expected)
+    with pytest.raises(UserError, match=f"ends outside of the {8 * side}x{4 * side} that are drawn"):
+        mask_of([0, 0, side, 4 * side + 1], replace(point, memory={}), "inpaint")
+
+
+@pytest.mark.parametrize(
+    ("mask", "told"),
+    [([1, 2, 3], "left, top, width and height"), ([0, 0, 0, 4], "needs a width"), ([0, -1, 4, 4], "begins within")],
+)
+def test_what_is_no_rectangle_is_refused(mask, told):
+    with pytest.raises(UserError, match=told):
+        check_mask(mask, "inpaint")
+
+
+def test_a_picture_may_be_one_of_a_dataset_of_the_catalogue():
+    shown = np.asarray(read(Data(root="pocket/mallow"))[1].sources["image"].open())
+    check_picture("pocket/mallow/1", "inpaint")
+    assert np.array_equal(fitted("pocket/mallow/1", tiny_model("sd3"), (4, 32, 32), "inpaint"), shown)
+    with pytest.raises(UserError, match="picture pocket/mallow/5: pocket/mallow has pictures 0 to 4"):
+        check_picture("pocket/mallow/5", "inpaint")

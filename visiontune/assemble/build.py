@@ -111,7 +111,7 @@ def build(
         preview=preview,
         out=run.folder,
         seed=run.seed,
-        metadata=parts.metadata(run),
+        metadata={**parts.metadata(run), **objective.facts()},
         accelerator=accelerator,
         reward=reward,
         guard=guard,
@@ -177,6 +177,10 @@ def _check(run: Run, objective: Objective, reward: Any) -> None:
 
     check_train(objective, run.train)
     objective.check_reward(reward)
+    if "distilled_guidance" in objective.facts() and run.preview.prompts and run.preview.cfg_scale != 1:
+        _log.warning(
+            "preview.cfg_scale=%g guides what learns to do without: set it to 1 to see that", run.preview.cfg_scale
+        )
 
 
 def _check_sizes(run: Run, model: Any, objective: Objective) -> None:

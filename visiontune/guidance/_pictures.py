@@ -13,20 +13,39 @@ from PIL import Image
 from torch import Tensor
 
 from visiontune import outside
-from visiontune.data import pictures
+from visiontune.data import numbered, pictures
 from visiontune.errors import UserError
 from visiontune.guidance.base import Point
 from visiontune.ops.pixels import to_tensor
 
 Picture = str | Image.Image
+# White in a rectangle: left, top, width and height in pixels.
+Mask = Picture | Sequence[int]
 
 
 def check_picture(picture: Any, term: str, option: str = "picture") -> None:
     """Refuse what is no picture, before a model is opened: UserError naming the term and the option."""
     if isinstance(picture, str):
-        pictures.size(_file(picture, term, option))
+        if _numbered(picture, term, option) is None:
+            pictures.size(_file(picture, term, option))
     elif not isinstance(picture, Image.Image):
         raise UserError(f"{term}: {option} must be a file, or a picture of Pillow, not {picture!r}")
+
+
+def check_mask(mask: Any, term: str) -> None:
+    """Refuse what is neither a picture nor a rectangle: UserError naming the term."""
+    if isinstance(mask, str | Image.Image):
+        check_picture(mask, term, "mask")
+    elif not (isinstance(mask, list | tuple) and len(mask) == 4 and all(type(one) is int for one in mask)):
+        raise UserError(f"{term}: mask must be a file, or left, top, width and height in pixels, not {mask!r}")
+    elif min(mask) < 0 or not (mask[2] and mask[3]):
+        raise UserError(f"{term}: mask needs a width and a height, and begins within the picture, not {list(mask)}")
+
+
+def _differ(size: tuple[int, int], other: tuple[int, int]) -> bool:
+    """Whether the ratios of two widths and heights are more than 2 % apart."""
+    across, down = size[0] * other[1], size[1] * other[0]
+    return abs(across - down) > max(across, down) / 50
 
 
 @torch.no_grad()
@@ -51,9 +70,12 @@ def fitted(picture: Picture, model: Any, shape: Sequence[int], term: str, option
     Raises:
         UserError: the picture has another ratio of its sides, or cannot be read.
     """
-    shown = pictures.read(_file(picture, term, option)) if isinstance(picture, str) else pictures.upright_rgb(picture)
+    if isinstance(picture, str):
+        shown = _numbered(picture, term, option) or pictures.read(_file(picture, term, option))
+    else:
+        shown = pictures.upright_rgb(picture)
     height, width = (side * model.downsample for side in shape[-2:])
-    if abs(shown.width * height - shown.height * width) > max(shown.width * height, shown.height * width) / 50:
+    if _differ(shown.size, (width, height)):
         raise UserError(
             f"{term}: {option} has {shown.width}x{shown.height} pixels, which is another ratio than that of the "
             f"{width}x{height} that are drawn: crop it, or draw in its ratio"
@@ -61,23 +83,53 @@ def fitted(picture: Picture, model: Any, shape: Sequence[int], term: str, option
     return shown.resize((width, height), Image.Resampling.LANCZOS)
 
 
-def mask_of(mask: Picture, point: Point, term: str) -> Tensor:
+def mask_of(mask: Mask, point: Point, term: str) -> Tensor:
     """[1, 1, h, w] over the latents, 1 where any pixel of a latent is more than half white; kept in the memory.
 
     Raises:
-        UserError: the mask is empty, or cannot be read.
+        UserError: the mask is empty, has another ratio of its sides, or cannot be read; or it is a rectangle that does
+            not fit, or there is no model.
     """
     if "mask" not in point.memory:
-        grey = pictures.read_mask(_file(mask, term, "mask")) if isinstance(mask, str) else pictures.mask(mask)
-        white = (to_tensor(np.array(grey)[..., None])[None] > 0.5).to(point.x)
-        # Larger masks are pooled, smaller ones repeated; either way no pixel of the mask is lost.
-        height, width = point.x.shape[-2:]
-        found = F.adaptive_max_pool2d(white, (height, width))
-        if not found.any():
-            raise UserError(f"{term}: the mask is black everywhere: paint white what is to be drawn anew")
-        point.memory["mask"] = found
+        if isinstance(mask, str | Image.Image):
+            point.memory["mask"] = _pooled(mask, point, term)
+        else:
+            point.memory["mask"] = _rectangle(mask, point, term)
     found = point.memory["mask"]
     return found
+
+
+def _pooled(mask: Picture, point: Point, term: str) -> Tensor:
+    grey = pictures.read_mask(_file(mask, term, "mask")) if isinstance(mask, str) else pictures.mask(mask)
+    rows, columns = point.x.shape[-2:]
+    if _differ(grey.size, (columns, rows)):
+        raise UserError(
+            f"{term}: the mask has {grey.width}x{grey.height} pixels, which is another ratio than that of what is "
+            "drawn: crop it, or draw in its ratio"
+        )
+    white = (to_tensor(np.array(grey)[..., None])[None] > 0.5).to(point.x)
+    # Larger masks are pooled, smaller ones repeated; either way no pixel of the mask is lost.
+    found = F.adaptive_max_pool2d(white, (rows, columns))
+    if not found.any():
+        raise UserError(f"{term}: the mask is black everywhere: paint white what is to be drawn anew")
+    return found
+
+
+def _rectangle(mask: Sequence[int], point: Point, term: str) -> Tensor:
+    side, (rows, columns) = point.run.modelled(term).downsample, point.x.shape[-2:]
+    left, top, width, height = mask
+    if left + width > columns * side or top + height > rows * side:
+        raise UserError(f"{term}: mask {list(mask)} ends outside of the {columns * side}x{rows * side} that are drawn")
+    found = point.x.new_zeros(1, 1, rows, columns)
+    found[..., top // side : -(-(top + height) // side), left // side : -(-(left + width) // side)] = 1
+    return found
+
+
+def _numbered(picture: str, term: str, option: str) -> Image.Image | None:
+    try:
+        return numbered.picture(picture)
+    except UserError as error:
+        raise UserError(f"{term}: {option} {error}") from error
 
 
 def _file(picture: str, term: str, option: str) -> Path:

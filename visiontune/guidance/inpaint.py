@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from visiontune.guidance._network import Network
-from visiontune.guidance._pictures import check_picture, latents_of, mask_of
+from visiontune.guidance._pictures import check_mask, check_picture, latents_of, mask_of
 from visiontune.guidance.base import Edit, Point, Strength
 from visiontune.schema import option
 
@@ -23,7 +23,9 @@ class Config(Edit):
 
     scale: float = option(1.0, least=0, greatest=1, help="how much of the rest is the picture's; 0 is a free drawing")
     picture: Any = option(help="file of the picture, in the ratio of what is drawn")
-    mask: Any = option(help="file of the mask, white where the picture is drawn anew")
+    mask: Any = option(
+        help="file of the mask, white where the picture is drawn anew; or left, top, width and height in pixels"
+    )
 
     def edit(self, x: Tensor, s: Strength, point: Point) -> Tensor:
         assert point.schedule is not None
@@ -35,8 +37,8 @@ class Config(Edit):
         return x.where(outside == 0, known.where(outside == 1, x + outside * (known - x)))
 
     def check(self, network: Network) -> None:
-        for name in ("picture", "mask"):
-            check_picture(getattr(self, name), self.name, name)
+        check_picture(self.picture, self.name)
+        check_mask(self.mask, self.name)
 
 
 def build(config: Config) -> Config:

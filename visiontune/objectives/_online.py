@@ -110,7 +110,7 @@ class Stepped(Rollouts):
         """Besides, refuse a model without continuous latents, and a sampler that does not suit it or adds no noise."""
         super().check(model, reward)
         continuous(model)
-        if draws_clips(model) and not getattr(reward, "clips", False):
+        if self.needs.reward and draws_clips(model) and not getattr(reward, "clips", False):
             raise UserError(
                 f"reward '{reward.name}' scores pictures, and '{model.source}' ({model.family}) draws clips: take a "
                 "reward of clips"

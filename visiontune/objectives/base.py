@@ -109,7 +109,7 @@ class Tools:
 
 
 _CHECKS = ("needs", "check", "check_reward", "check_text")
-_CALLS = (*_CHECKS, "prepare", "setup", "probe", "draw_timesteps", "loss", "collect", "update")
+_CALLS = (*_CHECKS, "prepare", "facts", "setup", "probe", "draw_timesteps", "loss", "collect", "update")
 
 
 class Objective(ABC):
@@ -194,6 +194,10 @@ class Objective(ABC):
         """
         timesteps = getattr(self.config, "timesteps", None)
         return timesteps.draw(model, shape, rows, rng) if isinstance(timesteps, Timesteps) else None
+
+    def facts(self) -> dict[str, str]:
+        """What the header of the trained weights says of the objective besides its name."""
+        return {}
 
     def setup(self, model: Any, tools: Tools) -> None:
         """Called once, before training or taking up a checkpoint: puts what has a state into ``tools.state``."""

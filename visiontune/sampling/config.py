@@ -51,8 +51,12 @@ class SampleConfig:
     )
     out: str = option("runs/samples", help="folder that receives images, manifest.jsonl and grid.png")
     steps: int = option(25, least=1, greatest=100_000, help="denoising steps")
-    cfg_scale: float = option(
-        4.0, least=-1000, greatest=1000, help="classifier-free guidance; 1 is none and halves the cost"
+    cfg_scale: float | None = option(
+        None,
+        least=-1000,
+        greatest=1000,
+        help="classifier-free guidance; 1 is none and halves the cost; null: 4, or 1 where an adapter has guidance "
+        "distilled into it",
     )
     guidance: list[str | dict[str, Any]] | None = option(
         None,
@@ -63,6 +67,11 @@ class SampleConfig:
         None,
         help="draw more than is kept: {best_of: 8, reward: pocket-clip, held_out: oracle}. `visiontune list search` "
         "names the methods; reward chooses, and held_out, if any, is measured beside it",
+    )
+    held_out: str | dict[str, Any] | None = option(
+        None,
+        help="reward that judges what the reward of guidance guides, each picture drawn without it, too; a search has "
+        "its own",
     )
     negative_prompt: str = option("", help="prompt of the unconditional branch")
     scheduler: Scheduler = option("model", help="sampler; model is the one that the model came with")

@@ -28,11 +28,12 @@ from visiontune.ops.threads import Threads
 from visiontune.sampling import manifest
 from visiontune.sampling.config import SampleConfig
 from visiontune.sampling.grid import grid
+from visiontune.sampling.guided import Judged, check
 from visiontune.sampling.manifest import Job
 from visiontune.sampling.pipeline import images
 from visiontune.sampling.searched import Searcher, report
 from visiontune.sampling.settings import settings_of
-from visiontune.sampling.sources import loaded, substituted
+from visiontune.sampling.sources import loaded, scale_of, substituted
 from visiontune.sampling.writer import write_image
 from visiontune.search.asked import Asked
 
@@ -63,7 +64,7 @@ def generate(config: SampleConfig, model: PipelineModel | None = None, say: Call
         config: see :class:`SampleConfig`.
         model: a model to use in place of ``config.model``, with its adapters attached; ``config.adapter`` is then
             attached on top, and taken off at the end.
-        say: is told, on the main process, what a search will cost and what it has found.
+        say: is told, on the main process, what a search will cost, and what it or a held-out reward has found.
 
     Raises:
         UserError: the prompts cannot be read, the folder holds images of other settings, or the disk is full.
@@ -72,6 +73,7 @@ def generate(config: SampleConfig, model: PipelineModel | None = None, say: Call
     check_device(config.device, "device", ("auto",))
     # Mistakes before a model is opened.
     _check_guidance(config)
+    config = replace(config, cfg_scale=scale_of(config))
     search = None if config.search is None else Asked.of(config.search)
     state = _processes(config.device)
     prompts = substituted(read_prompts(config.prompts), config)
@@ -120,11 +122,9 @@ def _draw(
             for line in lost(ready, {"prompt": [*named, ("negative_prompt", config.negative_prompt)]}):
                 if state.is_main_process:
                     _log.warning("%s", line)
-            draw, searcher = partial(_plain, config, ready), _searcher(config, ready, search)
-            if searcher is not None:
-                draw = partial(_searched, config, searcher)
-                if state.is_main_process:
-                    say(searcher.plan())
+            draw, plan = _drawing(config, ready, search)
+            if plan and state.is_main_process:
+                say(plan)
             for batch in mine:
                 bar.update(_run(draw, batch, finished, settings, manifest.part(out, state.process_index)))
                 if asked.number:
@@ -181,23 +181,41 @@ def _plain(config: SampleConfig, model: PipelineModel, batch: Sequence[Job]) -> 
     return [(image, {}) for image in drawn]
 
 
-def _searcher(config: SampleConfig, model: PipelineModel, search: Asked | None) -> Searcher | None:
-    if search is None:
-        return None
-    return Searcher.of(search, model, batch_size=config.batch_size, **_options(config))
+def _drawing(
+    config: SampleConfig, model: PipelineModel, search: Asked | None
+) -> tuple[Callable[[Sequence[Job]], list[Drawn]], str]:
+    """How a batch is drawn, and what is to be said of that."""
+    options = {"batch_size": config.batch_size, **_options(config)}
+    if search is not None:
+        searcher = Searcher.of(search, model, **options)
+        return partial(_searched, config, searcher), searcher.plan()
+    if config.held_out is not None:
+        return partial(_judged, config, Judged.of(config.held_out, model, **options)), ""
+    return partial(_plain, config, model), ""
 
 
 def _searched(config: SampleConfig, searcher: Searcher, batch: Sequence[Job]) -> list[Drawn]:
-    requests = [Request(prompt=job.prompt, seed=job.seed, negative=config.negative_prompt) for job in batch]
-    return [(found.picture, {"search": row}) for found, row in searcher(requests)]
+    return [(found.picture, {"search": row}) for found, row in searcher(_requests(config, batch))]
+
+
+def _judged(config: SampleConfig, judged: Judged, batch: Sequence[Job]) -> list[Drawn]:
+    return [(picture, {"guided": row}) for picture, row in judged(_requests(config, batch))]
+
+
+def _requests(config: SampleConfig, batch: Sequence[Job]) -> list[Request]:
+    return [Request(prompt=job.prompt, seed=job.seed, negative=config.negative_prompt) for job in batch]
 
 
 def _check_guidance(config: SampleConfig) -> None:
     """Refuse, before a model is opened, terms that are wrong, and one in the place of a scale that was given, too."""
     stack = GuidanceStack.of_options(config)
     instead = None if stack is None else stack.base or stack.told
-    if instead is not None and config.cfg_scale != SampleConfig.__dataclass_fields__["cfg_scale"].default:
+    if instead is not None and config.cfg_scale is not None:
         raise UserError(f"guidance has {instead.name}, which takes the place of cfg_scale: leave one of them out")
+    if config.search is not None and config.held_out is not None:
+        raise UserError("a search has a held_out of its own: put it there, as search.held_out")
+    if config.search is None:
+        check(stack, config.held_out)
 
 
 def _run(

@@ -35,34 +35,15 @@ class Searcher:
     held_out: Reward | None = None
 
     @staticmethod
-    def of(
-        asked: Asked,
-        model: PipelineModel,
-        *,
-        steps: int = 25,
-        cfg_scale: float = 4.0,
-        guidance: GuidanceStack | None = None,
-        batch_size: int = 8,
-        height: int | None = None,
-        width: int | None = None,
-        scheduler: str = "model",
-    ) -> Searcher:
+    def of(asked: Asked, model: PipelineModel, **options: Any) -> Searcher:
         """A search on a model, with the options of :func:`visiontune.sampling.pipeline.images`; loads the rewards.
 
         Raises:
             UserError: the search does not suit the model or the options, or a reward does not suit a search.
         """
-        guided, size = prepared(model, cfg_scale, guidance, steps, height, width)
-        check_batch(batch_size, *size)
-        drawing: dict[str, Any] = {
-            "steps": steps,
-            "guidance": guided,
-            "scheduler": scheduler,
-            "size": size,
-            "batch_size": batch_size,
-        }
+        drawing = drawing_of(model, **options)
         reward, held_out = asked.rewards()
-        at = Setting(model=model, draw=partial(pictures, model, **drawing), reward=reward, **drawing)
+        at = Setting(model=model, reward=reward, **drawing)
         asked.method.check(at)
         return Searcher(method=asked.method, at=at, held_out=held_out)
 
@@ -89,14 +70,46 @@ class Searcher:
         return [(one, {**row, **one.record}) for one, row in zip(found, rows, strict=True)]
 
 
+def drawing_of(
+    model: PipelineModel,
+    *,
+    steps: int = 25,
+    cfg_scale: float = 4.0,
+    guidance: GuidanceStack | None = None,
+    batch_size: int = 8,
+    height: int | None = None,
+    width: int | None = None,
+    scheduler: str = "model",
+) -> dict[str, Any]:
+    """Of a :class:`Setting` all but the model and the reward.
+
+    Args:
+        steps, cfg_scale, ...: options of :func:`visiontune.sampling.pipeline.images`.
+
+    Raises:
+        UserError: as of that.
+    """
+    guided, size = prepared(model, cfg_scale, guidance, steps, height, width)
+    check_batch(batch_size, *size)
+    drawing: dict[str, Any] = {
+        "steps": steps,
+        "guidance": guided,
+        "scheduler": scheduler,
+        "size": size,
+        "batch_size": batch_size,
+    }
+    return {**drawing, "draw": partial(pictures, model, **drawing)}
+
+
 def report(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Mean rewards of the pictures of a manifest's rows, without search and with it, in a line each."""
+    """Mean rewards of the pictures of a manifest's rows, without search or guidance and with it, in a line each."""
     lines = []
-    for name, role in (("reward", "searched by"), ("held_out", "held out")):
-        pairs = [row["search"][name] for row in rows if name in row.get("search", {})]
-        if pairs:
-            plain, kept = (fmean(side) for side in zip(*pairs, strict=True))
-            lines.append(
-                f"reward {role}: {plain:.4g} without search, {kept:.4g} with it, mean of {len(pairs)} pictures"
-            )
+    for key, by, what in (("search", "searched by", "search"), ("guided", "guided by", "it")):
+        for name, role in (("reward", by), ("held_out", "held out")):
+            pairs = [row[key][name] for row in rows if name in row.get(key, {})]
+            if pairs:
+                plain, kept = (fmean(side) for side in zip(*pairs, strict=True))
+                lines.append(
+                    f"reward {role}: {plain:.4g} without {what}, {kept:.4g} with it, mean of {len(pairs)} pictures"
+                )
     return lines

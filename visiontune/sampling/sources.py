@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,10 +14,16 @@ from accelerate import PartialState
 from visiontune import adapters, models, outside
 from visiontune.data.base import has_slots, substitute
 from visiontune.errors import UserError
+from visiontune.guidance.stack import GuidanceStack
 from visiontune.sampling.config import SampleConfig
 
 if TYPE_CHECKING:
     from visiontune.models.pipeline import PipelineModel
+
+
+# Of models that were trained with prompts left out.
+DEFAULT_SCALE = 4.0
+_log = logging.getLogger(__name__)
 
 
 def adapter_file(name: str) -> Path:
@@ -55,6 +62,23 @@ def trained_on(file: Path, option: str) -> str:
     if not base:
         raise UserError(f"{file} does not say what it was trained on: name the base with {option}")
     return base
+
+
+def scale_of(config: SampleConfig) -> float:
+    """The scale of classifier-free guidance; guidance that an adapter has inside is not added again unasked."""
+    files = [adapter_file(one.file) for one in config.adapter_list()]
+    found = next((file for file in files if "distilled_guidance" in adapters.read_header(file)), None)
+    stack = GuidanceStack.of_options(config)
+    based = stack is not None and stack.base is not None
+    if found is not None and (based or config.cfg_scale not in (None, 1)):
+        _log.warning(
+            "%s has guidance distilled into it (%s), and is guided again: leave cfg_scale and guidance out",
+            found,
+            adapters.read_header(found)["distilled_guidance"],
+        )
+    if config.cfg_scale is not None:
+        return config.cfg_scale
+    return DEFAULT_SCALE if found is None or based else 1.0
 
 
 def substituted(prompts: list[str], config: SampleConfig) -> list[str]:

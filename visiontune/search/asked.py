@@ -31,7 +31,7 @@ class Asked:
     held_out: str | Mapping[str, Any] | None = None
 
     def __post_init__(self) -> None:
-        if self.held_out is not None and _configured(self.reward, "reward") == _configured(self.held_out, "held_out"):
+        if self.held_out is not None and configured(self.reward, "reward") == configured(self.held_out, "held_out"):
             raise UserError("held_out is the reward that is searched by, which rises anyway: take another one")
 
     @staticmethod
@@ -56,7 +56,7 @@ class Asked:
             raise UserError(f"{path}.reward is missing: what is chosen by, as `visiontune list rewards` names them")
         for name in _REWARDS:
             if spec.get(name) is not None:
-                _configured(spec[name], f"{path}.{name}")
+                configured(spec[name], f"{path}.{name}")
         method = _method(names[0], spec[names[0]], f"{path}.{names[0]}")
         try:
             return Asked(method=method, reward=spec["reward"], held_out=spec.get("held_out"))
@@ -69,7 +69,7 @@ class Asked:
         Raises:
             UserError: their weights are not there, or one compares pictures with each other.
         """
-        reward = _single(self.reward, f"{path}.reward")
+        reward = single(self.reward, f"{path}.reward")
         if self.held_out is None:
             _log.warning(
                 "%s by '%s' alone: what it cannot see may get worse, which a reward as %s.held_out would show",
@@ -78,7 +78,7 @@ class Asked:
                 path,
             )
             return reward, None
-        return reward, _single(self.held_out, f"{path}.held_out")
+        return reward, single(self.held_out, f"{path}.held_out")
 
 
 def settings(spec: Any) -> Any:
@@ -100,17 +100,22 @@ def _method(name: str, options: Any, path: str) -> Search:
     return method
 
 
-def _configured(spec: Any, path: str) -> tuple[str, Any]:
+def configured(spec: Any, path: str) -> tuple[str, Any]:
+    """The module of a reward and its options, by which two specs are the same; nothing is loaded."""
     module, config = plugin.configure("rewards", resolve(spec), path)
     return module.__name__, config
 
 
-def _single(spec: str | Mapping[str, Any], path: str) -> Reward:
-    """A reward that judges pictures one by one."""
+def single(spec: str | Mapping[str, Any], path: str) -> Reward:
+    """A reward that judges pictures one by one.
+
+    Raises:
+        UserError: its weights are not there, or it compares pictures with each other.
+    """
     reward = load(spec, path)
     if reward.groupwise:
         raise UserError(
-            f"{path} '{reward.name}' compares the pictures of a prompt with each other, and a search needs a score of "
-            "each by itself: take another one"
+            f"{path} '{reward.name}' compares the pictures of a prompt with each other, and here each needs a score of "
+            "its own: take another one"
         )
     return reward

@@ -1,0 +1,32 @@
+"""Guidance distilled into an adapter, from the recipe to pictures drawn without any."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from visiontune import adapters
+
+OPTIONS = ["objective={name: cfg_distill, steps: 2, updates: 2, cfg_scale: 3}", "train.batch_size=2", "train.checkpoint_every=2", "train.log_every=1"]
+
+
+def test_what_was_distilled_is_drawn_without_guidance(cli, recipe, caplog):
+    Path("prompts.txt").write_text("a red circle\na blue square\n")
+    words = ["train", recipe, *OPTIONS, "data.root=prompts.txt", "preview.prompts=[a red circle]", "preview.steps=1"]
+    result = cli(*words)
+    assert result.code == 0, result.err
+    assert "preview.cfg_scale=4 guides what learns to do without" in result.err + caplog.text
+    header = adapters.read_header("runs/tiny/adapter.safetensors")
+    assert json.loads(header["distilled_guidance"]) == {"cfg_scale": 3.0}
+    first = json.loads(Path("runs/tiny/metrics.jsonl").read_text().splitlines()[0])
+    assert 0 < first["error"] < first["target"]
+    drawn = cli("sample", "adapter=runs/tiny", "prompts=[a red circle]", "steps=1", "device=cpu")
+    assert drawn.code == 0, drawn.err
+    row = json.loads(Path("runs/samples/manifest.jsonl").read_text().splitlines()[0])
+    assert row["settings"]["cfg_scale"] == 1.0
+
+
+def test_pictures_of_a_folder_are_learnt_from_too(cli, recipe):
+    result = cli("train", recipe, *OPTIONS, "objective.states=data", "preview.prompts=[]")
+    assert result.code == 0, result.err
+    assert "distilled_guidance" in adapters.read_header("runs/tiny/adapter.safetensors")
