@@ -29,12 +29,11 @@ from visiontune.pocket import oracle
 OUT = Path(__file__).parents[2] / "samples/guidance"
 PROMPT, WORD, SHAPE = "a circle", "circle", "circle"
 STEPS, COUNT, SCALE = 15, 8, 4.0
-FITTING = Fitting(siblings=8, drawing=15, cfg_scale=SCALE)
+FITTING = Fitting(siblings=6, steps=100, lr=5e-4, drawing=10, cfg_scale=SCALE)
 ROWS: dict[str, dict[str, Any] | None] = {
     "none": None,
     "v 0.8": {},
     "v 0.8, all levels": {"window": (0.0, 1.0)},
-    "v 0.8, eta 1": {"exclude": 1.0},
 }
 
 

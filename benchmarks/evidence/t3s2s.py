@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import shlex
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +32,7 @@ from visiontune.pocket.scenes import article, stream
 from visiontune.pocket.world import Thing
 
 OUT = Path(__file__).parents[2] / "samples/guidance"
-STEPS, SHOWN = 15, 10
+STEPS, SHOWN = 15, 8
 # Left, top, width and height in pixels, of two objects by where the first stands, and of three.
 HALVES = {
     "left of": [(0, 0, 32, 64), (32, 0, 32, 64)],
@@ -47,10 +49,14 @@ ROWS: dict[str, dict[str, Any] | None] = {
     "cfg": None,
     "t3s2s": {},
     "balance alone": {**OFF, "balance": "word"},
+    "balance alone, phrase": {**OFF, "balance": "phrase"},
+    "balance alone, own": {**OFF, "balance": "own"},
     "prominence alone": {**OFF, "alpha": 2.0},
     "prominence alone, select": {**OFF, "alpha": 2.0, "prominence": "select"},
     "dense tuning alone": {**OFF, "cross": 0.1, "itself": 0.1},
     "dense tuning alone, w 1": {**OFF, "cross": 1.0, "itself": 1.0},
+    "dense tuning alone, w 1, power 1": {**OFF, "cross": 1.0, "itself": 1.0, "power": 1.0},
+    "own, boost": {**OFF, "balance": "own", "alpha": 2.0},
 }
 
 
@@ -72,7 +78,7 @@ def name_of(thing: Thing) -> str:
 
 def terms(wish: Wish, options: dict[str, Any]) -> list[Term]:
     _, things, boxes = wish
-    regions = [Phrase(phrase=f"{one.color} {one.shape}", box=box) for one, box in zip(things, boxes, strict=True)]
+    regions = [Phrase(phrase=f"{one.color} {one.shape}", mask=box) for one, box in zip(things, boxes, strict=True)]
     return [t3s2s.Config(regions=regions, **options)]
 
 
@@ -130,12 +136,13 @@ def framed(picture: np.ndarray, boxes: list[Box]) -> np.ndarray:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--count", type=int, default=10, help="scenes of two objects, and as many of three")
+    parser.add_argument("--count", type=int, default=6, help="scenes of two objects, and as many of three")
+    parser.add_argument("--rows", nargs="+", default=[*ROWS, "mixture"], choices=[*ROWS, "mixture"])
     args = parser.parse_args()
     model, asked = load("pocket/sd"), wishes(args.count)
     shown = [*asked[: SHOWN // 2], *asked[args.count : args.count + SHOWN // 2]]
     grid, found = [], {}
-    for name in [*ROWS, "mixture"]:
+    for name in args.rows:
         options = ROWS.get(name)
         pictures = [
             drawn(model, one, mixed(one) if name == "mixture" else [] if options is None else terms(one, options))
@@ -153,7 +160,11 @@ def main() -> None:
     Image.fromarray(np.concatenate(grid)).save(OUT / "t3s2s.png")
     write_json(
         OUT / "t3s2s.json",
-        {"command": "python benchmarks/evidence/t3s2s.py", "steps": STEPS, "scenes": len(asked), "rows": found},
+        {
+            "command": shlex.join(["python", "benchmarks/evidence/t3s2s.py", *sys.argv[1:]]),
+            "steps": STEPS,
+            "rows": found,
+        },
     )
 
 

@@ -58,7 +58,7 @@ OPTIONS = {
     "msg": {"reference": Image.new("RGB", (SIZE, SIZE), "red"), "seed": 0, "window": (0.0, 0.99)},
     "reward": {"reward": "brightness", "scale": 100.0, "prompt": ""},
     "t3s2s": {
-        "regions": [Phrase(phrase="red circle", box=(0, 0, 16, 8)), Phrase(phrase="blue square", box=(0, 8, 16, 8))],
+        "regions": [Phrase(phrase="red circle", mask=(0, 0, 16, 8)), Phrase(phrase="blue square", mask=(0, 8, 16, 8))],
         "prompt": PROMPTS[0],
     },
     "oneactor": {

@@ -22,7 +22,7 @@ from visiontune.guidance.stack import GuidanceStack
 
 PROMPT = "a red circle above a blue square"
 EXACT = {"rtol": 1e-12, "atol": 1e-12}
-REGIONS = [Phrase(phrase="red circle", box=(0, 0, 16, 8)), Phrase(phrase="a blue square", box=(0, 8, 16, 8))]
+REGIONS = [Phrase(phrase="red circle", mask=(0, 0, 16, 8)), Phrase(phrase="a blue square", mask=(0, 8, 16, 8))]
 OFF = {"balance": "none", "alpha": 1.0, "cross": 0.0, "itself": 0.0}
 
 
@@ -218,7 +218,7 @@ def test_equal_phrases_are_told_apart():
     made = model()
     first, second = (_words.places(made, prompt, "a red circle", "t3s2s", number=i) for i in (0, 1))
     assert len(first) == len(second) and first[-1] < second[0]
-    twice = [Phrase(phrase="red circle", box=region.box) for region in REGIONS]
+    twice = [Phrase(phrase="red circle", mask=region.mask) for region in REGIONS]
     predicted(term(regions=twice, prompt=prompt), prompt=prompt)
     with pytest.raises(UserError, match="'red circle' does not stand 2 times in what is read"):
         predicted(term(regions=twice), rows=1)
@@ -233,18 +233,14 @@ def test_what_it_cannot_do_is_said():
     refused("'green triangle' does not stand in what is read of the prompt", background="green triangle")
     refused(
         "'blue' does not stand in what is read of the prompt 'red circle'",
-        regions=[Phrase(phrase="red circle", nouns=["blue"], box=(0, 0, 8, 8))],
+        regions=[Phrase(phrase="red circle", nouns=["blue"], mask=(0, 0, 8, 8))],
     )
-    refused("is off the grid", regions=[Phrase(phrase="red circle", box=(0, 0, 9, 8))])
-    refused("reaches out of the canvas of 16x16", regions=[Phrase(phrase="red circle", box=(8, 0, 16, 8))])
+    refused("ends outside of the 16x16 that are drawn", regions=[Phrase(phrase="red circle", mask=(8, 0, 16, 8))])
     black = Image.new("L", (16, 16))
     refused("t3s2s: the mask is black everywhere", regions=[Phrase(phrase="red circle", mask=black)])
-    refused("t3s2s: mask must be a file, or a picture", regions=[Phrase(phrase="red circle", mask=3)])
+    refused("t3s2s: mask must be a file, or left, top, width and height", regions=[Phrase(phrase="red circle", mask=3)])
     refused("regions cover all of the picture", background="above")
     refused("no layer of 'tiny-sd' is called 'up_blocks.7'", layers=["up_blocks.7"])
-    for wrong in ({}, {"box": (0, 0, 8, 8), "mask": black}):
-        with pytest.raises(UserError, match="needs a box or a mask, one of the two"):
-            Phrase(phrase="red circle", **wrong)
     with pytest.raises(UserError, match="which are not known here: set its prompt, or give them to attach"):
         predicted(term(prompt=None))
     with pytest.raises(UserError, match="attach the stack to a model"), GuidanceStack([term()]).attach(model().pipe):

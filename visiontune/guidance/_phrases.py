@@ -12,9 +12,7 @@ from torch import Tensor
 from visiontune.errors import UserError
 from visiontune.guidance import _words
 from visiontune.guidance._pictures import white_of
-from visiontune.guidance._regions import Region, check_box
 from visiontune.guidance.base import Run
-from visiontune.models.diffusion import Box
 from visiontune.schema import option
 
 # Of a phrase its words, and its nouns.
@@ -26,27 +24,8 @@ class Phrase:
     """Words of the prompt, and where what they name is to be."""
 
     phrase: str = option(help="words as they stand in the prompt; of equal ones each takes its next place there")
-    box: Box | None = option(None, least=0, greatest=1_000_000, help="left, top, width and height in pixels")
-    mask: Any = option(None, help="file of a mask in the place of a box, white where it is to be")
+    mask: Any = option(help="file of a mask, white where that is to be; or left, top, width and height in pixels")
     nouns: list[str] | None = option(None, help="words of the phrase that name the object; null for its last one")
-
-    def __post_init__(self) -> None:
-        if (self.box is None) == (self.mask is None):
-            raise UserError(f"the region of '{self.phrase}' needs a box or a mask, one of the two")
-
-    def white(self, run: Run, term: str) -> Tensor:
-        """bool [h, w] of the run's latents.
-
-        Raises:
-            UserError: it reaches out of them, or is empty.
-        """
-        if self.box is None:
-            return white_of(self.mask, run.shape, term)[0, 0] > 0
-        region = Region(box=self.box)
-        check_box(region, run, term)
-        found = torch.zeros(*run.shape[-2:], dtype=torch.bool)
-        found[region.cells(run.model)] = True
-        return found
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -73,9 +52,9 @@ def masks_of(regions: Sequence[Phrase], run: Run, term: str, rest: bool) -> Tens
     """bool [r, h, w] of a run's latents; `rest`, what no region covers, is the last one.
 
     Raises:
-        UserError: as of `Phrase.white`; or nothing is left uncovered.
+        UserError: a mask is empty, or does not fit; or nothing is left uncovered.
     """
-    masks = torch.stack([region.white(run, term) for region in regions])
+    masks = torch.cat([white_of(region.mask, run, run.shape, term)[0] > 0 for region in regions])
     if not rest:
         return masks
     bare = ~masks.any(0, keepdim=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -80,12 +81,12 @@ def reading(layers: Mapping[str, nn.Module], change: Callable[[Tensor], Tensor])
     """In the block, the layers read `change(words)`, of words [rows, n, d], in their place."""
 
     def make(name: str, forward: Forward) -> Forward:
+        @functools.wraps(forward)
         def changed(*args: Any, **kwargs: Any) -> Any:
             call = bound(forward, args, kwargs)
             more = call.pop("cross_attention_kwargs", {})
             return forward(**{**call, "encoder_hidden_states": change(call["encoder_hidden_states"])}, **more)
 
-        changed.__wrapped__ = forward  # type: ignore[attr-defined]
         return changed
 
     with replaced(layers, make):

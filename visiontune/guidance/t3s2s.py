@@ -22,7 +22,7 @@ from visiontune.guidance import _words
 from visiontune.guidance._layout import about, alike, apart, on_grid, prominent, pushed
 from visiontune.guidance._network import Network
 from visiontune.guidance._phrases import Named, Phrase, Text, columns_of, masks_of, named, read
-from visiontune.guidance._pictures import check_picture
+from visiontune.guidance._pictures import check_mask
 from visiontune.guidance._taps import Attention, attending
 from visiontune.guidance.base import Point, Run, Shaping
 from visiontune.schema import option
@@ -33,7 +33,9 @@ class Config(Shaping):
     """Balance of the nouns, prominence of their channels, and attention pushed into their regions."""
 
     scale: float = option(1.0, least=0, greatest=1, help="how much of all three there is; 0 is none")
-    regions: list[Phrase] = option(help="{phrase: words of the prompt, box: [left, top, width, height]} of each object")
+    regions: list[Phrase] = option(
+        help="{phrase: words of the prompt, mask: [left, top, width, height]} of each object"
+    )
     background: str | None = option(None, help="phrase of the prompt for what no region covers; null for none")
     prompt: str | None = option(None, help="what all rows are told, where it is not known; null for each row's own")
     balance: Literal["word", "phrase", "own", "none"] = option(
@@ -65,11 +67,10 @@ class Config(Shaping):
 
     def check(self, network: Network) -> None:
         if not self.regions:
-            raise UserError("t3s2s needs regions: give {phrase: ..., box: ...} of each object of the prompt")
+            raise UserError("t3s2s needs regions: give {phrase: ..., mask: ...} of each object of the prompt")
         network.attending(self.layers, self.name)
         for region in self.regions:
-            if region.mask is not None:
-                check_picture(region.mask, self.name, "mask")
+            check_mask(region.mask, self.name)
 
     def begins(self, run: Run) -> None:
         model = run.modelled(self.name)
@@ -83,12 +84,15 @@ class Config(Shaping):
         if side == "at":  # calls for latents or conditions of a term's own
             yield None
             return
+        # Text encoders attend by the same kernel, so that prompts are read before it is watched.
+        self._texts(point)
         reads, dense = network.reading(self.name), network.attending(self.layers, self.name)
-        tapped = {**(reads if self._stands_out else {}), **(dense if self.cross or self.itself else {})}
+        weights = {name: self.cross if name in reads else self.itself for name in dense}
+        tapped = {name: layer for name, layer in dense.items() if weights[name]}
+        tapped |= reads if self._stands_out else {}
 
         def attend(name: str) -> Attention:
-            crossing = name in reads
-            weight = (self.cross if crossing else self.itself) if name in dense else 0.0
+            crossing, weight = name in reads, weights.get(name, 0.0)
 
             def seen(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, **call: Any) -> Tensor:
                 def gathered(at: slice, bias: Tensor | None) -> Tensor:
@@ -148,7 +152,7 @@ class Config(Shaping):
             words, _words.spread(self._texts(point), rows), _words.strengths(self, point, rows), strict=True
         ):
             most = self.beta * energy(told[text.words.stop])
-            nouns = {at: text.told.get(at, told[at]) for several in text.nouns for at in several}
+            nouns = {at: text.told.get(at, told[at]).to(told) for several in text.nouns for at in several}
             found.append([(at, s * (e * (most / energy(e)).sqrt() - told[at])) for at, e in nouns.items()])
         return found
 
