@@ -1,0 +1,131 @@
+"""Guidance distilled into an adapter of pocket-sd: the student in one call a step beside its teacher in two.
+
+    python benchmarks/evidence/distil.py
+
+The recipe ``distil/cfg`` as it is, three training seeds, and the same with the student's own states. Held-out prompts
+of one, two and three objects, 25 DDIM steps; the oracle says how many come right. KID is the unbiased squared distance
+of pocket-clip's features, with the usual cubic kernel, to as many pictures that the world itself draws of the same
+prompts; diversity is that of four seeds of a prompt. Beside the student: the base without guidance, the teacher in as
+many steps, and in as many calls. Finished runs are kept in ``--work``. Writes ``distil.json`` and ``distil.md`` into
+``benchmarks/results/``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import itertools
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from personalise import RESULTS, spread
+from torch import Tensor
+
+from visiontune import adapters, config
+from visiontune.assemble import assemble
+from visiontune.evaluation.metrics import image_features, prompt_accuracy
+from visiontune.files import write_json, write_text
+from visiontune.models import load
+from visiontune.models.clip import load_clip
+from visiontune.pocket.scenes import stream
+from visiontune.pocket.world import render
+from visiontune.sampling.pipeline import images
+from visiontune.training.measures import diversity
+
+STEPS, SEEDS = 25, (0, 1, 2)
+PROMPTS = {"one": 60, "two": 100, "three": 60}
+STUDENTS: dict[str, list[str]] = {"student": [], "student, own states": ["objective.states=student"]}
+# Calls of the network for a picture: scale, steps.
+TEACHERS = {
+    "base without guidance": (1.0, STEPS),
+    "teacher, as many steps": (4.0, STEPS),
+    "teacher, as many calls": (4.0, STEPS // 2),
+}
+SCORES = (*PROMPTS, "kid", "diversity")
+
+
+@functools.cache
+def held_out(kind: str) -> tuple[list[str], np.ndarray]:
+    """Prompts, and pictures that the world draws of them."""
+    found = list(itertools.islice(stream(80, kind, holdout=True), PROMPTS[kind]))
+    return [text for _, text in found], np.stack([render(scene) for scene, _ in found])
+
+
+def kid(features: Tensor, others: Tensor) -> float:
+    """Unbiased squared maximum mean discrepancy under (x y / d + 1)^3, Binkowski et al., 2018, arXiv 1801.01401.
+
+    Args:
+        features, others: unit features ``[n, d]`` of as many pictures each; scaled to length sqrt(d).
+    """
+    n, d = features.shape
+    (x, y) = (value.double() * d**0.5 for value in (features, others))
+    inner, outer = ((a @ b.T / d + 1) ** 3 for a, b in ((torch.cat([x, y]), torch.cat([x, y])), (x, y)))
+    within = (inner[:n, :n].sum() + inner[n:, n:].sum() - inner.trace()) / (n * (n - 1))
+    return float(within - 2 * outer.mean())
+
+
+def measure(model: Any, scale: float, steps: int, seed: int) -> dict[str, float]:
+    """Scores of a way to draw."""
+    row: dict[str, float] = {"calls": steps * (1 if scale == 1 else 2)}
+    drawing: dict[str, Any] = {"steps": steps, "cfg_scale": scale, "batch_size": 60}
+    drawn, true = [], []
+    for kind in PROMPTS:
+        prompts, real = held_out(kind)
+        pictures = images(model, prompts, [1000 * seed + i for i in range(len(prompts))], **drawing)
+        row[kind] = prompt_accuracy(pictures, prompts)
+        drawn.append(pictures)
+        true.append(real)
+    clip = load_clip("pocket/clip")
+    row["kid"] = kid(*(image_features(np.concatenate(part), clip) for part in (drawn, true)))
+    few = [(prompt, 1000 * seed + i) for kind in PROMPTS for prompt in held_out(kind)[0][:4] for i in range(4)]
+    seen = images(model, *map(list, zip(*few, strict=True)), **drawing)
+    row["diversity"] = diversity(seen.reshape(-1, 4, *seen.shape[1:]))
+    return row
+
+
+def trained(name: str, seed: int, work: Path) -> Path:
+    """The adapter of a run of the recipe."""
+    own = [f"out={work}", f"name={name.replace(' ', '_')}-{seed}", f"seed={seed}", "preview.prompts=[]"]
+    run = config.load_run("distil/cfg", [*own, *STUDENTS[name]])
+    file = run.folder / "adapter.safetensors"
+    if not file.exists():
+        assemble(config.load_run("distil/cfg", [*own, *STUDENTS[name], "train.resume=auto"])).fit()
+    return file
+
+
+def table(found: Mapping[str, Sequence[Mapping[str, float]]]) -> str:
+    """One way to draw a line."""
+    head = ["drawn by", "calls", "runs", *(f"{kind} right" for kind in PROMPTS), "KID to the world", "diversity"]
+    lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
+    for name, rows in found.items():
+        cells = [name, f"{rows[0]['calls']:.0f}", str(len(rows))]
+        lines.append("| " + " | ".join(cells + [spread([row[s] for row in rows]) for s in SCORES]) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--work", type=Path, default=Path("runs/evidence/distil"))
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    args = parser.parse_args()
+    args.work.mkdir(parents=True, exist_ok=True)
+    model, found = load("pocket/sd"), dict[str, list[dict[str, float]]]()
+    for seed, name in itertools.product(SEEDS, (*TEACHERS, *STUDENTS)):
+        file = args.work / f"{name.replace(' ', '_')}-{seed}.json"
+        if not file.exists():
+            scale, steps = TEACHERS.get(name, (1.0, STEPS))
+            loaded = adapters.load(model.networks(), trained(name, seed, args.work)) if name in STUDENTS else None
+            write_json(file, measure(model, scale, steps, seed))
+            if loaded is not None:
+                loaded.detach()
+        found.setdefault(name, []).append(json.loads(file.read_text()))
+        write_json(args.out / "distil.json", found)
+        write_text(args.out / "distil.md", table(found))
+
+
+if __name__ == "__main__":
+    main()
