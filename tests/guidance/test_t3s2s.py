@@ -241,7 +241,7 @@ def test_what_it_cannot_do_is_said():
     refused("t3s2s: mask must be a file, or left, top, width and height", regions=[Phrase(phrase="red circle", mask=3)])
     refused("regions cover all of the picture", background="above")
     refused("no layer of 'tiny-sd' is called 'up_blocks.7'", layers=["up_blocks.7"])
-    with pytest.raises(UserError, match="which are not known here: set its prompt, or give them to attach"):
+    with pytest.raises(UserError, match="are not known here: set its prompt, or give them to attach"):
         predicted(term(prompt=None))
     with pytest.raises(UserError, match="attach the stack to a model"), GuidanceStack([term()]).attach(model().pipe):
         model().pipe(PROMPT, num_inference_steps=1, height=16, width=16, guidance_scale=1.0)
