@@ -51,6 +51,8 @@ MAY_IMPORT = {
     "sampling": GROUND | LIBRARY - {"objectives", "rewards"} | {"pocket", "rewards.base"},
     "training": GROUND | LIBRARY - {"rewards"} | {"sampling"},
     "evaluation": GROUND | LIBRARY - {"objectives"} | {"pocket", "sampling", "training"},
+    "view": {"errors", "files", "outside", "yaml_text", "data.pictures", "guidance.stack", "sampling.manifest"}
+    | {"training.home", "training.preview"},
     "config": GROUND | LIBRARY | {"sampling", "training"},
     "assemble": GROUND | LIBRARY | {"weights", "sampling", "training", "evaluation", "config"},
     "estimate": GROUND | LIBRARY | {"sampling", "training", "config", "assemble"},
@@ -58,7 +60,19 @@ MAY_IMPORT = {
     "demo": GROUND | LIBRARY | {"pocket", "sampling", "training", "evaluation", "config", "assemble"},
     "cli": GROUND
     | LIBRARY
-    | {"weights", "sampling", "training", "evaluation", "config", "assemble", "estimate", "fit", "demo", "__version__"},
+    | {
+        "weights",
+        "sampling",
+        "training",
+        "evaluation",
+        "config",
+        "assemble",
+        "estimate",
+        "fit",
+        "demo",
+        "view",
+        "__version__",
+    },
     "__main__": {"cli"},
     "__init__": {"errors"},
 }

@@ -7,7 +7,12 @@ from pathlib import Path
 
 from visiontune import adapters
 
-OPTIONS = ["objective={name: cfg_distill, steps: 2, updates: 2, cfg_scale: 3}", "train.batch_size=2", "train.checkpoint_every=2", "train.log_every=1"]
+OPTIONS = [
+    "objective={name: cfg_distill, steps: 2, updates: 2, cfg_scale: 3}",
+    "train.batch_size=2",
+    "train.checkpoint_every=2",
+    "train.log_every=1",
+]
 
 
 def test_what_was_distilled_is_drawn_without_guidance(cli, recipe, caplog):
@@ -24,6 +29,8 @@ def test_what_was_distilled_is_drawn_without_guidance(cli, recipe, caplog):
     assert drawn.code == 0, drawn.err
     row = json.loads(Path("runs/samples/manifest.jsonl").read_text().splitlines()[0])
     assert row["settings"]["cfg_scale"] == 1.0
+    for folder, said in (("runs/tiny", result.out), ("runs/samples", drawn.out)):
+        assert f"{folder}/index.html shows it" in said and Path(folder, "index.html").is_file()
 
 
 def test_pictures_of_a_folder_are_learnt_from_too(cli, recipe):

@@ -43,7 +43,20 @@ def test_a_file_adds_a_verb(cli, tmp_path, monkeypatch, capsys):
 def test_help_lists_every_verb_with_its_summary(cli):
     out = cli("--help").out
     lines = dict(re.findall(r"^ {4}(\S+) +(.*)$", out, re.MULTILINE))
-    verbs = ["check", "copy", "demo", "evaluate", "export", "import", "list", "sample", "score", "show", "train"]
+    verbs = [
+        "check",
+        "copy",
+        "demo",
+        "evaluate",
+        "export",
+        "import",
+        "list",
+        "sample",
+        "score",
+        "show",
+        "train",
+        "view",
+    ]
     assert list(lines) == verbs
     assert lines["train"] == "train what a recipe describes"
 
@@ -55,7 +68,7 @@ def test_nothing_is_said_but_our_own_words(tiny_folder, tmp_path):
     done = subprocess.run(
         [sys.executable, "-m", "visiontune", *words], cwd=tmp_path, env=told, capture_output=True, text=True, check=True
     )
-    assert done.stdout == "finished: runs/samples/manifest.jsonl\n"
+    assert done.stdout == "finished: runs/samples/manifest.jsonl\nruns/samples/index.html shows it\n"
     assert {line.split("%")[0].strip() for line in done.stderr.replace("\r", "\n").splitlines()} <= {"", "0", "100"}
 
 

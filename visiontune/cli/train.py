@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import argparse
 
-from visiontune.cli.words import add_words, go_on, split
+from visiontune.cli.words import add_words, go_on, is_main, split
 from visiontune.signals import Interrupted
 
 
@@ -20,6 +20,7 @@ def run(args: argparse.Namespace) -> None:
     from visiontune.assemble import train
     from visiontune.config import load_run
     from visiontune.training.preview import BEFORE_AFTER
+    from visiontune.view.page import named
 
     try:
         out = train(load_run(*split(args.words)), print)
@@ -28,3 +29,5 @@ def run(args: argparse.Namespace) -> None:
         raise Interrupted(f"{error}: {go_on('train', *words, 'train.resume=true')}", error.number) from error
     pictures = out.parent / BEFORE_AFTER
     print(f"finished: {out}" + (f" ({pictures} shows before and after)" if pictures.is_file() else ""))
+    if is_main():
+        print(named(out.parent))

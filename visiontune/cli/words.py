@@ -32,3 +32,10 @@ def split(words: list[str], default: str | None = None) -> tuple[str, list[str]]
 def go_on(*words: str) -> str:
     """The end of a message about work that was interrupted: the command that goes on with it."""
     return f"go on with `{shlex.join(['visiontune', *words])}`"
+
+
+def is_main() -> bool:
+    """Whether this is the first of the processes that a verb has run on."""
+    from accelerate import PartialState
+
+    return bool(PartialState().is_main_process)

@@ -1,0 +1,26 @@
+// What a user does with the page, and what is seen; `found` is what the test is told.
+const count = () => document.querySelector("[data-count]").textContent;
+const place = (one) => parseInt(one.style.top) * 10000 + parseInt(one.style.left);
+const files = () => all(".cell").sort((a, b) => place(a) - place(b)).map((one) => one.dataset.file);
+const pick = (name) => document.querySelector(`[data-choice=${name}]`);
+await until(() => all(".cell").length);
+found.all = count(); found.cells = all(".cell").length; found.missing = all(".alarms").map((one) => one.textContent);
+set(pick("words"), "RED circle");
+found.red = count();
+set(pick("seed"), "3", "change"); found.seed = count();
+set(pick("adapter"), "none", "change"); found.adapter = count();
+set(pick("adapter"), "", "change"); set(pick("seed"), "", "change"); set(pick("words"), "");
+set(pick("order"), "-oracle", "change"); found.best = files().slice(0, 3);
+set(pick("order"), "+oracle", "change"); found.worst = files()[0];
+set(pick("least"), "0.9"); found.least = count();
+set(pick("least"), "");
+set(pick("order"), "", "change");
+scrollTo(0, 40000);
+await until(() => files()[0] > "00500");
+found.scrolled = all(".cell").length;
+scrollTo(0, 0);
+await until(() => files()[0] === "00000_seed0.png");
+document.querySelector('[data-file="00000_seed0.png"]').click();
+found.command = document.querySelector("#zoom pre").textContent;
+press("ArrowRight");
+found.next = [...document.querySelectorAll("#zoom div")].map((one) => one.textContent)[0];

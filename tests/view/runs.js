@@ -1,0 +1,21 @@
+// What a user does with the page, and what is seen; `found` is what the test is told.
+await until(() => document.querySelector("figure"));
+found.title = document.querySelector("h1").textContent;
+found.measures = all("figure").map((one) => one.dataset.measure);
+found.lines = all('figure[data-measure="loss"] polyline').map((one) => one.getAttribute("points").split(" ").length);
+found.alarms = [all('figure[data-measure="loss"] line.alarm').length, all(".alarms").map((one) => one.textContent)];
+found.card = all("pre").map((one) => one.textContent).includes("<b>card</b>");
+const steps = () => all("#previews .dim").map((one) => one.textContent);
+found.last = steps();
+set(document.getElementById("step"), 1);
+found.second = steps();
+press("ArrowLeft");
+found.first = steps();
+found.pictures = all("#previews img").filter((one) => one.naturalWidth).length;
+all(".key input")[1].click();
+found.hidden = all('figure[data-measure="loss"] polyline').length;
+const before = document.querySelector('figure[data-measure="loss"] polyline').getAttribute("points");
+set(document.getElementById("smooth"), 0.9);
+found.smoothed = before !== document.querySelector('figure[data-measure="loss"] polyline').getAttribute("points");
+document.querySelector("#previews img").click();
+found.zoomed = document.getElementById("zoom").open;
