@@ -17,6 +17,8 @@ from visiontune.schema import option
 
 # Of a phrase its words, and its nouns.
 Named = tuple[str, list[str]]
+# What nouns are told in the place of what they are in the prompt.
+Balance = Literal["word", "phrase", "own", "none"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,19 +80,18 @@ def columns_of(model: Any, prompt: str, phrases: Sequence[Named], term: str) -> 
 
 
 @torch.no_grad()
-def read(
-    model: Any, prompt: str, phrases: Sequence[Named], term: str, source: Literal["word", "phrase"] | None
-) -> Text:
+def read(model: Any, prompt: str, phrases: Sequence[Named], term: str, source: Balance) -> Text:
     """A prompt, with its nouns as they are read alone (`word`) or in their phrase alone.
 
     Raises:
         UserError: as of `columns_of`.
     """
-    columns, nouns, told = columns_of(model, prompt, phrases, term), [], {}
+    columns, nouns = columns_of(model, prompt, phrases, term), []
+    told: dict[int, Tensor] = {}
     for at, (phrase, names) in zip(columns, phrases, strict=True):
         inner = {name: _words.places(model, phrase, name, term) for name in names}
         nouns.append([at[place - 1] for places in inner.values() for place in places])
-        for name, places in inner.items() if source else ():
+        for name, places in inner.items() if source in ("word", "phrase") else ():
             # Behind the mark of the beginning.
             there = places if source == "phrase" else [*range(1, 1 + len(places))]
             alone = model.embed([phrase if source == "phrase" else name]).tokens[0]

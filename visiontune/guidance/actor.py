@@ -151,7 +151,8 @@ def fit(
     rng = torch.Generator().manual_seed(seed)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        phi = Projector(seen.features.shape[1], tuple(seen.features.shape[2:]), texts[0][0].tokens.shape[-1])
+        _, channels, height, width = seen.features.shape
+        phi = Projector(channels, (height, width), texts[0][0].tokens.shape[-1])
     phi.to(model.device)
     optimiser = torch.optim.AdamW(phi.parameters(), lr=fitting.lr, weight_decay=fitting.weight_decay)
     for step in range(fitting.steps):

@@ -21,7 +21,7 @@ from visiontune.errors import UserError
 from visiontune.guidance import _words
 from visiontune.guidance._layout import about, alike, apart, on_grid, prominent, pushed
 from visiontune.guidance._network import Network
-from visiontune.guidance._phrases import Named, Phrase, Text, columns_of, masks_of, named, read
+from visiontune.guidance._phrases import Balance, Named, Phrase, Text, columns_of, masks_of, named, read
 from visiontune.guidance._pictures import check_mask
 from visiontune.guidance._taps import Attention, attending
 from visiontune.guidance.base import Point, Run, Shaping
@@ -38,7 +38,7 @@ class Config(Shaping):
     )
     background: str | None = option(None, help="phrase of the prompt for what no region covers; null for none")
     prompt: str | None = option(None, help="what all rows are told, where it is not known; null for each row's own")
-    balance: Literal["word", "phrase", "own", "none"] = option(
+    balance: Balance = option(
         "word",
         help="nouns are told as a prompt of that word alone, as in their phrase alone, or as they are; none: as is",
     )
@@ -181,8 +181,7 @@ class Config(Shaping):
 
     def _read_texts(self, run: Run) -> list[Text]:
         model, prompts = run.modelled(self.name), _words.prompts_of(run, self.prompt, self.name)
-        source = None if self.balance in ("own", "none") else self.balance
-        known = {prompt: read(model, prompt, self._phrases, self.name, source) for prompt in {*prompts}}
+        known = {prompt: read(model, prompt, self._phrases, self.name, self.balance) for prompt in {*prompts}}
         return [known[prompt] for prompt in prompts]
 
 
