@@ -28,8 +28,10 @@ from visiontune.diffusion.trajectory import Keep, Start, Window, rollout
 from visiontune.diffusion.unmask import guided_logits, unmask
 from visiontune.errors import UserError
 from visiontune.guidance import control
+from visiontune.guidance._phrases import Phrase
 from visiontune.guidance._regions import Region
 from visiontune.guidance._taps import replaced
+from visiontune.guidance.actor import Actor
 from visiontune.guidance.base import Base, Edit, Feeding, Perturbed, Shaping, Told
 from visiontune.guidance.stack import GuidanceStack
 from visiontune.models.masked import MaskedModel
@@ -61,6 +63,16 @@ OPTIONS = {
     },
     "msg": {"reference": Image.new("RGB", (SIZE, SIZE), "red"), "seed": 0, "window": (0.0, 0.99)},
     "reward": {"reward": "brightness", "scale": 100.0, "prompt": ""},
+    "t3s2s": {
+        "regions": [Phrase(phrase="red circle", mask=(0, 0, 16, 8)), Phrase(phrase="blue square", mask=(0, 8, 16, 8))],
+        "prompt": PROMPTS[0],
+    },
+    "oneactor": {
+        "file": Actor(target=torch.ones(32).cumsum(0) / 16 - 1, average=torch.ones(32), word="circle", about={}),
+        "prompt": PROMPTS[0],
+        "exclude": 0.5,
+        "window": (0.0, 1.0),
+    },
 }
 UNETS = ("control", "inherit", "maxfusion", "scalelong", "skip_tuning")
 # What a term cannot do, and what it says of it.
@@ -75,6 +87,12 @@ CANNOT = {
     ("seg", "z_image"): "has no layers: take slg",
     ("stg", "z_image"): "has no layers: take slg",
     **{("embedded", family): "carries no guidance inside" for family in FAMILIES if family != "flux"},
+    **{
+        (name, family): "has no layers of their own"
+        for name in ("oneactor", "t3s2s")
+        for family in FAMILIES
+        if family not in ("sd", "sdxl")
+    },
     **{(name, family): "is for UNets" for name in UNETS for family in FAMILIES if family not in ("sd", "sdxl")},
 }
 # Terms that act from step to step of a run, and say so where a prediction is of none; the last step moves little.
@@ -83,7 +101,19 @@ STEPPING = {"inherit": "this is a step of none"}
 ONCE = {"styleid": 2}
 # Each term by itself where families differ, and all together where one is made and called as another.
 ALIKE = {
-    "sdxl": ("cfg", "pag", "seg", "slg", "autoguidance", "skip_tuning", "inherit", "rescale", "styleid", "control"),
+    "sdxl": (
+        "cfg",
+        "pag",
+        "seg",
+        "slg",
+        "autoguidance",
+        "skip_tuning",
+        "inherit",
+        "rescale",
+        "styleid",
+        "control",
+        "t3s2s",
+    ),
     "pixart": ("apg", "pag", "slg", "stg", "rescale", "styleid"),
 }
 CASES = [(family, (name,)) for family in FAMILIES if family not in ALIKE for name in plugin.names("guidance")]

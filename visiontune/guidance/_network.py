@@ -105,6 +105,31 @@ class Network:
             )
         return self._chosen(layers, self._all(known), term)
 
+    def reading(self, term: str) -> dict[str, nn.Module]:
+        """The layers in which the picture attends to the words alone.
+
+        Raises:
+            UserError: the network has none that are known.
+        """
+        structure = self._reached(term)
+        # Transformers change words before their layers read them.
+        known = None if structure.stages is None else structure.cross
+        if known is None:
+            raise UserError(
+                f"{term} changes what a picture reads of its words, for which '{self.source}' has no layers of their "
+                f"own, as the UNets of sd and sdxl have: leave {term} out"
+            )
+        return self._all([known])
+
+    def attending(self, layers: Layers, term: str) -> dict[str, nn.Module]:
+        """Layers in which the picture attends to itself or to the words, chosen as in `attention`.
+
+        Raises:
+            UserError: as of `reading`.
+        """
+        reading = self.reading(term)
+        return self._chosen(layers, self.attention("all", term) | reading, term)
+
     def words(self, layer: str, arguments: Mapping[str, Any]) -> slice:
         """Which tokens of an attention layer are words, `slice(0, 0)` where none are.
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from visiontune import outside
 from visiontune.data import numbered, pictures
 from visiontune.errors import UserError
-from visiontune.guidance.base import Point
+from visiontune.guidance.base import Point, Run
 from visiontune.ops.pixels import to_tensor
 
 Picture = str | Image.Image
@@ -91,36 +91,39 @@ def mask_of(mask: Mask, point: Point, term: str) -> Tensor:
             not fit, or there is no model.
     """
     if "mask" not in point.memory:
-        if isinstance(mask, str | Image.Image):
-            point.memory["mask"] = _pooled(mask, point, term)
-        else:
-            point.memory["mask"] = _rectangle(mask, point, term)
-    found = point.memory["mask"]
+        point.memory["mask"] = white_of(mask, point.run, point.x.shape, term).to(point.x)
+    found: Tensor = point.memory["mask"]
     return found
 
 
-def _pooled(mask: Picture, point: Point, term: str) -> Tensor:
+def white_of(mask: Mask, run: Run, shape: Sequence[int], term: str) -> Tensor:
+    """`mask_of` for latents [..., h, w], float32 on the CPU."""
+    if isinstance(mask, str | Image.Image):
+        return _pooled(mask, shape, term)
+    return _rectangle(mask, run.modelled(term).downsample, shape, term)
+
+
+def _pooled(mask: Picture, shape: Sequence[int], term: str) -> Tensor:
     grey = pictures.read_mask(_file(mask, term, "mask")) if isinstance(mask, str) else pictures.mask(mask)
-    rows, columns = point.x.shape[-2:]
+    rows, columns = shape[-2:]
     if _differ(grey.size, (columns, rows)):
         raise UserError(
             f"{term}: the mask has {grey.width}x{grey.height} pixels, which is another ratio than that of what is "
             "drawn: crop it, or draw in its ratio"
         )
-    white = (to_tensor(np.array(grey)[..., None])[None] > 0.5).to(point.x)
+    white = (to_tensor(np.array(grey)[..., None])[None] > 0.5).float()
     # Larger masks are pooled, smaller ones repeated; either way no pixel of the mask is lost.
     found = F.adaptive_max_pool2d(white, (rows, columns))
     if not found.any():
-        raise UserError(f"{term}: the mask is black everywhere: paint white what is to be drawn anew")
+        raise UserError(f"{term}: the mask is black everywhere: paint white what it is to mark")
     return found
 
 
-def _rectangle(mask: Sequence[int], point: Point, term: str) -> Tensor:
-    side, (rows, columns) = point.run.modelled(term).downsample, point.x.shape[-2:]
-    left, top, width, height = mask
+def _rectangle(mask: Sequence[int], side: int, shape: Sequence[int], term: str) -> Tensor:
+    (rows, columns), (left, top, width, height) = shape[-2:], mask
     if left + width > columns * side or top + height > rows * side:
         raise UserError(f"{term}: mask {list(mask)} ends outside of the {columns * side}x{rows * side} that are drawn")
-    found = point.x.new_zeros(1, 1, rows, columns)
+    found = torch.zeros(1, 1, rows, columns)
     found[..., top // side : -(-(top + height) // side), left // side : -(-(left + width) // side)] = 1
     return found
 

@@ -6,6 +6,7 @@ where it calls torch's `scaled_dot_product_attention`, whatever stands around it
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager
@@ -52,6 +53,7 @@ def attending(
     unseen: set[str] = set()
 
     def make(name: str, forward: Forward) -> Forward:
+        @functools.wraps(forward)
         def tapped(*args: Any, **kwargs: Any) -> Any:
             with _Attending(attend(name)) as mode:
                 found = forward(*args, **kwargs)

@@ -126,8 +126,8 @@ def rows_of(model: Any, word: str, known: str = "") -> dict[str, tuple[nn.Embedd
     found = {}
     for name, encoder in encoders.items():
         tokenizer = getattr(model.pipe, name.replace("text_encoder", "tokenizer"))
-        ids = _inside(tokenizer, word)
-        kept = {*_inside(tokenizer, known)} if known else set()
+        ids = inside(tokenizer, word)
+        kept = {*inside(tokenizer, known)} if known else set()
         if not {*ids} - kept or tokenizer.unk_token_id in ids:
             raise UserError(f"data.trigger: {name} does not know the word '{shown(word)}': take another")
         # Positions are looked up too, in tables of few rows.
@@ -140,7 +140,7 @@ def rows_of(model: Any, word: str, known: str = "") -> dict[str, tuple[nn.Embedd
     return found
 
 
-def _inside(tokenizer: Any, words: str) -> list[int]:
+def inside(tokenizer: Any, words: str) -> list[int]:
     """What words are read as inside of a sentence, where some tokenizers have a space in front of them."""
     before, all_ = (tokenizer(text, add_special_tokens=False)["input_ids"] for text in ("a", f"a {words}"))
     return all_[len(before) :]
