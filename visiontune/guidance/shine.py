@@ -123,7 +123,7 @@ class Config(Edit, Shaping):
         for prompt in self._prompts(run, 1):
             places(model, prompt, self.subject)
         if run.shape:
-            fitted(self.picture, model, run.shape, self.name)
+            fitted(self.picture, model.downsample, run.shape, self.name)
             canvas = torch.zeros(1, *run.shape)
             mask_of(self.mask, Point(x=canvas, t=canvas[:, 0, 0, 0], levels=[0.0], schedule=None, run=run), self.name)
         if run.levels and not (self.acts(run.levels[:1]) and self._steps(run)):
