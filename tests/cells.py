@@ -110,8 +110,9 @@ def recipe(cell: Cell, shop: Workshop) -> dict[str, Any]:
     objective = {"name": cell.objective, **{key: value for key, value in SMALL.items() if key in options}}
     needs = module.build(module.Config()).needs
     if needs.online:
-        about = {"data": str(shop.folder / "prompts.txt"), "reward": "redness"}
-        objective |= {"cfg_scale": 1.0} if "cfg_scale" in options else {}
+        about = {"data": str(shop.folder / "prompts.txt"), **({"reward": "redness"} if needs.reward else {})}
+        # A teacher has something to teach; others are faster without.
+        objective |= {"cfg_scale": 1.0} if "cfg_scale" in options and needs.reward else {}
     else:
         root = shop.pairs if "rejected" in needs.columns else shop.photos
         about = {"data": {"root": str(root), "class_noun": "circle"}}
