@@ -59,3 +59,8 @@ def test_the_installed_wheel_finds_its_catalogue(built, tmp_path):
     command = [sys.executable, "-m", "visiontune", "show", "personalise/oft"]
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.stdout.strip() == (ROOT / "pipelines/personalise/oft.yaml").read_text().strip()
+
+
+def test_shipped_models_do_not_say_where_they_were_made():
+    said = [f for f in (ROOT / "visiontune" / "assets").rglob("*.json") if "_name_or_path" in f.read_text("utf-8")]
+    assert not said
