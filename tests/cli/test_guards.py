@@ -9,6 +9,7 @@ import yaml
 
 from visiontune import config
 from visiontune.assemble.build import build
+from visiontune.view import runs
 
 PROMPTS = [f"a {size} {color} {shape}" for size in ("small", "large") for color in ("red", "blue") for shape in "ox"]
 
@@ -54,6 +55,10 @@ def test_an_alarm_ends_with_a_status_of_its_own_and_a_run_goes_on_with_looser_bo
     stopped = cli("train", recipe, "guards.change_max=1e-9")
     assert stopped.code == 3 and "guards stopped the run at step 2: change is" in stopped.err
     assert stopped.err.splitlines()[-1].startswith("visiontune: guards stopped") and "Traceback" not in stopped.err
+    assert runs.read(Path("runs/tiny"))["alarms"] == [
+        {"step": 2, "alarms": "bounds of the guards broken: 1; see guards/step-000002"}
+    ]
+    assert Path("runs/tiny/guards/step-000002").is_dir()
     assert cli("train", recipe, "guards.change_max=1e-9", "train.resume=true").code == 3
     other = cli("train", recipe, "train.resume=true", "guards.holdout=4")
     assert other.code == 2 and "guards.holdout=3, not 4" in other.err

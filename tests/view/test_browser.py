@@ -26,7 +26,7 @@ RUN = {
     "recipe": "name: x",
     "card": "<b>card</b>",
     "judged": None,
-    "alarms": [{"step": 20, "alarms": ["reward up, diversity down"]}],
+    "alarms": [{"step": 20, "alarms": "reward up, diversity down"}],
     "prompts": ["a red circle"],
     "beforeAfter": DOT,
 }

@@ -37,7 +37,7 @@ def run(tmp_path):
     folder = tmp_path / "run"
     folder.mkdir()
     (folder / "recipe.yaml").write_text("name: run\npreview:\n  prompts: [a red circle, a </script> star]\n")
-    rows = [{"step": 1, "loss": 0.5, "nan": float("nan")}, {"step": 2, "loss": 0.25, "alarms": ["reward up"]}]
+    rows = [{"step": 1, "loss": 0.5, "nan": float("nan")}, {"step": 2, "loss": 0.25, "guard/alarms": 2.0}]
     (folder / "metrics.jsonl").write_text("\n".join(map(json.dumps, rows)) + '\n{"step": 3, "lo')
     for step in (0, 10):
         place = folder / "samples" / f"step-{step:06d}"
@@ -68,8 +68,8 @@ def test_a_run_that_goes_on_is_shown_as_far_as_it_is(run):
     file = page.write([run])
     assert file == run / "index.html"
     (shown,) = data_of(file)["runs"]
-    assert shown["metrics"] == {"loss": [[1, 0.5], [2, 0.25]]}
-    assert shown["alarms"] == [{"step": 2, "alarms": ["reward up"]}]
+    assert shown["metrics"] == {"loss": [[1, 0.5], [2, 0.25]], "guard/alarms": [[2, 2.0]]}
+    assert shown["alarms"] == [{"step": 2, "alarms": "bounds of the guards broken: 2; see guards/step-000002"}]
     assert shown["prompts"] == ["a red circle", "a </script> star"]
     assert [one["step"] for one in shown["previews"]] == [0, 10]
     for at in shown["previews"]:

@@ -47,7 +47,7 @@ class Judged:
         """
         check(guidance, held_out)
         assert guidance is not None
-        guiding = [term for term in guidance.terms if isinstance(term, RewardTerm)]
+        guiding = _guiding(guidance)
         less = GuidanceStack([term for term in guidance.terms if term not in guiding])
         with_it, without = (
             Setting(model=model, reward=guiding[0].scorer, **drawing_of(model, guidance=stack, **options))
@@ -67,12 +67,12 @@ class Judged:
 
 
 def check(guidance: GuidanceStack | None, held_out: Spec | None) -> None:
-    """Refuse a held-out reward that has nothing to judge, and say what is hidden without one; loads nothing.
+    """Refuse a held-out reward that has nothing to judge, and say what is hidden without one.
 
     Raises:
         UserError: naming the mend.
     """
-    guiding = [term for term in guidance.terms if isinstance(term, RewardTerm)] if guidance is not None else []
+    guiding = _guiding(guidance)
     if held_out is None:
         for term in guiding:
             _log.warning(
@@ -85,3 +85,7 @@ def check(guidance: GuidanceStack | None, held_out: Spec | None) -> None:
     named = [term.reward for term in guiding if isinstance(term.reward, str | Mapping)]
     if configured(held_out, "held_out") in [configured(one, "guidance") for one in named]:
         raise UserError("held_out is the reward that guides, which rises anyway: take another one")
+
+
+def _guiding(guidance: GuidanceStack | None) -> list[RewardTerm]:
+    return [term for term in guidance.terms if isinstance(term, RewardTerm)] if guidance is not None else []

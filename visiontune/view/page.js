@@ -124,7 +124,7 @@ function previews(runs) {
 
 function facts(run) {
   const folded = (title, text) => (text ? make("details", {}, make("summary", {}, title), make("pre", {}, text)) : null);
-  const alarms = run.alarms.length ? make("div", { class: "alarms" }, ...run.alarms.map((one) => make("div", {}, `step ${one.step}: ${[].concat(one.alarms).join("; ")}`))) : null;
+  const alarms = run.alarms.length ? make("div", { class: "alarms" }, ...run.alarms.map((one) => make("div", {}, `step ${one.step}: ${one.alarms}`))) : null;
   const both = run.beforeAfter ? make("details", {}, make("summary", {}, "before and after"), make("img", { src: run.beforeAfter, alt: "before and after", style: "max-width:100%" })) : null;
   return make("section", {}, make("h2", {}, run.name), make("div", { class: "dim" }, run.folder), alarms, both,
     folded("how well it was learnt and kept", run.judged), folded("recipe", run.recipe), folded("model card", run.card));

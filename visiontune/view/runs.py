@@ -10,11 +10,13 @@ from typing import Any
 
 from visiontune import outside
 from visiontune.errors import UserError
-from visiontune.training import home, preview
+from visiontune.training import guards, home, preview
 from visiontune.view.thumbnails import thumbnail
 from visiontune.yaml_text import parse_yaml
 
 METRICS = "metrics.jsonl"
+# How many bounds a check of the guards found broken.
+_BROKEN = "guard/alarms"
 _STEP = re.compile(r"step-(\d{6,})")
 _PREVIEW = re.compile(r"(\d\d+)_seed(-?\d+)\.png")
 _SIDE = 192
@@ -72,8 +74,9 @@ def _metrics(file: Path) -> tuple[dict[str, list[list[float]]], list[dict[str, A
         for name, value in row.items():
             if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
                 curves.setdefault(name, []).append([step, value])
-            elif "alarm" in name and value:
-                alarms.append({"step": step, "alarms": value})
+        if (broken := row.get(_BROKEN)) and broken > 0:
+            where = f"{guards.FOLDER}/{preview.folder(file.parent, step).name}"
+            alarms.append({"step": step, "alarms": f"bounds of the guards broken: {broken:g}; see {where}"})
     return curves, alarms
 
 

@@ -59,7 +59,7 @@ def _shown(
         "adapter": _adapters(settings),
         "scores": {**_own_scores(row), **scores.get(row["file"], {})},
         "command": command(row),
-        "src": thumbnail(folder / row["file"], side),
+        "src": thumbnail(folder / row["file"], side, exact=side == _SIDES[0][1]),
     }
 
 
@@ -102,7 +102,7 @@ def _scores(file: Path) -> dict[str, dict[str, float]]:
 
 
 def command(row: Mapping[str, Any]) -> str:
-    """What draws a picture again, without the searching."""
+    """What draws a picture again, by the same search where there was one."""
     settings = row.get("settings", {})
     words = [f"prompts={json.dumps([row.get('prompt', '')], ensure_ascii=False)}", f"seeds=[{row.get('seed')}]"]
     named = [name for name in _COMMAND if settings.get(name) not in (None, "model")]

@@ -11,8 +11,8 @@ from PIL import Image
 from visiontune.data import pictures
 
 
-def thumbnail(file: Path, side: int) -> str:
-    """A picture as a data URI, no side longer than `side` pixels; a small one as it is.
+def thumbnail(file: Path, side: int, *, exact: bool = True) -> str:
+    """A picture as a data URI, no side longer than `side` pixels; up to 64 pixels without loss where `exact`.
 
     Raises:
         UserError: the file is no picture.
@@ -20,6 +20,6 @@ def thumbnail(file: Path, side: int) -> str:
     shown = pictures.read(file)
     shown.thumbnail((side, side), Image.Resampling.LANCZOS)
     held = io.BytesIO()
-    # Pictures of pocket models are smaller without loss than with.
-    shown.save(held, format="WEBP", lossless=max(shown.size) <= 64, quality=85, method=2)
+    # Without loss pictures of pocket models take about five times the room.
+    shown.save(held, format="WEBP", lossless=exact and max(shown.size) <= 64, quality=85, method=2)
     return f"data:image/webp;base64,{base64.b64encode(held.getvalue()).decode()}"
