@@ -6,11 +6,15 @@ The text encoders are those of pocket-sd and pocket-clip as they are, of which t
 which side; the VAE is pocket-sd's. What is trained is an MMDiT of 7 million parameters on 8 x 8 patches, by flow
 matching with logit-normal times (Esser et al., 2024, arXiv 2403.03206). Scenes of two objects come in twins, equal but
 for their relation and seen through the same noise; a part of the single objects has a second colour and a pattern, as
-the subjects of fine-tuning will. A transformer learns shapes from a flow alone very slowly: a head that is thrown away
-afterwards has the middle of it say which shape and which colour stands on every patch. There is no T5, and no zeros
-stand for it; in the last part one step in eight has the 256 which the stock pipeline puts there unless it is told
-otherwise, so that it draws well either way. Run it again to go on after an interruption. The finished pipeline lands
-in ``<out>/model``.
+the subjects of fine-tuning will.
+
+A transformer learns shapes from pictures alone very slowly. Two things help it: a head that is thrown away afterwards
+has the middle of it say which shape and which colour stands on every patch, and up to ``--data-from`` it is shown the
+flow that pocket-sd sees in the same latents, a mean without the noise of single pictures. Only where pocket-sd was
+never trained, at the highest noise, and in the last part are pictures themselves the target. There is no T5, and no
+zeros stand for it; in the very last part one step in eight has the 256 which the stock pipeline puts there unless it
+is told otherwise, so that it draws well either way. Run it again to go on after an interruption. The finished pipeline
+lands in ``<out>/model``.
 """
 
 from __future__ import annotations
@@ -22,7 +26,12 @@ from pathlib import Path
 import numpy as np
 import torch
 from clip import NOTHING, things_on_patches
-from diffusers import FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
+from diffusers import (
+    FlowMatchEulerDiscreteScheduler,
+    SD3Transformer2DModel,
+    StableDiffusion3Pipeline,
+    StableDiffusionPipeline,
+)
 from PIL import Image
 from ship import ASSETS
 from text_to_image import DROPOUT, latents_of, training_captions, training_scenes
@@ -40,6 +49,8 @@ KINDS = {"one": 0.4, "two": 0.4, "many": 0.1, "three": 0.1}
 PATTERNS = 0.35
 HEADS, HEAD, LAYERS = 5, 32, 8
 MIDDLE, NAMING_WEIGHT = 4, 0.1  # after how many layers shapes and colours are read, and how much that counts
+HIGHER = 0.5  # what the logits of the times are moved by: what stands where is decided at high noise
+KNOWN = 0.9  # share of noise up to which pocket-sd teaches: beyond it, it hardly sees a picture
 
 
 def encoders(text: CLIPTextModel) -> tuple[CLIPTextModelWithProjection, CLIPTextModelWithProjection]:
@@ -86,15 +97,50 @@ class Naming(nn.Linear):
         return bare + things + nn.functional.cross_entropy(colors[seen], color[seen])
 
 
+class Teacher:
+    """The flow that a Stable Diffusion which predicts noise sees in latents of a straight path."""
+
+    def __init__(self, pipe: StableDiffusionPipeline) -> None:
+        self.pipe = pipe
+        kept = pipe.scheduler.alphas_cumprod.double()
+        self.levels = ((1 - kept) / kept).sqrt().log().numpy()
+
+    @torch.no_grad()
+    def flow(self, x_t: Tensor, sigma: Tensor, texts: list[str]) -> Tensor:
+        """``eps - x_0`` expected at ``x_t [b, 4, h, w]`` of noise ``sigma [b]`` below 1.
+
+        Scaled to unit variance, a state of the straight path is one of the other process, at the timestep where noise
+        and picture stand in the same ratio; its noise is the same, and ``x_t`` gives the picture.
+        """
+        level = sigma.view(-1, 1, 1, 1)
+        t = np.interp(sigma.logit().numpy(), self.levels, np.arange(len(self.levels)))
+        tokenizer = self.pipe.tokenizer
+        ids = tokenizer(texts, padding="max_length", return_tensors="pt").input_ids
+        hidden = self.pipe.text_encoder(ids).last_hidden_state
+        eps = self.pipe.unet(x_t / torch.hypot(level, 1 - level), torch.from_numpy(t).float(), hidden).sample
+        return (eps.float() - x_t) / (1 - level)
+
+
+def optimizers(model: nn.Module, lr: float) -> list[torch.optim.Optimizer]:
+    """Muon for the matrices of the transformer's blocks, and AdamW at half its rate for what is left."""
+    turned, rest = [], []
+    for name, p in model.named_parameters():
+        (turned if p.ndim == 2 and "transformer_blocks" in name else rest).append(p)
+    return [
+        torch.optim.Muon(turned, lr=lr, weight_decay=1e-2, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.AdamW(rest, lr=lr / 2, betas=(0.9, 0.99), weight_decay=1e-2),
+    ]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("runs/pretrain/flow"))
     parser.add_argument("--scenes", type=int, default=50_000)
-    parser.add_argument("--steps", type=int, default=8000)
-    parser.add_argument("--batch", type=int, default=64)
-    parser.add_argument("--lr", type=float, default=1e-3)
-    parser.add_argument("--naming-from", type=int, default=1000, help="step up to which the flow alone is taught")
-    parser.add_argument("--zeros-from", type=int, default=6800, help="step up to which no zeros stand for a T5")
+    parser.add_argument("--steps", type=int, default=6000)
+    parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--lr", type=float, default=2e-3)
+    parser.add_argument("--data-from", type=int, default=5000, help="step up to which pocket-sd teaches")
+    parser.add_argument("--zeros-from", type=int, default=5500, help="step up to which no zeros stand for a T5")
     parser.add_argument("--probe-every", type=int, default=500)
     args = parser.parse_args()
     torch.manual_seed(0)
@@ -102,7 +148,7 @@ def main() -> None:
     base = load("pocket/sd").pipe
     base.vae.register_to_config(shift_factor=0.0)  # which the pipeline of Stable Diffusion 3 wants to know
     first, second = encoders(base.text_encoder)
-    transformer, naming = build(first, second), Naming()
+    transformer, naming, teacher = build(first, second), Naming(), Teacher(base)
     middle: list[Tensor] = []
     transformer.transformer_blocks[MIDDLE - 1].register_forward_hook(lambda _, __, out: middle.append(out[1]))
     scenes = training_scenes(args.scenes, KINDS, 41, PATTERNS)
@@ -145,26 +191,28 @@ def main() -> None:
         captions = training_captions(pairs, [45, step])
         empty = (torch.rand(args.batch // 2, generator=generator) < DROPOUT).repeat_interleave(2)
         texts = ["" if e else caption for e, caption in zip(empty, captions, strict=True)]
-        tokens, pooled = read(texts, ZEROS if step >= args.zeros_from and step % EVERY == 0 else 0)
         x_0 = latents[rows].float()
         eps = torch.randn(x_0.shape, generator=generator)
-        sigma = torch.sigmoid(torch.randn(args.batch, generator=generator))
+        sigma = torch.sigmoid(HIGHER + torch.randn(args.batch, generator=generator))
         twins = torch.tensor([scene.relation is not None for scene in pairs[::2]])
         eps[1::2][twins], sigma[1::2][twins] = eps[::2][twins], sigma[::2][twins]
         level = sigma.view(-1, 1, 1, 1)
+        x_t, flow = (1 - level) * x_0 + level * eps, eps - x_0
         middle.clear()
-        predicted = transformer(
-            (1 - level) * x_0 + level * eps,
-            encoder_hidden_states=tokens,
-            pooled_projections=pooled,
-            timestep=1000 * sigma,
-            return_dict=False,
-        )[0]
-        flow = (predicted - (eps - x_0)).square().mean()
-        if step < args.naming_from:
-            return {"loss": flow}
-        named = naming.loss(middle[0], shapes[rows], colors[rows])
-        return {"loss": flow + NAMING_WEIGHT * named, "flow": flow, "named": named}
+        with torch.autocast("cpu", torch.bfloat16):
+            tokens, pooled = read(texts, ZEROS if step >= args.zeros_from and step % EVERY == 0 else 0)
+            if step < args.data_from:
+                flow = torch.where(level < KNOWN, teacher.flow(x_t, sigma, texts), flow)
+            predicted = transformer(
+                x_t,
+                encoder_hidden_states=tokens,
+                pooled_projections=pooled,
+                timestep=1000 * sigma,
+                return_dict=False,
+            )[0]
+        error = (predicted.float() - flow).square().mean()
+        named = naming.loss(middle[0].float(), shapes[rows], colors[rows])
+        return {"loss": error + NAMING_WEIGHT * named, "flow": error, "named": named}
 
     def probe(averaged: nn.Module, step: int) -> None:
         if step % args.probe_every and step != args.steps:
@@ -187,7 +235,15 @@ def main() -> None:
         Image.fromarray(np.concatenate(pictures)).save(args.out / f"samples-{step:05d}.png")
 
     model = nn.ModuleDict({"transformer": transformer, "naming": naming})
-    fit(model, loss_at, steps=args.steps, lr=args.lr, folder=args.out, warmup=300, ema=0.999, probe=probe)
+    fit(
+        model,
+        loss_at,
+        steps=args.steps,
+        optimizers=optimizers(model, args.lr),
+        folder=args.out,
+        ema=0.999,
+        probe=probe,
+    )
 
 
 if __name__ == "__main__":

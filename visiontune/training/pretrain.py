@@ -29,8 +29,9 @@ def fit(
     loss_at: Callable[[int], dict[str, torch.Tensor]],
     *,
     steps: int,
-    lr: float,
     folder: Path,
+    lr: float = 1e-3,
+    optimizers: Sequence[torch.optim.Optimizer] = (),
     warmup: int = 100,
     ema: float = 0.998,
     weight_decay: float = 1e-2,
@@ -47,8 +48,9 @@ def fit(
         model: holds every trained parameter.
         loss_at: step number -> named scalar losses, of which ``loss`` is minimised.
         steps: number of optimiser steps in the whole run.
-        lr: peak learning rate (AdamW, betas 0.9 and 0.99).
         folder: receives ``state.pt`` (written atomically) and ``metrics.jsonl``.
+        lr: peak learning rate (AdamW, betas 0.9 and 0.99).
+        optimizers: those that step, each with its own peak rate, in the place of that AdamW.
         warmup: steps of linear warm-up.
         ema: greatest decay of the weight average.
         weight_decay: decoupled weight decay.
@@ -57,24 +59,30 @@ def fit(
         probe: called with the averaged model after each checkpoint.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.99), weight_decay=weight_decay)
+    optimizers = optimizers or [
+        torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.99), weight_decay=weight_decay)
+    ]
+    peaks = [group["lr"] for optimizer in optimizers for group in optimizer.param_groups]
     average = AveragedModel(model, multi_avg_fn=warm_average(ema))
     state_file, start = folder / "state.pt", 0
     if state_file.exists():
         state = torch.load(state_file, weights_only=True)
         model.load_state_dict(state["model"])
         average.load_state_dict(state["average"])
-        optimizer.load_state_dict(state["optimizer"])
+        for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(saved)
         start = state["step"]
     clock, sums, seen = time.monotonic(), dict[str, float](), 0
     for step in range(start, steps):
-        for group in optimizer.param_groups:
-            group["lr"] = lr * warm_cosine(step, steps, warmup)
         losses = loss_at(step)
-        optimizer.zero_grad(set_to_none=True)
+        model.zero_grad(set_to_none=True)
         losses["loss"].backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
+        groups = (group for optimizer in optimizers for group in optimizer.param_groups)
+        for group, peak in zip(groups, peaks, strict=True):
+            group["lr"] = peak * warm_cosine(step, steps, warmup)
+        for optimizer in optimizers:
+            optimizer.step()
         average.update_parameters(model)
         seen += 1
         for name, value in losses.items():
@@ -88,16 +96,18 @@ def fit(
             clock, seen = time.monotonic(), 0
             sums.clear()
         if (step + 1) % save_every == 0 or step + 1 == steps:
-            _save(state_file, step + 1, model, average, optimizer)
+            _save(state_file, step + 1, model, average, optimizers)
             if probe:
                 probe(average.module, step + 1)
     return average.module
 
 
-def _save(file: Path, step: int, model: nn.Module, average: AveragedModel, optimizer: torch.optim.Optimizer) -> None:
+def _save(
+    file: Path, step: int, model: nn.Module, average: AveragedModel, optimizers: Sequence[torch.optim.Optimizer]
+) -> None:
     state = {"step": step, "model": model.state_dict(), "average": average.state_dict()}
     partial = file.with_suffix(".partial")
-    torch.save({**state, "optimizer": optimizer.state_dict()}, partial)
+    torch.save({**state, "optimizers": [o.state_dict() for o in optimizers]}, partial)
     os.replace(partial, file)
 
 
