@@ -56,6 +56,7 @@ MAY_IMPORT = {
     "training": GROUND | LIBRARY - {"rewards"} | {"sampling"},
     "evaluation": GROUND | LIBRARY - {"objectives"} | {"pocket", "sampling", "training"},
     "view": {"errors", "files", "outside", "yaml_text", "data.pictures", "guidance.stack", "sampling.manifest"}
+    | {"sampling.shards"}
     | {"training.guards", "training.home", "training.preview"},
     "config": GROUND | LIBRARY | {"sampling", "training"},
     "assemble": GROUND | LIBRARY | {"weights", "sampling", "training", "evaluation", "config"},

@@ -63,7 +63,7 @@ def test_help_lists_every_verb_with_its_summary(cli):
 
 def test_nothing_is_said_but_our_own_words(tiny_folder, tmp_path):
     """In a process of its own, where everything is imported for the first time."""
-    words = ["sample", f"model={tiny_folder}", "prompts=a circle", "steps=1", "seeds=1", "device=cpu", "grid=0"]
+    words = ["sample", f"model={tiny_folder}", "prompts=a circle", "steps=1", "seeds=1", "device=cpu", "sheet=0"]
     told = dict(os.environ, PYTHONPATH=str(Path(visiontune.__file__).parents[1]))
     done = subprocess.run(
         [sys.executable, "-m", "visiontune", *words], cwd=tmp_path, env=told, capture_output=True, text=True, check=True

@@ -13,6 +13,7 @@ from processes import ranks
 
 from visiontune.errors import UserError
 from visiontune.sampling import generate as module
+from visiontune.sampling import sheets
 from visiontune.sampling.config import SampleConfig
 from visiontune.schema import from_mapping
 
@@ -31,7 +32,10 @@ def two(folder: str, *options: str) -> list[int]:
             with Path(folder, f"log{rank}").open("a") as file:
                 file.write(f"{text}\n")
 
-        module.write_image = lambda path, image: [log(path.name), write(path, image)][1]
+        module.write_image = sheets.write_image = lambda path, *given, **named: [
+            log(path.name),
+            write(path, *given, **named),
+        ][1]
         for one in options:
             try:
                 module.generate(config(one))
@@ -52,7 +56,7 @@ def killed(options: str) -> list[int]:
         os.kill(os.getpid(), signal.SIGKILL)
 
     def work(rank: int) -> None:
-        module.write_image = lambda path, image: [time.sleep(0.3), write(path, image)][1]
+        module.write_image = lambda *given, **named: [time.sleep(0.3), write(*given, **named)][1]
         threading.Thread(target=kill, daemon=True).start()
         module.generate(drawn)
 

@@ -23,6 +23,7 @@ from visiontune.errors import UserError
 from visiontune.files import Lock
 from visiontune.models import load as load_model
 from visiontune.ops.threads import Threads
+from visiontune.sampling import drawing
 from visiontune.sampling import generate as module
 from visiontune.sampling.config import SampleConfig
 from visiontune.sampling.generate import generate
@@ -49,6 +50,11 @@ def _rows(out: Path) -> list[dict]:
 
 def _bytes(out: Path) -> dict[str, bytes]:
     return {p.name: p.read_bytes() for p in out.iterdir()}
+
+
+def _pixels(file: Path) -> bytes:
+    with Image.open(file) as read:
+        return read.tobytes()
 
 
 @pytest.fixture(scope="module")
@@ -80,7 +86,7 @@ def test_images_are_those_of_the_library_function(finished: Path) -> None:
 
 def test_a_finished_folder_costs_nothing(folder: Path, finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before = _bytes(finished)
-    monkeypatch.setattr(module, "images", lambda *_, **__: pytest.fail("sampled again"))
+    monkeypatch.setattr("visiontune.sampling.drawing.images", lambda *_, **__: pytest.fail("sampled again"))
     monkeypatch.setattr("visiontune.models.load", lambda *_, **__: pytest.fail("loaded the model"))
     generate(_config(folder, finished))
     assert _bytes(finished) == before
@@ -142,7 +148,7 @@ def test_other_weights_under_the_same_name_are_refused(folder: Path, tmp_path: P
 
 
 def test_webp_holds_the_same_pixels(folder: Path, finished: Path, tmp_path: Path) -> None:
-    generate(_config(folder, tmp_path, format="webp", grid=0))
+    generate(_config(folder, tmp_path, format="webp", sheet=0))
     assert not (tmp_path / "grid.png").exists()
     for row in _rows(finished):
         with (
@@ -168,8 +174,8 @@ def test_adapters_scale_trigger_and_retraining(folder: Path, finished: Path, tmp
     assert row["prompt"] == "a sks circle" and row["settings"]["negative_prompt"] == "no sks"
     generate(_config(folder, tmp_path / "plain", adapter=str(run)))
     generate(_config(folder, tmp_path / "zero", adapter=[str(run)], adapter_scale=0.0))
-    images = {n: (tmp_path / n / "00000_seed0.png").read_bytes() for n in ("plain", "zero")}
-    base = (finished / "00000_seed0.png").read_bytes()
+    images = {n: _pixels(tmp_path / n / "00000_seed0.png") for n in ("plain", "zero")}
+    base = _pixels(finished / "00000_seed0.png")
     assert images["plain"] != base
     assert images["zero"] == base
     _adapter(run / "adapter.safetensors", seed=1)
@@ -196,14 +202,14 @@ def test_adapters_with_strengths_of_their_own_draw_as_in_python(folder: Path, tm
     assert [(row["file"], row["scale"]) for row in recorded] == [(str(files[0]), 0.7), (str(files[1]), -0.4)]
     with pytest.raises(UserError, match=r"adapter was .*0\.7.* and is .*0\.8"):
         generate(_config(folder, tmp_path / "both", adapter=[{**given[0], "scale": 0.8}, given[1]], **one))
-    pictures = {(tmp_path / "both" / "00000_seed0.png").read_bytes()}
+    pictures = {_pixels(tmp_path / "both" / "00000_seed0.png")}
     for name, adapter, more in (
         ("ones", [str(file) for file in files], {}),
         ("one", {"file": str(files[0]), "scale": 0.7}, {}),
         ("half", given, {"adapter_scale": 0.5}),
     ):
         generate(_config(folder, tmp_path / name, adapter=adapter, **more, **one))
-        pictures.add((tmp_path / name / "00000_seed0.png").read_bytes())
+        pictures.add(_pixels(tmp_path / name / "00000_seed0.png"))
     assert len(pictures) == 4
     assert "scale" not in _rows(tmp_path / "ones")[0]["settings"]["adapter"][0]
     for wrong, message in (
@@ -242,7 +248,7 @@ def test_the_number_of_threads_is_tried_once_and_told_to_a_run_that_goes_on(
         monkeypatch.delenv(name, raising=False)
     generate(_config(folder, tmp_path / "few"))
     assert not tried and {row["threads"] for row in _rows(tmp_path / "few")} == {usual}
-    monkeypatch.setattr(module, "_WORTH_TRYING", 1)
+    monkeypatch.setattr("visiontune.sampling.drawing.WORTH_TRYING", 1)
     generate(_config(folder, tmp_path / "many"))
     assert len(tried) == 1 and {row["threads"] for row in _rows(tmp_path / "many")} == {usual + 1}
     assert torch.get_num_threads() == usual
@@ -278,11 +284,10 @@ def test_a_given_model_gets_its_adapters_taken_off_again(folder: Path, tmp_path:
 def test_a_full_disk_is_the_users_error_and_loses_nothing(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    write, calls = Image.Image.save, []
+    write = Image.Image.save
 
     def filling(self: Image.Image, path: Path, **options: Any) -> None:
-        calls.append(path)
-        if len(calls) == 3:
+        if path.name == "00001_seed0.png":
             raise OSError(28, "No space left on device")
         write(self, path, **options)
 
@@ -317,8 +322,8 @@ def test_two_processes_leave_no_gap_no_duplicate_and_the_same_bits(folder: Path,
     assert _bytes(two) == _bytes(one)
     logs = [(tmp_path / f"log{rank}").read_text().splitlines() for rank in range(2)]
     names = [row["file"] for row in _rows(one)]
-    assert logs[0][:-1] == [*names[:2], *names[4:], "grid.png"]
-    assert logs[1][:-1] == names[2:4]
+    assert sorted(logs[0][:-1]) == [*names[:2], *names[4:], "grid.png"]
+    assert sorted(logs[1][:-1]) == names[2:4]
     # A refusal is every process's, and none is left waiting for another.
     assert all("steps was 2 and is 3" in log[-1] for log in logs)
 
@@ -339,20 +344,19 @@ def test_kill_at_any_moment_then_run_again(folder: Path, finished: Path, tmp_pat
 def test_a_signal_ends_after_the_batch_and_the_same_call_goes_on(
     folder: Path, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
 ) -> None:
-    write, calls, out = module.write_image, [], tmp_path / "out"
+    draw, out = drawing.images, tmp_path / "out"
 
-    def signalled(path: Path, image: np.ndarray) -> str:
-        calls.append(path.name)
-        if len(calls) == 1:
-            os.kill(os.getpid(), number)
-        return write(path, image)
+    def signalled(*given: Any, **options: Any) -> np.ndarray:
+        os.kill(os.getpid(), number)
+        return draw(*given, **options)
 
-    monkeypatch.setattr(module, "write_image", signalled)
+    monkeypatch.setattr(drawing, "images", signalled)
     with pytest.raises(Interrupted, match="after 4 of 6 images") as stop:
         generate(_config(folder, out))
     assert stop.value.status == 128 + number
     assert pickle.loads(pickle.dumps(stop.value)).status == 128 + number
-    assert len(calls) == len(_rows(out)) == 4
+    assert len(_rows(out)) == 4
+    monkeypatch.undo()
     for name in (".00004_seed0.77.tmp.png", ".grid.77.tmp.png", ".manifest.77.tmp.jsonl"):
         (out / name).mkdir()
         (out / name / name[1:]).write_bytes(b"half")

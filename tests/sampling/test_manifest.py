@@ -12,8 +12,11 @@ import pytest
 from visiontune.errors import UserError
 from visiontune.evaluation import score
 from visiontune.sampling import manifest
+from visiontune.sampling.cells import Cell
+from visiontune.sampling.config import SampleConfig
 
 SETTINGS = {"steps": 2, "cfg_scale": 4.0}
+CELLS = [(Cell(config=SampleConfig(prompts="a"), name="", at={}), SETTINGS)]
 JOBS = manifest.plan(["a", "b"], [0, 7], "png")
 
 
@@ -73,18 +76,18 @@ def test_a_row_that_leads_out_of_the_folder_is_refused(tmp_path: Path, name: str
 def test_changed_settings_are_named_with_both_values(tmp_path: Path) -> None:
     rows = [_row(JOBS[0], steps=5, cfg_scale=7.0, old=1)]
     with pytest.raises(UserError) as caught:
-        manifest.check(rows, JOBS, SETTINGS, tmp_path)
+        manifest.check(rows, JOBS, CELLS, tmp_path)
     for words in ("steps was 5 and is 2", "cfg_scale was 7.0 and is 4.0", "old was 1 and is None"):
         assert words in str(caught.value)
 
 
 def test_lists_may_grow_but_not_change(tmp_path: Path) -> None:
     rows = [_row(job) for job in JOBS]
-    manifest.check(rows, manifest.plan(["a", "b", "c"], [3, 0, 7], "png"), SETTINGS, tmp_path)
+    manifest.check(rows, manifest.plan(["a", "b", "c"], [3, 0, 7], "png"), CELLS, tmp_path)
     cases = [(["a"], [0, 7], r"prompts\[1\] was 'b' and is gone"), (["a", "x"], [0, 7], "was 'b' and is 'x'")]
     for prompts, seeds, words in [*cases, (["a", "b"], [0], "seeds held 7")]:
         with pytest.raises(UserError, match=words):
-            manifest.check(rows, manifest.plan(prompts, seeds, "png"), SETTINGS, tmp_path)
+            manifest.check(rows, manifest.plan(prompts, seeds, "png"), CELLS, tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -49,6 +49,7 @@ def picture(i):
         "prompt": f"{'red' if i % 2 else 'blue'} circle {i}",
         "seed": i % 4,
         "adapter": "oft" if i % 3 else "none",
+        "at": {"steps": "50" if i % 5 else "25"},
         "scores": {"oracle": (i * 7919 % 5000) / 5000},
         "command": f"visiontune sample seeds=[{i}]",
         "src": DOT,
@@ -100,6 +101,7 @@ def test_thousands_of_pictures_are_filtered_sorted_and_enlarged_without_being_dr
     assert found["all"] == "5000 of 5000 pictures" and found["cells"] < 200
     assert found["missing"] == ["2 pictures of the manifest are not there"]
     assert found["red"] == "2500 of 5000 pictures" and found["seed"] == "1250 of 5000 pictures"
+    assert found["steps"] == f"{sum(i % 4 == 3 and i % 5 > 0 for i in range(5000))} of 5000 pictures"
     assert found["adapter"] == f"{sum(i % 4 == 3 and i % 3 == 0 for i in range(5000))} of 5000 pictures"
     ordered = sorted(range(5000), key=lambda i: -picture(i)["scores"]["oracle"])
     assert found["best"] == [picture(i)["file"] for i in ordered[:3]]

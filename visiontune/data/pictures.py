@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 from PIL import ExifTags, Image, ImageSequence, features
@@ -63,7 +63,7 @@ def in_folder(folder: Path) -> list[Path]:
     return sorted(f for f in folder.iterdir() if is_picture(f) and f.is_file())
 
 
-def read(file: Path) -> Image.Image:
+def read(file: Path | IO[bytes]) -> Image.Image:
     """The whole picture: decoded, upright, RGB.
 
     Raises:
@@ -76,7 +76,7 @@ def read(file: Path) -> Image.Image:
         raise _unreadable(file, error) from error
 
 
-def frames(file: Path) -> np.ndarray:
+def frames(file: Path | IO[bytes]) -> np.ndarray:
     """What the file shows: ``uint8 [h, w, 3]`` as :func:`read` makes it, or all frames of a clip ``[f, h, w, 3]``.
 
     Raises as :func:`read`.
@@ -180,6 +180,7 @@ def _orientation(picture: Image.Image) -> int:
     return value if isinstance(value, int) and value in _TURNS else 1
 
 
-def _unreadable(file: Path, error: Exception) -> UserError:
+def _unreadable(file: Path | IO[bytes], error: Exception) -> UserError:
+    name = file if isinstance(file, Path) else getattr(file, "name", "what was packed")
     why = getattr(error, "strerror", None) or " ".join(str(error).split()) or type(error).__name__
-    return UserError(f"{file} is not a readable image ({why[:200]}): make it again or delete it")
+    return UserError(f"{name} is not a readable image ({why[:200]}): make it again or delete it")

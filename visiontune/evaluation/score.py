@@ -7,7 +7,6 @@ import io
 import logging
 import math
 import statistics
-import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,12 +22,11 @@ from visiontune.data.base import listed
 from visiontune.data.folder import captions_of
 from visiontune.errors import UserError
 from visiontune.ops.pixels import to_tensor
-from visiontune.rewards.base import Reward, WrongAnswer
+from visiontune.rewards.base import Reward, score_each
 from visiontune.rewards.loading import load
-from visiontune.sampling import manifest
+from visiontune.sampling import manifest, shards
 
 _log = logging.getLogger(__name__)
-_SHEET = "grid.png"  # of the pictures, which `sample` draws beside them
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -164,23 +162,15 @@ def _score_batch(scores: Scores, rewards: Mapping[str, Reward], indices: list[in
 
 def _score_images(scores: Scores, name: str, reward: Reward, indices: list[int], images: torch.Tensor) -> None:
     batch = [scores.items[i] for i in indices]
-    try:
-        result = reward(images, [item.prompt for item in batch], [item.meta for item in batch])
-    # A user's reward may raise anything, and hours of other scores must outlive it.
-    except Exception as error:
-        if len(indices) > 1 and not reward.groupwise and not isinstance(error, WrongAnswer):
-            for k, i in enumerate(indices):
-                _score_images(scores, name, reward, [i], images[k : k + 1])
-            return
-        kind = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
-        reason = textwrap.shorten(f"{kind}{error}", 300)
-        scores.failures.setdefault(name, {}).update(dict.fromkeys(indices, reason))
-        return
-    columns = {name: result, **{f"{name}/{term}": values for term, values in reward.terms.items()}}
+    columns, reasons = score_each(reward, images, [item.prompt for item in batch], [item.meta for item in batch])
     for column, values in columns.items():
-        cells = scores.values.setdefault(column, [math.nan] * len(scores.items))
-        for i, value in zip(indices, values.tolist(), strict=True):
+        # Rewards are told apart by names that may be others than their own.
+        label = name + column.removeprefix(reward.name)
+        cells = scores.values.setdefault(label, [math.nan] * len(scores.items))
+        for i, value in zip(indices, values, strict=True):
             cells[i] = value
+    if reasons:
+        scores.failures.setdefault(name, {}).update({indices[k]: reason for k, reason in reasons.items()})
 
 
 def build_rewards(specs: Sequence[str | Mapping[str, Any]]) -> dict[str, Reward]:
@@ -209,18 +199,24 @@ def read_folder(folder: str | Path) -> list[Item]:
     if not folder.is_dir():
         raise UserError(f"there is no folder {folder}")
     if (folder / manifest.NAME).is_file():
-        rows = manifest.read(folder / manifest.NAME)
+        rows = [row for row in manifest.read(folder / manifest.NAME) if manifest.is_kept(row)]
+        packed = shards.members(folder)
+        if any(row["file"] in packed and not (folder / row["file"]).is_file() for row in rows):
+            raise UserError(
+                f"{folder} has its pictures in shards: unpack them (tar xf), or score them as they are drawn"
+            )
         items = [Item(path=folder / row["file"], prompt=row["prompt"], meta=row) for row in rows]
         _refuse([item.path.name for item in items if not item.path.is_file()], folder, "is in the manifest but absent")
     else:
-        found = captions_of(folder, ignore=[_SHEET])
+        found = captions_of(folder, ignore=[manifest.GRID])
         _refuse([path.name for path, words in found.items() if words is None], folder, "has no .txt with its prompt")
         _refuse([path.name for path in found if not path.is_file()], folder, "has a caption but is absent")
         items = [Item(path=path, prompt=words or "", meta={}) for path, words in found.items()]
     if not items:
         raise UserError(f"{folder} holds no images to score")
-    taken = {folder / _SHEET, *(item.path for item in items)}
+    taken = {item.path for item in items}
     others = (f.relative_to(folder) for f in folder.rglob("*") if pictures.is_picture(f) and f not in taken)
+    others = (f for f in others if not manifest.is_sheet(f.as_posix()))
     left = sorted(f.as_posix() for f in others if not any(part.startswith(".") for part in f.parts))
     if left:
         what = "are not in its manifest" if (folder / manifest.NAME).is_file() else "lie deeper, or are no files"

@@ -7,6 +7,8 @@ arguments. Higher is better. One from outside the package is given copies, so th
 from __future__ import annotations
 
 import copy
+import math
+import textwrap
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
@@ -107,6 +109,46 @@ class FunctionReward(Reward):
     @property
     def _code(self) -> Any:
         return self.function
+
+
+def score_each(
+    reward: Reward, images: Tensor, prompts: Sequence[str], meta: Meta = None
+) -> tuple[dict[str, list[float]], dict[int, str]]:
+    """Scores of a batch whatever single images do to the reward, which may raise anything.
+
+    A reward that fails on a batch is asked for its images one by one, unless it compares them or is wrong itself.
+
+    Args:
+        images, prompts, meta: as of a call.
+
+    Returns:
+        Scores by column, NaN where there is none: the reward's own, and `<name>/<term>` for each term of a mix; and why
+        the images that have none have none, by their place.
+    """
+    try:
+        found = reward(images, prompts, meta)
+    except Exception as error:  # hours of other scores must outlive it
+        if len(images) > 1 and not reward.groupwise and not isinstance(error, WrongAnswer):
+            return _one_by_one(reward, images, prompts, meta)
+        kind = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
+        reason = textwrap.shorten(f"{kind}{error}", 300)
+        return {reward.name: [math.nan] * len(images)}, dict.fromkeys(range(len(images)), reason)
+    columns = {reward.name: found, **{f"{reward.name}/{term}": values for term, values in reward.terms.items()}}
+    return {name: values.tolist() for name, values in columns.items()}, {}
+
+
+def _one_by_one(
+    reward: Reward, images: Tensor, prompts: Sequence[str], meta: Meta
+) -> tuple[dict[str, list[float]], dict[int, str]]:
+    columns: dict[str, list[float]] = {}
+    reasons: dict[int, str] = {}
+    for i, prompt in enumerate(prompts):
+        own, trouble = score_each(reward, images[i : i + 1], [prompt], None if meta is None else [meta[i]])
+        for name, values in own.items():
+            columns.setdefault(name, [math.nan] * len(images))[i] = values[0]
+        if trouble:
+            reasons[i] = trouble[0]
+    return columns, reasons
 
 
 def as_reward(built: Any, name: str) -> Reward:

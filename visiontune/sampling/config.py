@@ -9,7 +9,17 @@ from visiontune.errors import UserError
 from visiontune.schema import option
 
 Scheduler = Literal["model", "ddim", "euler", "dpm++", "unipc"]
-Format = Literal["png", "webp"]
+Format = Literal["png", "webp", "jpg", "tar"]
+# Axes of a grid beside prompts and seeds, those first that cost most to change, and their letters in names of files.
+AXES = {
+    "model": "m",
+    "adapter": "a",
+    "adapter_scale": "w",
+    "guidance": "g",
+    "scheduler": "h",
+    "cfg_scale": "c",
+    "steps": "t",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,8 +33,62 @@ class AdapterConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class GridConfig:
+    """Axes that are crossed with each other and with prompts and seeds; each takes the place of the option."""
+
+    model: list[str] = option([], help="models")
+    adapter: list[str | AdapterConfig | list[str | AdapterConfig] | None] = option(
+        [], help="adapters, each as the option has it; null for none: [null, runs/dog, [runs/dog, runs/ink]]"
+    )
+    adapter_scale: list[float] = option([], least=-100, greatest=100, help="strengths of all adapters")
+    guidance: list[list[str | dict[str, Any]] | None] = option(
+        [], help="stacks of terms, null for none: [null, [{pag: 2}], [{apg: 6}]]"
+    )
+    scheduler: list[Scheduler] = option([], help="samplers")
+    cfg_scale: list[float] = option([], least=-1000, greatest=1000, help="scales of classifier-free guidance")
+    steps: list[int] = option([], least=1, greatest=100_000, help="numbers of denoising steps")
+    plot: list[str] = option(
+        [],
+        help="axes of the sheets plot_*.png: x, y and, if there is a third, that of the pages; prompt and seed are "
+        "axes too. What is not named has pages as well. Empty: the first two that are given, or one and the prompts",
+    )
+
+    def __post_init__(self) -> None:
+        if not self.axes():
+            raise UserError(f"it names no axis: give a list to one of {', '.join(AXES)}")
+        for name, values in self.axes().items():
+            if any(value in values[:i] for i, value in enumerate(values)):
+                raise UserError(f"{name} has a value twice, which would be drawn twice: leave one out")
+        known = [*self.axes(), "prompt", "seed"]
+        for name in self.plot:
+            if name not in known:
+                raise UserError(f"plot names '{name}', which is no axis here; the axes are {', '.join(known)}")
+        if len(self.plot) not in (0, 2, 3) or len({*self.plot}) < len(self.plot):
+            raise UserError("plot must be two axes or three, each once: [steps, cfg_scale]")
+
+    def axes(self) -> dict[str, list[Any]]:
+        """The axes that are given, and their values."""
+        return {name: getattr(self, name) for name in AXES if getattr(self, name)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class KeepConfig:
+    """Which of the pictures that were drawn and scored stay in the folder; a bare number is `top`."""
+
+    SHORTHAND: ClassVar[str] = "top"
+
+    top: int = option(least=1, greatest=1_000_000, help="how many of the best are kept")
+    by: str | None = option(None, help="the score that decides, as `score` calls it; null: the only one")
+    per: Literal["prompt", "cell", "all"] = option(
+        "prompt", help="the best of what: of each prompt, of each prompt in each cell of the grid, or of all pictures"
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
 class SampleConfig:
     """Every prompt with every seed, written to one folder."""
+
+    RENAMED: ClassVar[dict[str, str]] = {"grid": "sheet"}
 
     model: str | None = option(
         None,
@@ -82,12 +146,41 @@ class SampleConfig:
     width: int | None = option(
         None, least=8, greatest=16384, multiple=8, help="pixels; the model's own resolution when left out"
     )
-    format: Format = option("png", help="png, or lossless webp: smaller, and much faster to write")
-    grid: int = option(64, least=0, greatest=4096, help="largest number of images shown in grid.png; 0 for no grid")
+    format: Format = option(
+        "png",
+        help="png; webp, lossless, smaller and much faster to write, unless quality is given; jpg; tar, png pictures "
+        "with their rows of the manifest in shards as webdataset reads them",
+    )
+    quality: int | None = option(None, least=1, greatest=100, help="of lossy pictures; null: webp without loss, jpg 95")
+    shard: int = option(1000, least=1, greatest=1_000_000, help="pictures of a shard of format tar")
+    metadata: bool = option(
+        True, help="write into each picture what it was made with, where other programs look for it"
+    )
+    sheet: int = option(64, least=0, greatest=4096, help="largest number of images shown in grid.png; 0 for no sheet")
+    grid: GridConfig | None = option(
+        None, help="draw everything with every value of these lists too: {cfg_scale: [2, 4, 6], steps: [10, 25]}"
+    )
+    confirm: bool = option(
+        False, help="draw a grid of more than 1000 pictures, or more than the disk seems to have room for"
+    )
+    score: list[str | dict[str, Any]] = option(
+        [], help="rewards by which each picture is scored: [oracle, pocket-clip]. `visiontune list rewards` names them"
+    )
+    score_device: str = option("cpu", help="where the rewards of score run")
+    keep: KeepConfig | None = option(
+        None, help="of the pictures that were scored, keep the best alone: {top: 2, by: oracle, per: prompt}"
+    )
+    workers: int = option(
+        2, least=0, greatest=256, help="threads that encode and write pictures while the next are drawn; 0 for none"
+    )
 
     def __post_init__(self) -> None:
         if not self.seed_count:
             raise UserError("seeds names no seed: give a count of at least 1 or a list of seeds")
+        if self.quality is not None and self.format not in ("webp", "jpg"):
+            raise UserError(f"quality is one of webp and jpg, and format is {self.format}, which loses nothing")
+        if self.keep is not None and not self.score:
+            raise UserError("keep goes by a score: name its reward in score too, score=[oracle]")
 
     @property
     def seed_count(self) -> int:

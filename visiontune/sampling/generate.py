@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
-import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import replace
-from functools import partial
+from contextlib import ExitStack
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -18,22 +17,22 @@ from accelerate.utils import broadcast_object_list, gather_object
 from tqdm.auto import tqdm
 
 from visiontune import files, outside, signals
-from visiontune.core import Request
 from visiontune.data.prompt_files import read_prompts
 from visiontune.errors import UserError
-from visiontune.guidance.stack import GuidanceStack
 from visiontune.models.words import lost
 from visiontune.ops.devices import check_device
-from visiontune.ops.threads import Threads
-from visiontune.sampling import manifest
+from visiontune.sampling import manifest, scored, shards, sheets
+from visiontune.sampling.cells import Cell, cells
 from visiontune.sampling.config import SampleConfig
-from visiontune.sampling.grid import grid
-from visiontune.sampling.guided import Judged, check
+from visiontune.sampling.drawing import Draw, Drawn, check_guidance, drawing, requests, threads
 from visiontune.sampling.manifest import Job
+from visiontune.sampling.metadata import Metadata
+from visiontune.sampling.outlook import check_count, check_disk, outlook
+from visiontune.sampling.overlap import Map, Overlap
 from visiontune.sampling.pipeline import images
-from visiontune.sampling.searched import Searcher, report
+from visiontune.sampling.searched import report
 from visiontune.sampling.settings import settings_of
-from visiontune.sampling.sources import loaded, scale_of, substituted
+from visiontune.sampling.sources import Bench, scale_of, substituted
 from visiontune.sampling.writer import write_image
 from visiontune.search.asked import Asked
 
@@ -43,18 +42,45 @@ if TYPE_CHECKING:
 __all__ = ["generate", "images"]
 
 T = TypeVar("T")
-# A picture, and what its line in the manifest says besides.
-Drawn = tuple[np.ndarray, dict[str, Any]]
+Batch = Sequence[Job]
 _log = logging.getLogger(__name__)
-_GRID_COLUMNS = 8
-# Pictures of one folder: from the first on a run is likely to take days, from the second on it was not meant.
-_MANY, _MOST = 10_000, 1_000_000
-# Steps of a batch: a trial of numbers of threads costs about ten.
-_WORTH_TRYING = 200
+
+
+@dataclass(frozen=True, kw_only=True)
+class Task:
+    """A sampling run: what is to be drawn, and where to.
+
+    Attributes:
+        config: the options. out: the folder. jobs: every picture, those of a cell together. settings: of each cell.
+        search: of all pictures, if there is one. finished: the pictures that are there, each with the threads that drew
+            it, 0 where the manifest does not say.
+    """
+
+    config: SampleConfig
+    out: Path
+    cells: Sequence[Cell]
+    settings: Sequence[dict[str, Any]]
+    jobs: Sequence[Job]
+    search: Asked | None
+    finished: dict[str, int] = field(default_factory=dict)
+
+    def batches(self) -> list[Batch]:
+        """What is drawn together, cut from all jobs, whatever is finished."""
+        # What a search draws side by side for a picture fills a batch: so little is lost where a run is ended.
+        size = max(1, self.config.batch_size // (1 if self.search is None else self.search.method.n))
+        found: list[Batch] = []
+        for _, group in itertools.groupby(self.jobs, key=lambda job: job.cell):
+            own = list(group)
+            found += [own[i : i + size] for i in range(0, len(own), size)]
+        return found
+
+    def missing(self, batch: Batch) -> int:
+        """How many pictures of a batch are not there."""
+        return sum(job.file not in self.finished for job in batch)
 
 
 def generate(config: SampleConfig, model: PipelineModel | None = None, say: Callable[[str], None] = _log.info) -> Path:
-    """Make every prompt with every seed and return the path of ``manifest.jsonl``.
+    """Make every prompt with every seed, in every cell of a grid, and return the path of ``manifest.jsonl``.
 
     Images are named by prompt index and seed, written whole or not at all, and listed in the manifest one line each;
     a run that stopped goes on with what is missing. Batches are cut from the whole list before finished ones are left
@@ -64,228 +90,195 @@ def generate(config: SampleConfig, model: PipelineModel | None = None, say: Call
         config: see :class:`SampleConfig`.
         model: a model to use in place of ``config.model``, with its adapters attached; ``config.adapter`` is then
             attached on top, and taken off at the end.
-        say: is told, on the main process, what a search will cost, and what it or a held-out reward has found.
+        say: is told, on the main process, what a grid or a search will cost, and what was scored.
 
     Raises:
         UserError: the prompts cannot be read, the folder holds images of other settings, or the disk is full.
         Interrupted: Ctrl-C or SIGTERM, after the batch in which it came.
     """
     check_device(config.device, "device", ("auto",))
-    # Mistakes before a model is opened.
-    _check_guidance(config)
-    config = replace(config, cfg_scale=scale_of(config))
-    search = None if config.search is None else Asked.of(config.search)
+    scored.check(config)
     state = _processes(config.device)
-    prompts = substituted(read_prompts(config.prompts), config)
-    config = replace(config, negative_prompt=substituted([config.negative_prompt], config)[0])
-    _check_count(len(prompts), config)
-    jobs = manifest.plan(prompts, config.seed_list(), config.format)
-    settings = settings_of(config, model)
-    out = outside.expanded(config.out, "folder")
-    lock = files.Lock(out)
+    task, plan = _planned(config, model)
+    lock = files.Lock(task.out)
     try:
-        finished = _on_main(state, lambda: _open(out, jobs, settings, lock))
-        _draw(config, model, search, state, jobs, finished, settings, out, say)
+        task = replace(task, finished=_on_main(state, lambda: _open(task, lock)))
+        if plan and state.is_main_process:
+            say(plan)
+        number = _draw(task, model, state, say)
+        # One that is asked to end lets the others finish their share, unless they are asked too, as launchers do.
+        number = max(gather_object([number]))
+        lines = _on_main(state, lambda: _close(task, number))
     finally:
         lock.release()
-    return out / manifest.NAME
-
-
-def _draw(
-    config: SampleConfig,
-    model: PipelineModel | None,
-    search: Asked | None,
-    state: PartialState,
-    jobs: Sequence[Job],
-    finished: dict[str, int],
-    settings: dict[str, Any],
-    out: Path,
-    say: Callable[[str], None],
-) -> None:
-    """Draw what is missing, this process its share, and finish the folder."""
-    # What a search draws side by side for a picture fills a batch: so little is lost where a run is ended.
-    together = max(1, config.batch_size // (1 if search is None else search.method.n))
-    batches = [jobs[i : i + together] for i in range(0, len(jobs), together)]
-    pending = [batch for batch in batches if any(job.file not in finished for job in batch)]
-    mine = pending[state.process_index :: state.num_processes]
-    number = 0
-    todo = sum(job.file not in finished for batch in mine for job in batch)
-    if mine:
-        hidden = not state.is_main_process
-        with (
-            loaded(config, model, state) as ready,
-            tqdm(total=todo, unit="image", disable=hidden) as bar,
-            signals.Asked("the batch") as asked,
-            _threads(config, ready, mine, finished),
-        ):
-            named = [(f"prompts[{job.index}]", job.prompt) for job in {job.index: job for job in jobs}.values()]
-            for line in lost(ready, {"prompt": [*named, ("negative_prompt", config.negative_prompt)]}):
-                if state.is_main_process:
-                    _log.warning("%s", line)
-            draw, plan = _drawing(config, ready, search)
-            if plan and state.is_main_process:
-                say(plan)
-            for batch in mine:
-                bar.update(_run(draw, batch, finished, settings, manifest.part(out, state.process_index)))
-                if asked.number:
-                    break
-        number = asked.number
-    # One that is asked to end lets the others finish their share, unless they are asked too, as launchers do.
-    number = max(gather_object([number]))
-    for line in report(_on_main(state, lambda: _close(config, out, jobs, number))):
+    for line in lines:
         if state.is_main_process:
             say(line)
+    return task.out / manifest.NAME
 
 
-@contextmanager
-def _threads(
-    config: SampleConfig, model: PipelineModel, batches: Sequence[Sequence[Job]], finished: dict[str, int]
-) -> Iterator[None]:
-    """As many threads as drew what is finished, since another number rounds otherwise; else as many as are faster."""
-    before = torch.get_num_threads()
-    size = sum(tensor.numel() for network in model.networks().values() for tensor in network.parameters())
-    threads = Threads(model.device, size)
-    first = batches[0]
-    if finished:
-        threads.load_state_dict({"count": max(next(iter(finished.values())), 0) or before})
-    elif len(batches) * config.steps >= _WORTH_TRYING:
-        one = replace(config, steps=1)
-        threads.choose(lambda: _plain(one, model, first))
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
-def _options(config: SampleConfig) -> dict[str, Any]:
-    """How every picture is drawn."""
-    return {
-        "steps": config.steps,
-        "cfg_scale": config.cfg_scale,
-        "guidance": GuidanceStack.of_options(config),
-        "height": config.height,
-        "width": config.width,
-        "scheduler": config.scheduler,
-    }
-
-
-def _plain(config: SampleConfig, model: PipelineModel, batch: Sequence[Job]) -> list[Drawn]:
-    drawn = images(
-        model,
-        [job.prompt for job in batch],
-        [job.seed for job in batch],
-        negative_prompt=config.negative_prompt,
-        batch_size=len(batch),
-        **_options(config),
+def _planned(config: SampleConfig, model: PipelineModel | None) -> tuple[Task, str]:
+    """Everything that is to be drawn, and what is to be said of that; mistakes are found before a model is opened."""
+    if model is not None and config.grid is not None and config.grid.model:
+        raise UserError("grid.model names models, and one is given already: leave one of them out")
+    prompts = read_prompts(config.prompts)
+    plan = check_count(len(prompts), config)
+    found, jobs = [], list[Job]()
+    suffix = "png" if config.format == "tar" else config.format
+    for i, cell in enumerate(cells(config)):
+        try:
+            check_guidance(cell.config)
+            own = replace(cell.config, cfg_scale=scale_of(cell.config))
+            words = substituted([*prompts, own.negative_prompt], own)
+        except UserError as error:
+            raise UserError(cell.prefix(str(error))) from error
+        found.append(replace(cell, config=replace(own, negative_prompt=words[-1])))
+        jobs += manifest.plan(words[:-1], config.seed_list(), suffix, cell.name, i)
+    task = Task(
+        config=config,
+        out=outside.expanded(config.out, "folder"),
+        cells=found,
+        settings=[settings_of(cell.config, model) for cell in found],
+        jobs=jobs,
+        search=None if config.search is None else Asked.of(config.search),
     )
-    return [(image, {}) for image in drawn]
+    return task, plan
 
 
-def _drawing(
-    config: SampleConfig, model: PipelineModel, search: Asked | None
-) -> tuple[Callable[[Sequence[Job]], list[Drawn]], str]:
-    """How a batch is drawn, and what is to be said of that."""
-    options = {"batch_size": config.batch_size, **_options(config)}
-    if search is not None:
-        searcher = Searcher.of(search, model, **options)
-        return partial(_searched, config, searcher), searcher.plan()
-    if config.held_out is not None:
-        return partial(_judged, config, Judged.of(config.held_out, model, **options)), ""
-    return partial(_plain, config, model), ""
+def _draw(task: Task, model: PipelineModel | None, state: PartialState, say: Callable[[str], None]) -> int:
+    """Draw this process's share of what is missing; the number of the signal that ended it before its time, or 0."""
+    pending = [batch for batch in task.batches() if task.missing(batch)]
+    mine = pending[state.process_index :: state.num_processes]
+    if not mine:
+        return 0
+
+    def told(line: str) -> None:
+        if line and state.is_main_process:
+            say(line)
+
+    with ExitStack() as stack:
+        scorer = scored.Scorer(task.config.score, task.config.score_device) if task.config.score else None
+        bench = stack.enter_context(Bench(state, model))
+        first = bench.at(task.cells[mine[0][0].cell].config)
+        need = check_disk(task.config, first, task.out, sum(map(task.missing, pending)))
+        bar = stack.enter_context(
+            tqdm(total=sum(map(task.missing, mine)), unit="image", disable=not state.is_main_process)
+        )
+        asked = stack.enter_context(signals.Asked("the batch"))
+        stack.enter_context(threads(task.cells[mine[0][0].cell].config, first, mine, task.finished))
+        if task.config.grid is not None:
+            told(outlook(task.cells, mine, first, need, state.num_processes))
+        part = manifest.part(task.out, state.process_index)
+
+        def finish(given: tuple[Batch, list[Drawn], int], over: Map) -> int:
+            return _finish(task, scorer, part, *given, over)
+
+        overlap = stack.enter_context(Overlap(finish, task.config.workers, bar.update))
+        for batch, draw in _ways(task, bench, mine, told):
+            overlap.give((batch, draw(batch), torch.get_num_threads()))
+            if asked.number:
+                break
+    return asked.number
 
 
-def _searched(config: SampleConfig, searcher: Searcher, batch: Sequence[Job]) -> list[Drawn]:
-    return [(found.picture, {"search": row}) for found, row in searcher(_requests(config, batch))]
+def _ways(
+    task: Task, bench: Bench, batches: Sequence[Batch], told: Callable[[str], None]
+) -> Iterator[tuple[Batch, Draw]]:
+    """Batches, each with the way to draw it: that of its cell."""
+    known = None
+    for number, group in itertools.groupby(batches, key=lambda batch: batch[0].cell):
+        config = task.cells[number].config
+        model = bench.at(config)
+        if model is not known:
+            known = model
+            named = {job.index: (f"prompts[{job.index}]", job.prompt) for job in task.jobs if job.cell == number}
+            for line in lost(model, {"prompt": [*named.values(), ("negative_prompt", config.negative_prompt)]}):
+                told(line)
+        draw, plan = drawing(config, model, task.search)
+        told(plan)
+        for batch in group:
+            yield batch, draw
 
 
-def _judged(config: SampleConfig, judged: Judged, batch: Sequence[Job]) -> list[Drawn]:
-    return [(picture, {"guided": row}) for picture, row in judged(_requests(config, batch))]
-
-
-def _requests(config: SampleConfig, batch: Sequence[Job]) -> list[Request]:
-    return [Request(prompt=job.prompt, seed=job.seed, negative=config.negative_prompt) for job in batch]
-
-
-def _check_guidance(config: SampleConfig) -> None:
-    """Refuse, before a model is opened, terms that are wrong, and one in the place of a scale that was given, too."""
-    stack = GuidanceStack.of_options(config)
-    instead = None if stack is None else stack.base or stack.told
-    if instead is not None and config.cfg_scale is not None:
-        raise UserError(f"guidance has {instead.name}, which takes the place of cfg_scale: leave one of them out")
-    if config.search is not None and config.held_out is not None:
-        raise UserError("a search has a held_out of its own: put it there, as search.held_out")
-    if config.search is None:
-        check(stack, config.held_out)
-
-
-def _run(
-    draw: Callable[[Sequence[Job]], list[Drawn]],
-    batch: Sequence[Job],
-    finished: dict[str, int],
-    settings: dict[str, Any],
+def _finish(
+    task: Task,
+    scorer: scored.Scorer | None,
     part: Path,
+    batch: Batch,
+    drawn: list[Drawn],
+    count: int,
+    over: Map,
 ) -> int:
-    """Sample one batch whole, so that its bits do not depend on what was finished; write what is missing."""
-    drawn = draw(batch)
-    missing = [(job, *one) for job, one in zip(batch, drawn, strict=True) if job.file not in finished]
+    """Score a batch, whole, so that no score depends on what was finished, and write what is missing of it.
+
+    Args:
+        part: the process's list of pictures. count: the threads that drew them. over: what maps the pictures.
+    """
+    cell, settings = task.cells[batch[0].cell], task.settings[batch[0].cell]
+    pictures = [picture for picture, _ in drawn]
+    scores = [{}] * len(batch) if scorer is None else scorer(np.stack(pictures), requests(cell.config, batch))
+    rows = [{**more, **row, "threads": count} for (_, more), row in zip(drawn, scores, strict=True)]
+    missing = [i for i, job in enumerate(batch) if job.file not in task.finished]
+
+    def write(i: int) -> str:
+        job, size = batch[i], pictures[i].shape[-3:-1]
+        told = Metadata.of(job.prompt, job.seed, settings, size) if task.config.metadata else None
+        return write_image(task.out / job.file, pictures[i], quality=task.config.quality, metadata=told)
+
     try:
-        for job, image, more in missing:
-            digest = write_image(part.parent / job.file, image)
-            row = {"file": job.file, "index": job.index, "prompt": job.prompt, "seed": job.seed, "sha256": digest}
-            files.append_jsonl(part, {**row, **more, "threads": torch.get_num_threads(), "settings": settings})
+        for i, digest in zip(missing, over(write, missing), strict=True):
+            files.append_jsonl(part, manifest.row_of(batch[i], cell, settings, sha256=digest, **rows[i]))
     except UserError as error:
         raise UserError(f"{error}; then run the same command again, which goes on from here") from error
     return len(missing)
 
 
-def _open(out: Path, jobs: Sequence[Job], settings: dict[str, Any], lock: files.Lock) -> dict[str, int]:
-    """The finished images, each with the threads that drew it, 0 where the manifest does not say.
-
-    The folder has been put in order then, and found to be of this run.
-    """
+def _open(task: Task, lock: files.Lock) -> dict[str, int]:
+    """The finished images. The folder has been put in order then, and found to be of this run."""
     lock.hold()
-    files.refuse_folders(out, [manifest.NAME, manifest.GRID, *(job.file for job in jobs)])
-    rows = manifest.collect(out)
-    manifest.check(rows, jobs, settings, out)
+    names = [job.file for job in task.jobs]
+    files.refuse_folders(task.out, [manifest.NAME, manifest.GRID, *names])
+    rows = manifest.collect(task.out)
+    manifest.check(rows, task.jobs, list(zip(task.cells, task.settings, strict=True)), task.out)
+    if task.config.format == "tar" and task.config.keep is None:
+        shards.check(task.out, names, task.config.shard)
     return {row["file"]: row.get("threads", 0) for row in rows}
 
 
-def _close(config: SampleConfig, out: Path, jobs: Sequence[Job], number: int) -> list[dict[str, Any]]:
-    """Fold the parts together, make sure that nothing is missing, draw the grid, and give the manifest's rows.
+def _close(task: Task, number: int) -> list[str]:
+    """Fold the parts together, make sure that nothing is missing, let go what is not kept, draw the sheets, pack.
 
     Args:
         number: of the signal that ended the drawing before its time; 0 for none.
+
+    Returns:
+        What is to be said of the pictures.
     """
+    out, config = task.out, task.config
     rows = manifest.collect(out)
     done = {row["file"] for row in rows}
-    missing = [job.file for job in jobs if job.file not in done]
+    missing = [job.file for job in task.jobs if job.file not in done]
     if missing and number:
-        raise signals.Interrupted(f"{signals.name(number)} after {len(done)} of {len(jobs)} images", number)
+        raise signals.Interrupted(f"{signals.name(number)} after {len(done)} of {len(task.jobs)} images", number)
     if missing:
         raise UserError(f"{len(missing)} images are missing from {out} ({missing[0]} ...): run the same command again")
-    columns = min(len(config.seed_list()), _GRID_COLUMNS, config.grid)
-    if not columns:
-        return rows
-    by_prompt = [jobs[i : i + columns] for i in range(0, len(jobs), len(config.seed_list()))][: config.grid // columns]
-    sheet = grid(
-        [out / job.file for row in by_prompt for job in row],
-        columns,
-        row_captions=[row[0].prompt for row in by_prompt],
-        column_captions=[f"seed {job.seed}" for job in by_prompt[0]],
-    )
-    write_image(out / manifest.GRID, sheet)
-    return rows
-
-
-def _check_count(prompts: int, config: SampleConfig) -> None:
-    """Refuse more pictures than a folder can hold, before they are listed, and say when there are very many."""
-    seeds = config.seed_count
-    count = prompts * seeds
-    words = f"{prompts} prompts and {seeds} seeds make {count} pictures"
-    if count > _MOST:
-        raise UserError(f"{words}, more than the {_MOST} of one folder: give fewer seeds, or parts of the prompts")
-    if count > _MANY:
-        warnings.warn(f"{words} of {config.steps} steps each; stopped, it goes on with what is missing", stacklevel=3)
+    by_file = {row["file"]: row for row in rows}
+    rows = [by_file[job.file] for job in task.jobs]
+    said = [*report(rows), *scored.means(rows), *scored.complaints(rows)]
+    gone: set[str] = set()
+    if config.keep is not None:
+        gone = scored.let_go(rows, config.keep, [scored.name_of(spec) for spec in config.score])
+        rows = [{**row, "kept": row["file"] not in gone} for row in rows]
+        # Who finds one of them absent after a kill is to know that it was let go.
+        manifest.write(out, rows)
+        said.append(f"{len(rows) - len(gone)} of {len(rows)} pictures are kept")
+    for name in gone:
+        (out / name).unlink(missing_ok=True)
+    lines: list[str] = []
+    sheets.write(config, out, task.jobs, task.cells, gone, lines.append)
+    if config.format == "tar":
+        shards.pack(out, [row for row in rows if row["file"] not in gone], config.shard)
+    return said + lines
 
 
 def _processes(device: str) -> PartialState:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -35,14 +37,27 @@ def settings_of(config: SampleConfig, model: PipelineModel | None) -> dict[str, 
         "height": config.height,
         "width": config.width,
         "format": config.format,
+        **({"shard": config.shard} if config.format == "tar" else {}),
+        **({"quality": config.quality} if config.quality is not None else {}),
+        **({} if config.metadata else {"metadata": False}),
+        **({"score": search(config.score)} if config.score else {}),
+        **({"keep": asdict(config.keep)} if config.keep else {}),
     }
 
 
 def _adapter(one: AdapterConfig) -> dict[str, Any]:
-    digest = hashlib.sha256(adapter_file(one.file).read_bytes()).hexdigest()
+    file = adapter_file(one.file)
+    status = file.stat()
+    digest = _digest(file, status.st_size, status.st_mtime_ns)
     # Folders that were begun without strengths go on.
     scale = {} if one.scale == 1 else {"scale": one.scale}
     return {"file": one.file, "sha256": digest[:16], **scale}
+
+
+@functools.cache
+def _digest(file: Path, size: int, changed: int) -> str:
+    """Of a file's content, read once for all cells of a grid."""
+    return hashlib.sha256(file.read_bytes()).hexdigest()
 
 
 def _stamp(folder: Path) -> str | None:

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Self
 
 import torch
 from accelerate import PartialState
@@ -18,6 +16,7 @@ from visiontune.guidance.stack import GuidanceStack
 from visiontune.sampling.config import SampleConfig
 
 if TYPE_CHECKING:
+    from visiontune.adapters.base import AdapterSet
     from visiontune.models.pipeline import PipelineModel
 
 
@@ -92,29 +91,59 @@ def substituted(prompts: list[str], config: SampleConfig) -> list[str]:
     return [substitute(prompt, header.get("trigger"), header.get("class_noun"), mend=mend) for prompt in prompts]
 
 
-@contextmanager
-def loaded(config: SampleConfig, model: PipelineModel | None, state: PartialState) -> Iterator[PipelineModel]:
-    """The model with the configured adapters attached, for a while."""
-    if model is None:
+class Bench:
+    """The model that is drawn with, and the adapters on it: what one cell leaves is not loaded again for the next.
+
+    Args:
+        state: the processes. model: one to use in place of those that are named, with its adapters attached.
+    """
+
+    def __init__(self, state: PartialState, model: PipelineModel | None = None) -> None:
+        self._state, self._given = state, model
+        self._model, self._opened = model, None
+        self._sets: list[AdapterSet] = []
+        self._files: list[Path] = []
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._take_off()
+
+    def at(self, config: SampleConfig) -> PipelineModel:
+        """The model with the configured adapters attached, each at its strength."""
+        source = None if self._given else (base_of(config), config.revision, config.variant)
+        if self._model is None or source != self._opened:
+            self._take_off()
+            self._model = None  # its memory is that of the next
+            self._model, self._opened = self._load(config), source
+        own = config.adapter_list()
+        wanted = [adapter_file(one.file) for one in own]
+        if wanted != self._files:
+            self._take_off()
+            for i, file in enumerate(wanted):
+                named = {"name": f"sample{i}", "trust": config.trust}
+                self._sets.append(adapters.load(self._model.networks(), file, **named))
+            self._files = wanted
+        for one, attached in zip(own, self._sets, strict=True):
+            attached.scale = config.adapter_scale * one.scale
+        return self._model
+
+    def _load(self, config: SampleConfig) -> PipelineModel:
         dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[config.dtype]
         # Each process has a device of its own, which a bare "cuda" must not override.
-        device = str(state.device) if config.device in ("auto", state.device.type) else config.device
-        # What a file names is not fetched unasked.
-        named = config.model is not None
-        model = models.load(
+        device = str(self._state.device) if config.device in ("auto", self._state.device.type) else config.device
+        return models.load(
             base_of(config),
             dtype=dtype,
             revision=config.revision,
             variant=config.variant,
             device=device,
-            fetch=named,
+            # What a file names is not fetched unasked.
+            fetch=config.model is not None,
         )
-    sets = []
-    try:
-        for i, one in enumerate(config.adapter_list()):
-            sets.append(adapters.load(model.networks(), adapter_file(one.file), name=f"sample{i}", trust=config.trust))
-            sets[-1].scale = config.adapter_scale * one.scale
-        yield model
-    finally:
-        for adapter_set in reversed(sets):
+
+    def _take_off(self) -> None:
+        for adapter_set in reversed(self._sets):
             adapter_set.detach()
+        self._sets, self._files = [], []

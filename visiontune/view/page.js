@@ -140,6 +140,8 @@ function gallery(folder) {
     make("option", { value: "" }, `every ${name}`), ...values.map((value) => make("option", { value }, value)));
   const words = make("input", { type: "search", placeholder: "words of the prompt", "data-choice": "words", "aria-label": "words of the prompt", oninput: refresh });
   const seeds = choice("seed", distinct("seed").sort((a, b) => a - b)), adapters = choice("adapter", distinct("adapter"));
+  const axes = [...new Set(folder.pictures.flatMap((one) => Object.keys(one.at)))].filter((axis) => axis !== "adapter");
+  const places = axes.map((axis) => choice(axis, [...new Set(folder.pictures.map((one) => one.at[axis]))]));
   const order = make("select", { "data-choice": "order", "aria-label": "order", onchange: refresh }, make("option", { value: "" }, "as drawn"),
     ...scores.flatMap((name) => [make("option", { value: `-${name}` }, `highest ${name}`), make("option", { value: `+${name}` }, `lowest ${name}`)]));
   const least = make("input", { type: "number", step: "any", placeholder: "least score", "data-choice": "least", "aria-label": "least score", style: "width:9em", oninput: refresh });
@@ -154,6 +156,7 @@ function gallery(folder) {
     const judge = by || scores[0];
     found = folder.pictures.filter((one) => wanted.every((word) => one.prompt.toLowerCase().includes(word))
       && (!seeds.value || String(one.seed) === seeds.value) && (!adapters.value || one.adapter === adapters.value)
+      && axes.every((axis, i) => !places[i].value || one.at[axis] === places[i].value)
       && (least.value === "" || !judge || (one.scores[judge] ?? -Infinity) >= +least.value));
     if (by) found = [...found].sort((a, b) => sign * ((a.scores[by] ?? sign * Infinity) - (b.scores[by] ?? sign * Infinity)) || 0);
     count.textContent = `${found.length} of ${folder.pictures.length} pictures`;
@@ -188,7 +191,7 @@ function gallery(folder) {
 
   function open(i) {
     const one = found[i];
-    const lines = [one.prompt, `seed ${one.seed}, adapter ${one.adapter}, ${one.file}`, ...Object.entries(one.scores).map(([name, value]) => `${name} ${short(value)}`)];
+    const lines = [one.prompt, `seed ${one.seed}, adapter ${one.adapter}, ${one.file}`, ...Object.entries(one.at).map(([axis, word]) => `${axis} ${word}`), ...Object.entries(one.scores).map(([name, value]) => `${name} ${short(value)}`)];
     zoom({ src: `${folder.base}/${encodeURIComponent(one.file)}`, small: one.src, lines, command: one.command, go: (by) => found[i + by] && open(i + by) });
   }
 
@@ -197,7 +200,7 @@ function gallery(folder) {
   requestAnimationFrame(refresh);
   const lost = folder.missing ? make("div", { class: "alarms" }, `${folder.missing} pictures of the manifest are not there`) : null;
   return make("section", { "data-folder": folder.name }, make("h2", {}, folder.name), make("div", { class: "dim" }, folder.folder), lost,
-    make("div", { class: "bar" }, words, seeds, adapters, order, scores.length ? least : null, make("label", {}, "size ", size), count), place);
+    make("div", { class: "bar" }, words, seeds, adapters, ...places, order, scores.length ? least : null, make("label", {}, "size ", size), count), place);
 }
 
 // ---------------------------------------------------------------------------------------------------- zoom

@@ -6,18 +6,30 @@ import json
 import shlex
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from visiontune import outside
 from visiontune.errors import UserError
 from visiontune.guidance.stack import GuidanceStack
-from visiontune.sampling import manifest
+from visiontune.sampling import manifest, shards
 from visiontune.view.thumbnails import thumbnail
 
 SCORES = "scores.json"
 # Thousands of pictures are to fit into one page.
 _SIDES = ((500, 192), (2000, 128), (1_000_000, 80))
-_COMMAND = ("model", "revision", "variant", "dtype", "steps", "cfg_scale", "scheduler", "height", "width", "format")
+_COMMAND = (
+    "model",
+    "revision",
+    "variant",
+    "dtype",
+    "steps",
+    "cfg_scale",
+    "scheduler",
+    "height",
+    "width",
+    "format",
+    "quality",
+)
 
 
 def is_folder_of_samples(folder: Path) -> bool:
@@ -37,19 +49,20 @@ def read(folder: Path) -> dict[str, Any]:
     Raises:
         UserError: the manifest is damaged, or a picture.
     """
-    rows = sorted(manifest.read(folder / manifest.NAME), key=lambda row: row["file"])
+    rows = sorted(filter(manifest.is_kept, manifest.read(folder / manifest.NAME)), key=lambda row: row["file"])
     side = next(side for most, side in _SIDES if len(rows) <= most)
-    scores = _scores(folder / SCORES)
+    scores, packed = _scores(folder / SCORES), shards.members(folder)
+    there = [row for row in rows if row["file"] in packed or (folder / row["file"]).is_file()]
     return {
         "name": folder.name,
         "folder": str(folder),
-        "pictures": [_shown(row, folder, side, scores) for row in rows if (folder / row["file"]).is_file()],
-        "missing": sum(not (folder / row["file"]).is_file() for row in rows),
+        "pictures": [_shown(row, shards.opened(folder, row["file"], packed), side, scores) for row in there],
+        "missing": len(rows) - len(there),
     }
 
 
 def _shown(
-    row: Mapping[str, Any], folder: Path, side: int, scores: Mapping[str, Mapping[str, float]]
+    row: Mapping[str, Any], source: Path | IO[bytes], side: int, scores: Mapping[str, Mapping[str, float]]
 ) -> dict[str, Any]:
     settings = row.get("settings", {})
     return {
@@ -57,9 +70,10 @@ def _shown(
         "prompt": row.get("prompt", ""),
         "seed": row.get("seed"),
         "adapter": _adapters(settings),
+        "at": row.get("at", {}),
         "scores": {**_own_scores(row), **scores.get(row["file"], {})},
         "command": command(row),
-        "src": thumbnail(folder / row["file"], side, exact=side == _SIDES[0][1]),
+        "src": thumbnail(source, side, exact=side == _SIDES[0][1]),
     }
 
 
@@ -76,7 +90,7 @@ def _adapters(settings: Mapping[str, Any]) -> str:
 
 def _own_scores(row: Mapping[str, Any]) -> dict[str, float]:
     """What a search or a held-out reward scored while it was drawn; of each pair the picture that was kept."""
-    found = {}
+    found = {name: float(score) for name, score in row.get("scores", {}).items() if score is not None}
     for kind in ("search", "guided"):
         for name in ("reward", "held_out"):
             pair = row.get(kind, {}).get(name)
@@ -105,7 +119,7 @@ def command(row: Mapping[str, Any]) -> str:
     """What draws a picture again, by the same search where there was one."""
     settings = row.get("settings", {})
     words = [f"prompts={json.dumps([row.get('prompt', '')], ensure_ascii=False)}", f"seeds=[{row.get('seed')}]"]
-    named = [name for name in _COMMAND if settings.get(name) not in (None, "model")]
+    named = [name for name in _COMMAND if settings.get(name) not in (None, "model", "tar")]
     words += [f"{name}={settings[name]}" for name in named if name != "cfg_scale" or not _replaced(settings)]
     if settings.get("negative_prompt"):
         words.append(f"negative_prompt={json.dumps(settings['negative_prompt'], ensure_ascii=False)}")

@@ -5,13 +5,14 @@ from __future__ import annotations
 import base64
 import io
 from pathlib import Path
+from typing import IO
 
 from PIL import Image
 
 from visiontune.data import pictures
 
 
-def thumbnail(file: Path, side: int, *, exact: bool = True) -> str:
+def thumbnail(file: Path | IO[bytes], side: int, *, exact: bool = True) -> str:
     """A picture as a data URI, no side longer than `side` pixels; up to 64 pixels without loss where `exact`.
 
     Raises:
