@@ -147,7 +147,10 @@ def test_axes_grow_and_a_value_that_is_gone_is_refused(model: Any, tmp_path: Pat
 
 
 def test_models_are_an_axis(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    folders = [str(save_tiny(tmp_path / name, **options)) for name, options in (("one", {}), ("two", {"prediction_type": "v_prediction"}))]
+    folders = [
+        str(save_tiny(tmp_path / name, **options))
+        for name, options in (("one", {}), ("two", {"prediction_type": "v_prediction"}))
+    ]
     opened: list[str] = []
     monkeypatch.setattr(
         "visiontune.models.load", lambda source, **named: [opened.append(source), load_model(source, **named)][1]
