@@ -14,6 +14,7 @@ Writes ``benchmarks/results/soak.json`` and ``.md``.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import itertools
 import os
 import random
@@ -76,10 +77,8 @@ def kill(run: subprocess.Popen[bytes], chance: random.Random) -> str:
             run.wait(WAIT)
         except subprocess.TimeoutExpired:
             one = False
-    try:
+    with contextlib.suppress(ProcessLookupError):
         os.killpg(run.pid, signal.SIGKILL)
-    except ProcessLookupError:
-        pass
     run.communicate()
     return "one" if one else "all"
 

@@ -3,10 +3,10 @@
     python benchmarks/speed/sampling.py
 
 Both draw the same pictures of pocket/sd, which is made sure of first, in the same steps with the same guidance, and
-save them as PNG: ours as `generate` does, with manifest, hashes and sheet, the loop by calling the stock pipeline and saving
-what it gives. The loop's best batch is found by trial of several. Without an accelerator it is processor time, of which
-threads that work ahead take as much as others: what they save on the clock is not measured there. Writing is measured
-alone as well: WebP without loss beside PNG. Writes ``benchmarks/results/speed_sampling.json`` and ``.md``.
+save them as PNG: ours as `generate` does, with manifest, hashes and sheet, the loop by calling the stock pipeline and
+saving what it gives. The loop's best batch is found by trial of several. Without an accelerator it is processor time,
+of which threads that work ahead take as much as others: what they save on the clock is not measured there. Writing is
+measured alone as well: WebP without loss beside PNG. Writes ``benchmarks/results/speed_sampling.json`` and ``.md``.
 """
 
 from __future__ import annotations

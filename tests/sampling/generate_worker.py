@@ -8,6 +8,7 @@ import signal
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 from processes import ranks
 
@@ -41,6 +42,25 @@ def two(folder: str, *options: str) -> list[int]:
                 module.generate(config(one))
             except UserError as error:
                 log(str(error))
+
+    return ranks(2, work)
+
+
+def one_dies(options: str) -> list[int]:
+    """The exit codes of two processes, of which the second is killed while it writes its second picture."""
+    drawn = config(options)
+
+    def work(rank: int) -> None:
+        calls = []
+
+        def dying(*given: Any, **named: Any) -> str:
+            calls.append(given)
+            if rank == 1 and len(calls) == 2:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return write(*given, **named)
+
+        module.write_image = dying
+        module.generate(drawn)
 
     return ranks(2, work)
 

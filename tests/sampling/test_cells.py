@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import weakref
 from collections import namedtuple
 from pathlib import Path
 from typing import Any
@@ -152,9 +153,16 @@ def test_models_are_an_axis(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         for name, options in (("one", {}), ("two", {"prediction_type": "v_prediction"}))
     ]
     opened: list[str] = []
-    monkeypatch.setattr(
-        "visiontune.models.load", lambda source, **named: [opened.append(source), load_model(source, **named)][1]
-    )
+    models: list[weakref.ref[Any]] = []
+
+    def opening(source: str, **named: Any) -> Any:
+        assert all(one() is None for one in models), "two models are in memory"
+        opened.append(source)
+        made = load_model(source, **named)
+        models.append(weakref.ref(made))
+        return made
+
+    monkeypatch.setattr("visiontune.models.load", opening)
     generate(_config(tmp_path / "out", {"model": folders, "steps": [1, 2]}))
     assert opened == folders
     rows = _rows(tmp_path / "out")
@@ -165,6 +173,14 @@ def test_models_are_an_axis(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         )
         with Image.open(tmp_path / "out" / row["file"]) as picture:
             np.testing.assert_array_equal(np.asarray(picture), expected[row["index"]])
+
+
+def test_a_grid_does_not_mix_models_unasked(model: Any, tmp_path: Path) -> None:
+    made = adapters.attach({"unet": model.denoiser}, "lora", targets=["to_q"])
+    file = made.save(tmp_path / "a.safetensors", {"base_model": "somebody/else"})
+    made.detach()
+    with pytest.raises(UserError, match="with different models, pocket/sd and somebody/else: name one with model="):
+        generate(_config(tmp_path / "out", {"adapter": [None, str(file)]}))
 
 
 def test_plots_have_every_picture_once_at_its_place(tmp_path: Path) -> None:

@@ -201,5 +201,5 @@ def test_a_shard_grows_at_its_end_alone(model: Any, tmp_path: Path) -> None:
         generate(_config(tmp_path / "out", format="tar", shard=5, prompts=three), model)
     assert _bytes(tmp_path / "out") == before
     (tmp_path / "out" / "shard-000001.tar").write_bytes(b"no tar" * 300)
-    with pytest.raises(UserError, match="no readable shard.*delete it, and its pictures are drawn again"):
+    with pytest.raises(UserError, match=r"no readable shard.*delete it, and its pictures are drawn again"):
         generate(_config(tmp_path / "out", format="tar", shard=4, prompts=three), model)

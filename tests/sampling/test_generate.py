@@ -328,6 +328,20 @@ def test_two_processes_leave_no_gap_no_duplicate_and_the_same_bits(folder: Path,
     assert all("steps was 2 and is 3" in log[-1] for log in logs)
 
 
+def test_what_a_process_that_died_left_is_made_by_another_number_of_them(folder: Path, tmp_path: Path) -> None:
+    one, two = tmp_path / "one", tmp_path / "two"
+    generate(_config(folder, one, batch_size=2, score=["brightness"]))
+    options = json.dumps(vars(_config(folder, two, batch_size=2, score=["brightness"], workers=1)))
+    assert apart("sampling.generate_worker:one_dies", options) == [1, -signal.SIGKILL]
+    kept = {path: path.stat().st_mtime_ns for path in two.glob("0*.png")}
+    listed = [line for path in two.glob("manifest*.jsonl") for line in path.read_text().splitlines()]
+    assert 4 <= len(listed) < 6
+    generate(_config(folder, two, batch_size=2, score=["brightness"]))
+    assert _bytes(two) == _bytes(one)
+    names = [json.loads(line)["file"] for line in listed]
+    assert all(kept[two / name] == (two / name).stat().st_mtime_ns for name in names)
+
+
 def test_kill_at_any_moment_then_run_again(folder: Path, finished: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     options = json.dumps(vars(_config(folder, out)))

@@ -69,16 +69,18 @@ def test_scores_are_those_of_the_folder(model: Any, tmp_path: Path) -> None:
     assert [one["scores"] for one in shown] == [row["scores"] for row in rows]
 
 
-def test_a_reward_that_fails_on_some_pictures_loses_nothing(model: Any, tmp_path: Path) -> None:
+def test_a_reward_that_fails_on_some_pictures_loses_nothing(
+    model: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     (tmp_path / "fussy.py").write_text(FUSSY)
-    fussy, said = str(tmp_path / "fussy.py"), list[str]()
+    fussy = str(tmp_path / "fussy.py")
     # Batches of two: the second holds one picture of each prompt.
     options: dict[str, Any] = {"score": [fussy, "brightness"], "keep": {"top": 1, "by": fussy}}
-    generate(_config(tmp_path / "out", **options), model, said.append)
+    generate(_config(tmp_path / "out", **options), model)
     rows = _rows(tmp_path / "out")
     assert [row["scores"][fussy] is None for row in rows] == [False] * 3 + [True] * 3
     assert all(row["scores"]["brightness"] is not None for row in rows)
-    line = next(line for line in said if "no score" in line)
+    line = next(line for line in caplog.messages if "no score" in line)
     assert "for 3 pictures, which are kept: 00001_seed0.png, 00001_seed1.png, 00001_seed2.png" in line
     assert "RuntimeError: I do not like blue" in line and "\n" not in line
     assert [row["kept"] for row in rows].count(True) == 4 and all(row["kept"] for row in rows[3:])
@@ -104,7 +106,7 @@ def test_the_best_are_kept_and_the_others_are_known(
     monkeypatch.setattr("visiontune.sampling.drawing.images", lambda *_, **__: pytest.fail("sampled again"))
     generate(_config(out, score=["brightness"], keep=1), model)
     assert _bytes(out) == before
-    with pytest.raises(UserError, match="keep was .*'top': 1.* and is .*'top': 2"):
+    with pytest.raises(UserError, match=r"keep was .*'top': 1.* and is .*'top': 2"):
         generate(_config(out, score=["brightness"], keep=2), model)
     # A shard holds what is kept.
     monkeypatch.undo()
@@ -245,7 +247,7 @@ def test_an_error_of_a_thread_is_the_next_calls() -> None:
         overlap.give(1)  # the last one: where the block ends
 
 
-def test_what_was_drawn_before_an_error_of_the_reward_device_is_kept(
+def test_what_was_written_before_the_disk_was_full_is_kept(
     model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     save, calls = Image.Image.save, []

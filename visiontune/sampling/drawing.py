@@ -86,7 +86,8 @@ def threads(
         chosen.load_state_dict({"count": max(next(iter(finished.values())), 0) or before})
     elif len(batches) * config.steps >= WORTH_TRYING:
         one = replace(config, steps=1)
-        chosen.choose(lambda: plain(one, model, first))
+        chosen.choose(partial(plain, one, model, first))
+    del model  # who draws with another one later is not to keep this one
     try:
         yield
     finally:

@@ -6,7 +6,7 @@ import itertools
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -16,25 +16,21 @@ from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, gather_object
 from tqdm.auto import tqdm
 
-from visiontune import files, outside, signals
-from visiontune.data.prompt_files import read_prompts
+from visiontune import files, signals
 from visiontune.errors import UserError
 from visiontune.models.words import lost
 from visiontune.ops.devices import check_device
 from visiontune.sampling import manifest, scored, shards, sheets
-from visiontune.sampling.cells import Cell, cells
 from visiontune.sampling.config import SampleConfig
-from visiontune.sampling.drawing import Draw, Drawn, check_guidance, drawing, requests, threads
-from visiontune.sampling.manifest import Job
+from visiontune.sampling.drawing import Drawn, drawing, requests, threads
 from visiontune.sampling.metadata import Metadata
-from visiontune.sampling.outlook import check_count, check_disk, outlook
+from visiontune.sampling.outlook import check_disk, outlook
 from visiontune.sampling.overlap import Map, Overlap
 from visiontune.sampling.pipeline import images
 from visiontune.sampling.searched import report
-from visiontune.sampling.settings import settings_of
-from visiontune.sampling.sources import Bench, scale_of, substituted
+from visiontune.sampling.sources import Bench
+from visiontune.sampling.task import Batch, Task, planned
 from visiontune.sampling.writer import write_image
-from visiontune.search.asked import Asked
 
 if TYPE_CHECKING:
     from visiontune.models.pipeline import PipelineModel
@@ -42,41 +38,7 @@ if TYPE_CHECKING:
 __all__ = ["generate", "images"]
 
 T = TypeVar("T")
-Batch = Sequence[Job]
 _log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Task:
-    """A sampling run: what is to be drawn, and where to.
-
-    Attributes:
-        config: the options. out: the folder. jobs: every picture, those of a cell together. settings: of each cell.
-        search: of all pictures, if there is one. finished: the pictures that are there, each with the threads that drew
-            it, 0 where the manifest does not say.
-    """
-
-    config: SampleConfig
-    out: Path
-    cells: Sequence[Cell]
-    settings: Sequence[dict[str, Any]]
-    jobs: Sequence[Job]
-    search: Asked | None
-    finished: dict[str, int] = field(default_factory=dict)
-
-    def batches(self) -> list[Batch]:
-        """What is drawn together, cut from all jobs, whatever is finished."""
-        # What a search draws side by side for a picture fills a batch: so little is lost where a run is ended.
-        size = max(1, self.config.batch_size // (1 if self.search is None else self.search.method.n))
-        found: list[Batch] = []
-        for _, group in itertools.groupby(self.jobs, key=lambda job: job.cell):
-            own = list(group)
-            found += [own[i : i + size] for i in range(0, len(own), size)]
-        return found
-
-    def missing(self, batch: Batch) -> int:
-        """How many pictures of a batch are not there."""
-        return sum(job.file not in self.finished for job in batch)
 
 
 def generate(config: SampleConfig, model: PipelineModel | None = None, say: Callable[[str], None] = _log.info) -> Path:
@@ -97,9 +59,10 @@ def generate(config: SampleConfig, model: PipelineModel | None = None, say: Call
         Interrupted: Ctrl-C or SIGTERM, after the batch in which it came.
     """
     check_device(config.device, "device", ("auto",))
+    check_device(config.score_device, "score_device")
     scored.check(config)
     state = _processes(config.device)
-    task, plan = _planned(config, model)
+    task, plan = planned(config, model)
     lock = files.Lock(task.out)
     try:
         task = replace(task, finished=_on_main(state, lambda: _open(task, lock)))
@@ -108,41 +71,14 @@ def generate(config: SampleConfig, model: PipelineModel | None = None, say: Call
         number = _draw(task, model, state, say)
         # One that is asked to end lets the others finish their share, unless they are asked too, as launchers do.
         number = max(gather_object([number]))
-        lines = _on_main(state, lambda: _close(task, number))
+        said, warnings = _on_main(state, lambda: _close(task, number))
     finally:
         lock.release()
-    for line in lines:
-        if state.is_main_process:
-            say(line)
+    for line in said if state.is_main_process else ():
+        say(line)
+    for line in warnings if state.is_main_process else ():
+        _log.warning("%s", line)
     return task.out / manifest.NAME
-
-
-def _planned(config: SampleConfig, model: PipelineModel | None) -> tuple[Task, str]:
-    """Everything that is to be drawn, and what is to be said of that; mistakes are found before a model is opened."""
-    if model is not None and config.grid is not None and config.grid.model:
-        raise UserError("grid.model names models, and one is given already: leave one of them out")
-    prompts = read_prompts(config.prompts)
-    plan = check_count(len(prompts), config)
-    found, jobs = [], list[Job]()
-    suffix = "png" if config.format == "tar" else config.format
-    for i, cell in enumerate(cells(config)):
-        try:
-            check_guidance(cell.config)
-            own = replace(cell.config, cfg_scale=scale_of(cell.config))
-            words = substituted([*prompts, own.negative_prompt], own)
-        except UserError as error:
-            raise UserError(cell.prefix(str(error))) from error
-        found.append(replace(cell, config=replace(own, negative_prompt=words[-1])))
-        jobs += manifest.plan(words[:-1], config.seed_list(), suffix, cell.name, i)
-    task = Task(
-        config=config,
-        out=outside.expanded(config.out, "folder"),
-        cells=found,
-        settings=[settings_of(cell.config, model) for cell in found],
-        jobs=jobs,
-        search=None if config.search is None else Asked.of(config.search),
-    )
-    return task, plan
 
 
 def _draw(task: Task, model: PipelineModel | None, state: PartialState, say: Callable[[str], None]) -> int:
@@ -151,53 +87,62 @@ def _draw(task: Task, model: PipelineModel | None, state: PartialState, say: Cal
     mine = pending[state.process_index :: state.num_processes]
     if not mine:
         return 0
-
-    def told(line: str) -> None:
-        if line and state.is_main_process:
-            say(line)
-
     with ExitStack() as stack:
         scorer = scored.Scorer(task.config.score, task.config.score_device) if task.config.score else None
         bench = stack.enter_context(Bench(state, model))
-        first = bench.at(task.cells[mine[0][0].cell].config)
-        need = check_disk(task.config, first, task.out, sum(map(task.missing, pending)))
-        bar = stack.enter_context(
-            tqdm(total=sum(map(task.missing, mine)), unit="image", disable=not state.is_main_process)
-        )
         asked = stack.enter_context(signals.Asked("the batch"))
-        stack.enter_context(threads(task.cells[mine[0][0].cell].config, first, mine, task.finished))
-        if task.config.grid is not None:
-            told(outlook(task.cells, mine, first, need, state.num_processes))
+        _prepare(task, bench, pending, mine, state, say, stack)
+        hidden = not state.is_main_process
+        bar = stack.enter_context(tqdm(total=sum(map(task.missing, mine)), unit="image", disable=hidden))
         part = manifest.part(task.out, state.process_index)
 
         def finish(given: tuple[Batch, list[Drawn], int], over: Map) -> int:
             return _finish(task, scorer, part, *given, over)
 
         overlap = stack.enter_context(Overlap(finish, task.config.workers, bar.update))
-        for batch, draw in _ways(task, bench, mine, told):
-            overlap.give((batch, draw(batch), torch.get_num_threads()))
+        for batch, drawn in _drawn(task, bench, mine, state, say):
+            overlap.give((batch, drawn, torch.get_num_threads()))
             if asked.number:
                 break
     return asked.number
 
 
-def _ways(
-    task: Task, bench: Bench, batches: Sequence[Batch], told: Callable[[str], None]
-) -> Iterator[tuple[Batch, Draw]]:
-    """Batches, each with the way to draw it: that of its cell."""
+def _prepare(
+    task: Task,
+    bench: Bench,
+    pending: Sequence[Batch],
+    mine: Sequence[Batch],
+    state: PartialState,
+    say: Callable[[str], None],
+    stack: ExitStack,
+) -> None:
+    """With the first model open, look for room, choose the threads for as long as `stack` is, and say what is ahead."""
+    config = task.cells[mine[0][0].cell].config
+    model = bench.at(config)
+    need = check_disk(task.config, model, task.out, sum(map(task.missing, pending)))
+    stack.enter_context(threads(config, model, mine, task.finished))
+    if task.config.grid is not None and state.is_main_process:
+        say(outlook(task.cells, mine, model, need, state.num_processes))
+
+
+def _drawn(
+    task: Task, bench: Bench, batches: Sequence[Batch], state: PartialState, say: Callable[[str], None]
+) -> Iterator[tuple[Batch, list[Drawn]]]:
+    """Batches and their pictures, each drawn as its cell has it. Nothing outlives a cell: the next may need room."""
     known = None
     for number, group in itertools.groupby(batches, key=lambda batch: batch[0].cell):
         config = task.cells[number].config
-        model = bench.at(config)
-        if model is not known:
-            known = model
+        draw, plan = drawing(config, bench.at(config), task.search)
+        if plan and state.is_main_process:
+            say(plan)
+        if known != (known := (bench.opened,)) and state.is_main_process:
             named = {job.index: (f"prompts[{job.index}]", job.prompt) for job in task.jobs if job.cell == number}
-            for line in lost(model, {"prompt": [*named.values(), ("negative_prompt", config.negative_prompt)]}):
-                told(line)
-        draw, plan = drawing(config, model, task.search)
-        told(plan)
+            texts = {"prompt": [*named.values(), ("negative_prompt", config.negative_prompt)]}
+            for line in lost(bench.at(config), texts):
+                _log.warning("%s", line)
         for batch in group:
-            yield batch, draw
+            yield batch, draw(batch)
+        del draw
 
 
 def _finish(
@@ -245,14 +190,14 @@ def _open(task: Task, lock: files.Lock) -> dict[str, int]:
     return {row["file"]: row.get("threads", 0) for row in rows}
 
 
-def _close(task: Task, number: int) -> list[str]:
+def _close(task: Task, number: int) -> tuple[list[str], list[str]]:
     """Fold the parts together, make sure that nothing is missing, let go what is not kept, draw the sheets, pack.
 
     Args:
         number: of the signal that ended the drawing before its time; 0 for none.
 
     Returns:
-        What is to be said of the pictures.
+        What is to be said of the pictures, and what to be warned of.
     """
     out, config = task.out, task.config
     rows = manifest.collect(out)
@@ -264,7 +209,7 @@ def _close(task: Task, number: int) -> list[str]:
         raise UserError(f"{len(missing)} images are missing from {out} ({missing[0]} ...): run the same command again")
     by_file = {row["file"]: row for row in rows}
     rows = [by_file[job.file] for job in task.jobs]
-    said = [*report(rows), *scored.means(rows), *scored.complaints(rows)]
+    said = [*report(rows), *scored.means(rows)]
     gone: set[str] = set()
     if config.keep is not None:
         gone = scored.let_go(rows, config.keep, [scored.name_of(spec) for spec in config.score])
@@ -274,11 +219,10 @@ def _close(task: Task, number: int) -> list[str]:
         said.append(f"{len(rows) - len(gone)} of {len(rows)} pictures are kept")
     for name in gone:
         (out / name).unlink(missing_ok=True)
-    lines: list[str] = []
-    sheets.write(config, out, task.jobs, task.cells, gone, lines.append)
+    sheets.write(config, out, task.jobs, task.cells, gone, said.append)
     if config.format == "tar":
         shards.pack(out, [row for row in rows if row["file"] not in gone], config.shard)
-    return said + lines
+    return said, scored.complaints(rows)
 
 
 def _processes(device: str) -> PartialState:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
@@ -110,12 +111,19 @@ class Bench:
     def __exit__(self, *error: object) -> None:
         self._take_off()
 
+    @property
+    def opened(self) -> object:
+        """What tells the model that is open from others."""
+        return self._opened
+
     def at(self, config: SampleConfig) -> PipelineModel:
         """The model with the configured adapters attached, each at its strength."""
         source = None if self._given else (base_of(config), config.revision, config.variant)
         if self._model is None or source != self._opened:
             self._take_off()
-            self._model = None  # its memory is that of the next
+            if self._model is not None:
+                self._model = None
+                gc.collect()  # its memory is that of the next
             self._model, self._opened = self._load(config), source
         own = config.adapter_list()
         wanted = [adapter_file(one.file) for one in own]
