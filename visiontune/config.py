@@ -19,7 +19,7 @@ from visiontune.data.base import Config as DataConfig
 from visiontune.data.readers import resolve
 from visiontune.errors import UserError
 from visiontune.outside import shown
-from visiontune.sampling.config import SampleConfig
+from visiontune.sampling.config import GridConfig, KeepConfig, SampleConfig
 from visiontune.schema import convert, from_mapping, option, structure
 from visiontune.training.config import GuardsConfig, JudgeConfig, PreviewConfig, TrainConfig
 
@@ -119,7 +119,7 @@ def sections() -> dict[str, type]:
     """The sections of a recipe that have options of their own, and whole recipes of both verbs."""
     parts = {"model": ModelConfig, "data": DataConfig, "train": TrainConfig, "preview": PreviewConfig}
     parts |= {"guards": GuardsConfig, "judge": JudgeConfig}
-    return {"run": Run, **parts, "sample": SampleConfig}
+    return {"run": Run, **parts, "sample": SampleConfig, "grid": GridConfig, "keep": KeepConfig}
 
 
 # ---------------------------------------------------------------------------------------------------- reading

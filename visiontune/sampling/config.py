@@ -177,10 +177,6 @@ class SampleConfig:
     def __post_init__(self) -> None:
         if not self.seed_count:
             raise UserError("seeds names no seed: give a count of at least 1 or a list of seeds")
-        if self.quality is not None and self.format not in ("webp", "jpg"):
-            raise UserError(f"quality is one of webp and jpg, and format is {self.format}, which loses nothing")
-        if self.keep is not None and not self.score:
-            raise UserError("keep goes by a score: name its reward in score too, score=[oracle]")
 
     @property
     def seed_count(self) -> int:

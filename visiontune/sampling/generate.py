@@ -60,7 +60,6 @@ def generate(config: SampleConfig, model: PipelineModel | None = None, say: Call
     """
     check_device(config.device, "device", ("auto",))
     check_device(config.score_device, "score_device")
-    scored.check(config)
     state = _processes(config.device)
     task, plan = planned(config, model)
     lock = files.Lock(task.out)

@@ -55,6 +55,8 @@ def check(config: SampleConfig) -> None:
     Raises:
         UserError: naming the mend.
     """
+    if config.keep is not None and not config.score:
+        raise UserError("keep goes by a score: name its reward in score too, score=[oracle]")
     names = []
     for i, spec in enumerate(config.score):
         configured(spec, f"score[{i}]")

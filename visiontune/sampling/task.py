@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from visiontune import outside
 from visiontune.data.prompt_files import read_prompts
 from visiontune.errors import UserError
-from visiontune.sampling import manifest
+from visiontune.sampling import manifest, scored
 from visiontune.sampling.cells import Cell, cells
 from visiontune.sampling.config import SampleConfig
 from visiontune.sampling.drawing import check_guidance
@@ -68,6 +68,9 @@ def planned(config: SampleConfig, model: PipelineModel | None) -> tuple[Task, st
     """
     if model is not None and config.grid is not None and config.grid.model:
         raise UserError("grid.model names models, and one is given already: leave one of them out")
+    if config.quality is not None and config.format not in ("webp", "jpg"):
+        raise UserError(f"quality is one of webp and jpg, and format is {config.format}, which loses nothing")
+    scored.check(config)
     prompts = read_prompts(config.prompts)
     plan = check_count(len(prompts), config)
     found, jobs = [], list[Job]()
