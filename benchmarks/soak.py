@@ -32,6 +32,7 @@ import torch
 from safetensors.torch import load_file
 
 from visiontune.files import write_json, write_text
+from visiontune.sampling.manifest import is_sheet
 
 RESULTS = Path(__file__).parent / "results"
 PROMPTS = [
@@ -132,7 +133,8 @@ def soak_sampling(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
 
 def pictures(out: Path) -> int:
     """How many pictures, loose ones or shards, lie in a folder."""
-    return sum(1 for path in out.glob("*") if path.suffix in (".png", ".webp", ".jpg", ".tar")) if out.is_dir() else 0
+    kinds = (".png", ".webp", ".jpg", ".tar")
+    return sum(path.suffix in kinds and not is_sheet(path.name) for path in out.glob("*"))
 
 
 def soak_training(args: argparse.Namespace, folder: Path) -> dict[str, Any]:

@@ -206,8 +206,6 @@ def _close(task: Task, number: int) -> tuple[list[str], list[str]]:
         raise signals.Interrupted(f"{signals.name(number)} after {len(done)} of {len(task.jobs)} images", number)
     if missing:
         raise UserError(f"{len(missing)} images are missing from {out} ({missing[0]} ...): run the same command again")
-    by_file = {row["file"]: row for row in rows}
-    rows = [by_file[job.file] for job in task.jobs]
     said = [*report(rows), *scored.means(rows)]
     gone: set[str] = set()
     if config.keep is not None:
@@ -220,7 +218,8 @@ def _close(task: Task, number: int) -> tuple[list[str], list[str]]:
         (out / name).unlink(missing_ok=True)
     sheets.write(config, out, task.jobs, task.cells, gone, said.append)
     if config.format == "tar":
-        shards.pack(out, [row for row in rows if row["file"] not in gone], config.shard)
+        by_file = {row["file"]: row for row in rows}
+        shards.pack(out, [by_file[job.file] for job in task.jobs if job.file not in gone], config.shard)
     return said, scored.complaints(rows)
 
 
