@@ -26,18 +26,21 @@ class Scaling:
 
     def __init__(self, stages: Sequence[nn.Module], kappa: float, opened: float) -> None:
         self.kappa, self.opened = kappa, opened
+        self._exponents: dict[nn.Module, tuple[int, ...]] = {}
         counts: list[int] = [len(stage.resnets) for stage in stages]  # type: ignore[arg-type]
         left = sum(counts)
         for stage, count in zip(stages, counts, strict=True):
             # Within a stage the last of the tuple is taken first, and is the deepest: exponents rise along the tuple.
-            stage.visiontune_exponents = tuple(range(left - count, left))
+            self._exponents[stage] = tuple(range(left - count, left))
             left -= count
             stage.register_forward_pre_hook(self._scale, with_kwargs=True)
 
-    def _scale(self, stage: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
+    def _scale(
+        self, stage: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[Any, dict[str, Any]] | None:
         if self.kappa == 1:
             return None
-        pairs = zip(kwargs[TAKEN], stage.visiontune_exponents, strict=True)
+        pairs = zip(kwargs[TAKEN], self._exponents[stage], strict=True)
         return args, {**kwargs, TAKEN: tuple(skip * self.kappa**exponent for skip, exponent in pairs)}
 
 
