@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
@@ -64,6 +65,15 @@ def trained_on(file: Path, option: str) -> str:
     return base
 
 
+def skips_of(files: Sequence[Path]) -> float | None:
+    """Kappa of the long skips that adapters were trained with; None where none says one, which the model decides then.
+
+    Raises:
+        UserError: one of them is no adapter file.
+    """
+    return next((kappa for file in files if (kappa := adapters.read_header(file)["skips"]) != 1), None)
+
+
 def scale_of(config: SampleConfig) -> float:
     """The scale of classifier-free guidance; guidance that an adapter has inside is not added again unasked."""
     files = [adapter_file(one.file) for one in config.adapter_list()]
@@ -118,7 +128,7 @@ class Bench:
 
     def at(self, config: SampleConfig) -> PipelineModel:
         """The model with the configured adapters attached, each at its strength."""
-        source = None if self._given else (base_of(config), config.revision, config.variant)
+        source = None if self._given else (base_of(config), config.revision, config.variant, _skips(config))
         if self._model is None or source != self._opened:
             self._take_off()
             if self._model is not None:
@@ -149,9 +159,14 @@ class Bench:
             device=device,
             # What a file names is not fetched unasked.
             fetch=config.model is not None,
+            skips=_skips(config),
         )
 
     def _take_off(self) -> None:
         for adapter_set in reversed(self._sets):
             adapter_set.detach()
         self._sets, self._files = [], []
+
+
+def _skips(config: SampleConfig) -> float | None:
+    return skips_of([adapter_file(one.file) for one in config.adapter_list()])
