@@ -111,7 +111,8 @@ class Bench:
 
     def __init__(self, state: PartialState, model: PipelineModel | None = None) -> None:
         self._state, self._given = state, model
-        self._model, self._opened = model, None
+        self._model = model
+        self._opened: object = None
         self._sets: list[AdapterSet] = []
         self._files: list[Path] = []
 
