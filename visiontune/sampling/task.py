@@ -84,7 +84,8 @@ def planned(config: SampleConfig, model: PipelineModel | None) -> tuple[Task, st
             raise UserError(cell.prefix(str(error))) from error
         found.append(replace(cell, config=replace(own, negative_prompt=words[-1])))
         jobs += manifest.plan(words[:-1], config.seed_list(), suffix, cell.name, i)
-    _check_models(config, found)
+    if model is None:
+        _check_models(config, found)
     task = Task(
         config=config,
         out=outside.expanded(config.out, "folder"),
