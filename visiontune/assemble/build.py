@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from visiontune import files
-from visiontune.assemble import folder, parts, resources
+from visiontune.assemble import beside, folder, parts, resources
 from visiontune.config import Run
 from visiontune.data.inventory import uncaptioned
 from visiontune.data.preflight import preflight
@@ -71,6 +71,7 @@ def build(
 
     model: Any = parts.open_model(run)
     under = parts.attach_under(run, model)
+    beside.check(run, model, objective, found.samples)
     _check_sizes(run, model, objective)
     _check_dropout(run, model)
     objective.check(model, reward)
@@ -253,8 +254,8 @@ def _rows(
     lent = Tools(reference=lambda: _off(model, sets), draw=draw or images)
     with accelerator.main_process_first():
         prior = objective.prepare(model, run.data, found.samples, cache_dir, lent)
-    beside = objective.prior_rows(run.train.batch_size)
-    return encoded(run, model, sets, [*found.samples, *prior], accelerator, cache_dir, fill, beside)
+    own = objective.prior_rows(run.train.batch_size)
+    return encoded(run, model, sets, [*found.samples, *prior], accelerator, cache_dir, fill, own)
 
 
 @contextmanager

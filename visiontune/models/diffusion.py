@@ -222,6 +222,11 @@ class DiffusionModel(PipelineModel):
         """Pixels [1, 3, H, W] in [-1, 1] of a picture, of the size at which the pipeline reads it."""
         raise NotImplementedError
 
+    @property
+    def paints(self) -> bool:
+        """Whether it paints into a picture, of which its network sees what is left in `channels`."""
+        return self.reads.mask
+
     # -- the denoiser -------------------------------------------------------------------------------------------
 
     def predict(self, x_t: Tensor, t: Tensor, cond: Condition) -> Tensor:

@@ -54,6 +54,7 @@ class PipelineModel(Model):
         longest: pixels of the longest side that the denoiser has places for, where their number is fixed.
         reader: knows how much of a prompt is read; longer ones are cut, and named once.
         reads: the pictures that stand beside every prompt, if any.
+        WORDS_SEE: whether the text encoder reads those, too.
     """
 
     task = "text-to-image"
@@ -68,6 +69,7 @@ class PipelineModel(Model):
     resolution: int
     longest: int | None = None
     reads: Reads = NOTHING
+    WORDS_SEE: ClassVar[bool] = False
 
     def __init__(self, pipe: Any, source: str = "") -> None:
         self.pipe = pipe
