@@ -110,7 +110,8 @@ def test_each_cell_is_drawn_as_it_would_be_alone_and_adapters_are_read_once(
     monkeypatch.setattr(adapters, "load", lambda nets, file, **named: [read.append(file), load(nets, file, **named)][1])
     grid = {"adapter": [None, *files], "adapter_scale": [0.5, 1.0], "steps": [1, 2]}
     said: list[str] = []
-    generate(_config(tmp_path / "out", grid), model, said.append)
+    # More than a cell has: a batch is of one cell.
+    generate(_config(tmp_path / "out", grid, batch_size=3), model, said.append)
     assert [str(file) for file in read] == files and not adapters.attached(model.networks())
     assert said[0] == "grid: 3 of adapter x 2 of adapter_scale x 2 of steps x 2 prompts and 1 seeds make 24 pictures"
     assert said[1].endswith("on the disk")
@@ -135,7 +136,8 @@ def test_axes_grow_and_a_value_that_is_gone_is_refused(model: Any, tmp_path: Pat
     out = tmp_path / "out"
     generate(_config(out, {"steps": [1]}), model)
     kept = (out / "t0_00000_seed0.png").stat().st_mtime_ns
-    generate(_config(out, {"steps": [1, 2]}), model)
+    for _ in range(2):
+        generate(_config(out, {"steps": [1, 2]}), model)
     assert (out / "t0_00000_seed0.png").stat().st_mtime_ns == kept and len(_rows(out)) == 4
     with pytest.raises(UserError, match="its grid had steps 2, which is gone"):
         generate(_config(out, {"steps": [1]}), model)
@@ -232,8 +234,8 @@ def test_room_is_looked_for_ahead_and_time_is_told(model: Any, tmp_path: Path, m
     with pytest.raises(UserError, match=r"2 pictures of 16x16 may take 1\.2 KiB, and .* has room for 1\.0 KiB"):
         generate(_config(tmp_path / "out", None, steps=1), model)
     monkeypatch.setattr(outlook, "WORTH_TRYING", 1)
-    seconds = iter([0.5, 0.9])  # of one step and of three: .3 s around steps of .2 s
+    seconds = iter([5, 9])  # of one step and of three: 3 s around steps of 2 s
     monkeypatch.setattr(outlook, "_seconds", lambda *_: next(seconds))
     said: list[str] = []
     generate(_config(tmp_path / "out", {"steps": [1, 2]}, confirm=True), model, said.append)
-    assert said[1] == "about 2.4 KiB on the disk, about 1 s by a trial"
+    assert said[1] == "about 2.4 KiB on the disk, about 12 s by a trial"
