@@ -148,7 +148,7 @@ class SampleConfig:
     )
     format: Format = option(
         "png",
-        help="png; webp, lossless, smaller and much faster to write, unless quality is given; jpg; tar, png pictures "
+        help="png; webp, lossless and much faster to write, unless quality is given; jpg; tar, png pictures "
         "with their rows of the manifest in shards as webdataset reads them",
     )
     quality: int | None = option(None, least=1, greatest=100, help="of lossy pictures; null: webp without loss, jpg 95")

@@ -13,7 +13,7 @@ from visiontune import files
 from visiontune.errors import UserError
 from visiontune.sampling.metadata import Metadata
 
-# WebP at effort 0 is five to six times faster than default PNG, smaller, and every bit as exact. A JPEG keeps its
+# WebP at effort 0 is five to six times faster than default PNG, and every bit as exact. A JPEG keeps its
 # colours at full size: what is halved by default is seen at edges.
 _OPTIONS: dict[str, dict[str, Any]] = {
     "png": {"format": "PNG"},
