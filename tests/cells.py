@@ -186,6 +186,7 @@ def _resume(cell: Cell, shop: Workshop, file: Path) -> None:
 
 def _drawn(shop: Workshop, file: Path) -> np.ndarray:
     model = shop.open()
+    model.accept(adapters.read_header(file))
     adapters.load(model.networks(), file).eval()
     return _picture(model)
 

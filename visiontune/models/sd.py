@@ -7,9 +7,9 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, ClassVar
 
 import torch
-from diffusers import EulerAncestralDiscreteScheduler
+from diffusers import EulerAncestralDiscreteScheduler, StableDiffusionPipeline
 from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
-from torch import Tensor
+from torch import Tensor, nn
 
 from visiontune.core import Condition
 from visiontune.models._structure import Structure
@@ -19,6 +19,21 @@ from visiontune.models.diffusion import DiffusionModel
 _ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 _TEXT_ATTENTION = ("q_proj", "k_proj", "v_proj", "out_proj")
 _FEW_TOKENS = 1024
+# Of a scale of guidance, as many as of the published UNets that are told one.
+_SINES = 256
+
+
+def sines(unet: Any, scale: Tensor) -> Tensor:
+    """What a UNet is told of scales of guidance [b], in float32: sines [b, d] of 1000 (scale - 1)."""
+    width = unet.config.time_cond_proj_dim
+    # A function of its arguments alone.
+    found: Tensor = StableDiffusionPipeline.get_guidance_scale_embedding(None, scale.float().cpu() - 1, width)
+    return found
+
+
+def _telling(unet: Any, scale: Tensor) -> Mapping[str, Tensor]:
+    weight = unet.time_embedding.cond_proj.weight
+    return {"timestep_cond": sines(unet, scale).to(weight)}
 
 
 class StableDiffusion(DiffusionModel):
@@ -35,6 +50,7 @@ class StableDiffusion(DiffusionModel):
         attention={r".+\.attn1": "none"},
         cross=r".+\.attn2",
         mid="mid_block",
+        telling=_telling,
         stages=(r"down_blocks\.\d+", "mid_block", r"up_blocks\.\d+"),
     )
     TARGETS: ClassVar[Mapping[str, Presets]] = {
@@ -57,8 +73,7 @@ class StableDiffusion(DiffusionModel):
         config = pipe.unet.config
         plain = config.in_channels == config.out_channels == self.latent_channels
         require(plain, self.source, f"its UNet takes {config.in_channels} channels; give a text-to-image checkpoint")
-        undistilled = config.time_cond_proj_dim is None
-        require(undistilled, self.source, "its guidance is distilled into the UNet; give the model it came from")
+        self.embedded = config.time_cond_proj_dim is not None
         size = config.sample_size
         self.resolution = self.downsample * int(size if isinstance(size, int) else size[0])
 
@@ -75,9 +90,28 @@ class StableDiffusion(DiffusionModel):
             x_t,
             t,
             encoder_hidden_states=cond.tokens,
+            timestep_cond=self._told_scale(x_t, cond),
             added_cond_kwargs=self._added(x_t, cond) or None,
             return_dict=False,
         )[0]
+
+    def _told_scale(self, x_t: Tensor, cond: Condition) -> Tensor | None:
+        """Sines of the guidance [b, d] that a network with guidance inside is told; 1 unless the condition says."""
+        if not self.embedded:
+            return None
+        told = cond.extra.get("guidance", torch.ones(len(x_t)))
+        return sines(self.denoiser, told).to(x_t)
+
+    def _embed_guidance(self) -> dict[str, nn.Module]:
+        time = self.denoiser.time_embedding
+        time.cond_proj = nn.Linear(_SINES, time.linear_1.in_features, bias=False)
+        nn.init.zeros_(time.cond_proj.weight)
+        self.denoiser.register_to_config(time_cond_proj_dim=_SINES)
+        return {f"{self.DENOISERS[0]}.time_embedding.cond_proj": time.cond_proj}
+
+    def _drop_guidance(self) -> None:
+        self.denoiser.time_embedding.cond_proj = None
+        self.denoiser.register_to_config(time_cond_proj_dim=None)
 
     def _added(self, x_t: Tensor, cond: Condition) -> dict[str, Tensor]:
         """The UNet's conditioning beside the tokens."""

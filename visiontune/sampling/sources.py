@@ -70,15 +70,41 @@ def scale_of(config: SampleConfig) -> float:
     found = next((file for file in files if "distilled_guidance" in adapters.read_header(file)), None)
     stack = GuidanceStack.of_options(config)
     based = stack is not None and stack.base is not None
-    if found is not None and (based or config.cfg_scale not in (None, 1)):
+    learnt = None if found is None else _strengths(found)
+    if found is not None and (based or (learnt is None and config.cfg_scale not in (None, 1))):
         _log.warning(
             "%s has guidance distilled into it (%s), and is guided again: leave cfg_scale and guidance out",
             found,
             adapters.read_header(found)["distilled_guidance"],
         )
+    if learnt is not None and config.cfg_scale is not None and not learnt[0] <= config.cfg_scale <= learnt[1]:
+        _log.warning(
+            "%s was taught strengths of guidance from %g to %g, and cfg_scale=%g is none of them",
+            found,
+            *learnt,
+            config.cfg_scale,
+        )
     if config.cfg_scale is not None:
         return config.cfg_scale
+    if learnt is not None:
+        return min(max(DEFAULT_SCALE, learnt[0]), learnt[1])
     return DEFAULT_SCALE if found is None or based else 1.0
+
+
+def _strengths(file: Path) -> tuple[float, float] | None:
+    """The least and the greatest strength that a student is told, if it is told any.
+
+    Raises:
+        UserError: the file says it in a way that visiontune does not.
+    """
+    header = adapters.read_header(file)
+    if not header["whole"]:
+        return None
+    said = outside.parse_json(header["distilled_guidance"], f"'distilled_guidance' of '{file}'")
+    match said:
+        case {"w": [int() | float() as least, int() | float() as most]}:
+            return float(least), float(most)
+    raise UserError(f"{file} does not say what strengths of guidance it was taught: copy or train it again")
 
 
 def substituted(prompts: list[str], config: SampleConfig) -> list[str]:
@@ -109,12 +135,15 @@ def loaded(config: SampleConfig, model: PipelineModel | None, state: PartialStat
             device=device,
             fetch=named,
         )
-    sets = []
+    sets, had = [], model.embedded
     try:
         for i, one in enumerate(config.adapter_list()):
+            model.accept(adapters.read_header(adapter_file(one.file)))
             sets.append(adapters.load(model.networks(), adapter_file(one.file), name=f"sample{i}", trust=config.trust))
             sets[-1].scale = config.adapter_scale * one.scale
         yield model
     finally:
         for adapter_set in reversed(sets):
             adapter_set.detach()
+        if not had:
+            model.drop_guidance()
