@@ -23,7 +23,6 @@ from typing import Any
 import numpy as np
 import torch
 from personalise import RESULTS, spread
-from torch import Tensor
 
 from visiontune import adapters, config
 from visiontune.assemble import assemble
@@ -31,6 +30,7 @@ from visiontune.evaluation.metrics import image_features, prompt_accuracy
 from visiontune.files import write_json, write_text
 from visiontune.models import load
 from visiontune.models.clip import load_clip
+from visiontune.ops.mmd import squared_mmd
 from visiontune.pocket.scenes import stream
 from visiontune.pocket.world import render
 from visiontune.sampling.pipeline import images
@@ -55,19 +55,6 @@ def held_out(kind: str) -> tuple[list[str], np.ndarray]:
     return [text for _, text in found], np.stack([render(scene) for scene, _ in found])
 
 
-def kid(features: Tensor, others: Tensor) -> float:
-    """Unbiased squared maximum mean discrepancy under (x y / d + 1)^3, Binkowski et al., 2018, arXiv 1801.01401.
-
-    Args:
-        features, others: unit features ``[n, d]`` of as many pictures each; scaled to length sqrt(d).
-    """
-    n, d = features.shape
-    (x, y) = (value.double() * d**0.5 for value in (features, others))
-    inner, outer = ((a @ b.T / d + 1) ** 3 for a, b in ((torch.cat([x, y]), torch.cat([x, y])), (x, y)))
-    within = (inner[:n, :n].sum() + inner[n:, n:].sum() - inner.trace()) / (n * (n - 1))
-    return float(within - 2 * outer.mean())
-
-
 def measure(model: Any, scale: float, steps: int, seed: int) -> dict[str, float]:
     """Scores of a way to draw."""
     row: dict[str, float] = {"calls": steps * (1 if scale == 1 else 2)}
@@ -80,7 +67,7 @@ def measure(model: Any, scale: float, steps: int, seed: int) -> dict[str, float]
         drawn.append(pictures)
         true.append(real)
     clip = load_clip("pocket/clip")
-    row["kid"] = kid(*(image_features(np.concatenate(part), clip) for part in (drawn, true)))
+    row["kid"] = float(squared_mmd(*(image_features(np.concatenate(part), clip) for part in (drawn, true))))
     few = [(prompt, 1000 * seed + i) for kind in PROMPTS for prompt in held_out(kind)[0][:4] for i in range(4)]
     seen = images(model, *map(list, zip(*few, strict=True)), **drawing)
     row["diversity"] = diversity(seen.reshape(-1, 4, *seen.shape[1:]))

@@ -84,3 +84,22 @@ def test_pictures_of_a_folder_are_learnt_from_too(cli, recipe):
     result = cli("train", recipe, *OPTIONS, "objective.states=data", "preview.prompts=[]")
     assert result.code == 0, result.err
     assert "distilled_guidance" in adapters.read_header("runs/tiny/adapter.safetensors")
+
+
+def test_few_steps_are_learnt_and_drawn(cli, recipe, caplog):
+    Path("prompts.txt").write_text("a red circle\na blue square\n")
+    objective = "objective={name: mmd_ddm, few_steps: 2, steps: 2, updates: 2, group: 2}"
+    words = [objective, *OPTIONS[1:], "data.root=prompts.txt", "preview.prompts=[a red circle]", "preview.cfg_scale=1"]
+    result = cli("train", recipe, *words, "preview.steps=3")
+    assert result.code == 0, result.err
+    assert "preview.steps=3 draws in other steps than what is trained for: set it to 2" in result.err + caplog.text
+    drawn = cli("sample", "adapter=runs/tiny", "prompts=[a red circle]", "device=cpu")
+    assert drawn.code == 0, drawn.err
+    settings = json.loads(Path("runs/samples/manifest.jsonl").read_text().splitlines()[0])["settings"]
+    assert (settings["steps"], settings["scheduler"], settings["cfg_scale"]) == (2, "ddim", 1.0)
+
+
+def test_few_steps_are_learnt_from_pictures_of_a_folder(cli, recipe):
+    words = ["objective={name: mmd_ddm, few_steps: 2, compare_with: data}", *OPTIONS[1:], "preview.prompts=[]"]
+    result = cli("train", recipe, *words)
+    assert result.code == 0, result.err

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
@@ -181,6 +182,13 @@ def _check(run: Run, objective: Objective, reward: Any) -> None:
     if distilled and run.preview.prompts and run.preview.cfg_scale != 1:
         _log.warning(
             "preview.cfg_scale=%g guides what learns to do without: set it to 1 to see that", run.preview.cfg_scale
+        )
+    few = json.loads(objective.facts().get("few_steps", "null"))
+    if few and run.preview.prompts and run.preview.steps != few["steps"]:
+        _log.warning(
+            "preview.steps=%d draws in other steps than what is trained for: set it to %d to see that",
+            run.preview.steps,
+            few["steps"],
         )
 
 

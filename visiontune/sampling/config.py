@@ -23,6 +23,14 @@ class AdapterConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class FewSteps:
+    """How an adapter of few steps is to be drawn, as its header says."""
+
+    steps: int = option(25, least=1, greatest=1000, help="denoising steps")
+    scheduler: Scheduler = option("model", help="sampler")
+
+
+@dataclass(frozen=True, kw_only=True)
 class SampleConfig:
     """Every prompt with every seed, written to one folder."""
 
@@ -50,7 +58,9 @@ class SampleConfig:
         1, least=0, greatest=2**63 - 1, help="a list of seeds, or a count n for seeds 0 to n-1"
     )
     out: str = option("runs/samples", help="folder that receives images, manifest.jsonl and grid.png")
-    steps: int = option(25, least=1, greatest=100_000, help="denoising steps")
+    steps: int | None = option(
+        None, least=1, greatest=100_000, help="denoising steps; null: 25, or what an adapter of few steps was made for"
+    )
     cfg_scale: float | None = option(
         None,
         least=-1000,
@@ -74,7 +84,11 @@ class SampleConfig:
         "its own",
     )
     negative_prompt: str = option("", help="prompt of the unconditional branch")
-    scheduler: Scheduler = option("model", help="sampler; model is the one that the model came with")
+    scheduler: Scheduler | None = option(
+        None,
+        help="sampler; model is the one that the model came with. null: model, or what an adapter of few steps was made "
+        "for",
+    )
     batch_size: int = option(8, least=1, greatest=4096, help="images a batch; changes them by rounding only")
     height: int | None = option(
         None, least=8, greatest=16384, multiple=8, help="pixels; the model's own resolution when left out"

@@ -33,7 +33,7 @@ from visiontune.sampling.manifest import Job
 from visiontune.sampling.pipeline import images
 from visiontune.sampling.searched import Searcher, report
 from visiontune.sampling.settings import settings_of
-from visiontune.sampling.sources import loaded, scale_of, substituted
+from visiontune.sampling.sources import loaded, settled, substituted
 from visiontune.sampling.writer import write_image
 from visiontune.search.asked import Asked
 
@@ -73,7 +73,7 @@ def generate(config: SampleConfig, model: PipelineModel | None = None, say: Call
     check_device(config.device, "device", ("auto",))
     # Mistakes before a model is opened.
     _check_guidance(config)
-    config = replace(config, cfg_scale=scale_of(config))
+    config = settled(config)
     search = None if config.search is None else Asked.of(config.search)
     state = _processes(config.device)
     prompts = substituted(read_prompts(config.prompts), config)
@@ -146,6 +146,7 @@ def _threads(
     size = sum(tensor.numel() for network in model.networks().values() for tensor in network.parameters())
     threads = Threads(model.device, size)
     first = batches[0]
+    assert config.steps is not None
     if finished:
         threads.load_state_dict({"count": max(next(iter(finished.values())), 0) or before})
     elif len(batches) * config.steps >= _WORTH_TRYING:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,7 +17,8 @@ from visiontune import adapters, models, outside
 from visiontune.data.base import has_slots, substitute
 from visiontune.errors import UserError
 from visiontune.guidance.stack import GuidanceStack
-from visiontune.sampling.config import SampleConfig
+from visiontune.sampling.config import FewSteps, SampleConfig
+from visiontune.schema import from_mapping
 
 if TYPE_CHECKING:
     from visiontune.models.pipeline import PipelineModel
@@ -62,6 +65,36 @@ def trained_on(file: Path, option: str) -> str:
     if not base:
         raise UserError(f"{file} does not say what it was trained on: name the base with {option}")
     return base
+
+
+def settled(config: SampleConfig) -> SampleConfig:
+    """The config with a scale, steps and a sampler: what it leaves open is as its adapters were made for.
+
+    Raises:
+        UserError: an adapter of few steps does not say how it is to be drawn.
+    """
+    files = [adapter_file(one.file) for one in config.adapter_list()]
+    found = next((file for file in files if "few_steps" in adapters.read_header(file)), None)
+    made_for = FewSteps() if found is None else _few_steps(found)
+    steps, scheduler = config.steps or made_for.steps, config.scheduler or made_for.scheduler
+    if found is not None and (steps, scheduler) != (made_for.steps, made_for.scheduler):
+        _log.warning(
+            "%s was made for %d steps of %s, not %d of %s: leave steps and scheduler out",
+            found,
+            made_for.steps,
+            made_for.scheduler,
+            steps,
+            scheduler,
+        )
+    return replace(config, cfg_scale=scale_of(config), steps=steps, scheduler=scheduler)
+
+
+def _few_steps(file: Path) -> FewSteps:
+    told = adapters.read_header(file)["few_steps"]
+    try:
+        return from_mapping(FewSteps, json.loads(told), f"{file}: few_steps")
+    except ValueError as error:
+        raise UserError(f"{file}: few_steps is '{told[:80]}', which is no JSON: train it again") from error
 
 
 def scale_of(config: SampleConfig) -> float:
