@@ -46,20 +46,17 @@ def test_a_student_that_is_told_its_guidance_is_sampled_continued_and_merged(cli
     assert header["whole"] == ["unet.time_embedding.cond_proj"]
     assert json.loads(header["distilled_guidance"]) == {"w": [2.0, 3.0], "w_density": "uniform"}
     sample = ["sample", "prompts=[a red circle]", "steps=1", "device=cpu", "grid=0"]
-    for scale in ([], ["cfg_scale=2.5"], ["cfg_scale=9"]):
-        out = f"runs/{scale}"
-        drawn = cli(*sample, "adapter=runs/tiny", f"out='{out}'", *scale)
+    for number, scale in enumerate(([], ["cfg_scale=2.5"], ["cfg_scale=9"])):
+        drawn = cli(*sample, "adapter=runs/tiny", f"out=runs/drawn{number}", *scale)
         assert drawn.code == 0, drawn.err
-        row = json.loads(Path(out, "manifest.jsonl").read_text().splitlines()[0])
-        assert row["settings"]["cfg_scale"] == (float(scale[0].partition("=")[2]) if scale else 3.0)
+        row = json.loads(Path(f"runs/drawn{number}/manifest.jsonl").read_text().splitlines()[0])
+        assert row["settings"]["cfg_scale"] == (3.0, 2.5, 9.0)[number]
     assert "strengths of guidance from 2 to 3, and cfg_scale=9 is none" in caplog.text
     assert "guided again" not in caplog.text
     assert cli("export", "runs/tiny", "lora.safetensors").code == 2
     assert cli("export", "runs/tiny", "merged", "--format", "merged", "--dtype", "fp32").code == 0
     assert cli(*sample, "model=merged", "cfg_scale=2.5", "out=runs/merged").code == 0
-    ours, merged = (
-        np.array(Image.open(next(Path(out).glob("0*.png")))) for out in ("runs/['cfg_scale=2.5']", "runs/merged")
-    )
+    ours, merged = (np.array(Image.open(next(Path(out).glob("0*.png")))) for out in ("runs/drawn1", "runs/merged"))
     np.testing.assert_allclose(merged, ours.astype(float), atol=1)
     for more, said in (
         (["model=merged"], "has guidance distilled into it already"),
@@ -70,6 +67,33 @@ def test_a_student_that_is_told_its_guidance_is_sampled_continued_and_merged(cli
     again = cli(*train, "name=again", "adapter.start=runs/tiny/adapter.safetensors")
     assert again.code == 0, again.err
     assert adapters.read_header("runs/again/adapter.safetensors")["whole"] == header["whole"]
+
+
+def test_steps_are_halved_round_after_round_and_samplers_take_them(cli, recipe, caplog):
+    Path("prompts.txt").write_text("a red circle\na blue square\n")
+    options = [*OPTIONS[1:], "data.root=prompts.txt", "preview.prompts=[]", "train.lr=0.01"]
+
+    def train(name, *more):
+        told = "objective={name: progressive, updates: 2, cfg_scale: 1}"
+        return cli("train", recipe, told, *options, f"name={name}", *more)
+
+    assert train("four", "objective.steps=4", "objective.cfg_scale=3").code == 0
+    start = "adapter.start=runs/four/adapter.safetensors"
+    refused = train("guided", start, "objective.steps=2", "objective.cfg_scale=3")
+    assert refused.code == 2 and "has guidance distilled into it already: set objective.cfg_scale to 1" in refused.err
+    second = train("two", start, "objective.steps=2")
+    assert second.code == 0, second.err
+    header = adapters.read_header("runs/two/adapter.safetensors")
+    assert json.loads(header["distilled_guidance"]) == {"cfg_scale": 3.0}
+    assert json.loads(header["few_steps"]) == {"steps": 2, "scheduler": "model"}
+    first = json.loads(Path("runs/two/metrics.jsonl").read_text().splitlines()[0])
+    assert 0 < first["error"] < first["target"]
+    sample = ["sample", "adapter=runs/two", "prompts=[a red circle]", "device=cpu", "grid=0"]
+    assert cli(*sample).code == 0 and "was made for" not in caplog.text
+    row = json.loads(Path("runs/samples/manifest.jsonl").read_text().splitlines()[0])
+    assert (row["settings"]["steps"], row["settings"]["cfg_scale"]) == (2, 1.0)
+    assert cli(*sample, "steps=5", "out=runs/other").code == 0
+    assert "was made for 2 steps of model, not 5 of model" in caplog.text
 
 
 def test_an_assistant_with_guidance_inside_is_not_guided_as_a_teacher(cli, recipe):

@@ -289,10 +289,14 @@ def check_files(run: Run, objective: Objective) -> None:
         except UserError as error:
             raise UserError(f"adapter.{key}: {error}") from error
     if run.adapter is not None and "under" in run.adapter:
-        _check_guided(_under(run.adapter["under"]), objective)
+        _check_under(_under(run.adapter["under"]), objective)
+    # Without a reference, the teacher is what the run starts from.
+    inside = "distilled_guidance" in _of_start(run)
+    if inside and "distilled_guidance" in objective.facts() and not objective.needs.reference:
+        raise UserError("adapter.start has guidance distilled into it already: set objective.cfg_scale to 1")
 
 
-def _check_guided(under: Path, objective: Objective) -> None:
+def _check_under(under: Path, objective: Objective) -> None:
     """Refuse an assistant with guidance inside where it would be distilled again, or is told."""
     header = read_header(under) if under.is_file() and is_own(under) else {}
     if header.get("whole"):
@@ -326,7 +330,14 @@ def metadata(run: Run) -> dict[str, str]:
         "modelspec.title": run.name,
         "modelspec.trigger_phrase": run.data.trigger,
     }
-    return {name: value for name, value in facts.items() if value}
+    return {**_of_start(run), **{name: value for name, value in facts.items() if value}}
+
+
+def _of_start(run: Run) -> dict[str, str]:
+    """What the adapter's ``start`` says of how it is drawn, which holds for what is trained on."""
+    start = (run.adapter or {}).get("start")
+    header = read_header(start) if start else {}
+    return {name: header[name] for name in ("distilled_guidance", "few_steps") if name in header}
 
 
 def _without(options: Mapping[str, Any], *names: str) -> dict[str, Any]:
