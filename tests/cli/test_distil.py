@@ -64,6 +64,10 @@ def test_a_student_that_is_told_its_guidance_is_sampled_continued_and_merged(cli
     ):
         refused = cli(*train, "name=other", *more)
         assert refused.code == 2 and said in refused.err
+    whole = cli(*train, "name=whole", "adapter=none")
+    assert whole.code == 0, whole.err
+    config = json.loads(Path("runs/whole/model/unet/config.json").read_text())
+    assert config["time_cond_proj_dim"] == 256
     again = cli(*train, "name=again", "adapter.start=runs/tiny/adapter.safetensors")
     assert again.code == 0, again.err
     assert adapters.read_header("runs/again/adapter.safetensors")["whole"] == header["whole"]
