@@ -75,10 +75,10 @@ class AdapterSet(nn.Module):
             self._layers[full], self._adapters[full] = embedding, Words(embedding, rows, known)
             self.words[full.partition(".")[0]] = Method({full: self._adapters[full]})
         self.whole = nn.ModuleDict()
-        for component, own in _by_component(whole or {}).items():
-            self._layers |= {full: layer for full, (layer, _) in own.items()}
-            self._adapters |= {full: adapter for full, (_, adapter) in own.items()}
-            self.whole[component] = Method({full: adapter for full, (_, adapter) in own.items()})
+        for component, pairs in _by_component(whole or {}).items():
+            self._layers |= {full: layer for full, (layer, _) in pairs.items()}
+            self._adapters |= {full: adapter for full, (_, adapter) in pairs.items()}
+            self.whole[component] = Method({full: adapter for full, (_, adapter) in pairs.items()})
         self._handles: list[RemovableHandle] = []
         self.fused = [name for name, layer in self._layers.items() if layer in owners]
         for name in self.fused:

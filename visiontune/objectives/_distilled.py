@@ -68,8 +68,8 @@ class Distilled(Stepped):
         t = model.chain(self.config.steps, shape)[0][:1].to(model.device).expand(len(batch))
         model.predict(torch.randn(len(batch), *shape, device=model.device), t, model.embed(batch.prompts))
 
-    def update(self, model: DiffusionModel, collected: list[Seen], part: int, tools: Tools) -> Loss:
-        """Of each row the states whose turn it is."""
+    def regress(self, model: DiffusionModel, collected: list[Seen], part: int, tools: Tools) -> Loss:
+        """Add the gradients of the errors at those states of each row whose turn it is."""
         total, terms = torch.zeros((), device=model.device), dict[str, Tensor]()
         mine = [seen.part(part, self.updates) for seen in collected]
         count = sum(len(seen.t) for seen in mine)

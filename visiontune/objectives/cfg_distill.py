@@ -181,6 +181,9 @@ class CFGDistill(Distilled):
         visit = self._of_teacher if self.config.states == "teacher" else self._of_student
         return [visit(model, rows, chain, tools) for rows in parts_of(batch, self.config.micro_batch)]
 
+    def update(self, model: DiffusionModel, collected: list[Seen], part: int, tools: Tools) -> Loss:
+        return self.regress(model, collected, part, tools)
+
     def _of_teacher(self, model: DiffusionModel, rows: Batch, chain: Chain, tools: Tools) -> Seen:
         w = self._drawn_strengths(rows, tools)
         with tools.reference():

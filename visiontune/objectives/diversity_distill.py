@@ -175,7 +175,7 @@ class DiversityDistill(Distilled):
 
     def update(self, model: DiffusionModel, collected: list[Drawn], part: int, tools: Tools) -> Loss:
         """The regression to the teacher, and the gradient of the diversity."""
-        found = super().update(model, [drawn.seen for drawn in collected], part, tools)
+        found = self.regress(model, [drawn.seen for drawn in collected], part, tools)
         if not self.config.beta:
             return found
         count = sum(len(drawn.rows) for drawn in collected)

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from visiontune.core import Batch
+from visiontune.core import Batch, Loss
 from visiontune.diffusion.schedule import Schedule
 from visiontune.diffusion.trajectory import Chain
 from visiontune.diffusion.transition import kernel
@@ -98,6 +98,9 @@ class Progressive(Distilled):
         follow(tools, decay=1.0)
         with old_policy(tools):
             return [self._of_teacher(model, rows, tools) for rows in parts_of(batch, self.config.micro_batch)]
+
+    def update(self, model: DiffusionModel, collected: list[Seen], part: int, tools: Tools) -> Loss:
+        return self.regress(model, collected, part, tools)
 
     def _of_teacher(self, model: DiffusionModel, rows: Batch, tools: Tools) -> Seen:
         begin, end = (value.cpu() for value in model.chain(self.config.steps, model.latent_shape()))
