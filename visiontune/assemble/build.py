@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from visiontune import files
-from visiontune.assemble import folder, parts, resources
+from visiontune.assemble import beside, folder, parts, resources
 from visiontune.config import Run
 from visiontune.data.inventory import uncaptioned
 from visiontune.data.preflight import preflight
@@ -72,6 +72,7 @@ def build(
 
     model: Any = parts.open_model(run)
     under = parts.attach_under(run, model)
+    beside.check(run, model, objective, found.samples)
     _check_sizes(run, model, objective)
     _check_dropout(run, model)
     objective.check(model, reward)
@@ -259,17 +260,20 @@ def _rows(
     rank, world = accelerator.process_index, accelerator.num_processes
     if objective.needs.online:
         return PromptBatches(found.prompts, run.train.batch_size, objective.group, run.seed, rank, world)
-    lent = Tools(reference=lambda: _off(sets), draw=draw or images)
+    lent = Tools(reference=lambda: _off(model, sets), draw=draw or images)
     with accelerator.main_process_first():
         prior = objective.prepare(model, run.data, found.samples, cache_dir, lent)
-    beside = objective.prior_rows(run.train.batch_size)
-    return encoded(run, model, sets, [*found.samples, *prior], accelerator, cache_dir, fill, beside)
+    own = objective.prior_rows(run.train.batch_size)
+    return encoded(run, model, sets, [*found.samples, *prior], accelerator, cache_dir, fill, own)
 
 
 @contextmanager
-def _off(sets: Sequence[AdapterSet]) -> Iterator[None]:
+def _off(model: Any, sets: Sequence[AdapterSet]) -> Iterator[None]:
     """The bare model for a while."""
+    from visiontune.ops.skips import as_opened
+
     with ExitStack() as stack:
+        stack.enter_context(as_opened(model.networks().values()))
         for found in sets:
             stack.enter_context(found.disable())
         yield

@@ -153,7 +153,7 @@ def open_model(run: Run, fetch: bool = True) -> Model:
     """The run's base model, on the CPU; without ``fetch`` one that is on this machine.
 
     Raises:
-        UserError: it cannot be opened, or needs pictures beside its prompts, which runs do not give it.
+        UserError: it cannot be opened.
     """
     import torch
 
@@ -168,14 +168,9 @@ def open_model(run: Run, fetch: bool = True) -> Model:
         variant=spec.variant,
         quantize=spec.quantize,
         quantize_rank=spec.quantize_rank,
+        skips=spec.skips,
         fetch=fetch,
     )
-    reads = getattr(model, "reads", None)
-    if reads is not None and reads.least:
-        raise UserError(
-            f"model '{spec.source}' reads {reads.words()} beside each prompt, which no run gives it: it can be sampled "
-            "from Python; to train, take one that reads words alone, as FLUX.1 Kontext and FLUX.2 can"
-        )
     if spec.vae_tiling:
         resources.tile(model)
     return model

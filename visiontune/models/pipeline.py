@@ -55,6 +55,7 @@ class PipelineModel(TellsGuidance, Model):
         longest: pixels of the longest side that the denoiser has places for, where their number is fixed.
         reader: knows how much of a prompt is read; longer ones are cut, and named once.
         reads: the pictures that stand beside every prompt, if any.
+        WORDS_SEE: whether the text encoder reads those, too.
     """
 
     task = "text-to-image"
@@ -69,6 +70,7 @@ class PipelineModel(TellsGuidance, Model):
     resolution: int
     longest: int | None = None
     reads: Reads = NOTHING
+    WORDS_SEE: ClassVar[bool] = False
 
     def __init__(self, pipe: Any, source: str = "") -> None:
         self.pipe = pipe
