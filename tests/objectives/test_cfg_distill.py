@@ -12,8 +12,9 @@ from visiontune.core import Batch
 from visiontune.diffusion.guidance import CFG, NO_GUIDANCE, guided
 from visiontune.diffusion.trajectory import Keep, Start, rollout
 from visiontune.errors import UserError
+from visiontune.objectives._distill import Seen, jittered
 from visiontune.objectives.base import generator
-from visiontune.objectives.cfg_distill import CFGDistill, Config, Seen, build, jittered
+from visiontune.objectives.cfg_distill import CFGDistill, Config, build
 
 OPTIONS = {"steps": 4, "updates": 4, "cfg_scale": 3.0}
 ROLLED = ["teacher", "student"]
