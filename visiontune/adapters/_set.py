@@ -39,6 +39,7 @@ class AdapterSet(nn.Module):
     Attributes:
         fused: names of the layers that have such an owner.
         words: what is trained of embeddings, by components.
+        skips: kappa of the model's long skips (`visiontune.ops.skips`).
 
     Raises:
         UserError: the method cannot serve a layer.
@@ -80,7 +81,7 @@ class AdapterSet(nn.Module):
                     f"'{name}' is read by its attention module, where {method} cannot draw at random as its options "
                     "ask: set its dropout to 0 (mosa: experts=1), or narrow the targets"
                 )
-        self.base = _storage.fingerprint(self._layers)
+        self.base, self.skips = _storage.fingerprint(self._layers), 1.0
         for component, found in layers.items():
             own = self._methods[component]
             for layer_name, layer in found.items():
@@ -353,6 +354,8 @@ class AdapterSet(nn.Module):
         }
         if words := self.embeddings():
             header["words"] = json.dumps({name: own.words for name, own in words.items()})
+        if self.skips != 1:
+            header["skips"] = str(self.skips)
         if self.base.error:
             header["base_error"] = json.dumps(self.base.error)
         return _storage.write(path, self.tensors(), header, metadata or {})

@@ -24,6 +24,7 @@ from visiontune.adapters._set import AdapterSet
 from visiontune.adapters._start import start
 from visiontune.adapters._words import Places
 from visiontune.errors import UserError
+from visiontune.ops.skips import kappa_of
 
 __all__ = ["Adapter", "AdapterSet", "Beneath", "Method", "attach", "attached", "load", "start"]
 
@@ -88,6 +89,7 @@ def assemble(
     chosen = {component: found for component, found in layers.items() if found}
     made = AdapterSet(name, key, config, module.build, targets, chosen, owners, words)
     made.watch({component: roots[component] for component in chosen})
+    made.skips = kappa_of(roots.values())
     return made
 
 
@@ -152,6 +154,7 @@ def load(
         tensors = {k: v for k, v in tensors.items() if k.rpartition(".")[0] not in missing}
     words = _words(roots, header, path)
     if not allow_other_base:
+        _check_skips(header["skips"], kappa_of(roots.values()), path)
         flat = {f"{c}.{n}" if c else n: layer for c, found in layers.items() for n, layer in found.items()}
         _storage.check_base(path, header, {**flat, **{name: layer for name, (layer, *_) in words.items()}})
     adapted = [layer for found in layers.values() for layer in found.values()]
@@ -165,6 +168,14 @@ def load(
             adapters.detach()
         raise
     return adapters.eval()
+
+
+def _check_skips(trained: float, here: float, path: str | Path) -> None:
+    if trained != here:
+        raise UserError(
+            f"{path} was trained with model.skips={trained:g}, and this model has {here:g}: open it with that, in "
+            f"Python by visiontune.models.load(..., skips={trained:g})"
+        )
 
 
 def _words(

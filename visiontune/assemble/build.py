@@ -258,7 +258,7 @@ def _rows(
     rank, world = accelerator.process_index, accelerator.num_processes
     if objective.needs.online:
         return PromptBatches(found.prompts, run.train.batch_size, objective.group, run.seed, rank, world)
-    lent = Tools(reference=lambda: _off(sets), draw=draw or images)
+    lent = Tools(reference=lambda: _off(model, sets), draw=draw or images)
     with accelerator.main_process_first():
         prior = objective.prepare(model, run.data, found.samples, cache_dir, lent)
     beside = objective.prior_rows(run.train.batch_size)
@@ -266,9 +266,12 @@ def _rows(
 
 
 @contextmanager
-def _off(sets: Sequence[AdapterSet]) -> Iterator[None]:
+def _off(model: Any, sets: Sequence[AdapterSet]) -> Iterator[None]:
     """The bare model for a while."""
+    from visiontune.ops.skips import as_opened
+
     with ExitStack() as stack:
+        stack.enter_context(as_opened(model.networks().values()))
         for found in sets:
             stack.enter_context(found.disable())
         yield

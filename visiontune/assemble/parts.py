@@ -168,6 +168,7 @@ def open_model(run: Run, fetch: bool = True) -> Model:
         variant=spec.variant,
         quantize=spec.quantize,
         quantize_rank=spec.quantize_rank,
+        skips=spec.skips,
         fetch=fetch,
     )
     reads = getattr(model, "reads", None)

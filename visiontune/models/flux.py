@@ -26,7 +26,7 @@ from visiontune.models._structure import Arguments, Structure, pooled, thousandt
 from visiontune.models._text import CLIP_AND_T5, default_of
 from visiontune.models._time import exact_time
 from visiontune.models.base import Presets, require, require_text_to_image
-from visiontune.models.diffusion import DiffusionModel, Generators
+from visiontune.models.diffusion import DiffusionModel
 from visiontune.models.words import Reader
 
 if TYPE_CHECKING:
@@ -140,28 +140,7 @@ class Flux(DiffusionModel):
         height, width = (side // unit * unit for side in (height, width))
         return processor.preprocess(picture, height, width)
 
-    def _beside(
-        self, words: Condition, requests: Sequence[Request], size: tuple[int, int], generator: Generators
-    ) -> Condition:
-        if not self.reads.mask:
-            return super()._beside(words, requests, size, generator)
-        given = self._stock_reading(requests, size)
-        pictures = self.pipe.image_processor.preprocess(given["image"], *size)
-        masks = self.pipe.mask_processor.preprocess(given["mask_image"], *size)
-        kept = (pictures * (1 - masks)).to(self.device)
-        hidden = self.encode(kept, generator=generator, sample=generator is not None)
-        return replace(words, extra={**words.extra, "channels": self.channels(hidden, masks)})
-
     def channels(self, hidden: Tensor, masks: Tensor) -> Tensor:
-        """What Fill reads beside noisy latents.
-
-        Args:
-            hidden: [b, c, h, w] scaled latents of the pictures, grey (0) where they are painted.
-            masks: [b, 1, H, W] in pixels, 1 where they are.
-
-        Returns:
-            [b, c + d^2, h, w], d the pixels of a latent's side.
-        """
         return torch.cat([hidden, pixel_unshuffle(masks.to(hidden), self.downsample)], dim=1)
 
     # -- the denoiser -------------------------------------------------------------------------------------------

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -97,6 +97,15 @@ def _few_steps(file: Path) -> FewSteps:
         raise UserError(f"{file}: few_steps is '{told[:80]}', which is no JSON: train it again") from error
 
 
+def skips_of(files: Sequence[Path]) -> float | None:
+    """Kappa of the long skips that adapters were trained with; None where none says one, which the model decides then.
+
+    Raises:
+        UserError: one of them is no adapter file.
+    """
+    return next((kappa for file in files if (kappa := adapters.read_header(file)["skips"]) != 1), None)
+
+
 def scale_of(config: SampleConfig) -> float:
     """The scale of classifier-free guidance; guidance that an adapter has inside is not added again unasked."""
     files = [adapter_file(one.file) for one in config.adapter_list()]
@@ -141,6 +150,7 @@ def loaded(config: SampleConfig, model: PipelineModel | None, state: PartialStat
             variant=config.variant,
             device=device,
             fetch=named,
+            skips=skips_of([adapter_file(one.file) for one in config.adapter_list()]),
         )
     sets = []
     try:

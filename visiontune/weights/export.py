@@ -118,13 +118,15 @@ def export(
         writer.check(changes, job)
     except UserError as error:
         raise UserError(f"{error}: {_mend(changes, job)}") from error
-    if kind == "merged":
-        return writer.write(changes, Path(path), job)
-    found = changes.words()
+    found = {} if kind == "merged" else changes.words()
     words.check(found)
     at = words.places(found, Path(path))
     done = writer.write(changes, Path(path), job)
     done.notes += words.write(found, at, dtype)
+    done.notes += [
+        f"other tools do not know of model.skips={kappa:g} and draw other pictures; visiontune does"
+        for kappa in sorted({one.skips for one in sets} - {1.0})
+    ]
     return done
 
 
