@@ -25,7 +25,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from personalise import RESULTS, spread
 
 from visiontune import adapters, config

@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Literal
 from visiontune.errors import UserError
 from visiontune.schema import option
 
-Scheduler = Literal["model", "ddim", "euler", "dpm++", "unipc"]
+Scheduler = Literal["model", "ddim", "euler", "dpm++", "unipc", "lcm"]
 Format = Literal["png", "webp"]
 
 
@@ -86,8 +86,8 @@ class SampleConfig:
     negative_prompt: str = option("", help="prompt of the unconditional branch")
     scheduler: Scheduler | None = option(
         None,
-        help="sampler; model is the one that the model came with. null: model, or what an adapter of few steps was made "
-        "for",
+        help="sampler; model is the one that the model came with. null: model, or what an adapter of few steps was "
+        "made for",
     )
     batch_size: int = option(8, least=1, greatest=4096, help="images a batch; changes them by rounding only")
     height: int | None = option(
