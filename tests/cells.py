@@ -108,11 +108,12 @@ def recipe(cell: Cell, shop: Workshop) -> dict[str, Any]:
     module, method = plugin.load("objectives", cell.objective), declared()[cell.adapter]
     options = module.Config.__dataclass_fields__
     objective = {"name": cell.objective, **{key: value for key, value in SMALL.items() if key in options}}
-    needs = module.build(module.Config()).needs
+    built = module.build(module.Config())
+    needs, teaches = built.needs, "distilled_guidance" in built.facts()
     if needs.online:
         about = {"data": str(shop.folder / "prompts.txt"), **({"reward": "redness"} if needs.reward else {})}
         # A teacher has something to teach; others are faster without.
-        objective |= {"cfg_scale": 1.0} if "cfg_scale" in options and needs.reward else {}
+        objective |= {"cfg_scale": 1.0} if "cfg_scale" in options and needs.reward and not teaches else {}
     else:
         root = shop.pairs if "rejected" in needs.columns else shop.photos
         about = {"data": {"root": str(root), "class_noun": "circle"}}
@@ -186,6 +187,7 @@ def _resume(cell: Cell, shop: Workshop, file: Path) -> None:
 
 def _drawn(shop: Workshop, file: Path) -> np.ndarray:
     model = shop.open()
+    model.accept(adapters.read_header(file))
     adapters.load(model.networks(), file).eval()
     return _picture(model)
 

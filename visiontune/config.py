@@ -58,6 +58,12 @@ class ModelConfig:
     offload: Literal["block"] | None = option(
         None, help="block: keep the denoiser's frozen blocks in main memory, on the device one at a time"
     )
+    skips: float | None = option(
+        None,
+        least=0.5,
+        greatest=1,
+        help="kappa of ScaleLong, which weakens long skips of UNets; null: the checkpoint's",
+    )
     vae_tiling: bool = option(False, help="let the VAE work on large pictures in tiles: less memory, seams smoothed")
 
 

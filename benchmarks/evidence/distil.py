@@ -1,6 +1,7 @@
 """Guidance distilled into an adapter of pocket-sd: the student in one call a step beside its teacher in two.
 
     python benchmarks/evidence/distil.py
+    python benchmarks/evidence/distil.py --front QUALITY DIVERSITY
 
 The recipe ``distil/cfg`` as it is, three training seeds, and the same with the student's own states. Held-out prompts
 of one, two and three objects, 25 DDIM steps; the oracle says how many come right. KID is the unbiased squared distance
@@ -8,6 +9,9 @@ of pocket-clip's features, with the usual cubic kernel, to as many pictures that
 prompts; diversity is that of four seeds of a prompt. Beside the student: the base without guidance, the teacher in as
 many steps, and in as many calls. Finished runs are kept in ``--work``. Writes ``distil.json`` and ``distil.md`` into
 ``benchmarks/results/``.
+
+``--front`` takes two finished adapters, one distilled alone (``distil/diverse`` with ``objective.beta=0``) and one for
+pictures that differ, and measures mixtures of their changes; it writes ``distil_front.json`` and ``distil_front.md``.
 """
 
 from __future__ import annotations
@@ -34,6 +38,7 @@ from visiontune.pocket.scenes import stream
 from visiontune.pocket.world import render
 from visiontune.sampling.pipeline import images
 from visiontune.training.measures import diversity
+from visiontune.weights.mixing import mixed
 
 STEPS, SEEDS = 25, (0, 1, 2)
 PROMPTS = {"one": 60, "two": 100, "three": 60}
@@ -45,6 +50,7 @@ TEACHERS = {
     "teacher, as many calls": (4.0, STEPS // 2),
 }
 SCORES = (*PROMPTS, "kid", "diversity")
+SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)
 
 
 @functools.cache
@@ -73,6 +79,23 @@ def measure(model: Any, scale: float, steps: int, seed: int) -> dict[str, float]
     return row
 
 
+def front(quality: Path, diverse: Path, shares: Sequence[float] = SHARES) -> dict[str, list[dict[str, float]]]:
+    """Scores of the mixtures of two adapters, by the share of the second; one call a step."""
+    model = load("pocket/sd")
+    networks = model.networks()
+    sets = [adapters.load(networks, file, name=file.parent.name + str(i)) for i, file in enumerate((quality, diverse))]
+    found = {}
+    for share in shares:
+        made = mixed(networks, sets, [1 - share, share])
+        for one in sets:
+            one.enabled = False
+        found[f"{share:g} of the second"] = [measure(model, 1.0, STEPS, 0)]
+        made.detach()
+        for one in sets:
+            one.enabled = True
+    return found
+
+
 def trained(name: str, seed: int, work: Path) -> Path:
     """The adapter of a run of the recipe."""
     own = [f"out={work}", f"name={name.replace(' ', '_')}-{seed}", f"seed={seed}", "preview.prompts=[]"]
@@ -97,7 +120,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, default=Path("runs/evidence/distil"))
     parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--front", nargs=2, type=Path, metavar=("QUALITY", "DIVERSITY"), help="adapter files")
     args = parser.parse_args()
+    if args.front:
+        points = front(*args.front)
+        write_json(args.out / "distil_front.json", points)
+        write_text(args.out / "distil_front.md", table(points))
+        return
     args.work.mkdir(parents=True, exist_ok=True)
     model, found = load("pocket/sd"), dict[str, list[dict[str, float]]]()
     for seed, name in itertools.product(SEEDS, (*TEACHERS, *STUDENTS)):

@@ -48,6 +48,7 @@ def test_help_lists_every_verb_with_its_summary(cli):
         "copy",
         "demo",
         "evaluate",
+        "expand",
         "export",
         "import",
         "list",

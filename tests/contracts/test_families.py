@@ -139,13 +139,18 @@ def calls(model):
     hook.remove()
 
 
+def apart(model):
+    """The rows of each call of its pipeline, which takes pictures of one size in a batch."""
+    return ((0,), (1,)) if model.reads.pictures else ((0, 1),)
+
+
 def stock(model, size, guidance, negatives=("", ""), **options):
     """Pictures [b, 3, H, W] of the stock pipeline, drawn from `noise`, and what its denoiser gave at first.
 
     What is shown pictures is drawn alone, since pipelines take pictures of one size in a batch.
     """
     requests, shown, first = asked(model, negatives=negatives), [], []
-    for rows in ((0,), (1,)) if model.reads.pictures else ((0, 1),):
+    for rows in apart(model):
         group = [requests[row] for row in rows]
         given = {"latents": model._stock_latents(noise(model, size)[list(rows)]), "generator": generators(rows)}
         given |= model._stock_reading(group, size) | model._stock(guidance, group) | options
@@ -222,15 +227,14 @@ def test_noise_is_added_as_the_stock_pipeline_adds_it(model):
     size, guidance = sizes(model)[0], model.guidance(3.0)
     rng = torch.Generator().manual_seed(5)
     expected, _ = stock(model, size, guidance, latents=None, generator=rng, eta=0.7)
-    final = rollout(
-        model,
-        read(model),
-        guidance=guidance,
-        chain=STEPS,
-        dynamics=DDIM(eta=0.7),
-        start=Start(generator=torch.Generator().manual_seed(5), size=size),
-    ).final
-    torch.testing.assert_close(pictures(model, final), expected, rtol=0, atol=1e-5)
+    rng, ours = torch.Generator().manual_seed(5), []
+    for rows in apart(model):
+        latents = torch.randn(len(rows), *model.latent_shape(*size), generator=rng)
+        cond = model.read([asked(model)[row] for row in rows], size=size, generator=rng)
+        start, adding = Start(latents=latents, generator=rng), DDIM(eta=0.7)
+        final = rollout(model, cond, guidance=guidance, chain=STEPS, dynamics=adding, start=start).final
+        ours.append(pictures(model, final))
+    torch.testing.assert_close(torch.cat(ours), expected, rtol=0, atol=1e-5)
 
 
 def test_each_row_is_predicted_as_if_it_were_alone(model):
@@ -512,9 +516,12 @@ class TestDraw:
             **model._stock(guidance, one),
         ).images
         np.testing.assert_allclose(found, theirs, rtol=0, atol=1e-6)
-        told = {"size": size, "generator": rng.set_state(after)}
-        cond, start = model.read(one, **told), Start(latents=latents)
-        away = {"uncond": model.read(one, negative=True, **told)} if model.reads.pictures else {}
+
+        def told(**options):
+            return model.read(one, size=size, generator=rng.set_state(after), **options)
+
+        cond, start = told(), Start(latents=latents)
+        away = {"uncond": told(negative=True)} if model.reads.pictures else {}
         final = rollout(model, cond, guidance=guidance, chain=STEPS, start=start, **away).final
         ours = pictures(model, final).permute(0, 2, 3, 1).numpy()
         np.testing.assert_allclose(found, ours, rtol=0, atol=1e-5)

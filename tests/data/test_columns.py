@@ -196,7 +196,7 @@ def test_a_mask_must_have_the_shape_of_its_picture(photo, tmp_path):
     for name, shape in {**shapes, "other": (40, 60), "cut": (60, 37)}.items():
         photo(f"{name}.png", size=(60, 40), caption="x")
         photo(f"mask/{name}.png", size=shape)
-    with pytest.raises(UserError, match=r"^2 masks of another shape .*: cut\.png, other\.png$"):
+    with pytest.raises(UserError, match=r"^2 masks or sources of another shape .*: cut\.png, other\.png$"):
         preflight(masked(tmp_path))
     (tmp_path / "mask/same.png").write_text("none")
     with pytest.raises(UserError, match=r"1 unreadable images .*: same\.png \(mask\); 2 masks"):

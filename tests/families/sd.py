@@ -4,20 +4,26 @@ from __future__ import annotations
 
 from typing import Any
 
-from diffusers import DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import (
+    DDIMScheduler,
+    StableDiffusionInpaintPipeline,
+    StableDiffusionPipeline,
+    UNet2DConditionModel,
+)
 from tiny import autoencoder, clip_config, tokenizer
 from transformers import CLIPTextModel
 
-VARIANTS = ({"prediction_type": "v_prediction"},)
+VARIANTS = ({"prediction_type": "v_prediction"}, {"edits": "inpaint"})
+CLASSES = {None: StableDiffusionPipeline, "inpaint": StableDiffusionInpaintPipeline}
 
 
-def pipeline(prediction_type: str = "epsilon") -> StableDiffusionPipeline:
+def pipeline(prediction_type: str = "epsilon", edits: str | None = None) -> Any:
     words = tokenizer()
-    return StableDiffusionPipeline(
+    return CLASSES[edits](
         vae=autoencoder(scaling_factor=0.18215),
         text_encoder=CLIPTextModel(clip_config(words)).eval(),
         tokenizer=words,
-        unet=unet(cross_attention_dim=32),
+        unet=unet(cross_attention_dim=32, in_channels=9 if edits else 4),
         scheduler=DDIMScheduler(
             beta_schedule="scaled_linear",
             beta_start=0.00085,

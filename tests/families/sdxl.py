@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
-from diffusers import EulerDiscreteScheduler, StableDiffusionXLPipeline
+from typing import Any
+
+from diffusers import EulerDiscreteScheduler, StableDiffusionXLInpaintPipeline, StableDiffusionXLPipeline
 from families.sd import unet
 from tiny import autoencoder, clip_config, tokenizer
 from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
+VARIANTS = ({"edits": "inpaint"},)
+CLASSES = {None: StableDiffusionXLPipeline, "inpaint": StableDiffusionXLInpaintPipeline}
 
-def pipeline() -> StableDiffusionXLPipeline:
+
+def pipeline(edits: str | None = None) -> Any:
     words = tokenizer()
-    return StableDiffusionXLPipeline(
+    return CLASSES[edits](
         vae=autoencoder(scaling_factor=0.18215),
         text_encoder=CLIPTextModel(clip_config(words)).eval(),
         text_encoder_2=CLIPTextModelWithProjection(clip_config(words)).eval(),
@@ -18,6 +23,7 @@ def pipeline() -> StableDiffusionXLPipeline:
         tokenizer_2=tokenizer(),
         unet=unet(
             cross_attention_dim=64,
+            in_channels=9 if edits else 4,
             addition_embed_type="text_time",
             addition_time_embed_dim=8,
             projection_class_embeddings_input_dim=6 * 8 + 32,

@@ -8,10 +8,8 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tiny import save_tiny, tiny_model
+from tiny import tiny_model
 
-from visiontune.assemble.parts import open_model
-from visiontune.config import load_run
 from visiontune.core import Condition, Request
 from visiontune.diffusion.guidance import CFG
 from visiontune.diffusion.trajectory import Start, rollout
@@ -159,13 +157,3 @@ def test_a_picture_that_the_pipeline_does_not_take_is_refused_in_one_line():
         UserError, match=r"^'tiny-flux2' does not read the picture \(Image too small[^\n]*give another$"
     ):
         model.read([Request(prompt="a", pictures=(picture(8, 40),))])
-
-
-@pytest.mark.parametrize(("edits", "what"), [("fill", "a picture and a mask"), ("kontext", None)])
-def test_runs_that_give_no_pictures_take_models_that_do_without(edits, what, tmp_path):
-    run = load_run("personalise/oft", [f"model={save_tiny(tmp_path / edits, 'flux', edits=edits)}"])
-    if what is None:
-        assert open_model(run).reads == KONTEXT
-        return
-    with pytest.raises(UserError, match=rf"reads {what} beside each prompt, which no run gives it[^\n]*$"):
-        open_model(run)

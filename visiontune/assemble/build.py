@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from visiontune import files
-from visiontune.assemble import folder, parts, resources
+from visiontune.assemble import beside, folder, parts, resources
 from visiontune.config import Run
 from visiontune.data.inventory import uncaptioned
 from visiontune.data.preflight import preflight
@@ -58,7 +58,7 @@ def build(
     preview = dataclasses.replace(run.preview, prompts=[parts.in_words(run, p) for p in run.preview.prompts])
     objective = parts.open_objective(run)
     found = _data(run, objective)
-    parts.check_files(run)
+    parts.check_files(run, objective)
     reward = parts.load_reward(run, objective)
     _check(run, objective, reward)
     guard = parts.make_guard(run, found.held, objective)
@@ -72,13 +72,14 @@ def build(
 
     model: Any = parts.open_model(run)
     under = parts.attach_under(run, model)
+    beside.check(run, model, objective, found.samples)
     _check_sizes(run, model, objective)
     _check_dropout(run, model)
     objective.check(model, reward)
     # Some adapters start from random values; everything later draws from generators of its own.
     set_seed(run.seed)
     with start_follows() if plan else nullcontext():
-        adapters = parts.attach_adapter(run, model)
+        adapters = parts.attach_adapter(run, model, objective)
     if adapters is not None and adapters.plans and objective.needs.online:
         raise UserError(
             f"adapter '{adapters.method}' looks at a loss on data before training, which objective "
@@ -178,7 +179,8 @@ def _check(run: Run, objective: Objective, reward: Any) -> None:
 
     check_train(objective, run.train)
     objective.check_reward(reward)
-    if "distilled_guidance" in objective.facts() and run.preview.prompts and run.preview.cfg_scale != 1:
+    distilled = "distilled_guidance" in objective.facts() and not objective.needs.told
+    if distilled and run.preview.prompts and run.preview.cfg_scale != 1:
         _log.warning(
             "preview.cfg_scale=%g guides what learns to do without: set it to 1 to see that", run.preview.cfg_scale
         )
@@ -258,17 +260,20 @@ def _rows(
     rank, world = accelerator.process_index, accelerator.num_processes
     if objective.needs.online:
         return PromptBatches(found.prompts, run.train.batch_size, objective.group, run.seed, rank, world)
-    lent = Tools(reference=lambda: _off(sets), draw=draw or images)
+    lent = Tools(reference=lambda: _off(model, sets), draw=draw or images)
     with accelerator.main_process_first():
         prior = objective.prepare(model, run.data, found.samples, cache_dir, lent)
-    beside = objective.prior_rows(run.train.batch_size)
-    return encoded(run, model, sets, [*found.samples, *prior], accelerator, cache_dir, fill, beside)
+    own = objective.prior_rows(run.train.batch_size)
+    return encoded(run, model, sets, [*found.samples, *prior], accelerator, cache_dir, fill, own)
 
 
 @contextmanager
-def _off(sets: Sequence[AdapterSet]) -> Iterator[None]:
+def _off(model: Any, sets: Sequence[AdapterSet]) -> Iterator[None]:
     """The bare model for a while."""
+    from visiontune.ops.skips import as_opened
+
     with ExitStack() as stack:
+        stack.enter_context(as_opened(model.networks().values()))
         for found in sets:
             stack.enter_context(found.disable())
         yield

@@ -55,17 +55,19 @@ def run(args: argparse.Namespace) -> None:
     import torch
 
     from visiontune import adapters, models
-    from visiontune.sampling.sources import adapter_file, trained_on
+    from visiontune.sampling.sources import adapter_file, skips_of, trained_on
     from visiontune.weights import metadata
     from visiontune.weights.export import export
     from visiontune.weights.keys import keys_of
 
     weights = [adapter_file(name) for name in args.adapter]
     headers = [adapters.read_header(file) for file in weights]
-    model = models.load(args.model or trained_on(weights[0], "--model"), fetch=args.model is not None)
+    base = args.model or trained_on(weights[0], "--model")
+    model = models.load(base, fetch=args.model is not None, skips=skips_of(weights))
     networks = model.networks()
     sets = []
     for i, (file, scale) in enumerate(zip(weights, scales, strict=True)):
+        model.accept(headers[i])
         sets.append(adapters.load(networks, file, name=f"export{i}", trust=args.trust))
         sets[-1].scale = scale
     done = export(

@@ -18,6 +18,10 @@ from visiontune.schema import SLOTS, option
 if TYPE_CHECKING:
     from PIL import Image
 
+# Where the picture counts in the loss, and where a model paints into it.
+MASKS = ("mask", "region")
+# Where the picture counts in the loss, and where a model paints into it.
+MASKS = ("mask", "region")
 _SLOT = re.compile(rf"\[({'|'.join(SLOTS)})\]", re.IGNORECASE)
 DEFAULT_TRIGGER = "sks"
 # Where the caption of a picture comes from that has none of its own.
@@ -139,8 +143,8 @@ class Sample:
     Attributes:
         id: what messages and batches call it (the file name, for instance).
         sources: pictures by the name of their column. ``image`` is what a model learns to draw; a pair has the worse
-            picture as ``rejected``; ``mask`` says where the picture counts. The first is the main one, whose shape
-            decides the bucket.
+            picture as ``rejected``, an edit what it was made of as ``source``; ``mask`` says where the picture counts,
+            ``region`` where it is painted. The first is the main one, whose shape decides the bucket.
         caption: its words, nothing left to substitute. caption_from: where they stood: a kind of file, a table.
         prior: whether it is a prior-preservation image (DreamBooth) rather than one of the user's own.
         weight: factor of its loss; prior samples carry the prior weight lambda.
@@ -155,8 +159,8 @@ class Sample:
 
 
 def source(column: str, origin: Path | Callable[[], Image.Image]) -> Source:
-    """The source of a column: of a mask for ``mask``, of a picture for any other name."""
-    return Source(origin, "mask" if column == "mask" else "picture")
+    """The source of a column: of a mask for those of ``MASKS``, of a picture for any other name."""
+    return Source(origin, "mask" if column in MASKS else "picture")
 
 
 def substitute(

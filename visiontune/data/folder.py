@@ -21,7 +21,7 @@ from visiontune.errors import UserError
 # Subfolders that hold pictures where none lie beside them.
 _HOMES = {"image": ("chosen",)}
 # What an objective would have to need, by the name of a subfolder, key or column.
-_CLAIMS = {name: name for name in ("mask", "source", "target", "reference", "clip", "rejected", "chat")}
+_CLAIMS = {name: name for name in ("mask", "region", "source", "target", "reference", "clip", "rejected", "chat")}
 _CLAIMS["chosen"] = "rejected"
 # What explains data or the folder, and holds none.
 _DOCUMENTS = ("thumbs.db", "desktop.ini", "license", "license.txt", "dataset_infos.json", "dataset_info.json")

@@ -45,7 +45,8 @@ class Rows:
     run encodes and wherever a killed run stopped. Captions are dropped after the cache.
 
     Args:
-        model: its ``moments``, ``latents_from_moments``, ``embed``, ``unconditional`` and ``fingerprint`` are used.
+        model: its ``moments``, ``latents_from_moments``, ``embed``, ``unconditional`` and ``fingerprint`` are used, and
+            of one that ``paints`` its ``channels``.
         samples: instance samples and, for prior preservation, samples with ``prior=True``.
         config: resolution, buckets, crop, flip, cache.
         cache_dir: where the caches lie; runs may share it.
@@ -74,6 +75,8 @@ class Rows:
         self.model, self.samples, self.config, self.train_text = model, list(samples), config, train_text
         self.prior = [i for i, s in enumerate(self.samples) if s.prior]
         self.columns = _columns(self.samples)
+        if model.paints:
+            self.columns.pop("region", None)  # is among the channels
         self._latents = Cache(Path(cache_dir) / "latents", _MEMORY)
         self._text = Cache(Path(cache_dir) / "text", _MEMORY)
         self._vae, self._encoder = model.fingerprint("vae"), model.fingerprint("text")
@@ -123,6 +126,25 @@ class Rows:
             return torch.ones(1, *(side // self.model.downsample for side in pick.size))
         return self._stored(pick, column)["mask"]
 
+    def channels(self, pick: Pick) -> Tensor:
+        """What a model that paints is shown beside a row's noisy latents, [1, k, h, w]: its region, and what is left.
+
+        A row without a region of its own gets a random one, another at every visit.
+        """
+        sample = self.samples[pick.index]
+        region = self._region(sample, pick)
+        left = self._pixels(sample, sample.sources["image"], pick) * (1 - region)
+        with torch.no_grad():
+            moments = self.model.moments(left[None]).cpu()
+        return self.model.channels(self.model.latents_from_moments(moments), region[None])
+
+    def _region(self, sample: Sample, pick: Pick) -> Tensor:
+        """Where a row is painted, [1, H, W] in pixels, 0 or 1."""
+        if "region" not in sample.sources:
+            return transforms.random_region(pick.size, torch.Generator().manual_seed(pick.seed))
+        picture = _reading(sample, sample.sources["region"].open)
+        return transforms.to_mask(picture, pick.size, 1, flip=pick.flip, centering=self._centering(pick)).round()
+
     def condition(self, caption: str) -> Condition:
         """The condition of one caption, length 1, on the CPU; not to be changed in place."""
         if caption not in self._captions:
@@ -136,7 +158,8 @@ class Rows:
 
         A row with ``drop``, and a prior row with the empty caption, has the empty caption as its prompt and the model's
         unconditional condition. ``data`` has
-        latents [b, c, (f), h, w] of each column of pictures, those of one row from one draw, and masks [b, 1, h, w].
+        latents [b, c, (f), h, w] of each column of pictures, those of one row from one draw, and masks [b, 1, h, w]; of
+        a model that paints, ``channels`` [b, k, h, w].
         """
         samples = [self.samples[p.index] for p in picks]
         data = {
@@ -145,6 +168,8 @@ class Rows:
             else self._latents_of(picks, column)
             for column, kind in self.columns.items()
         }
+        if self.model.paints:
+            data["channels"] = torch.cat([self.channels(p) for p in picks])
         cond = None
         if not self.train_text:
             unsaid = [p.drop or (s.prior and not s.caption) for p, s in zip(picks, samples, strict=True)]
@@ -192,16 +217,18 @@ class Rows:
 
     def _make(self, sample: Sample, source: Source, pick: Pick) -> Tensors:
         """What becomes of a source: the moments of a picture, or a mask at the latents' size."""
-        picture, place = _reading(sample, source.open), self._centering(pick)
         if source.kind == "mask":
-            shrink = self.model.downsample
+            picture, shrink, place = _reading(sample, source.open), self.model.downsample, self._centering(pick)
             return {"mask": transforms.to_mask(picture, pick.size, shrink, flip=pick.flip, centering=place)}
-        pixels = transforms.to_pixels(picture, pick.size, flip=pick.flip, centering=place)
         with torch.no_grad():
-            moments = self.model.moments(pixels[None])[0].cpu()
+            moments = self.model.moments(self._pixels(sample, source, pick)[None])[0].cpu()
         if not moments.isfinite().all():
             raise UserError(f"the VAE gives no finite latent for {sample.id}: load the model with dtype float32")
         return {"moments": moments}
+
+    def _pixels(self, sample: Sample, source: Source, pick: Pick) -> Tensor:
+        picture, place = _reading(sample, source.open), self._centering(pick)
+        return transforms.to_pixels(picture, pick.size, flip=pick.flip, centering=place)
 
     def _centering(self, pick: Pick) -> tuple[float, float]:
         """Where a row is cropped, in all its columns."""

@@ -26,6 +26,7 @@ def load(
     quantize_rank: int = 0,
     fetch: bool = True,
     variant: str | None = None,
+    skips: float | None = None,
 ) -> Any:
     """Open a model of any family, frozen and in evaluation mode.
 
@@ -41,6 +42,8 @@ def load(
         quantize_rank: see ``rank`` of :func:`quantise`.
         variant: which files of weights are read where there are several, ``fp16`` for ``*.fp16.safetensors``; without
             it the plain ones, or the only variant that there is, which a warning names.
+        skips: kappa of ScaleLong, by whose power a UNet's long skips are scaled (`visiontune.ops.skips`), in [0.5, 1];
+            without it the checkpoint's own, which is 1 unless it was trained here with another.
 
     Raises:
         UserError: there is no such model, it cannot be reached or read, or no family understands it.
@@ -48,7 +51,7 @@ def load(
     from visiontune.models import _loading
 
     quantized = None if quantize is None else (quantize, quantize_rank)
-    return _loading.load(source, dtype or _loading.DEFAULT_DTYPE, revision, device, quantized, fetch, variant)
+    return _loading.load(source, dtype or _loading.DEFAULT_DTYPE, revision, device, quantized, fetch, variant, skips)
 
 
 def quantise(

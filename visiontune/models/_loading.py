@@ -25,6 +25,7 @@ from visiontune import models, outside
 from visiontune.errors import UserError
 from visiontune.models import pocket
 from visiontune.models._quantise import Kind, quantise
+from visiontune.models._skips import set_skips
 from visiontune.models.base import Model
 from visiontune.models.sources import without_bars
 from visiontune.schema import nearest
@@ -69,6 +70,7 @@ def load(
     quantized: tuple[Kind, int] | None = None,
     fetch: bool = True,
     variant: str | None = None,
+    skips: float | None = None,
 ) -> Model:
     """See `visiontune.models.load`."""
     _check_device(device)
@@ -83,6 +85,7 @@ def load(
     except _BROKEN as error:
         mend = f"give a complete {LAYOUTS[layout]} folder with safetensors weights"
         raise UserError(f"model '{source}' cannot be read ({_first_line(error)}): {mend}") from error
+    set_skips(model, skips)
     if quantized:
         for network in model.of(*model.names()).values():
             quantise(network, *quantized)

@@ -183,14 +183,35 @@ class DiffusionModel(PipelineModel):
 
     def _words(self, requests: Sequence[Request], negative: bool) -> Condition:
         """`read` without what stands beside the words."""
+        if negative and not any(one.negative for one in requests):
+            return self.unconditional(len(requests))
         return self.embed([one.negative if negative else one.prompt for one in requests], negative=negative)
 
     def _beside(
         self, words: Condition, requests: Sequence[Request], size: tuple[int, int], generator: Generators
     ) -> Condition:
-        """The condition with the pictures of its rows: as references, unless the family does otherwise."""
-        shown = [tuple(self.reference(one) for one in request.pictures) for request in requests]
-        return replace(words, references=shown)
+        """The condition with the pictures of its rows: as channels where they are painted into, else as references."""
+        if not self.reads.mask:
+            shown = [tuple(self.reference(one) for one in request.pictures) for request in requests]
+            return replace(words, references=shown)
+        given = self._stock_reading(requests, size)
+        pictures = self.pipe.image_processor.preprocess(given["image"], *size)
+        masks = self.pipe.mask_processor.preprocess(given["mask_image"], *size)
+        kept = (pictures * (1 - masks)).to(self.device)
+        hidden = self.encode(kept, generator=generator, sample=generator is not None)
+        return replace(words, extra={**words.extra, "channels": self.channels(hidden, masks)})
+
+    def channels(self, hidden: Tensor, masks: Tensor) -> Tensor:
+        """What a network that paints reads beside noisy latents.
+
+        Args:
+            hidden: [b, c, h, w] scaled latents of the pictures, grey (0) where they are painted.
+            masks: [b, 1, H, W] in pixels, 1 where they are.
+
+        Returns:
+            [b, k, h, w], the channels of the pictures and those of the masks.
+        """
+        raise NotImplementedError
 
     def reference(self, picture: Image) -> Tensor:
         """Scaled latents [c, h, w] of a picture, the mean, at the size to which the pipeline brings it."""
@@ -200,6 +221,11 @@ class DiffusionModel(PipelineModel):
     def _fitted(self, picture: Image) -> Tensor:
         """Pixels [1, 3, H, W] in [-1, 1] of a picture, of the size at which the pipeline reads it."""
         raise NotImplementedError
+
+    @property
+    def paints(self) -> bool:
+        """Whether it paints into a picture, of which its network sees what is left in `channels`."""
+        return self.reads.mask
 
     # -- the denoiser -------------------------------------------------------------------------------------------
 
@@ -217,8 +243,11 @@ class DiffusionModel(PipelineModel):
         """
         self.reads.check_condition(self.source, cond)
         with self.autocast():
-            rows = t.expand(len(x_t))
-            return apart(self._predict, x_t.to(self.dtype), rows, cond.to(dtype=self.dtype)).to(x_t.dtype)
+            rows, told = t.expand(len(x_t)), cond.to(dtype=self.dtype)
+            if "guidance" in cond.extra:
+                # Its sines turn by a thousand times what a scale is rounded by.
+                told = replace(told, extra={**told.extra, "guidance": cond.extra["guidance"].float()})
+            return apart(self._predict, x_t.to(self.dtype), rows, told).to(x_t.dtype)
 
     @abstractmethod
     def _predict(self, x_t: Tensor, t: Tensor, cond: Condition) -> Tensor:

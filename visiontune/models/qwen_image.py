@@ -46,6 +46,7 @@ class QwenImage(OneFrame):
 
     family = "qwen_image"
     pipeline_classes = ("QwenImagePipeline", *_READS)
+    WORDS_SEE = True
     DENOISERS = ("transformer",)
     FLOW = True
     EVENLY = True

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, ClassVar
 
 import torch
-from diffusers import EulerAncestralDiscreteScheduler
+from diffusers import EulerAncestralDiscreteScheduler, StableDiffusionPipeline
 from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.functional import interpolate
 
-from visiontune.core import Condition
+from visiontune.core import Condition, Request
+from visiontune.models._reading import Reads
 from visiontune.models._structure import Structure
 from visiontune.models.base import Presets, require
 from visiontune.models.diffusion import DiffusionModel
@@ -19,13 +21,37 @@ from visiontune.models.diffusion import DiffusionModel
 _ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 _TEXT_ATTENTION = ("q_proj", "k_proj", "v_proj", "out_proj")
 _FEW_TOKENS = 1024
+# Of a scale of guidance, as many as of the published UNets that are told one.
+_SINES = 256
+
+
+def sines(unet: Any, scale: Tensor) -> Tensor:
+    """What a UNet is told of scales of guidance [b], in float32: sines [b, d] of 1000 (scale - 1)."""
+    width = unet.config.time_cond_proj_dim
+    # A function of its arguments alone.
+    found: Tensor = StableDiffusionPipeline.get_guidance_scale_embedding(None, scale.float().cpu() - 1, width)
+    return found
+
+
+def _telling(unet: Any, scale: Tensor) -> Mapping[str, Tensor]:
+    weight = unet.time_embedding.cond_proj.weight
+    return {"timestep_cond": sines(unet, scale).to(weight)}
+
+
+_PAINTS = Reads(least=1, most=1, mask=True)
 
 
 class StableDiffusion(DiffusionModel):
-    """`StableDiffusionPipeline`; its Condition has `tokens` alone."""
+    """`StableDiffusionPipeline`; its Condition has `tokens`, and of `StableDiffusionInpaintPipeline`
+    `extra["channels"]`.
+
+    Attributes:
+        PAINTING: the classes whose UNet reads a mask and what is left of the picture beside noisy latents.
+    """
 
     family = "sd"
-    pipeline_classes = ("StableDiffusionPipeline",)
+    PAINTING: ClassVar[tuple[str, ...]] = ("StableDiffusionInpaintPipeline",)
+    pipeline_classes = ("StableDiffusionPipeline", *PAINTING)
     # Previews of a training run must show what the model makes, not the checker's black images.
     load_options: ClassVar[dict[str, Any]] = {"safety_checker": None, "requires_safety_checker": False}
     STRUCTURE = Structure(
@@ -35,7 +61,9 @@ class StableDiffusion(DiffusionModel):
         attention={r".+\.attn1": "none"},
         cross=r".+\.attn2",
         mid="mid_block",
+        telling=_telling,
         stages=(r"down_blocks\.\d+", "mid_block", r"up_blocks\.\d+"),
+        pipelines=("StableDiffusionPipeline",),
     )
     TARGETS: ClassVar[Mapping[str, Presets]] = {
         "denoiser": {
@@ -54,11 +82,14 @@ class StableDiffusion(DiffusionModel):
 
     def __init__(self, pipe: Any, source: str = "") -> None:
         super().__init__(pipe, source)
-        config = pipe.unet.config
-        plain = config.in_channels == config.out_channels == self.latent_channels
-        require(plain, self.source, f"its UNet takes {config.in_channels} channels; give a text-to-image checkpoint")
-        undistilled = config.time_cond_proj_dim is None
-        require(undistilled, self.source, "its guidance is distilled into the UNet; give the model it came from")
+        config, own = pipe.unet.config, self.latent_channels
+        self.reads = _PAINTS if type(pipe).__name__ in self.PAINTING else self.reads
+        # Of what is painted into, the latents of the picture and one channel of the mask.
+        taken = 2 * own + 1 if self.reads.mask else own
+        kind = "an inpainting" if self.reads.mask else "a text-to-image"
+        fits = (config.in_channels, config.out_channels) == (taken, own)
+        require(fits, self.source, f"its UNet takes {config.in_channels} channels; give {kind} checkpoint")
+        self.embedded = config.time_cond_proj_dim is not None
         size = config.sample_size
         self.resolution = self.downsample * int(size if isinstance(size, int) else size[0])
 
@@ -70,14 +101,43 @@ class StableDiffusion(DiffusionModel):
     def _embed(self, prompts: list[str]) -> Condition:
         return Condition(tokens=self.pipe.encode_prompt(prompts, self.pipe.text_encoder.device, 1, False)[0])
 
+    def channels(self, hidden: Tensor, masks: Tensor) -> Tensor:
+        return torch.cat([interpolate(masks.to(hidden), hidden.shape[2:]), hidden], dim=1)
+
+    def _stock_reading(self, requests: Sequence[Request], size: tuple[int, int]) -> dict[str, Any]:
+        if not self.reads.mask:
+            return {}
+        shown = [picture.convert("RGB") for request in requests for picture in request.pictures]
+        # At another strength, such as the pipeline of SDXL has by default, it would start from the picture itself.
+        return {"image": shown, "mask_image": [request.mask for request in requests], "strength": 1.0}
+
     def _predict(self, x_t: Tensor, t: Tensor, cond: Condition) -> Tensor:
         return self.denoiser(
-            x_t,
+            self._widened(x_t, cond) if self.reads.mask else x_t,
             t,
             encoder_hidden_states=cond.tokens,
+            timestep_cond=self._told_scale(x_t, cond),
             added_cond_kwargs=self._added(x_t, cond) or None,
             return_dict=False,
         )[0]
+
+    def _told_scale(self, x_t: Tensor, cond: Condition) -> Tensor | None:
+        """Sines of the guidance [b, d] that a network with guidance inside is told; 1 unless the condition says."""
+        if not self.embedded:
+            return None
+        told = cond.extra.get("guidance", torch.ones(len(x_t)))
+        return sines(self.denoiser, told).to(x_t)
+
+    def _embed_guidance(self) -> dict[str, nn.Module]:
+        time = self.denoiser.time_embedding
+        time.cond_proj = nn.Linear(_SINES, time.linear_1.in_features, bias=False)
+        nn.init.zeros_(time.cond_proj.weight)
+        self.denoiser.register_to_config(time_cond_proj_dim=_SINES)
+        return {f"{self.DENOISERS[0]}.time_embedding.cond_proj": time.cond_proj}
+
+    def _drop_guidance(self) -> None:
+        self.denoiser.time_embedding.cond_proj = None
+        self.denoiser.register_to_config(time_cond_proj_dim=None)
 
     def _added(self, x_t: Tensor, cond: Condition) -> dict[str, Tensor]:
         """The UNet's conditioning beside the tokens."""

@@ -29,9 +29,10 @@ class StableDiffusionXL(StableDiffusion):
     """
 
     family = "sdxl"
-    pipeline_classes = ("StableDiffusionXLPipeline",)
+    PAINTING = ("StableDiffusionXLInpaintPipeline",)
+    pipeline_classes = ("StableDiffusionXLPipeline", *PAINTING)
     load_options: ClassVar[dict[str, Any]] = {"add_watermarker": False}
-    STRUCTURE = replace(StableDiffusion.STRUCTURE, condition=_told)
+    STRUCTURE = replace(StableDiffusion.STRUCTURE, condition=_told, pipelines=("StableDiffusionXLPipeline",))
 
     def __init__(self, pipe: Any, source: str = "") -> None:
         super().__init__(pipe, source)

@@ -11,7 +11,7 @@ import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -51,6 +51,7 @@ class Needs:
         reward: whether pictures are scored. differentiable: whether by a reward that gradients pass through.
         reference: whether it compares with the untrained model.
         text: whether text encoders can be trained by it.
+        told: whether it teaches the denoiser to be told a scale of guidance.
     """
 
     columns: tuple[str, ...] = ()
@@ -60,6 +61,7 @@ class Needs:
     differentiable: bool = False
     reference: bool = False
     text: bool = True
+    told: bool = False
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -274,8 +276,16 @@ def draws_clips(model: Any) -> bool:
 
 
 def condition_of(model: PipelineModel, batch: Batch) -> Condition:
-    """The batch's cached condition, or one embedded now, with a gradient if the text encoder is trained."""
-    return batch.cond if batch.cond is not None else model.embed(batch.prompts)
+    """The batch's cached condition, or one embedded now, with a gradient if the text encoder is trained.
+
+    With it the pictures that the model is shown: ``channels`` beside its noisy latents, or the ``source`` of an edit.
+    """
+    cond = batch.cond if batch.cond is not None else model.embed(batch.prompts)
+    if "channels" in batch.data:
+        cond = replace(cond, extra={**cond.extra, "channels": batch.data["channels"]})
+    if "source" in batch.data:
+        cond = replace(cond, references=[(latents,) for latents in batch.data["source"]])
+    return cond
 
 
 def per_row(errors: Tensor, mask: Tensor | None = None) -> Tensor:

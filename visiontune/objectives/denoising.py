@@ -101,7 +101,7 @@ class Denoising(Supervised):
 
     @property
     def needs(self) -> Needs:
-        return Needs(columns=("image",), optional=("mask",))
+        return Needs(columns=("image",), optional=("mask", "region", "source"))
 
     def check(self, model: Any, reward: Any) -> None:
         """Besides, refuse what has no continuous latents, weights of another kind, and a distillation to be undone."""

@@ -72,7 +72,7 @@ class DiffusionDPO(denoising.Denoising):
 
     @property
     def needs(self) -> Needs:
-        return Needs(columns=("image", "rejected"), reference=True)
+        return Needs(columns=("image", "rejected"), optional=("region", "source"), reference=True)
 
     def loss(self, model: DiffusionModel, batch: Batch, tools: Tools) -> Loss:
         if "rejected" not in batch.data:

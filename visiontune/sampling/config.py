@@ -65,8 +65,8 @@ class SampleConfig:
         None,
         least=-1000,
         greatest=1000,
-        help="classifier-free guidance; 1 is none and halves the cost; null: 4, or 1 where an adapter has guidance "
-        "distilled into it",
+        help="classifier-free guidance, or what a student of several strengths is told; 1 is none and halves the cost; "
+        "null: 4, or 1 where an adapter has guidance of one strength distilled into it",
     )
     guidance: list[str | dict[str, Any]] | None = option(
         None,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -97,21 +97,56 @@ def _few_steps(file: Path) -> FewSteps:
         raise UserError(f"{file}: few_steps is '{told[:80]}', which is no JSON: train it again") from error
 
 
+def skips_of(files: Sequence[Path]) -> float | None:
+    """Kappa of the long skips that adapters were trained with; None where none says one, which the model decides then.
+
+    Raises:
+        UserError: one of them is no adapter file.
+    """
+    return next((kappa for file in files if (kappa := adapters.read_header(file)["skips"]) != 1), None)
+
+
 def scale_of(config: SampleConfig) -> float:
     """The scale of classifier-free guidance; guidance that an adapter has inside is not added again unasked."""
     files = [adapter_file(one.file) for one in config.adapter_list()]
     found = next((file for file in files if "distilled_guidance" in adapters.read_header(file)), None)
     stack = GuidanceStack.of_options(config)
     based = stack is not None and stack.base is not None
-    if found is not None and (based or config.cfg_scale not in (None, 1)):
+    learnt = None if found is None else _strengths(found)
+    if found is not None and (based or (learnt is None and config.cfg_scale not in (None, 1))):
         _log.warning(
             "%s has guidance distilled into it (%s), and is guided again: leave cfg_scale and guidance out",
             found,
             adapters.read_header(found)["distilled_guidance"],
         )
+    if learnt is not None and config.cfg_scale is not None and not learnt[0] <= config.cfg_scale <= learnt[1]:
+        _log.warning(
+            "%s was taught strengths of guidance from %g to %g, and cfg_scale=%g is none of them",
+            found,
+            *learnt,
+            config.cfg_scale,
+        )
     if config.cfg_scale is not None:
         return config.cfg_scale
+    if learnt is not None:
+        return min(max(DEFAULT_SCALE, learnt[0]), learnt[1])
     return DEFAULT_SCALE if found is None or based else 1.0
+
+
+def _strengths(file: Path) -> tuple[float, float] | None:
+    """The least and the greatest strength that a student is told, if it is told any.
+
+    Raises:
+        UserError: the file says it in a way that visiontune does not.
+    """
+    header = adapters.read_header(file)
+    if not header["whole"]:
+        return None
+    said = outside.parse_json(header["distilled_guidance"], f"'distilled_guidance' of '{file}'")
+    match said:
+        case {"w": [int() | float() as least, int() | float() as most]}:
+            return float(least), float(most)
+    raise UserError(f"{file} does not say what strengths of guidance it was taught: copy or train it again")
 
 
 def substituted(prompts: list[str], config: SampleConfig) -> list[str]:
@@ -141,13 +176,17 @@ def loaded(config: SampleConfig, model: PipelineModel | None, state: PartialStat
             variant=config.variant,
             device=device,
             fetch=named,
+            skips=skips_of([adapter_file(one.file) for one in config.adapter_list()]),
         )
-    sets = []
+    sets, had = [], model.embedded
     try:
         for i, one in enumerate(config.adapter_list()):
+            model.accept(adapters.read_header(adapter_file(one.file)))
             sets.append(adapters.load(model.networks(), adapter_file(one.file), name=f"sample{i}", trust=config.trust))
             sets[-1].scale = config.adapter_scale * one.scale
         yield model
     finally:
         for adapter_set in reversed(sets):
             adapter_set.detach()
+        if not had:
+            model.drop_guidance()

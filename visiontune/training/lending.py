@@ -16,6 +16,7 @@ from visiontune.errors import UserError
 from visiontune.objectives._old import swapped
 from visiontune.objectives.base import Objective, Tools, check_loss, generator
 from visiontune.ops.shards import is_sharded
+from visiontune.ops.skips import as_opened
 from visiontune.training.config import TrainConfig
 from visiontune.training.step import Rows
 
@@ -133,7 +134,8 @@ def reference(
 ) -> Callable[[], AbstractContextManager[Any]]:
     """What makes the model the untrained one for a while: adapters off, or the values that ``parameters`` have now.
 
-    The ``networks`` are in evaluation mode meanwhile: what a base with dropout predicts is not what it knows.
+    The ``networks`` are in evaluation mode meanwhile, with the long skips of their checkpoint: what a base with dropout
+    predicts is not what it knows.
     """
     frozen = {} if adapters is not None else {name: p.detach().clone() for name, p in parameters.items()}
 
@@ -143,7 +145,7 @@ def reference(
         training = [
             module for network in networks if network.training for module in network.modules() if module.training
         ]
-        with base:
+        with base, as_opened(networks):
             # One by one: a module's own `train` may let go of what it keeps between steps.
             for module in training:
                 module.training = False

@@ -111,6 +111,8 @@ def export(
         if not found.active:
             raise UserError(f"adapter '{found.name}' is merged or disabled: unmerge or enable it before the export")
     changes = Changes(sets)
+    if kind != "merged" and (whole := [name for found in sets for name in found.wholes()]):
+        raise UserError(f"{kind} has no place for '{whole[0]}', a layer that the base does not have: export as merged")
     job = Job(
         dtype=dtype, rank=rank, keys=keys or Keys(), model=model, component=component, metadata=dict(metadata or {})
     )
@@ -118,13 +120,15 @@ def export(
         writer.check(changes, job)
     except UserError as error:
         raise UserError(f"{error}: {_mend(changes, job)}") from error
-    if kind == "merged":
-        return writer.write(changes, Path(path), job)
-    found = changes.words()
+    found = {} if kind == "merged" else changes.words()
     words.check(found)
     at = words.places(found, Path(path))
     done = writer.write(changes, Path(path), job)
     done.notes += words.write(found, at, dtype)
+    done.notes += [
+        f"other tools do not know of model.skips={kappa:g} and draw other pictures; visiontune does"
+        for kappa in sorted({one.skips for one in sets} - {1.0})
+    ]
     return done
 
 
