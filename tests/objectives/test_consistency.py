@@ -155,8 +155,10 @@ def test_an_exported_adapter_draws_with_the_stock_sampler(tmp_path):
     with torch.no_grad():
         for number, parameter in enumerate(made.parameters()):
             parameter.copy_(0.3 * torch.randn(parameter.shape, generator=generator("weights", number)))
+    together = images(model, ["a blue square", "a red circle"], 3, steps=2, cfg_scale=1.0, scheduler="lcm")
     file = made.save(tmp_path / "adapter.safetensors", {"base_model": str(save_tiny(tmp_path / "base"))})
     ours = images(model, ["a red circle"], 3, steps=2, cfg_scale=1.0, scheduler="lcm")
+    assert np.abs(together[1].astype(float) - ours[0]).max() <= 1
     assert main(["export", str(file), str(tmp_path / "lora.safetensors"), "--format", "diffusers"]) == 0
     stock = tiny_pipe("sd")
     stock.scheduler = LCMScheduler.from_config(stock.scheduler.config)
