@@ -13,9 +13,9 @@ from visiontune.core import Batch
 from visiontune.diffusion.guidance import CFG, NO_GUIDANCE, guided
 from visiontune.diffusion.trajectory import Keep, Start, rollout
 from visiontune.errors import UserError
-from visiontune.objectives._distill import Seen, jittered
+from visiontune.objectives._distilled import Seen
 from visiontune.objectives.base import generator
-from visiontune.objectives.cfg_distill import CFGDistill, Config, build
+from visiontune.objectives.cfg_distill import CFGDistill, Config, build, jittered
 
 OPTIONS = {"steps": 4, "updates": 4, "cfg_scale": 3.0}
 ROLLED = ["teacher", "student"]
@@ -249,9 +249,9 @@ def test_a_row_keeps_its_strength_from_step_to_step_and_its_target_is_of_it(stat
 
 def test_strengths_have_the_density_that_is_declared():
     quantiles = torch.tensor([0.0, 0.25, 0.5, 1.0], dtype=torch.float64)
-    even = of_strengths(w=[2, 10]).strengths(quantiles)
+    even = of_strengths(w=[2, 10])._strengths(quantiles)
     torch.testing.assert_close(even, torch.tensor([2.0, 4, 6, 10]).double())
-    log = of_strengths(w=[1, 16], w_density="log-uniform").strengths(quantiles)
+    log = of_strengths(w=[1, 16], w_density="log-uniform")._strengths(quantiles)
     torch.testing.assert_close(log, torch.tensor([1.0, 2, 4, 16]).double())
 
 

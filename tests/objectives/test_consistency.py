@@ -87,7 +87,7 @@ def test_of_pictures_a_step_of_the_teacher_leads_to_the_target(prediction):
     x_t = torch.randn(2, 2, 4, 4, generator=generator("x"))
     cond = model.embed(PROMPTS[:2])
     with torch.no_grad(), model.disable():
-        seen = objective().noised(model, x_t, t, cond, None)
+        seen = objective().step(model, x_t, t, cond)
         pred = guided(model, x_t, t, cond, None, TEACHER)
     assert seen.end.tolist() == [650, -1]
     x_0, eps = (to(pred, x_t, t) for to in (model.schedule.to_x_0, model.schedule.to_eps))
@@ -127,22 +127,13 @@ def test_a_function_that_is_consistent_has_no_loss():
     assert float(made.update(model, collected(model, made, tools), 0, tools).total) < 1e-5
 
 
-def test_the_target_can_be_an_average_of_weights_that_is_kept():
-    def run(**options):
-        model, made = moved(), objective(**options)
-        tools = lent(model)
-        states = collected(model, made, tools)
-        first = made.update(model, states, 0, tools).total
-        gradient(model)
-        model.move(0.3, seed=1)
-        return first, made.update(model, states, 1, tools).total, gradient(model), tools
-
-    (first, now, _, nothing), (same, averaged, found, tools) = run(), run(target_decay=0.5)
-    assert not nothing.state and torch.equal(first, same) and not torch.equal(now, averaged)
-    start, end = moved(), moved()
-    end.move(0.3, seed=1)
-    torch.testing.assert_close(tools.state["old"]["delta"], (start.delta + end.delta).detach() / 2)
-    torch.testing.assert_close(run(target_decay=0.5, micro_batch=1)[2], found)
+def test_micro_batches_change_nothing():
+    found = []
+    for size in (None, 1):
+        model, made = moved(), objective(micro_batch=size)
+        made.update(model, collected(model, made, lent(model)), 1, lent(model))
+        found.append(gradient(model))
+    torch.testing.assert_close(*found)
 
 
 def test_how_it_is_to_be_drawn_is_written_down():
@@ -151,9 +142,11 @@ def test_how_it_is_to_be_drawn_is_written_down():
     assert facts["distilled_guidance"] == {"cfg_scale": 3.0}
 
 
-def test_a_path_with_noise_is_refused():
+def test_a_path_with_noise_is_refused_and_so_are_more_updates_than_states():
     with pytest.raises(UserError, match=r"dynamics 'ddim' adds noise: set objective\.dynamics=ddim"):
         objective(dynamics={"name": "ddim", "eta": 1.0}).check(Drawing(), None)
+    with pytest.raises(ValueError, match="updates must be at most steps"):
+        Config(steps=2, updates=3)
 
 
 def test_an_exported_adapter_draws_with_the_stock_sampler(tmp_path):
@@ -162,8 +155,10 @@ def test_an_exported_adapter_draws_with_the_stock_sampler(tmp_path):
     with torch.no_grad():
         for number, parameter in enumerate(made.parameters()):
             parameter.copy_(0.3 * torch.randn(parameter.shape, generator=generator("weights", number)))
+    together = images(model, ["a blue square", "a red circle"], 3, steps=2, cfg_scale=1.0, scheduler="lcm")
     file = made.save(tmp_path / "adapter.safetensors", {"base_model": str(save_tiny(tmp_path / "base"))})
     ours = images(model, ["a red circle"], 3, steps=2, cfg_scale=1.0, scheduler="lcm")
+    assert np.abs(together[1].astype(float) - ours[0]).max() <= 1
     assert main(["export", str(file), str(tmp_path / "lora.safetensors"), "--format", "diffusers"]) == 0
     stock = tiny_pipe("sd")
     stock.scheduler = LCMScheduler.from_config(stock.scheduler.config)

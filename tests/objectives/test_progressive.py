@@ -106,7 +106,7 @@ def test_a_student_that_predicts_the_targets_has_no_loss_and_its_gradient_is_of_
     loss = (weight * (pred - seen.target).square().flatten(1).mean(1)).mean()
     torch.testing.assert_close(found, torch.autograd.grad(loss, model.delta)[0])
     assert sum(float(one.total) for one in losses) / 2 == pytest.approx(float(loss.detach()))
-    done = type(seen)(x=seen.x, t=seen.t, end=seen.end, cond=seen.cond, target=pred.detach(), of_row=seen.of_row)
+    done = type(seen)(x=seen.x, t=seen.t, cond=seen.cond, target=pred.detach(), of_row=seen.of_row)
     assert float(made.update(model, [done], 0, tools).total) < 1e-12
     gradient(model)
 

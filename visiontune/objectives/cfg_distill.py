@@ -21,13 +21,15 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 
-from visiontune.core import Batch, Condition
-from visiontune.diffusion.guidance import NO_GUIDANCE, Call, Guidance, RowCFG, guided
-from visiontune.diffusion.trajectory import Chain
+from visiontune.core import Batch, Condition, Loss
+from visiontune.diffusion.guidance import NO_GUIDANCE, Call, Embedded, Guidance, RowCFG, guided
+from visiontune.diffusion.timesteps import Timesteps
+from visiontune.diffusion.trajectory import Chain, require_no_memory
 from visiontune.errors import UserError
 from visiontune.guidance.stack import GuidanceStack
-from visiontune.objectives._distill import Distillation, DistillConfig, Seen, square_errors, states_of
-from visiontune.objectives.base import Needs, Tools
+from visiontune.objectives._distilled import Distilled, DistilledConfig, Seen, shuffled
+from visiontune.objectives._online import parts_of
+from visiontune.objectives.base import Needs, Tools, combine
 from visiontune.objectives.denoising import min_snr_weight
 from visiontune.schema import option
 
@@ -36,14 +38,16 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(DistillConfig):
-    """Options of CFG distillation."""
+class Config(DistilledConfig):
+    """Options of CFG distillation; `cfg_scale` and `guidance` are the teacher's."""
 
     states: Literal["teacher", "student", "data"] = option(
         "teacher",
         help="noisy latents that are learnt from: of rollouts of the guided teacher, or of the student; or pictures of "
         "data.root, noised",
     )
+    steps: int = option(10, least=1, greatest=100_000, help="sampling steps of a rollout, each of which gives a state")
+    jitter: bool = option(True, help="move a rollout's inner steps by a random share of a step, so that all are seen")
     w: list[float] | None = option(
         None,
         least=0,
@@ -54,16 +58,19 @@ class Config(DistillConfig):
     snr_gamma: float | None = option(
         None, above=0, greatest=1e6, help="min-SNR weighting with this gamma (5 is usual); null weighs every t alike"
     )
+    timesteps: Timesteps = option(Timesteps(), help="with states=data, the noise that is trained at")
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.states != "data" and self.updates > self.steps:
+            raise ValueError("updates must be at most steps: each takes states of its own from every rollout")
         if self.w is None:
             return
         if len(self.w) != 2 or not self.w[0] < self.w[1]:
             raise ValueError(f"w must be [least, most], not {self.w}: for one strength leave it out and set cfg_scale")
         if self.w_density == "log-uniform" and self.w[0] == 0:
             raise ValueError("w begins at 0, of which log-uniform has no density: begin above, or take uniform")
-        if self.guidance is not None or self.cfg_scale != DistillConfig.cfg_scale:
+        if self.guidance is not None or self.cfg_scale != DistilledConfig.cfg_scale:
             other = "cfg_scale" if self.guidance is None else "guidance"
             raise ValueError(f"w is the strength of the teacher, and {other} has one of its own: leave one of them out")
 
@@ -102,85 +109,141 @@ class Noted(Guidance):
         return self.predictions[-1]
 
 
-class CFGDistill(Distillation):
-    """Logs ``error``, the mean squared difference from the teacher, and ``target``, the teacher's mean square."""
+class CFGDistill(Distilled):
+    """Learns by regression to the guided teacher."""
 
     config: Config
 
+    def __init__(self, config: Config) -> None:
+        super().__init__(config)
+        if self.online:
+            self.updates = config.updates
+
+    @property
+    def online(self) -> bool:
+        """Whether states come from rollouts."""
+        return self.config.states != "data"
+
     @property
     def needs(self) -> Needs:
-        return replace(super().needs, told=self.config.w is not None)
+        columns = () if self.online else ("image",)
+        told = self.config.w is not None
+        return Needs(columns=columns, online=self.online, reference=True, text=False, told=told)
 
     def check(self, model: Any, reward: Any) -> None:
-        """Besides, refuse a teacher that is not guided."""
+        """Besides, refuse a teacher that guides as the student does already, or that single steps cannot ask."""
         super().check(model, reward)
+        guidance = self.guidance(model)
+        told = isinstance(guidance, Embedded) or (isinstance(guidance, GuidanceStack) and guidance.told is not None)
+        if told and not (self.config.w and model.blank):
+            raise UserError(
+                f"model '{model.source}' ({model.family}) has guidance distilled into it already: train it as it is, "
+                "or take one without"
+            )
         if self.config.w is not None:
             return
-        guidance = self.guidance(model)
         if guidance == NO_GUIDANCE or (isinstance(guidance, GuidanceStack) and all(t.idle for t in guidance.terms)):
             raise UserError("the teacher is not guided: raise objective.cfg_scale, or name terms in objective.guidance")
+        edits = isinstance(guidance, GuidanceStack) and bool(guidance.edits)
+        if self.config.states != "teacher" or edits:
+            require_no_memory(guidance)
+
+    def draw_timesteps(self, model: Any, shape: Any, rows: int, rng: torch.Generator) -> Tensor | None:
+        return None if self.online else super().draw_timesteps(model, shape, rows, rng)
 
     def facts(self) -> dict[str, str]:
-        """The teacher's guidance, or the strengths that the student is told."""
-        config = self.config
+        """The teacher's guidance, by which samplers know that the result is to be drawn without."""
+        config, terms = self.config, self.config.guidance or []
+        guidance = {"cfg_scale": config.cfg_scale, **({"guidance": terms} if terms else {})}
         told = {"w": config.w, "w_density": config.w_density}
-        return super().facts() if config.w is None else {"distilled_guidance": json.dumps(told)}
+        return {"distilled_guidance": json.dumps(guidance if config.w is None else told)}
 
-    def condition(self, model: DiffusionModel, batch: Batch, tools: Tools) -> Condition:
-        cond = super().condition(model, batch, tools)
-        return cond if self.config.w is None else self._told(cond, torch.rand(len(cond), generator=tools.rng))
+    # -- states of pictures -------------------------------------------------------------------------------------
 
-    def visited(self, model: DiffusionModel, rows: Batch, chain: Chain, tools: Tools) -> Seen:
+    def loss(self, model: DiffusionModel, batch: Batch, tools: Tools) -> Loss:
+        """Of noised pictures."""
+        x_0 = batch.data["image"].float()
+        t = self.config.timesteps.draw(model, x_0.shape[1:], len(x_0), tools.rng, batch.data.get("quantile"))
+        t, eps = t.to(x_0.device), torch.randn(x_0.shape, generator=tools.rng).to(x_0.device)
+        x_t = model.schedule.add_noise(x_0, eps, t)
+        w = None if self.config.w is None else self._strengths(torch.rand(len(x_0), generator=tools.rng))
+        with tools.reference(), torch.no_grad():
+            cond = _told(model.embed(batch.prompts) if batch.cond is None else batch.cond, w)
+            target = guided(model, x_t, t, cond, self.away(model, len(x_t)), self._teacher(model, w))
+        errors, terms = self.errors(model, Seen(x=x_t, t=t, cond=cond, target=target))
+        return Loss(total=combine(errors, batch), terms=terms)
+
+    # -- states of rollouts -------------------------------------------------------------------------------------
+
+    def collect(self, model: DiffusionModel, batch: Batch, tools: Tools) -> list[Seen]:
+        """All states of a rollout of each prompt, those of a row in an order of its own, on the CPU."""
+        chain = self._chain(model, tools)
         visit = self._of_teacher if self.config.states == "teacher" else self._of_student
-        return visit(model, rows, chain, tools)
+        return [visit(model, rows, chain, tools) for rows in parts_of(batch, self.config.micro_batch)]
 
-    def noised(self, model: DiffusionModel, x_t: Tensor, t: Tensor, cond: Condition, uncond: Condition | None) -> Seen:
-        target = guided(model, x_t, t, cond, uncond, self._teacher(model, cond))
-        return Seen(x=x_t, t=t, end=t, cond=cond, target=target)
+    def update(self, model: DiffusionModel, collected: list[Seen], part: int, tools: Tools) -> Loss:
+        return self.regress(model, collected, part, tools)
 
     def _of_teacher(self, model: DiffusionModel, rows: Batch, chain: Chain, tools: Tools) -> Seen:
+        w = self._drawn_strengths(rows, tools)
         with tools.reference():
-            cond = self._drawn_condition(model, rows, tools)
-            noted = Noted(inner=self._teacher(model, cond))
-            drawn = self.rollout(model, cond, noted, chain, rows, tools)
-        return states_of(drawn, torch.stack(noted.predictions, dim=1), tools.generators(rows, "order"))
+            noted = Noted(inner=self._teacher(model, w))
+            drawn = self.visit(model, _told(model.embed(rows.prompts), w), noted, chain, rows, tools)
+        assert drawn.latents is not None
+        target = torch.stack(noted.predictions, dim=1)
+        return shuffled(drawn.latents[:, :-1], drawn.timesteps, drawn.cond, target, tools.generators(rows, "order"))
 
     def _of_student(self, model: DiffusionModel, rows: Batch, chain: Chain, tools: Tools) -> Seen:
-        drawn = self.rollout(model, self._drawn_condition(model, rows, tools), NO_GUIDANCE, chain, rows, tools)
+        w = self._drawn_strengths(rows, tools)
+        drawn = self.visit(model, _told(model.embed(rows.prompts), w), NO_GUIDANCE, chain, rows, tools)
         assert drawn.latents is not None
-        teacher, away, targets = self._teacher(model, drawn.cond), self.negative(model, len(rows)), []
+        teacher, away, targets = self._teacher(model, w), self.away(model, len(rows)), []
         with tools.reference():
             for x, t in zip(drawn.latents[:, :-1].unbind(1), drawn.timesteps.to(model.device), strict=True):
                 targets.append(guided(model, x, t.expand(len(x)), drawn.cond, away, teacher))
-        return states_of(drawn, torch.stack(targets, dim=1), tools.generators(rows, "order"))
+        target = torch.stack(targets, dim=1)
+        return shuffled(drawn.latents[:, :-1], drawn.timesteps, drawn.cond, target, tools.generators(rows, "order"))
 
-    def errors(self, model: DiffusionModel, seen: Seen, tools: Tools) -> tuple[Tensor, dict[str, Tensor]]:
-        errors, terms = square_errors(model, seen)
-        if self.config.snr_gamma is not None:
-            schedule = model.schedule
-            errors = errors * min_snr_weight(schedule.snr(seen.t), self.config.snr_gamma, schedule.prediction)
-        return errors, terms
+    def weight(self, model: DiffusionModel, t: Tensor) -> Tensor | None:
+        """Min-SNR, where it is asked for."""
+        schedule, gamma = model.schedule, self.config.snr_gamma
+        return None if gamma is None else min_snr_weight(schedule.snr(t), gamma, schedule.prediction)
 
-    # -- strengths that are told --------------------------------------------------------------------------------
+    def _chain(self, model: DiffusionModel, tools: Tools) -> Chain:
+        start, end = model.chain(self.config.steps, model.latent_shape())
+        if not self.config.jitter:
+            return start, end
+        return jittered(start, float(torch.rand((), generator=tools.shared("jitter"))), end[-1:])
 
-    def _teacher(self, model: DiffusionModel, cond: Condition) -> Guidance:
-        """The teacher's guidance, of the strengths that the student is told, if it is."""
-        return self.guidance(model) if self.config.w is None else RowCFG(scales=cond.extra["guidance"])
+    def _teacher(self, model: DiffusionModel, w: Tensor | None) -> Guidance:
+        """The teacher's guidance, of rows with strengths ``w`` ``[b]``, if they have any."""
+        return self.guidance(model) if w is None else RowCFG(scales=w.to(model.device))
 
-    def _drawn_condition(self, model: DiffusionModel, rows: Batch, tools: Tools) -> Condition:
-        cond = model.embed(rows.prompts)
+    def _drawn_strengths(self, rows: Batch, tools: Tools) -> Tensor | None:
         if self.config.w is None:
-            return cond
-        return self._told(cond, torch.cat([torch.rand(1, generator=rng) for rng in tools.generators(rows, "w")]))
+            return None
+        return self._strengths(torch.cat([torch.rand(1, generator=rng) for rng in tools.generators(rows, "w")]))
 
-    def _told(self, cond: Condition, quantiles: Tensor) -> Condition:
-        """The condition with the strengths that stand at ``quantiles`` ``[b]`` of the density."""
-        return replace(cond, extra={**cond.extra, "guidance": self.strengths(quantiles).to(cond.tokens.device)})
-
-    def strengths(self, quantiles: Tensor) -> Tensor:
+    def _strengths(self, quantiles: Tensor) -> Tensor:
         """w ``[b]`` of where in the density they stand, in [0, 1)."""
         assert self.config.w is not None
         least, most = self.config.w
         if self.config.w_density == "uniform":
             return least + quantiles * (most - least)
         return least * (most / least) ** quantiles
+
+
+def _told(cond: Condition, w: Tensor | None) -> Condition:
+    """The condition of a student that is told strengths ``w`` ``[b]``, if it is."""
+    return cond if w is None else replace(cond, extra={**cond.extra, "guidance": w.to(cond.tokens.device)})
+
+
+def jittered(start: Tensor, share: float, end: Tensor) -> Chain:
+    """A chain whose inner steps begin a share of a step earlier, at higher noise.
+
+    Args:
+        start: ``[T]`` timesteps, falling; whole ones stay whole. share: in [0, 1). end: ``[1]``, of the last step.
+    """
+    moved = start[1:] + share * (start[:-1] - start[1:])
+    begin = torch.cat([start[:1], moved if start.is_floating_point() else moved.floor().to(start.dtype)])
+    return begin, torch.cat([begin[1:], end])

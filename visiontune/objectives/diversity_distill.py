@@ -30,7 +30,7 @@ from visiontune.diffusion.pathwise import backpropagate, end_gradient
 from visiontune.diffusion.replay import backpropagate_scores
 from visiontune.diffusion.trajectory import Keep, Start, Trajectory, Window, require_no_memory, rollout
 from visiontune.errors import UserError
-from visiontune.objectives._distill import Regression, RegressionConfig, Seen, square_errors
+from visiontune.objectives._distilled import Distilled, DistilledConfig, Seen
 from visiontune.objectives._online import parts_of, pixels, reward_terms, score
 from visiontune.objectives.base import Needs, Tools
 from visiontune.schema import option
@@ -42,7 +42,7 @@ _PAIRS = 3  # pictures of a prompt among which a pair is left when one is taken 
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(RegressionConfig):
+class Config(DistilledConfig):
     """Options of distillation with a reward for pictures that differ."""
 
     steps: int = option(10, least=1, greatest=100_000, help="sampling steps of the student's rollouts, all learnt from")
@@ -80,7 +80,7 @@ class Drawn:
     seen: Seen
 
 
-class DiversityDistill(Regression):
+class DiversityDistill(Distilled):
     """Logs besides the reward, which is the diversity."""
 
     config: Config
@@ -159,7 +159,7 @@ class DiversityDistill(Regression):
     def _taught(self, model: DiffusionModel, chain: Trajectory, tools: Tools) -> Seen:
         """The states of a chain, step after step, with what the teacher predicts there."""
         assert chain.latents is not None
-        teacher, away = self.guidance(model), self.negative(model, len(chain))
+        teacher, away = self.guidance(model), self.away(model, len(chain))
         rows, targets = len(chain), []
         with tools.reference():
             for x, t in zip(chain.latents[:, :-1].unbind(1), chain.timesteps.to(model.device), strict=True):
@@ -167,13 +167,9 @@ class DiversityDistill(Regression):
         return Seen(
             x=chain.latents[:, :-1].transpose(0, 1).flatten(0, 1),
             t=chain.timesteps.to(model.device).repeat_interleave(rows),
-            end=chain.ends.to(model.device).repeat_interleave(rows),
             cond=chain.cond[torch.arange(rows).repeat(chain.steps)],
             target=torch.cat(targets),
         )
-
-    def errors(self, model: DiffusionModel, seen: Seen, tools: Tools) -> tuple[Tensor, dict[str, Tensor]]:
-        return square_errors(model, seen)
 
     # -- update -------------------------------------------------------------------------------------------------
 

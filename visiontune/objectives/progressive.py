@@ -15,7 +15,7 @@ rollouts, each second of which is x_n of the one before, so that targets come wi
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -26,7 +26,7 @@ from visiontune.diffusion.schedule import Schedule
 from visiontune.diffusion.trajectory import Chain
 from visiontune.diffusion.transition import kernel
 from visiontune.errors import UserError
-from visiontune.objectives._distill import Regression, RegressionConfig, Seen, square_errors, states_of
+from visiontune.objectives._distilled import Distilled, DistilledConfig, Seen, shuffled
 from visiontune.objectives._old import follow, old_policy
 from visiontune.objectives._online import parts_of
 from visiontune.objectives.base import Needs, Tools
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(RegressionConfig):
+class Config(DistilledConfig):
     """Options of a round."""
 
     steps: int = option(8, least=1, greatest=1000, help="the student's sampling steps; its teacher takes twice as many")
@@ -57,7 +57,7 @@ def build(config: Config) -> Progressive:
     return Progressive(config)
 
 
-class Progressive(Regression):
+class Progressive(Distilled):
     """Learns by regression to where two steps of the teacher lead."""
 
     config: Config
@@ -105,12 +105,11 @@ class Progressive(Regression):
     def _of_teacher(self, model: DiffusionModel, rows: Batch, tools: Tools) -> Seen:
         begin, end = (value.cpu() for value in model.chain(self.config.steps, model.latent_shape()))
         chain = doubled(begin, end)
-        drawn = self.rollout(model, model.embed(rows.prompts), self.guidance(model), chain, rows, tools)
+        drawn = self.visit(model, model.embed(rows.prompts), self.guidance(model), chain, rows, tools)
         assert drawn.latents is not None
         x, reached = drawn.latents[:, :-1:2], drawn.latents[:, 2::2]
         target = self.leading(model.schedule, x, reached, begin, end)
-        steps = replace(drawn, latents=drawn.latents[:, ::2], timesteps=begin, ends=end)
-        return states_of(steps, target, tools.generators(rows, "order"))
+        return shuffled(x, begin, drawn.cond, target, tools.generators(rows, "order"))
 
     def leading(self, schedule: Schedule, x: Tensor, reached: Tensor, begin: Tensor, end: Tensor) -> Tensor:
         """What must be predicted at ``x`` so that one step leads to ``reached``, ``[b, T, ...]`` each.
@@ -125,10 +124,9 @@ class Progressive(Regression):
         wanted = (reached.double() - of_x.to(x.device) * x.double()) / torch.where(moves, of_pred, 1.0).to(x.device)
         return (wanted * moves.to(x.device)).to(reached.dtype)
 
-    def errors(self, model: DiffusionModel, seen: Seen, tools: Tools) -> tuple[Tensor, dict[str, Tensor]]:
-        """Squared errors with the weight of equation 9 of the paper, truncated SNR."""
-        errors, terms = square_errors(model, seen)
-        return errors * truncated_snr_weight(model.schedule, seen.t), terms
+    def weight(self, model: DiffusionModel, t: Tensor) -> Tensor:
+        """Equation 9 of the paper, truncated SNR, for errors in what the network predicts."""
+        return truncated_snr_weight(model.schedule, t)
 
 
 def doubled(begin: Tensor, end: Tensor) -> Chain:
