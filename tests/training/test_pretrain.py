@@ -28,7 +28,12 @@ def test_the_average_forgets_the_first_weights_soon_and_ends_at_its_decay():
     assert torch.allclose(average[0], torch.full((2,), 0.1))  # decay 0.9
 
 
-def _fit(folder, steps, stop_at=None):
+def _two(model):
+    """A rate of its own for the weight, by an optimiser with a state of its own."""
+    return [torch.optim.SGD([model.weight], lr=0.1, momentum=0.5), torch.optim.AdamW([model.bias], lr=0.05)]
+
+
+def _fit(folder, steps, stop_at=None, optimizers=None):
     torch.manual_seed(0)
     model = nn.Linear(3, 1)
 
@@ -38,16 +43,32 @@ def _fit(folder, steps, stop_at=None):
         x = torch.randn(8, 3, generator=torch.Generator().manual_seed(step))
         return {"loss": (model(x) - x.sum(1, keepdim=True)).square().mean()}
 
-    return fit(model, loss_at, steps=steps, lr=0.05, folder=folder, warmup=5, log_every=5, save_every=10)
+    given = {"optimizers": optimizers(model)} if optimizers else {"lr": 0.05}
+    return fit(model, loss_at, steps=steps, folder=folder, warmup=5, log_every=5, save_every=10, **given)
 
 
-def test_an_interrupted_run_ends_with_the_weights_of_a_whole_one(tmp_path):
-    whole = _fit(tmp_path / "whole", 40)
+@pytest.mark.parametrize("optimizers", [None, _two])
+def test_an_interrupted_run_ends_with_the_weights_of_a_whole_one(tmp_path, optimizers):
+    whole = _fit(tmp_path / "whole", 40, optimizers=optimizers)
     with pytest.raises(KeyboardInterrupt):
-        _fit(tmp_path / "cut", 40, stop_at=27)
-    again = _fit(tmp_path / "cut", 40)
+        _fit(tmp_path / "cut", 40, stop_at=27, optimizers=optimizers)
+    again = _fit(tmp_path / "cut", 40, optimizers=optimizers)
     assert torch.equal(whole.weight, again.weight) and torch.equal(whole.bias, again.bias)
     assert not torch.equal(again.weight, nn.Linear(3, 1).weight)
+
+
+def test_each_optimiser_has_the_schedule_of_its_own_rate(tmp_path):
+    torch.manual_seed(0)
+    model, seen = nn.Linear(3, 1), []
+    pair = _two(model)
+
+    def loss_at(step):
+        seen.append([optimizer.param_groups[0]["lr"] for optimizer in pair])
+        return {"loss": model(torch.ones(1, 3)).square().mean()}
+
+    fit(model, loss_at, steps=20, folder=tmp_path, optimizers=pair, warmup=4)
+    wanted = [[rate * warm_cosine(step, 20, 4) for rate in (0.1, 0.05)] for step in range(19)]
+    assert torch.allclose(torch.tensor(seen[1:]), torch.tensor(wanted))
 
 
 def test_it_learns(tmp_path):
