@@ -213,7 +213,15 @@ def _export(shop: Workshop, file: Path, drawn: np.ndarray) -> str:
 
 def _sample(shop: Workshop, file: Path, drawn: np.ndarray) -> str:
     out = file.with_name("samples")
-    words = [f"model={shop.model}", f"adapter={file}", f"out={out}", f"prompts={SEEN.prompt}", "seeds=[1]", "steps=2"]
+    words = [
+        f"model={shop.model}",
+        f"adapter={file}",
+        f"out={out}",
+        f"prompts={SEEN.prompt}",
+        "seeds=[1]",
+        "steps=2",
+        "scheduler=model",
+    ]
     with contextlib.redirect_stdout(io.StringIO()):
         assert main(["sample", *words, "cfg_scale=3", "device=cpu"]) == 0
     with Image.open(out / "00000_seed1.png") as shown:
