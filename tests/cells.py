@@ -100,7 +100,20 @@ def covering() -> tuple[Cell, ...]:
                 cells.append(Cell(adapter, fit[(i + j) % len(fit)], family))
             if looks and (family == PLAIN or not fit):
                 cells += (Cell(adapter, name, family) for name in taken if online(name))
-    return tuple(cells)
+    return (*cells, *_missed(cells))
+
+
+def _missed(cells: list[Cell]) -> list[Cell]:
+    """Cells for every two that do not meet in others, of which there are some where families refuse objectives."""
+    found: list[Cell] = []
+    names = plugin.names("adapters")
+    for j, objective in enumerate(plugin.names("objectives")):
+        takers = [family for family in FAMILIES if refusal(objective, family) is None]
+        met = {c.adapter for c in cells if c.objective == objective}
+        found += (Cell(a, objective, takers[(i + j) % len(takers)]) for i, a in enumerate(names) if a not in met)
+        met = {c.family for c in [*cells, *found] if c.objective == objective}
+        found += (Cell("lora", objective, family) for family in takers if family not in met)
+    return found
 
 
 def recipe(cell: Cell, shop: Workshop) -> dict[str, Any]:
