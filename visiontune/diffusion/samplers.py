@@ -130,10 +130,11 @@ class _UniPC(_OnGrid, UniPCMultistepScheduler):
 class _LCM(LCMScheduler):
     """Multistep sampling of a consistency model: each step goes to a clean picture, which is noised again."""
 
-    def set_timesteps(self, num_inference_steps: Any = None, device: Any = None, **options: Any) -> None:
+    def set_timesteps(self: Any, num_inference_steps: Any = None, device: Any = None, **options: Any) -> None:
         """As the stock method of the same name, but in any number of steps: it takes them from a grid of 50."""
         grid = max(num_inference_steps or 0, self.config.original_inference_steps)
-        super().set_timesteps(num_inference_steps, device, **{"original_inference_steps": grid, **options})
+        told = {"original_inference_steps": grid, **options}
+        super().set_timesteps(num_inference_steps, device, **told)  # type: ignore[misc]
 
 
 _TABLE: dict[str, Any] = {
