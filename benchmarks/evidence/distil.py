@@ -1,6 +1,7 @@
 """Guidance distilled into an adapter of pocket-sd: the student in one call a step beside its teacher in two.
 
     python benchmarks/evidence/distil.py
+    python benchmarks/evidence/distil.py --front QUALITY DIVERSITY
 
 The recipe ``distil/cfg`` as it is, three training seeds, and the same with the student's own states. Held-out prompts
 of one, two and three objects, 25 DDIM steps; the oracle says how many come right. KID is the unbiased squared distance
@@ -8,6 +9,9 @@ of pocket-clip's features, with the usual cubic kernel, to as many pictures that
 prompts; diversity is that of four seeds of a prompt. Beside the student: the base without guidance, the teacher in as
 many steps, and in as many calls. Finished runs are kept in ``--work``. Writes ``distil.json`` and ``distil.md`` into
 ``benchmarks/results/``.
+
+``--front`` takes two finished adapters, one distilled alone (``distil/diverse`` with ``objective.beta=0``) and one for
+pictures that differ, and measures mixtures of their changes; it writes ``distil_front.json`` and ``distil_front.md``.
 """
 
 from __future__ import annotations
@@ -21,9 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from personalise import RESULTS, spread
-from torch import Tensor
 
 from visiontune import adapters, config
 from visiontune.assemble import assemble
@@ -31,10 +33,12 @@ from visiontune.evaluation.metrics import image_features, prompt_accuracy
 from visiontune.files import write_json, write_text
 from visiontune.models import load
 from visiontune.models.clip import load_clip
+from visiontune.ops.mmd import squared_mmd
 from visiontune.pocket.scenes import stream
 from visiontune.pocket.world import render
 from visiontune.sampling.pipeline import images
 from visiontune.training.measures import diversity
+from visiontune.weights.mixing import mixed
 
 STEPS, SEEDS = 25, (0, 1, 2)
 PROMPTS = {"one": 60, "two": 100, "three": 60}
@@ -46,6 +50,7 @@ TEACHERS = {
     "teacher, as many calls": (4.0, STEPS // 2),
 }
 SCORES = (*PROMPTS, "kid", "diversity")
+SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)
 
 
 @functools.cache
@@ -53,19 +58,6 @@ def held_out(kind: str) -> tuple[list[str], np.ndarray]:
     """Prompts, and pictures that the world draws of them."""
     found = list(itertools.islice(stream(80, kind, holdout=True), PROMPTS[kind]))
     return [text for _, text in found], np.stack([render(scene) for scene, _ in found])
-
-
-def kid(features: Tensor, others: Tensor) -> float:
-    """Unbiased squared maximum mean discrepancy under (x y / d + 1)^3, Binkowski et al., 2018, arXiv 1801.01401.
-
-    Args:
-        features, others: unit features ``[n, d]`` of as many pictures each; scaled to length sqrt(d).
-    """
-    n, d = features.shape
-    (x, y) = (value.double() * d**0.5 for value in (features, others))
-    inner, outer = ((a @ b.T / d + 1) ** 3 for a, b in ((torch.cat([x, y]), torch.cat([x, y])), (x, y)))
-    within = (inner[:n, :n].sum() + inner[n:, n:].sum() - inner.trace()) / (n * (n - 1))
-    return float(within - 2 * outer.mean())
 
 
 def measure(model: Any, scale: float, steps: int, seed: int) -> dict[str, float]:
@@ -80,11 +72,28 @@ def measure(model: Any, scale: float, steps: int, seed: int) -> dict[str, float]
         drawn.append(pictures)
         true.append(real)
     clip = load_clip("pocket/clip")
-    row["kid"] = kid(*(image_features(np.concatenate(part), clip) for part in (drawn, true)))
+    row["kid"] = float(squared_mmd(*(image_features(np.concatenate(part), clip) for part in (drawn, true))))
     few = [(prompt, 1000 * seed + i) for kind in PROMPTS for prompt in held_out(kind)[0][:4] for i in range(4)]
     seen = images(model, *map(list, zip(*few, strict=True)), **drawing)
     row["diversity"] = diversity(seen.reshape(-1, 4, *seen.shape[1:]))
     return row
+
+
+def front(quality: Path, diverse: Path, shares: Sequence[float] = SHARES) -> dict[str, list[dict[str, float]]]:
+    """Scores of the mixtures of two adapters, by the share of the second; one call a step."""
+    model = load("pocket/sd")
+    networks = model.networks()
+    sets = [adapters.load(networks, file, name=file.parent.name + str(i)) for i, file in enumerate((quality, diverse))]
+    found = {}
+    for share in shares:
+        made = mixed(networks, sets, [1 - share, share])
+        for one in sets:
+            one.enabled = False
+        found[f"{share:g} of the second"] = [measure(model, 1.0, STEPS, 0)]
+        made.detach()
+        for one in sets:
+            one.enabled = True
+    return found
 
 
 def trained(name: str, seed: int, work: Path) -> Path:
@@ -111,7 +120,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, default=Path("runs/evidence/distil"))
     parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--front", nargs=2, type=Path, metavar=("QUALITY", "DIVERSITY"), help="adapter files")
     args = parser.parse_args()
+    if args.front:
+        points = front(*args.front)
+        write_json(args.out / "distil_front.json", points)
+        write_text(args.out / "distil_front.md", table(points))
+        return
     args.work.mkdir(parents=True, exist_ok=True)
     model, found = load("pocket/sd"), dict[str, list[dict[str, float]]]()
     for seed, name in itertools.product(SEEDS, (*TEACHERS, *STUDENTS)):

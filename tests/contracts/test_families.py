@@ -544,7 +544,9 @@ class TestDraw:
     def test_every_sampler_comes_to_what_the_familys_own_comes_to(self, model, request):
         model = fresh(request)
         options, requests = {"steps": 25, "guidance": model.guidance(1.0)}, [Request(prompt=PROMPTS[0], seed=3)]
-        found = {name: model.draw(requests, sampler=name, **options) for name in model.samplers()}
+        # All but lcm, which goes to a clean picture in each step and noises it again.
+        along = [name for name in model.samplers() if name != "lcm"]
+        found = {name: model.draw(requests, sampler=name, **options) for name in along}
         for name, shown in found.items():
             assert abs(shown - found["model"]).mean() < 0.05 * found["model"].std(), name
         with pytest.raises(UserError, match="sampler 'nothing' does not fit"):

@@ -25,6 +25,11 @@ def selected(adapter: str) -> Cell:
 
 
 SELECTION = [selected(adapter) for adapter in ADAPTERS]
+SELECTION += [
+    next(cell for cell in covering() if (cell.adapter, cell.objective) == ("lora", objective))
+    for objective in OBJECTIVES
+    if objective not in {cell.objective for cell in SELECTION}
+]
 
 
 @pytest.fixture(scope="module")

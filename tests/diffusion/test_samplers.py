@@ -102,7 +102,7 @@ def of_flow(t: float) -> tuple[float, float]:
 @pytest.mark.parametrize("base", TABLES)
 def test_on_a_table_every_sampler_ends_where_the_ode_does(base, name):
     scheduler = TABLES[base]
-    assert sampler_names(scheduler) == ("ddim", "euler", "dpm++", "unipc", "model")
+    assert sampler_names(scheduler) == ("ddim", "euler", "dpm++", "unipc", "lcm", "model")
     kind, levels = scheduler.config.prediction_type, of_table(scheduler)
     few, many = (distance(make_sampler(name, scheduler), kind, levels, steps) for steps in (20, 250))
     assert many < 0.02
@@ -143,7 +143,7 @@ def test_levels_of_another_table_end_elsewhere():
 @pytest.mark.parametrize("base", TABLES)
 def test_samplers_of_a_table_keep_its_meaning_and_spacing(base):
     scheduler = TABLES[base]
-    for name in ("ddim", "euler", "dpm++", "unipc"):
+    for name in ("ddim", "euler", "dpm++", "unipc", "lcm"):
         made = make_sampler(name, scheduler)
         expected = scheduler.alphas_cumprod.float()
         torch.testing.assert_close(made.alphas_cumprod.float(), expected, rtol=1e-4, atol=1e-7)
@@ -151,6 +151,17 @@ def test_samplers_of_a_table_keep_its_meaning_and_spacing(base):
             assert made.config[key] == scheduler.config.get(key, made.config[key])
         assert not made.config.get("clip_sample") and not made.config.get("use_karras_sigmas")
         assert made is not make_sampler(name, scheduler)
+
+
+@pytest.mark.parametrize("steps", [1, 4, 50, 80])
+def test_lcm_starts_at_the_last_timestep_in_any_number_of_steps(steps):
+    sampler = make_sampler("lcm", TABLES["eps"])
+    sampler.set_timesteps(steps)
+    assert len(sampler.timesteps) == steps and sampler.timesteps[0] >= 950
+    if steps <= 50:
+        stock = LCMScheduler()
+        stock.set_timesteps(steps)
+        assert torch.equal(sampler.timesteps, stock.timesteps)
 
 
 @pytest.mark.parametrize("steps", [5, 28])

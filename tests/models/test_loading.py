@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from tiny import remade, save_tiny, tiny_model, tiny_pipe
 
 from visiontune import models
+from visiontune.diffusion.guidance import Embedded
 from visiontune.errors import UserError
 from visiontune.models import pocket
 from visiontune.models.clip import load_clip
@@ -359,11 +360,12 @@ def test_an_inpainting_unet_is_refused(tmp_path):
     assert "its UNet takes 9 channels; give a text-to-image checkpoint" in refusal(tmp_path / "inpaint")
 
 
-def test_a_guidance_distilled_unet_is_refused(tmp_path):
+def test_a_guidance_distilled_unet_is_told_its_guidance(tmp_path):
     pipe = tiny_pipe()
     pipe.unet = remade(pipe.unet, time_cond_proj_dim=8)
     pipe.save_pretrained(tmp_path / "lcm")
-    assert "its guidance is distilled into the UNet" in refusal(tmp_path / "lcm")
+    model = models.load(str(tmp_path / "lcm"))
+    assert model.embedded and model.guidance(3.0) == Embedded(scale=3.0)
 
 
 def test_an_absent_device_is_refused(saved, monkeypatch):

@@ -6,14 +6,16 @@ import json
 
 import pytest
 import torch
+from tiny import tiny_model
 from tiny_online import PROMPTS, SCHEDULES, Drawing, batch_of, gradient, tools_of
 
 from visiontune.core import Batch
 from visiontune.diffusion.guidance import CFG, NO_GUIDANCE, guided
 from visiontune.diffusion.trajectory import Keep, Start, rollout
 from visiontune.errors import UserError
+from visiontune.objectives._distilled import Seen
 from visiontune.objectives.base import generator
-from visiontune.objectives.cfg_distill import CFGDistill, Config, Seen, build, jittered
+from visiontune.objectives.cfg_distill import CFGDistill, Config, build, jittered
 
 OPTIONS = {"steps": 4, "updates": 4, "cfg_scale": 3.0}
 ROLLED = ["teacher", "student"]
@@ -190,6 +192,93 @@ def test_what_was_distilled_is_written_down():
     terms = [{"rescale": 0.7}]
     told = json.loads(objective(guidance=terms).facts()["distilled_guidance"])
     assert told == {"cfg_scale": 3.0, "guidance": terms}
+    told = json.loads(of_strengths().facts()["distilled_guidance"])
+    assert told == {"w": [1.0, 8.0], "w_density": "uniform"}
+
+
+# -- strengths that are told ------------------------------------------------------------------------------------------
+
+
+def of_strengths(**options) -> CFGDistill:
+    return build(Config(**{"steps": 4, "updates": 4, "w": [1.0, 8.0], **options}))
+
+
+class Told(Drawing):
+    """A student that makes what it is told, times `factor`, of both sides of the base."""
+
+    def __init__(self, factor: float = 1.0) -> None:
+        super().__init__()
+        self.factor = factor
+
+    def predict(self, x_t, t, cond):
+        if not self.on:
+            return super().predict(x_t, t, cond)
+        w = self.factor * cond.extra["guidance"].double()[:, None, None, None]
+        with self.disable():
+            u, c = (self.predict(x_t, t, side) for side in (self.unconditional(len(cond)), cond))
+        return (1 - w) * u + w * c + 0 * self.delta.sum()
+
+
+@pytest.mark.parametrize("states", [*ROLLED, "data"])
+def test_of_each_row_the_student_is_told_the_strength_that_its_teacher_has(states):
+    """u and c are known of both, so the loss is 0, and with a strength that is off by a share the square of that."""
+
+    def error(model) -> float:
+        made = of_strengths(states=states)
+        if states == "data":
+            return float(made.loss(model, pictures(model), lent(model)).total)
+        return sum(float(made.update(model, collected(model, made), i, lent(model)).total) for i in range(4)) / 4
+
+    assert error(Told()) < 1e-11
+    assert error(Told(1.1)) > 1e-4
+
+
+@pytest.mark.parametrize("states", ROLLED)
+def test_a_row_keeps_its_strength_from_step_to_step_and_its_target_is_of_it(states):
+    model, made = moved(), of_strengths(states=states, jitter=False)
+    (seen,) = collected(model, made)
+    w = seen.cond.extra["guidance"].view(3, 4)
+    assert torch.equal(w, w[:, :1].expand(3, 4)) and len({*w[:, 0].tolist()}) == 3
+    assert ((w >= 1) & (w <= 8)).all()
+    with model.disable(), torch.no_grad():
+        for x, t, cond, target in zip(seen.x, seen.t, [seen.cond[i] for i in range(12)], seen.target, strict=True):
+            u, c = (model.predict(x[None], t[None], one) for one in (model.unconditional(1), cond))
+            expected = u + cond.extra["guidance"].double() * (c - u)
+            torch.testing.assert_close(target, expected[0].to(target), rtol=1e-5, atol=1e-5)
+
+
+def test_strengths_have_the_density_that_is_declared():
+    quantiles = torch.tensor([0.0, 0.25, 0.5, 1.0], dtype=torch.float64)
+    even = of_strengths(w=[2, 10])._strengths(quantiles)
+    torch.testing.assert_close(even, torch.tensor([2.0, 4, 6, 10]).double())
+    log = of_strengths(w=[1, 16], w_density="log-uniform")._strengths(quantiles)
+    torch.testing.assert_close(log, torch.tensor([1.0, 2, 4, 16]).double())
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        ({"w": [8, 1]}, r"w must be \[least, most\], not \[8, 1\]: for one strength leave it out and set cfg_scale"),
+        ({"w": [3, 3]}, "w must be"),
+        ({"w": [3]}, "w must be"),
+        ({"w": [0, 3], "w_density": "log-uniform"}, "log-uniform has no density"),
+        ({"w": [1, 3], "cfg_scale": 5.0}, "cfg_scale has one of its own"),
+        ({"w": [1, 3], "guidance": ["rescale"]}, "guidance has one of its own"),
+    ],
+)
+def test_strengths_that_make_no_sense_are_refused(options, told):
+    with pytest.raises(ValueError, match=told):
+        Config(**options)
+
+
+def test_a_model_that_is_told_its_guidance_is_no_base_unless_it_learns_that_now():
+    model = tiny_model("sd")
+    model.embed_guidance()
+    of_strengths().check(model, None)
+    model.blank = False
+    for made in (of_strengths(), objective()):
+        with pytest.raises(UserError, match="has guidance distilled into it already: train it as it is, or take one"):
+            made.check(model, None)
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Adapters that have guidance inside are drawn without, and whoever guides them again is told."""
+"""Adapters that have guidance inside, or few steps, are drawn so, and whoever draws them otherwise is told."""
 
 from __future__ import annotations
 
@@ -11,9 +11,11 @@ from PIL import Image
 from tiny import tiny_model
 
 from visiontune import adapters
+from visiontune.errors import UserError
 from visiontune.sampling.config import SampleConfig
 from visiontune.sampling.generate import generate
 from visiontune.sampling.pipeline import images
+from visiontune.sampling.sources import settled
 
 PROMPTS = ["a red circle", "a blue square"]
 
@@ -32,13 +34,19 @@ def files(model, tmp_path_factory):
             parameter.copy_(0.3 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(number)))
     folder = tmp_path_factory.mktemp("adapters")
     told = {"distilled_guidance": json.dumps({"cfg_scale": 3.0})}
-    found = [made.save(folder / "distilled.safetensors", told), made.save(folder / "plain.safetensors")]
+    few = {"few_steps": json.dumps({"steps": 3, "scheduler": "euler"})}
+    wrong = {"few_steps": json.dumps({"steps": 0})}
+    found = [
+        made.save(folder / f"{name}.safetensors", header)
+        for name, header in {"distilled": told, "plain": None, "few": few, "wrong": wrong}.items()
+    ]
     made.detach()
     return found
 
 
 def drawn(out, model, file, **options):
-    generate(SampleConfig(prompts=PROMPTS, out=str(out), adapter=str(file), device="cpu", steps=2, **options), model)
+    options = {"steps": 2, **options}
+    generate(SampleConfig(prompts=PROMPTS, out=str(out), adapter=str(file), device="cpu", **options), model)
     pictures = [Image.open(path) for path in sorted(out.glob("0*.png"))]
     return np.stack([np.array(picture) for picture in pictures])
 
@@ -62,3 +70,29 @@ def test_guiding_it_twice_is_told(tmp_path, model, files, caplog, options):
     drawn(tmp_path / "once", model, files[1], **options)
     drawn(tmp_path / "none", model, files[0], cfg_scale=1.0)
     assert "guided again" not in caplog.text
+
+
+def test_an_adapter_of_few_steps_is_drawn_in_those_by_its_sampler(tmp_path, model, files, caplog):
+    found = drawn(tmp_path, model, files[2], steps=None)
+    loaded = adapters.load(model.networks(), files[2])
+    expected = images(model, PROMPTS, 0, steps=3, cfg_scale=4.0, scheduler="euler")
+    loaded.detach()
+    assert np.array_equal(found, expected) and "was made for" not in caplog.text
+    settings = json.loads((tmp_path / "manifest.jsonl").read_text().splitlines()[0])["settings"]
+    assert (settings["steps"], settings["scheduler"]) == (3, "euler")
+
+
+@pytest.mark.parametrize("options", [{"steps": 2}, {"steps": None, "scheduler": "ddim"}])
+def test_other_steps_than_it_was_made_for_are_told(tmp_path, model, files, caplog, options):
+    drawn(tmp_path, model, files[2], **options)
+    assert "was made for 3 steps of euler, not" in caplog.text
+
+
+def test_an_adapter_that_says_nonsense_of_its_steps_is_refused(tmp_path, model, files):
+    with pytest.raises(UserError, match=r"wrong\.safetensors: few_steps\.steps must be .* not 0"):
+        drawn(tmp_path, model, files[3], steps=None)
+
+
+def test_what_no_adapter_says_is_as_the_model_came(tmp_path, model, files):
+    found = settled(SampleConfig(prompts=PROMPTS, adapter=str(files[1])))
+    assert (found.steps, found.scheduler, found.cfg_scale) == (25, "model", 4.0)

@@ -122,7 +122,7 @@ def test_sdxl_and_other_sizes() -> None:
 
 def test_every_sampler_of_the_family_draws_and_others_are_refused(model) -> None:
     made = {n: images(model, "a red circle", 0, steps=4, scheduler=n) for n in model.samplers()}
-    assert set(made) == {"ddim", "euler", "dpm++", "unipc", "model"}
+    assert set(made) == {"ddim", "euler", "dpm++", "unipc", "lcm", "model"}
     # The tiny pipeline's own scheduler is DDIM.
     np.testing.assert_array_equal(made["model"], made["ddim"])
     assert (made["dpm++"] != made["ddim"]).any()

@@ -12,7 +12,7 @@ from visiontune import outside
 from visiontune.errors import UserError
 
 FORMAT = 1
-_JSON = ("config", "targets", "layers", "words", "base_sample", "base_error", "skips")
+_JSON = ("config", "targets", "layers", "words", "whole", "base_sample", "base_error", "skips")
 # More than safetensors itself reads.
 _LONGEST = 100_000_000
 _HASH = re.compile("[0-9a-f]{64}")
@@ -63,8 +63,9 @@ def read_header(path: str | Path) -> dict[str, Any]:
     Returns:
         ``visiontune_format`` (int), ``method``, ``config`` (mapping), ``targets`` and ``layers`` (lists of text, the
         second not empty), ``base_hash`` (64 hexadecimal digits), ``base_sample`` (layer -> numbers, for every layer),
-        ``base_error`` (layer -> number), ``words`` (embedding -> word -> rows), ``skips`` (see ``AdapterSet``), and
-        whatever else the writer put in (``trigger``, ``prompt``, ...), as text.
+        ``base_error`` (layer -> number), ``words`` (embedding -> word -> rows), ``whole`` (layers that are changed as a
+        whole, whatever the method), ``skips`` (see ``AdapterSet``), and whatever else the writer put in (``trigger``,
+        ``prompt``, ...), as text.
 
     Raises:
         UserError: no such file, not a visiontune adapter, one of a newer format, or one whose header is incomplete.
@@ -80,7 +81,7 @@ def read_header(path: str | Path) -> dict[str, Any]:
         raise _damaged(path, "'visiontune_format' is no number")
     if int(version) > FORMAT:
         raise UserError(f"'{path}' was written by a newer visiontune: upgrade visiontune to read it")
-    texts = {"base_error": "{}", "words": "{}", "skips": "1", **metadata}
+    texts = {"base_error": "{}", "words": "{}", "whole": "[]", "skips": "1", **metadata}
     parsed = {key: outside.parse_json(texts[key], f"'{key}' of '{path}'") for key in _JSON if key in texts}
     header = {**metadata, **parsed, "visiontune_format": int(version)}
     for key, (holds, what) in _CHECKS.items():
@@ -88,7 +89,8 @@ def read_header(path: str | Path) -> dict[str, Any]:
             raise _damaged(path, f"it has no '{key}'")
         if not holds(header[key]):
             raise _damaged(path, f"'{key}' is not {what}")
-    if lacking := [name for name in (*header["layers"], *header["words"]) if not header["base_sample"].get(name)]:
+    named = (*header["layers"], *header["words"], *header["whole"])
+    if lacking := [name for name in named if not header["base_sample"].get(name)]:
         raise _damaged(path, f"'base_sample' has nothing of the layer '{outside.shown(lacking[0])}'")
     return header
 
@@ -148,6 +150,7 @@ _CHECKS: Mapping[str, tuple[Any, str]] = {
     "base_hash": (_HASH.fullmatch, "a hash"),
     "base_sample": (_sample, "a mapping of lists of numbers"),
     "base_error": (_errors, "a mapping of numbers"),
+    "whole": (_texts, "a list of layers"),
     "words": (_words, "a mapping of words and their rows"),
     "skips": (lambda value: isinstance(value, (int, float)) and 0 < value <= 1, "a number above 0, at most 1"),
 }

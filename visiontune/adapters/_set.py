@@ -35,10 +35,11 @@ class AdapterSet(nn.Module):
         layers: component -> layer name -> layer.
         owners: layer -> the attention module that reads its weight, where there is one.
         words: the words whose rows of embeddings are trained.
+        whole: name of a layer, with its component's -> the layer and what changes all of it, whatever the method.
 
     Attributes:
         fused: names of the layers that have such an owner.
-        words: what is trained of embeddings, by components.
+        words: what is trained of embeddings, by components. whole: what changes layers as a whole, likewise.
         skips: kappa of the model's long skips (`visiontune.ops.skips`).
 
     Raises:
@@ -55,6 +56,7 @@ class AdapterSet(nn.Module):
         layers: Mapping[str, Mapping[str, nn.Module]],
         owners: Mapping[nn.Module, nn.MultiheadAttention],
         words: Places | None = None,
+        whole: Mapping[str, tuple[nn.Module, Adapter]] | None = None,
     ) -> None:
         super().__init__()
         self.name, self.method, self.config, self.targets = name, method, config, list(targets)
@@ -73,6 +75,11 @@ class AdapterSet(nn.Module):
         for full, (embedding, rows, known) in (words or {}).items():
             self._layers[full], self._adapters[full] = embedding, Words(embedding, rows, known)
             self.words[full.partition(".")[0]] = Method({full: self._adapters[full]})
+        self.whole = nn.ModuleDict()
+        for component, pairs in _by_component(whole or {}).items():
+            self._layers |= {full: layer for full, (layer, _) in pairs.items()}
+            self._adapters |= {full: adapter for full, (_, adapter) in pairs.items()}
+            self.whole[component] = Method({full: adapter for full, (_, adapter) in pairs.items()})
         self._handles: list[RemovableHandle] = []
         self.fused = [name for name, layer in self._layers.items() if layer in owners]
         for name in self.fused:
@@ -87,9 +94,9 @@ class AdapterSet(nn.Module):
             for layer_name, layer in found.items():
                 entry = Entry(self, own, own.adapters[layer_name])
                 _attention.adopt(layer, entry, owners.get(layer))
-        for reading in self._of_words():
-            for full, adapter in reading.adapters.items():
-                _attention.adopt(self._layers[full], Entry(self, reading, adapter), None)
+        for beside in self._beside():
+            for full, adapter in beside.adapters.items():
+                _attention.adopt(self._layers[full], Entry(self, beside, adapter), None)
 
     def watch(self, roots: Mapping[str, nn.Module]) -> None:
         """Let the methods watch their components until the set is detached; see :meth:`Method.watch`."""
@@ -101,11 +108,16 @@ class AdapterSet(nn.Module):
     @property
     def layers(self) -> list[str]:
         """Names of the layers that the method adapts, with the component's prefix."""
-        return [name for name in self._layers if not isinstance(self._adapters[name], Words)]
+        beside = {name for method in self._beside() for name in method.adapters}
+        return [name for name in self._layers if name not in beside]
 
     def embeddings(self) -> dict[str, Words]:
         """What is trained of embeddings, by their names with the component's prefix."""
         return {name: adapter for name, adapter in self._adapters.items() if isinstance(adapter, Words)}
+
+    def wholes(self) -> list[str]:
+        """Names of the layers that are changed as a whole, whatever the method, with the component's prefix."""
+        return [name for method in self.whole.values() if isinstance(method, Method) for name in method.adapters]
 
     def base_layers(self) -> dict[str, nn.Module]:
         """The adapted layers themselves, by the same names."""
@@ -249,11 +261,12 @@ class AdapterSet(nn.Module):
     # -- training and files -------------------------------------------------------------------------------------
 
     def methods(self) -> list[Method]:
-        """The methods of the components, and those of words."""
-        return [*self._methods.values(), *self._of_words()]
+        """The methods of the components, and what is trained beside them."""
+        return [*self._methods.values(), *self._beside()]
 
-    def _of_words(self) -> list[Method]:
-        return [method for method in self.words.values() if isinstance(method, Method)]
+    def _beside(self) -> list[Method]:
+        """Words, and layers that are changed as a whole."""
+        return [one for one in (*self.words.values(), *self.whole.values()) if isinstance(one, Method)]
 
     @property
     def plans(self) -> bool:
@@ -354,6 +367,8 @@ class AdapterSet(nn.Module):
         }
         if words := self.embeddings():
             header["words"] = json.dumps({name: own.words for name, own in words.items()})
+        if whole := self.wholes():
+            header["whole"] = json.dumps(whole)
         if self.skips != 1:
             header["skips"] = str(self.skips)
         if self.base.error:
@@ -363,6 +378,13 @@ class AdapterSet(nn.Module):
 
 def _full(component: str, layer: str) -> str:
     return f"{component}.{layer}" if component else layer
+
+
+def _by_component(whole: Mapping[str, tuple[nn.Module, Adapter]]) -> dict[str, dict[str, tuple[nn.Module, Adapter]]]:
+    found: dict[str, dict[str, tuple[nn.Module, Adapter]]] = {}
+    for name, pair in whole.items():
+        found.setdefault(name.partition(".")[0], {})[name] = pair
+    return found
 
 
 def _flat(tensors: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:

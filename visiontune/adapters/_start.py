@@ -41,6 +41,11 @@ def start(adapters: AdapterSet, path: str | Path) -> None:
             f"start: words of '{words[0]}' are trained either in {path} or here: put trigger into train.parts, or "
             "leave it out"
         )
+    if whole := sorted(set(header["whole"]) ^ set(adapters.wholes())):
+        raise UserError(
+            f"start: '{whole[0]}' is trained as a whole either in {path} or here: set objective.w as it was, which "
+            "says whether a student is told its guidance"
+        )
     _storage.check_base(path, header, adapters.base_layers(), "start from an adapter of this base")
     module = sys.modules[type(adapters.config).__module__]
     if hasattr(module, "refit"):
@@ -61,7 +66,7 @@ def _refitted(
     made: dict[str, Tensor] = {}
     with _bounded.building(path, saved, list(adapters.base_layers().values())):
         for layer, adapter in adapters.adapters().items():
-            if layer in adapters.embeddings():
+            if layer in adapters.embeddings() or layer in adapters.wholes():
                 continue
             own, now = grouped.pop(layer, {}), adapter.tensors()
             for name in own.keys() & now.keys():

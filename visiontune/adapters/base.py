@@ -38,6 +38,7 @@ def attach(
     name: str = "default",
     presets: Mapping[str, Sequence[str]] | None = None,
     words: Places | None = None,
+    whole: Mapping[str, nn.Module] | None = None,
     **config: Any,
 ) -> AdapterSet:
     """Adapt layers of ``modules`` and freeze everything else in them.
@@ -51,15 +52,19 @@ def attach(
         words: words whose rows of embeddings are trained too: name of the embedding, with its component's -> the
             embedding, the rows of each word, and those that stay as they are, as
             :func:`visiontune.models.words.rows_of` finds them.
+        whole: layers that are changed as a whole, by ``W + D``, whatever the method and the targets: name, with its
+            component's -> the layer.
 
     Raises:
         UserError: unknown method or option, a target that matches nothing, a layer that the method cannot adapt.
     """
     roots = dict(modules) if isinstance(modules, Mapping) else {"": modules}
     key, module, options = _resolve(method, config)
-    layers = _targets.match(roots, targets, module.LAYERS, presets)
+    apart = {*(whole or {}).values()}
+    matched = _targets.match(roots, targets, module.LAYERS, presets)
+    layers = {c: {n: layer for n, layer in found.items() if layer not in apart} for c, found in matched.items()}
     listed = [targets] if isinstance(targets, str) else targets
-    return assemble(roots, name, key, options, module, listed, layers, words)
+    return assemble(roots, name, key, options, module, listed, layers, words, whole)
 
 
 def assemble(
@@ -71,8 +76,12 @@ def assemble(
     targets: Sequence[str],
     layers: Mapping[str, Mapping[str, nn.Module]],
     words: Places | None = None,
+    whole: Mapping[str, nn.Module] | None = None,
 ) -> AdapterSet:
     """An attached set over layers that are already chosen."""
+    # A method as any other, which is made of what is defined here.
+    from visiontune.adapters import dense
+
     owners: dict[nn.Module, nn.MultiheadAttention] = {}
     for component, found in layers.items():
         for layer_name, layer in found.items():
@@ -87,7 +96,8 @@ def assemble(
     for root in roots.values():
         root.requires_grad_(False)
     chosen = {component: found for component, found in layers.items() if found}
-    made = AdapterSet(name, key, config, module.build, targets, chosen, owners, words)
+    changes = {full: (layer, dense.Change(dense.Config(), layer)) for full, layer in (whole or {}).items()}
+    made = AdapterSet(name, key, config, module.build, targets, chosen, owners, words, changes)
     made.watch({component: roots[component] for component in chosen})
     made.skips = kappa_of(roots.values())
     return made
@@ -152,16 +162,16 @@ def load(
             raise UserError(f"{message}: load it into the model it was trained on{base}, or pass strict=False")
         warnings.warn(message, stacklevel=2)
         tensors = {k: v for k, v in tensors.items() if k.rpartition(".")[0] not in missing}
-    words = _words(roots, header, path)
+    words, whole = _words(roots, header, path), _whole(roots, header, path)
     if not allow_other_base:
         _check_skips(header["skips"], kappa_of(roots.values()), path)
         flat = {f"{c}.{n}" if c else n: layer for c, found in layers.items() for n, layer in found.items()}
-        _storage.check_base(path, header, {**flat, **{name: layer for name, (layer, *_) in words.items()}})
-    adapted = [layer for found in layers.values() for layer in found.values()]
+        _storage.check_base(path, header, {**flat, **{name: layer for name, (layer, *_) in words.items()}, **whole})
+    adapted = [*(layer for found in layers.values() for layer in found.values()), *whole.values()]
     adapters = None
     try:
         with start_follows(), _bounded.building(path, tensors, adapted):
-            adapters = assemble(roots, name, key, config, module, header["targets"], layers, words)
+            adapters = assemble(roots, name, key, config, module, header["targets"], layers, words, whole)
             adapters.fill(path, tensors)
     except UserError:
         if adapters is not None:
@@ -196,6 +206,24 @@ def _words(
                 "trained on, its text encoders among the modules"
             )
         found[name] = (layer, words, set())
+    return found
+
+
+def _whole(roots: Mapping[str, nn.Module], header: Mapping[str, Any], path: str | Path) -> dict[str, nn.Module]:
+    """The layers that a file changes as a whole.
+
+    Raises:
+        UserError: the modules have no such layer.
+    """
+    found: dict[str, nn.Module] = {}
+    for name in header["whole"]:
+        layers, missing = _find(roots, [name], (nn.Linear,))
+        if missing:
+            raise UserError(
+                f"{path}: the base has no layer '{outside.shown(name)}', which the adapter was trained with: have the "
+                "model make room for it, by model.accept(adapters.read_header(file))"
+            )
+        found[name] = next(layer for own in layers.values() for layer in own.values())
     return found
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
@@ -57,7 +58,7 @@ def build(
     preview = dataclasses.replace(run.preview, prompts=[parts.in_words(run, p) for p in run.preview.prompts])
     objective = parts.open_objective(run)
     found = _data(run, objective)
-    parts.check_files(run)
+    parts.check_files(run, objective)
     reward = parts.load_reward(run, objective)
     _check(run, objective, reward)
     guard = parts.make_guard(run, found.held, objective)
@@ -78,7 +79,7 @@ def build(
     # Some adapters start from random values; everything later draws from generators of its own.
     set_seed(run.seed)
     with start_follows() if plan else nullcontext():
-        adapters = parts.attach_adapter(run, model)
+        adapters = parts.attach_adapter(run, model, objective)
     if adapters is not None and adapters.plans and objective.needs.online:
         raise UserError(
             f"adapter '{adapters.method}' looks at a loss on data before training, which objective "
@@ -178,9 +179,17 @@ def _check(run: Run, objective: Objective, reward: Any) -> None:
 
     check_train(objective, run.train)
     objective.check_reward(reward)
-    if "distilled_guidance" in objective.facts() and run.preview.prompts and run.preview.cfg_scale != 1:
+    distilled = "distilled_guidance" in objective.facts() and not objective.needs.told
+    if distilled and run.preview.prompts and run.preview.cfg_scale != 1:
         _log.warning(
             "preview.cfg_scale=%g guides what learns to do without: set it to 1 to see that", run.preview.cfg_scale
+        )
+    few = json.loads(objective.facts().get("few_steps", "null"))
+    if few and run.preview.prompts and run.preview.steps != few["steps"]:
+        _log.warning(
+            "preview.steps=%d draws in other steps than what is trained for: set it to %d to see that",
+            run.preview.steps,
+            few["steps"],
         )
 
 

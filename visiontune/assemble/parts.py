@@ -176,8 +176,12 @@ def open_model(run: Run, fetch: bool = True) -> Model:
     return model
 
 
-def attach_adapter(run: Run, model: Model) -> AdapterSet | None:
-    """Attach the run's adapter, as its ``start`` was trained, to the networks that are trained."""
+def attach_adapter(run: Run, model: Model, objective: Objective) -> AdapterSet | None:
+    """Attach the run's adapter, as its ``start`` was trained, to the networks that are trained.
+
+    A denoiser that learns to be told a scale of guidance gets the layers that tell it, which are trained as a whole.
+    """
+    whole = _embed_guidance(run, model, objective)
     if run.adapter is None:
         return None
     from visiontune import adapters
@@ -186,14 +190,24 @@ def attach_adapter(run: Run, model: Model) -> AdapterSet | None:
     targets = run.adapter["targets"]
     _, config = plugin.configure("adapters", _without(run.adapter, "targets", "start", "under"), "adapter")
     trained = model.names(run.train.networks)
+    presets = model.presets(trained)
     words = rows_of(model, run.data.trigger, run.data.class_noun or "") if run.train.trigger else {}
     try:
-        made = adapters.attach(model.of(*trained), config, targets=targets, presets=model.presets(trained), words=words)
+        made = adapters.attach(model.of(*trained), config, targets=targets, presets=presets, words=words, whole=whole)
         if "start" in run.adapter:
             adapters.start(made, run.adapter["start"])
         return made
     except UserError as error:
         raise UserError(f"adapter: {error}") from error
+
+
+def _embed_guidance(run: Run, model: Any, objective: Objective) -> dict[str, Any]:
+    """The layers by which the objective, or the adapter's ``start``, tells the denoiser a scale of guidance."""
+    start = (run.adapter or {}).get("start")
+    if not objective.needs.told and not (start and read_header(start)["whole"]):
+        return {}
+    layers: dict[str, Any] = model.embed_guidance()
+    return layers
 
 
 def attach_under(run: Run, model: Model) -> AdapterSet | None:
@@ -260,7 +274,7 @@ def passed_over(run: Run, model: Model) -> list[str]:
     ]
 
 
-def check_files(run: Run) -> None:
+def check_files(run: Run, objective: Objective) -> None:
     """Refuse a start of the adapter that is no adapter file, or an assistant, without opening the model."""
     for key, read in (("start", read_header), ("under", _under)):
         if run.adapter is None or key not in run.adapter:
@@ -269,6 +283,27 @@ def check_files(run: Run) -> None:
             read(run.adapter[key])
         except UserError as error:
             raise UserError(f"adapter.{key}: {error}") from error
+    if run.adapter is not None and "under" in run.adapter:
+        _check_under(_under(run.adapter["under"]), objective)
+    # Without a reference, the teacher is what the run starts from.
+    inside = "distilled_guidance" in _of_start(run)
+    if inside and "distilled_guidance" in objective.facts() and not objective.needs.reference:
+        raise UserError("adapter.start has guidance distilled into it already: set objective.cfg_scale to 1")
+
+
+def _check_under(under: Path, objective: Objective) -> None:
+    """Refuse an assistant with guidance inside where it would be distilled again, or is told."""
+    header = read_header(under) if under.is_file() and is_own(under) else {}
+    if header.get("whole"):
+        raise UserError(
+            f"adapter.under: {under} is told its guidance, by layers that the base does not have: write it into a "
+            "model (visiontune export --format merged), and name that as model"
+        )
+    if "distilled_guidance" in header and "distilled_guidance" in objective.facts():
+        raise UserError(
+            f"adapter.under: {under} has guidance distilled into it already, and would be guided as the teacher: leave "
+            "it out, or go on with it as adapter.start"
+        )
 
 
 def in_words(run: Run, text: str) -> str:
@@ -290,7 +325,14 @@ def metadata(run: Run) -> dict[str, str]:
         "modelspec.title": run.name,
         "modelspec.trigger_phrase": run.data.trigger,
     }
-    return {name: value for name, value in facts.items() if value}
+    return {**_of_start(run), **{name: value for name, value in facts.items() if value}}
+
+
+def _of_start(run: Run) -> dict[str, str]:
+    """What the adapter's ``start`` says of how it is drawn, which holds for what is trained on."""
+    start = (run.adapter or {}).get("start")
+    header = read_header(start) if start else {}
+    return {name: header[name] for name in ("distilled_guidance", "few_steps") if name in header}
 
 
 def _without(options: Mapping[str, Any], *names: str) -> dict[str, Any]:

@@ -55,6 +55,7 @@ def run(args: argparse.Namespace) -> None:
             "--clip openai/clip-vit-large-patch14"
         )
     model: Any = open_model(told, fetch=False)
+    model.accept(adapters.read_header(weights))
     attached = adapters.load(model.networks(), weights)
     result = {name: tensor.clone() for name, tensor in attached.state_dict().items()}
     states = kept.saved(args.folder) if args.checkpoints else [(told.train.steps, result)]

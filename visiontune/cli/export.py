@@ -67,6 +67,7 @@ def run(args: argparse.Namespace) -> None:
     networks = model.networks()
     sets = []
     for i, (file, scale) in enumerate(zip(weights, scales, strict=True)):
+        model.accept(headers[i])
         sets.append(adapters.load(networks, file, name=f"export{i}", trust=args.trust))
         sets[-1].scale = scale
     done = export(

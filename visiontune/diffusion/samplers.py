@@ -15,6 +15,7 @@ from diffusers import (
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
     FlowMatchHeunDiscreteScheduler,
+    LCMScheduler,
     UniPCMultistepScheduler,
 )
 
@@ -47,9 +48,10 @@ def sampler_names(scheduler: Any) -> tuple[str, ...]:
 def make_sampler(name: str, scheduler: Any) -> Any:
     """A fresh stock scheduler that samples what `scheduler` samples.
 
-    All but `model` are deterministic and clip nothing. On a table of alphas each places its own timesteps, by the
-    `timestep_spacing` and `steps_offset` of `scheduler`. For flow they are shifted as those of `scheduler` are, by
-    resolution too; `euler` stands where `Schedule.timesteps` does.
+    All but `model` and `lcm` are deterministic, and all but `model` clip nothing. On a table of alphas each but `lcm`,
+    which starts at its last, places its own timesteps, by the `timestep_spacing` and `steps_offset` of `scheduler`.
+    For flow they are shifted as those of `scheduler` are, by resolution too; `euler` stands where `Schedule.timesteps`
+    does.
 
     Args:
         name: one of `sampler_names(scheduler)`.
@@ -66,7 +68,10 @@ def make_sampler(name: str, scheduler: Any) -> Any:
         return ddim_scheduler(scheduler)
     if prediction_of(scheduler) == "flow":
         return _flow_sampler(name, scheduler)
-    return _TABLE[name](**table_options(scheduler))
+    options = table_options(scheduler)
+    if name == "lcm":
+        options.pop("final_sigmas_type", None)  # which it has no word for
+    return _TABLE[name](**options)
 
 
 def _flow_sampler(name: str, scheduler: Any) -> Any:
@@ -122,10 +127,21 @@ class _UniPC(_OnGrid, UniPCMultistepScheduler):
     largest = 1 - 1e-6
 
 
+class _LCM(LCMScheduler):
+    """Multistep sampling of a consistency model: each step goes to a clean picture, which is noised again."""
+
+    def set_timesteps(self: Any, num_inference_steps: Any = None, device: Any = None, **options: Any) -> None:
+        """As the stock method of the same name, but in any number of steps: it takes them from a grid of 50."""
+        grid = max(num_inference_steps or 0, self.config.original_inference_steps)
+        told = {"original_inference_steps": grid, **options}
+        super().set_timesteps(num_inference_steps, device, **told)  # type: ignore[misc]
+
+
 _TABLE: dict[str, Any] = {
     "euler": EulerDiscreteScheduler,
     "dpm++": DPMSolverMultistepScheduler,
     "unipc": UniPCMultistepScheduler,
+    "lcm": _LCM,
 }
 _EULER = (FlowMatchEulerDiscreteScheduler, FlowMatchHeunDiscreteScheduler)
 _FLOW: dict[str, Any] = {"euler": _Euler, "dpm++": _DPM, "unipc": _UniPC}

@@ -160,7 +160,8 @@ class _Guide:
             return self.native.blank(arguments)
         if self.stack.told is not None:
             levels = self._point(arguments).levels
-            arguments["guidance"] = self.stack.told.telling(levels, arguments["guidance"].device)
+            scale = self.stack.told.telling(levels, self.native.latents(arguments).device)
+            arguments |= self.structure.telling(self.network.denoiser, scale)
         return self._apart(arguments) if self.structure.sides == "apart" else self._together(arguments)
 
     def _begin(self, arguments: Arguments) -> None:

@@ -20,7 +20,8 @@ class Config(Told):
     scale: float = option(3.5, least=-1000, greatest=1000, help="the scale that the network is told")
 
     def check(self, network: Network) -> None:
-        if not any(getattr(one, "config", {}).get("guidance_embeds") for one in network.denoisers.values()):
+        told = [getattr(one, "config", {}) for one in network.denoisers.values()]
+        if not any(config.get("guidance_embeds") or config.get("time_cond_proj_dim") for config in told):
             raise UserError(f"'{network.source}' carries no guidance inside, which embedded is for: take cfg")
 
 

@@ -32,6 +32,10 @@ def _noisy_sides(arguments: Arguments, noisy: str) -> tuple[int, int]:
     return height, width
 
 
+def _as_they_are(network: Any, scale: Tensor) -> Arguments:
+    return {"guidance": scale}
+
+
 def _tokens_alone(arguments: Arguments) -> Condition:
     return Condition(tokens=arguments["encoder_hidden_states"])
 
@@ -63,6 +67,7 @@ class Structure:
         stages: of a network with long skips, patterns of what goes down, of the middle, and of what comes up and takes
             the skips as `res_hidden_states_tuple`, the last of them first.
         canonical: latents and predictions [b, c, (f), h, w] of those of the denoiser, or of the sampler. native: back.
+        telling: of a network with guidance inside, the arguments that say scales [b] to it.
         condition: what the rows of a call are told, as `embed` gives it.
         pipelines: the pipeline classes that this holds for; None for all of the family.
     """
@@ -82,5 +87,6 @@ class Structure:
     stages: tuple[str, str, str] | None = None
     canonical: Callable[[Tensor, Arguments], Tensor] = _unchanged
     native: Callable[[Tensor, Arguments], Tensor] = _unchanged
+    telling: Callable[[Any, Tensor], Arguments] = _as_they_are
     condition: Callable[[Arguments], Condition] = _tokens_alone
     pipelines: tuple[str, ...] | None = None

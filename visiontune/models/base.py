@@ -152,6 +152,18 @@ class Model(ABC):
         """Around the steps of a run: a family may choose what computes fastest with gradients."""
         return nullcontext()
 
+    def accept(self, header: Mapping[str, Any]) -> None:
+        """Make room for the layers of an adapter file that the base does not have.
+
+        Args:
+            header: as `visiontune.adapters.read_header` gives it.
+
+        Raises:
+            UserError: the model has no place for them.
+        """
+        if header["whole"]:
+            raise UserError(f"model '{self.source}' ({self.family}) has no place for '{header['whole'][0]}'")
+
     # -- identity -----------------------------------------------------------------------------------------------
 
     def fingerprint(self, *parts: str) -> str:

@@ -243,8 +243,11 @@ class DiffusionModel(PipelineModel):
         """
         self.reads.check_condition(self.source, cond)
         with self.autocast():
-            rows = t.expand(len(x_t))
-            return apart(self._predict, x_t.to(self.dtype), rows, cond.to(dtype=self.dtype)).to(x_t.dtype)
+            rows, told = t.expand(len(x_t)), cond.to(dtype=self.dtype)
+            if "guidance" in cond.extra:
+                # Its sines turn by a thousand times what a scale is rounded by.
+                told = replace(told, extra={**told.extra, "guidance": cond.extra["guidance"].float()})
+            return apart(self._predict, x_t.to(self.dtype), rows, told).to(x_t.dtype)
 
     @abstractmethod
     def _predict(self, x_t: Tensor, t: Tensor, cond: Condition) -> Tensor:

@@ -15,12 +15,16 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
+from diffusers.models.embeddings import (
+    CombinedTimestepGuidanceTextProjEmbeddings,
+    CombinedTimestepTextProjEmbeddings,
+)
 from diffusers.pipelines.flux import pipeline_flux_kontext as kontext
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import pixel_shuffle, pixel_unshuffle
 
 from visiontune.core import Condition, Request
-from visiontune.diffusion.guidance import CFG, Embedded, Guidance
+from visiontune.diffusion.guidance import CFG, Guidance
 from visiontune.models._reading import Reads, stacked
 from visiontune.models._structure import Arguments, Structure, pooled, thousandths
 from visiontune.models._text import CLIP_AND_T5, default_of
@@ -119,9 +123,6 @@ class Flux(DiffusionModel):
     def mu(self, shape: Sequence[int], steps: int | None = None) -> float:
         return self._mu_of_patches(shape, _PATCH)
 
-    def guidance(self, scale: float) -> Guidance:
-        return Embedded(scale=scale) if self.embedded else super().guidance(scale)
-
     def _embed(self, prompts: list[str]) -> Condition:
         tokens, pooled, _ = self.pipe.encode_prompt(
             prompts, device=self.pipe.text_encoder.device, max_sequence_length=self._t5_tokens
@@ -142,6 +143,33 @@ class Flux(DiffusionModel):
 
     def channels(self, hidden: Tensor, masks: Tensor) -> Tensor:
         return torch.cat([hidden, pixel_unshuffle(masks.to(hidden), self.downsample)], dim=1)
+
+    # -- a scale of guidance that the network is told -----------------------------------------------------------
+
+    def _embed_guidance(self) -> dict[str, nn.Module]:
+        """The embedding of FLUX.1 dev, whose last layer is zero."""
+        was = self.denoiser.time_text_embed
+        width, pooled = was.timestep_embedder.linear_2.out_features, was.text_embedder.linear_1.in_features
+        with torch.random.fork_rng(devices=[]):
+            # A file holds what was added to the first layer alone.
+            torch.manual_seed(0)
+            made = CombinedTimestepGuidanceTextProjEmbeddings(width, pooled)
+        for name, part in was.named_children():
+            setattr(made, name, part)
+        for parameter in made.guidance_embedder.linear_2.parameters():
+            nn.init.zeros_(parameter)
+        self.denoiser.time_text_embed = made
+        self.denoiser.register_to_config(guidance_embeds=True)
+        place = f"{self.DENOISERS[0]}.time_text_embed.guidance_embedder"
+        return {f"{place}.{name}": layer for name, layer in made.guidance_embedder.named_children() if name != "act"}
+
+    def _drop_guidance(self) -> None:
+        had = self.denoiser.time_text_embed
+        made = CombinedTimestepTextProjEmbeddings(1, 1)
+        for name, _ in made.named_children():
+            setattr(made, name, getattr(had, name))
+        self.denoiser.time_text_embed = made
+        self.denoiser.register_to_config(guidance_embeds=False)
 
     # -- the denoiser -------------------------------------------------------------------------------------------
 

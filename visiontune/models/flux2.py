@@ -69,7 +69,7 @@ class Flux2(PatchModel):
         if self.pipe.config.get("is_distilled"):
             # Its pipeline guides away from nothing, whatever the scale.
             return Embedded(scale=1.0)
-        return Embedded(scale=scale) if self.embedded else super().guidance(scale)
+        return super().guidance(scale)
 
     def _embed(self, prompts: list[str]) -> Condition:
         device = self.pipe.text_encoder.device

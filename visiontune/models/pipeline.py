@@ -25,6 +25,7 @@ from visiontune.models import _variants
 from visiontune.models._distilled import few_steps
 from visiontune.models._reading import NOTHING, Reads
 from visiontune.models._structure import Structure
+from visiontune.models._told import TellsGuidance
 from visiontune.models.base import Model, dtype_of, freeze
 from visiontune.models.sources import pretrained
 from visiontune.models.words import Reader, quiet
@@ -36,7 +37,7 @@ _MOST_AREA = 64
 _MOST_TIMESTEPS = 100_000
 
 
-class PipelineModel(Model):
+class PipelineModel(TellsGuidance, Model):
     """A family of one diffusers pipeline, whose components are its networks.
 
     Attributes:
@@ -216,7 +217,7 @@ class PipelineModel(Model):
 
     def guidance(self, scale: float) -> Guidance:
         """What the stock pipeline does at `guidance_scale=scale`."""
-        return classifier_free(scale + self.GUIDANCE_OFFSET)
+        return Embedded(scale=scale) if self.embedded else classifier_free(scale + self.GUIDANCE_OFFSET)
 
     @abstractmethod
     def samplers(self) -> tuple[str, ...]:
@@ -317,6 +318,11 @@ class PipelineModel(Model):
     def _stock(self, guidance: Guidance, requests: Sequence[Request]) -> dict[str, Any]:
         """Guidance as arguments of the pipeline."""
         if isinstance(guidance, CFG):
+            if self.embedded:
+                raise UserError(
+                    f"'{self.source}' is told its guidance, and its pipeline makes no second call: take embedded in "
+                    "the place of cfg"
+                )
             if guidance.interval != (0.0, 1.0):
                 raise UserError("the stock pipeline guides at every step: leave the interval out to draw with it")
             # Without any, pipelines guide away from `unconditional`, which need not be the empty prompt.

@@ -7,9 +7,9 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, ClassVar
 
 import torch
-from diffusers import EulerAncestralDiscreteScheduler
+from diffusers import EulerAncestralDiscreteScheduler, StableDiffusionPipeline
 from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
 from visiontune.core import Condition, Request
@@ -21,6 +21,21 @@ from visiontune.models.diffusion import DiffusionModel
 _ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 _TEXT_ATTENTION = ("q_proj", "k_proj", "v_proj", "out_proj")
 _FEW_TOKENS = 1024
+# Of a scale of guidance, as many as of the published UNets that are told one.
+_SINES = 256
+
+
+def sines(unet: Any, scale: Tensor) -> Tensor:
+    """What a UNet is told of scales of guidance [b], in float32: sines [b, d] of 1000 (scale - 1)."""
+    width = unet.config.time_cond_proj_dim
+    # A function of its arguments alone.
+    found: Tensor = StableDiffusionPipeline.get_guidance_scale_embedding(None, scale.float().cpu() - 1, width)
+    return found
+
+
+def _telling(unet: Any, scale: Tensor) -> Mapping[str, Tensor]:
+    weight = unet.time_embedding.cond_proj.weight
+    return {"timestep_cond": sines(unet, scale).to(weight)}
 
 
 _PAINTS = Reads(least=1, most=1, mask=True)
@@ -46,6 +61,7 @@ class StableDiffusion(DiffusionModel):
         attention={r".+\.attn1": "none"},
         cross=r".+\.attn2",
         mid="mid_block",
+        telling=_telling,
         stages=(r"down_blocks\.\d+", "mid_block", r"up_blocks\.\d+"),
         pipelines=("StableDiffusionPipeline",),
     )
@@ -73,8 +89,7 @@ class StableDiffusion(DiffusionModel):
         kind = "an inpainting" if self.reads.mask else "a text-to-image"
         fits = (config.in_channels, config.out_channels) == (taken, own)
         require(fits, self.source, f"its UNet takes {config.in_channels} channels; give {kind} checkpoint")
-        undistilled = config.time_cond_proj_dim is None
-        require(undistilled, self.source, "its guidance is distilled into the UNet; give the model it came from")
+        self.embedded = config.time_cond_proj_dim is not None
         size = config.sample_size
         self.resolution = self.downsample * int(size if isinstance(size, int) else size[0])
 
@@ -101,9 +116,28 @@ class StableDiffusion(DiffusionModel):
             self._widened(x_t, cond) if self.reads.mask else x_t,
             t,
             encoder_hidden_states=cond.tokens,
+            timestep_cond=self._told_scale(x_t, cond),
             added_cond_kwargs=self._added(x_t, cond) or None,
             return_dict=False,
         )[0]
+
+    def _told_scale(self, x_t: Tensor, cond: Condition) -> Tensor | None:
+        """Sines of the guidance [b, d] that a network with guidance inside is told; 1 unless the condition says."""
+        if not self.embedded:
+            return None
+        told = cond.extra.get("guidance", torch.ones(len(x_t)))
+        return sines(self.denoiser, told).to(x_t)
+
+    def _embed_guidance(self) -> dict[str, nn.Module]:
+        time = self.denoiser.time_embedding
+        time.cond_proj = nn.Linear(_SINES, time.linear_1.in_features, bias=False)
+        nn.init.zeros_(time.cond_proj.weight)
+        self.denoiser.register_to_config(time_cond_proj_dim=_SINES)
+        return {f"{self.DENOISERS[0]}.time_embedding.cond_proj": time.cond_proj}
+
+    def _drop_guidance(self) -> None:
+        self.denoiser.time_embedding.cond_proj = None
+        self.denoiser.register_to_config(time_cond_proj_dim=None)
 
     def _added(self, x_t: Tensor, cond: Condition) -> dict[str, Tensor]:
         """The UNet's conditioning beside the tokens."""

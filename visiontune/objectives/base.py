@@ -51,6 +51,7 @@ class Needs:
         reward: whether pictures are scored. differentiable: whether by a reward that gradients pass through.
         reference: whether it compares with the untrained model.
         text: whether text encoders can be trained by it.
+        told: whether it teaches the denoiser to be told a scale of guidance.
     """
 
     columns: tuple[str, ...] = ()
@@ -60,6 +61,7 @@ class Needs:
     differentiable: bool = False
     reference: bool = False
     text: bool = True
+    told: bool = False
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Literal
 from visiontune.errors import UserError
 from visiontune.schema import option
 
-Scheduler = Literal["model", "ddim", "euler", "dpm++", "unipc"]
+Scheduler = Literal["model", "ddim", "euler", "dpm++", "unipc", "lcm"]
 Format = Literal["png", "webp", "jpg", "tar"]
 # Axes of a grid beside prompts and seeds, those first that cost most to change, and their letters in names of files.
 AXES = {
@@ -30,6 +30,14 @@ class AdapterConfig:
 
     file: str = option(help="adapter.safetensors or run folder")
     scale: float = option(1.0, least=-100, greatest=100, help="strength of this one, times adapter_scale")
+
+
+@dataclass(frozen=True, kw_only=True)
+class FewSteps:
+    """How an adapter of few steps is to be drawn, as its header says."""
+
+    steps: int = option(25, least=1, greatest=1000, help="denoising steps")
+    scheduler: Scheduler = option("model", help="sampler")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,13 +122,15 @@ class SampleConfig:
         1, least=0, greatest=2**63 - 1, help="a list of seeds, or a count n for seeds 0 to n-1"
     )
     out: str = option("runs/samples", help="folder that receives images, manifest.jsonl and grid.png")
-    steps: int = option(25, least=1, greatest=100_000, help="denoising steps")
+    steps: int | None = option(
+        None, least=1, greatest=100_000, help="denoising steps; null: 25, or what an adapter of few steps was made for"
+    )
     cfg_scale: float | None = option(
         None,
         least=-1000,
         greatest=1000,
-        help="classifier-free guidance; 1 is none and halves the cost; null: 4, or 1 where an adapter has guidance "
-        "distilled into it",
+        help="classifier-free guidance, or what a student of several strengths is told; 1 is none and halves the cost; "
+        "null: 4, or 1 where an adapter has guidance of one strength distilled into it",
     )
     guidance: list[str | dict[str, Any]] | None = option(
         None,
@@ -138,7 +148,11 @@ class SampleConfig:
         "its own",
     )
     negative_prompt: str = option("", help="prompt of the unconditional branch")
-    scheduler: Scheduler = option("model", help="sampler; model is the one that the model came with")
+    scheduler: Scheduler | None = option(
+        None,
+        help="sampler; model is the one that the model came with. null: model, or what an adapter of few steps was "
+        "made for",
+    )
     batch_size: int = option(8, least=1, greatest=4096, help="images a batch; changes them by rounding only")
     height: int | None = option(
         None, least=8, greatest=16384, multiple=8, help="pixels; the model's own resolution when left out"

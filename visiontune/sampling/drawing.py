@@ -84,7 +84,7 @@ def threads(
     first = batches[0]
     if finished:
         chosen.load_state_dict({"count": max(next(iter(finished.values())), 0) or before})
-    elif len(batches) * config.steps >= WORTH_TRYING:
+    elif len(batches) * (config.steps or 0) >= WORTH_TRYING:
         one = replace(config, steps=1)
         chosen.choose(partial(plain, one, model, first))
     del model  # who draws with another one later is not to keep this one

@@ -43,7 +43,8 @@ def check_count(prompts: int, config: SampleConfig) -> str:
     if axes and count > _MOST_UNCONFIRMED and not config.confirm:
         raise UserError(f"{words}, which may be more than was meant: confirm=true draws them")
     if count > _MANY:
-        warnings.warn(f"{words} of {config.steps} steps each; stopped, it goes on with what is missing", stacklevel=4)
+        steps = "" if config.steps is None else f" of {config.steps} steps each"
+        warnings.warn(f"{words}{steps}; stopped, it goes on with what is missing", stacklevel=4)
     return f"grid: {words}" if axes else ""
 
 
@@ -73,7 +74,7 @@ def outlook(
     Terms of guidance beside the scale are not tried.
     """
     room = f"about {_bytes(need)} on the disk"
-    steps = [cells[batch[0].cell].config.steps for batch in batches]
+    steps = [cells[batch[0].cell].config.steps or 0 for batch in batches]
     first = replace(cells[batches[0][0].cell].config, guidance=None)
     if sum(steps) < WORTH_TRYING or first.search is not None or first.cfg_scale is None:
         return room

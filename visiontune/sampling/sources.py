@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import gc
+import json
 import logging
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
@@ -15,7 +17,8 @@ from visiontune import adapters, models, outside
 from visiontune.data.base import has_slots, substitute
 from visiontune.errors import UserError
 from visiontune.guidance.stack import GuidanceStack
-from visiontune.sampling.config import SampleConfig
+from visiontune.sampling.config import FewSteps, SampleConfig
+from visiontune.schema import from_mapping
 
 if TYPE_CHECKING:
     from visiontune.adapters.base import AdapterSet
@@ -65,6 +68,36 @@ def trained_on(file: Path, option: str) -> str:
     return base
 
 
+def settled(config: SampleConfig) -> SampleConfig:
+    """The config with a scale, steps and a sampler: what it leaves open is as its adapters were made for.
+
+    Raises:
+        UserError: an adapter of few steps does not say how it is to be drawn.
+    """
+    files = [adapter_file(one.file) for one in config.adapter_list()]
+    found = next((file for file in files if "few_steps" in adapters.read_header(file)), None)
+    made_for = FewSteps() if found is None else _few_steps(found)
+    steps, scheduler = config.steps or made_for.steps, config.scheduler or made_for.scheduler
+    if found is not None and (steps, scheduler) != (made_for.steps, made_for.scheduler):
+        _log.warning(
+            "%s was made for %d steps of %s, not %d of %s: leave steps and scheduler out",
+            found,
+            made_for.steps,
+            made_for.scheduler,
+            steps,
+            scheduler,
+        )
+    return replace(config, cfg_scale=scale_of(config), steps=steps, scheduler=scheduler)
+
+
+def _few_steps(file: Path) -> FewSteps:
+    told = adapters.read_header(file)["few_steps"]
+    try:
+        return from_mapping(FewSteps, json.loads(told), f"{file}: few_steps")
+    except ValueError as error:
+        raise UserError(f"{file}: few_steps is '{told[:80]}', which is no JSON: train it again") from error
+
+
 def skips_of(files: Sequence[Path]) -> float | None:
     """Kappa of the long skips that adapters were trained with; None where none says one, which the model decides then.
 
@@ -80,15 +113,41 @@ def scale_of(config: SampleConfig) -> float:
     found = next((file for file in files if "distilled_guidance" in adapters.read_header(file)), None)
     stack = GuidanceStack.of_options(config)
     based = stack is not None and stack.base is not None
-    if found is not None and (based or config.cfg_scale not in (None, 1)):
+    learnt = None if found is None else _strengths(found)
+    if found is not None and (based or (learnt is None and config.cfg_scale not in (None, 1))):
         _log.warning(
             "%s has guidance distilled into it (%s), and is guided again: leave cfg_scale and guidance out",
             found,
             adapters.read_header(found)["distilled_guidance"],
         )
+    if learnt is not None and config.cfg_scale is not None and not learnt[0] <= config.cfg_scale <= learnt[1]:
+        _log.warning(
+            "%s was taught strengths of guidance from %g to %g, and cfg_scale=%g is none of them",
+            found,
+            *learnt,
+            config.cfg_scale,
+        )
     if config.cfg_scale is not None:
         return config.cfg_scale
+    if learnt is not None:
+        return min(max(DEFAULT_SCALE, learnt[0]), learnt[1])
     return DEFAULT_SCALE if found is None or based else 1.0
+
+
+def _strengths(file: Path) -> tuple[float, float] | None:
+    """The least and the greatest strength that a student is told, if it is told any.
+
+    Raises:
+        UserError: the file says it in a way that visiontune does not.
+    """
+    header = adapters.read_header(file)
+    if not header["whole"]:
+        return None
+    said = outside.parse_json(header["distilled_guidance"], f"'distilled_guidance' of '{file}'")
+    match said:
+        case {"w": [int() | float() as least, int() | float() as most]}:
+            return float(least), float(most)
+    raise UserError(f"{file} does not say what strengths of guidance it was taught: copy or train it again")
 
 
 def substituted(prompts: list[str], config: SampleConfig) -> list[str]:
@@ -113,6 +172,7 @@ class Bench:
         self._state, self._given = state, model
         self._model = model
         self._opened: object = None
+        self._told = False
         self._sets: list[AdapterSet] = []
         self._files: list[Path] = []
 
@@ -140,8 +200,10 @@ class Bench:
         wanted = [adapter_file(one.file) for one in own]
         if wanted != self._files:
             self._take_off()
+            self._told = self._model.embedded
             for i, file in enumerate(wanted):
                 named = {"name": f"sample{i}", "trust": config.trust}
+                self._model.accept(adapters.read_header(file))
                 self._sets.append(adapters.load(self._model.networks(), file, **named))
             self._files = wanted
         for one, attached in zip(own, self._sets, strict=True):
@@ -166,6 +228,8 @@ class Bench:
     def _take_off(self) -> None:
         for adapter_set in reversed(self._sets):
             adapter_set.detach()
+        if self._model is not None and not self._told:
+            self._model.drop_guidance()
         self._sets, self._files = [], []
 
 

@@ -18,7 +18,7 @@ from visiontune.sampling.drawing import check_guidance
 from visiontune.sampling.manifest import Job
 from visiontune.sampling.outlook import check_count
 from visiontune.sampling.settings import settings_of
-from visiontune.sampling.sources import base_of, scale_of, substituted
+from visiontune.sampling.sources import base_of, settled, substituted
 from visiontune.search.asked import Asked
 
 if TYPE_CHECKING:
@@ -78,7 +78,7 @@ def planned(config: SampleConfig, model: PipelineModel | None) -> tuple[Task, st
     for i, cell in enumerate(cells(config)):
         try:
             check_guidance(cell.config)
-            own = replace(cell.config, cfg_scale=scale_of(cell.config))
+            own = settled(cell.config)
             words = substituted([*prompts, own.negative_prompt], own)
         except UserError as error:
             raise UserError(cell.prefix(str(error))) from error

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
+from visiontune.sampling.config import Scheduler
 from visiontune.schema import option
 
 # The part that is no network.
@@ -120,6 +121,7 @@ class PreviewConfig:
     guidance: list[str | dict[str, Any]] | None = option(
         None, help="terms that guide together, on top of cfg_scale or in its place, as of sample"
     )
+    scheduler: Scheduler = option("model", help="sampler, as of sample")
     batch_size: int = option(4, least=1, greatest=4096, help="images drawn at once")
 
     def __post_init__(self) -> None:

@@ -75,7 +75,9 @@ def choose(model: Model, adapters: Any, parts: Sequence[str] | None) -> dict[str
 def network_of(name: str) -> str:
     """The network that a trained parameter belongs to, or the part ``trigger``."""
     plain = name.removeprefix("adapters.")
-    return TRIGGER if plain != name and plain.startswith("words.") else plain.partition(".")[0]
+    if plain == name:
+        return plain.partition(".")[0]
+    return TRIGGER if plain.startswith("words.") else plain.removeprefix("whole.").partition(".")[0]
 
 
 def trains_text(model: Model, train: TrainConfig) -> bool:

@@ -46,6 +46,7 @@ def draw(model: PipelineModel, config: PreviewConfig) -> np.ndarray:
         steps=config.steps,
         cfg_scale=config.cfg_scale,
         guidance=GuidanceStack.of_options(config),
+        scheduler=config.scheduler,
         batch_size=config.batch_size,
     )
 

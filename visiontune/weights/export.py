@@ -111,6 +111,8 @@ def export(
         if not found.active:
             raise UserError(f"adapter '{found.name}' is merged or disabled: unmerge or enable it before the export")
     changes = Changes(sets)
+    if kind != "merged" and (whole := [name for found in sets for name in found.wholes()]):
+        raise UserError(f"{kind} has no place for '{whole[0]}', a layer that the base does not have: export as merged")
     job = Job(
         dtype=dtype, rank=rank, keys=keys or Keys(), model=model, component=component, metadata=dict(metadata or {})
     )
