@@ -37,7 +37,7 @@ def model() -> Any:
 
 
 def _config(out: Path, grid: object, **options: object) -> SampleConfig:
-    given = {"out": str(out), "prompts": PROMPTS, "seeds": 1, "steps": 25, "batch_size": 2, "grid": grid}
+    given = {"out": str(out), "prompts": PROMPTS, "seeds": 1, "batch_size": 2, "grid": grid}
     return from_mapping(SampleConfig, {**given, "device": "cpu", **options})
 
 
