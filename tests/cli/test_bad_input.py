@@ -106,7 +106,7 @@ def test_samples_that_the_model_cannot_do(cli, tiny_folder, monkeypatch):
 
 
 def test_very_many_pictures_are_said_first(cli, tiny_folder, monkeypatch):
-    monkeypatch.setattr("visiontune.sampling.generate._MANY", 1)
+    monkeypatch.setattr("visiontune.sampling.outlook._MANY", 1)
     result = cli("sample", f"model={tiny_folder}", "prompts=a circle", "out=o", "device=cpu", "seeds=2", "steps=1")
     assert "visiontune: 1 prompts and 2 seeds make 2 pictures of 1 steps each" in result.err.splitlines()[0]
 

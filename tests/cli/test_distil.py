@@ -45,7 +45,7 @@ def test_a_student_that_is_told_its_guidance_is_sampled_continued_and_merged(cli
     header = adapters.read_header("runs/tiny/adapter.safetensors")
     assert header["whole"] == ["unet.time_embedding.cond_proj"]
     assert json.loads(header["distilled_guidance"]) == {"w": [2.0, 3.0], "w_density": "uniform"}
-    sample = ["sample", "prompts=[a red circle]", "steps=1", "device=cpu", "grid=0"]
+    sample = ["sample", "prompts=[a red circle]", "steps=1", "device=cpu", "sheet=0"]
     for number, scale in enumerate(([], ["cfg_scale=2.5"], ["cfg_scale=9"])):
         drawn = cli(*sample, "adapter=runs/tiny", f"out=runs/drawn{number}", *scale)
         assert drawn.code == 0, drawn.err
@@ -92,7 +92,7 @@ def test_steps_are_halved_round_after_round_and_samplers_take_them(cli, recipe, 
     assert json.loads(header["few_steps"]) == {"steps": 2, "scheduler": "model"}
     first = json.loads(Path("runs/two/metrics.jsonl").read_text().splitlines()[0])
     assert 0 < first["error"] < first["target"]
-    sample = ["sample", "adapter=runs/two", "prompts=[a red circle]", "device=cpu", "grid=0"]
+    sample = ["sample", "adapter=runs/two", "prompts=[a red circle]", "device=cpu", "sheet=0"]
     assert cli(*sample).code == 0 and "was made for" not in caplog.text
     row = json.loads(Path("runs/samples/manifest.jsonl").read_text().splitlines()[0])
     assert (row["settings"]["steps"], row["settings"]["cfg_scale"]) == (2, 1.0)

@@ -172,7 +172,7 @@ class Bench:
         self._state, self._given = state, model
         self._model = model
         self._opened: object = None
-        self._told = False
+        self._made_room = False
         self._sets: list[AdapterSet] = []
         self._files: list[Path] = []
 
@@ -200,10 +200,11 @@ class Bench:
         wanted = [adapter_file(one.file) for one in own]
         if wanted != self._files:
             self._take_off()
-            self._told = self._model.embedded
             for i, file in enumerate(wanted):
                 named = {"name": f"sample{i}", "trust": config.trust}
-                self._model.accept(adapters.read_header(file))
+                if (header := adapters.read_header(file))["whole"]:
+                    self._made_room = not self._model.embedded or self._made_room
+                    self._model.accept(header)
                 self._sets.append(adapters.load(self._model.networks(), file, **named))
             self._files = wanted
         for one, attached in zip(own, self._sets, strict=True):
@@ -228,8 +229,9 @@ class Bench:
     def _take_off(self) -> None:
         for adapter_set in reversed(self._sets):
             adapter_set.detach()
-        if self._model is not None and not self._told:
+        if self._made_room and self._model is not None:
             self._model.drop_guidance()
+            self._made_room = False
         self._sets, self._files = [], []
 
 
