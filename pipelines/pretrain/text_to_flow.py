@@ -13,8 +13,12 @@ has the middle of it say which shape and which colour stands on every patch, and
 flow that pocket-sd sees in the same latents, a mean without the noise of single pictures. Only where pocket-sd was
 never trained, at the highest noise, and in the last part are pictures themselves the target. There is no T5, and no
 zeros stand for it; in the very last part one step in eight has the 256 which the stock pipeline puts there unless it
-is told otherwise, so that it draws well either way. Run it again to go on after an interruption. The finished pipeline
-lands in ``<out>/model``.
+is told otherwise, so that it draws well either way.
+
+    python pipelines/pretrain/text_to_flow.py --init visiontune/assets/pocket-flow --out runs/pretrain/flow2
+
+goes on from a finished one, with a schedule of its own. Run either again to go on after an interruption. The finished
+pipeline lands in ``<out>/model``.
 """
 
 from __future__ import annotations
@@ -135,6 +139,7 @@ def optimizers(model: nn.Module, lr: float) -> list[torch.optim.Optimizer]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("runs/pretrain/flow"))
+    parser.add_argument("--init", type=Path, help="an earlier pipeline, whose transformer is trained further")
     parser.add_argument("--scenes", type=int, default=50_000)
     parser.add_argument("--steps", type=int, default=6000)
     parser.add_argument("--batch", type=int, default=32)
@@ -149,6 +154,9 @@ def main() -> None:
     base.vae.register_to_config(shift_factor=0.0)  # which the pipeline of Stable Diffusion 3 wants to know
     first, second = encoders(base.text_encoder)
     transformer, naming, teacher = build(first, second), Naming(), Teacher(base)
+    if args.init:
+        trained = SD3Transformer2DModel.from_pretrained(args.init, subfolder="transformer", dtype=torch.float32)
+        transformer.load_state_dict(trained.state_dict())
     middle: list[Tensor] = []
     transformer.transformer_blocks[MIDDLE - 1].register_forward_hook(lambda _, __, out: middle.append(out[1]))
     scenes = training_scenes(args.scenes, KINDS, 41, PATTERNS)
