@@ -13,9 +13,10 @@ import shutil
 from pathlib import Path
 
 import torch
-from diffusers import DiffusionPipeline, T2IAdapter
+from diffusers import T2IAdapter
 
 import visiontune
+from visiontune.models import load
 
 ASSETS = Path(visiontune.__file__).parent / "assets"
 MOST_BYTES = 16 * 2**20
@@ -40,7 +41,7 @@ def forget_paths(folder: Path) -> None:
 
 def put(trained: Path, folder: Path) -> None:
     """Write a pipeline's folder with half the bits; tokenizers also in the files that older readers know."""
-    pipe = DiffusionPipeline.from_pretrained(trained, dtype=torch.float16)
+    pipe = load(str(trained), dtype=torch.float16).pipe  # knows of encoders that are not there
     pipe.save_pretrained(folder)
     for name, component in pipe.components.items():
         if hasattr(component, "backend_tokenizer"):
