@@ -58,6 +58,7 @@ class TinyModel(Model):
     family, task, source = "tiny", "text-to-image", "tiny"
     TARGETS = MappingProxyType({role: {"all": ("Conv2d", "Linear", "Embedding")} for role in ("denoiser", "text")})
     downsample, unit, resolution = 2, 2, 16
+    paints = False
 
     def __init__(self, prediction: str = "eps", seed: int = 0, denoiser: nn.Module | None = None, **options) -> None:
         torch.manual_seed(seed)

@@ -101,16 +101,27 @@ def test_every_method_is_covered() -> None:
         )
 
 
+def by_columns(net: Net, x: torch.Tensor) -> torch.Tensor:
+    """What a net gives whose weight lies column by column, as rotated ones do: some processors round otherwise then."""
+    weight = net.layer.weight.data
+    net.layer.weight.data = weight.mT.contiguous().mT
+    found = net(x)
+    net.layer.weight.data = weight
+    return found
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(("method", "options", "kind"), CASES)
 def test_identity_at_init_is_bit_exact(method: str, options: dict, kind: str, dtype: torch.dtype) -> None:
     net = Net(kind, dtype)
     x = net.input()
     before = net(x)
+    turned = by_columns(net, x) if kind.startswith("linear") else before
     adapters = attach(net, method, targets="layer", **options)
-    assert torch.equal(net(x), before)
+    found = net(x)
+    assert torch.equal(found, before) or torch.equal(found, turned)
     with torch.no_grad():
-        assert torch.equal(net(x), before)
+        assert torch.equal(net(x), found)
     assert torch.equal(adapters.weight("layer"), net.layer.weight)
 
 

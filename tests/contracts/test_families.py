@@ -583,10 +583,13 @@ def test_a_saved_model_opens_as_it_was(model, request, tmp_path):
     model.save(tmp_path / "saved")
     opened = models.load(str(tmp_path / "saved"))
     assert type(opened) is type(model) and list(opened.networks()) == list(model.networks())
-    for name in model.networks():
+    for name, network in model.networks().items():
         assert opened.fingerprint(name) == model.fingerprint(name)
+        weights = opened.networks()[name].state_dict()
+        assert all(torch.equal(weights[key], value) for key, value in network.state_dict().items())
     assert opened.latent_shape() == model.latent_shape() and opened.unit == model.unit
     options = {"steps": STEPS, "guidance": model.guidance(3.0)}
     requests = wanted(model)[::2]
-    np.testing.assert_allclose(opened.draw(requests, **options), model.draw(requests, **options), rtol=0, atol=1e-6)
+    # Some processors round by where weights lie, and those that are read from a file lie elsewhere.
+    np.testing.assert_allclose(opened.draw(requests, **options), model.draw(requests, **options), rtol=0, atol=1e-5)
     assert not any(p.requires_grad for network in opened.networks().values() for p in network.parameters())

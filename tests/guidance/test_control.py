@@ -172,7 +172,8 @@ def test_a_net_is_opened_by_its_folder_and_the_pocket_ones_by_their_names(tmp_pa
             model().draw(request, steps=1, guidance=GuidanceStack([each]))
             for each in (term, control.Config(net=one, picture=LINES))
         )
-        np.testing.assert_array_equal(found, expected)
+        # Some processors round by where weights lie, and those that are read from a file lie elsewhere.
+        np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5)
     pocket = load("pocket/sd")
     for name in ("sketch", "colors"):
         control.Config(net=f"pocket/{name}", picture=LINES).check(Network.of_model(pocket))

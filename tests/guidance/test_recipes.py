@@ -12,6 +12,7 @@ from visiontune.config import load_sample
 from visiontune.guidance.base import Run
 from visiontune.guidance.stack import GuidanceStack
 from visiontune.models import load
+from visiontune.sampling.sources import settled
 
 ROOT = Path(__file__).parents[2]
 # Recipes of models and files that are not in the package.
@@ -34,7 +35,7 @@ def test_a_term_has_a_page_and_a_recipe(name):
     assert recipe.out == f"runs/{name}"
     if name in BROUGHT:
         return
-    model = pocket()
+    model, recipe = pocket(), settled(recipe)
     size = model.size(recipe.height, recipe.width)
     plan = stack.plan(model, recipe.steps, size)
     assert any(name in acting for acting in plan.acting)

@@ -10,7 +10,7 @@ from tiny_rollout import rolled
 from tiny_training import TinyRows, tiny_trainer
 
 from visiontune import adapters, config
-from visiontune.assemble.parts import attach_adapter
+from visiontune.assemble.parts import attach_adapter, open_objective
 from visiontune.diffusion.dynamics import DDIM
 from visiontune.diffusion.guidance import classifier_free
 from visiontune.diffusion.replay import replay
@@ -133,7 +133,7 @@ def test_without_the_denoiser_something_must_be_left(tmp_path):
 @pytest.mark.parametrize("name", ["texforce", "textcraftor"])
 def test_the_recipes_put_adapters_on_the_text_encoder_alone(name):
     run = config.load_run(f"reward_tune/{name}")
-    found = attach_adapter(run, tiny_model("sd"))
+    found = attach_adapter(run, tiny_model("sd"), open_objective(run))
     assert found.layers and all(layer.startswith("text_encoder.") for layer in found.layers)
 
 
