@@ -6,7 +6,7 @@ import re
 from typing import Any
 
 from visiontune.errors import UserError
-from visiontune.ops.skips import kappa_of, scale
+from visiontune.ops.skips import ENTRY, scale
 
 LEAST = 0.5
 
@@ -20,18 +20,19 @@ def set_skips(model: Any, kappa: float | None) -> None:
     Raises:
         UserError: the model has no long skips, or kappa is out of range.
     """
-    networks = model.of(*model.names())
-    opened = kappa_of(networks.values())
+    structure = getattr(model, "STRUCTURE", None)
+    if structure is None or structure.stages is None:
+        if kappa in (None, 1):
+            return
+        raise UserError(
+            f"model.skips is for UNets, and '{model.source}' ({model.family}) has no long skips: leave it out"
+        )
+    unet = model.networks()[model.names()[0]]
+    opened = float(unet.config.get(ENTRY, 1.0))
     wanted = opened if kappa is None else kappa
     if wanted == opened == 1:
         return
     if not LEAST <= wanted <= 1:
         raise UserError(f"model.skips={wanted:g} is out of range: take one from {LEAST:g} to 1")
-    structure = getattr(model, "STRUCTURE", None)
-    if structure is None or structure.stages is None:
-        raise UserError(
-            f"model.skips is for UNets, and '{model.source}' ({model.family}) has no long skips: leave it out"
-        )
-    unet = networks[model.names()[0]]
     taking = [module for name, module in unet.named_modules() if re.fullmatch(structure.stages[2], name)]
     scale(unet, taking, wanted, opened)

@@ -270,6 +270,19 @@ def continuous(model: Any) -> None:
         )
 
 
+def fills_in(model: Any, objective: str, instead: str) -> None:
+    """Refuse a model that does not fill in masked tokens.
+
+    Raises:
+        UserError: naming the objective that would do ``instead``.
+    """
+    if not hasattr(model, "mask_token"):
+        raise UserError(
+            f"objective={objective} is for models that fill in masked tokens (amused), not for '{model.source}': take "
+            f"objective={instead}"
+        )
+
+
 def draws_clips(model: Any) -> bool:
     """Whether the latents of a model that is :func:`continuous` have frames."""
     return len(model.latent_shape()) > 3

@@ -28,7 +28,7 @@ from visiontune.core import Batch, Condition, Loss
 from visiontune.diffusion.unmask import unmask
 from visiontune.errors import UserError
 from visiontune.objectives._online import OnlineConfig, Rollouts, conditions, parts_of
-from visiontune.objectives.base import Needs, Tools
+from visiontune.objectives.base import Needs, Tools, fills_in
 from visiontune.objectives.unigrpo import draw_mask, of_drawn
 from visiontune.schema import option
 
@@ -107,11 +107,7 @@ class CCA(Rollouts):
             UserError: see above.
         """
         super().check(model, reward)
-        if not hasattr(model, "mask_token"):
-            raise UserError(
-                f"objective=cca is for models that fill in masked tokens (amused), not for '{model.source}': take "
-                "objective=cfg_distill"
-            )
+        fills_in(model, "cca", "cfg_distill")
         self.check_guidance(model)
 
     def facts(self) -> dict[str, str]:

@@ -31,7 +31,7 @@ from visiontune.objectives._advantages import flat_share, group_advantages
 from visiontune.objectives._draw import score_latents
 from visiontune.objectives._online import GroupConfig, Rollouts, conditions, parts_of, require_precise, reward_terms
 from visiontune.objectives._policy import clipped_surrogate
-from visiontune.objectives.base import Needs, Tools
+from visiontune.objectives.base import Needs, Tools, fills_in
 from visiontune.schema import option
 
 if TYPE_CHECKING:
@@ -157,11 +157,7 @@ class UniGRPO(Rollouts):
             UserError: see above.
         """
         super().check(model, reward)
-        if not hasattr(model, "mask_token"):
-            raise UserError(
-                f"objective=unigrpo is for models that fill in masked tokens (amused), not for '{model.source}': take "
-                "objective=grpo"
-            )
+        fills_in(model, "unigrpo", "grpo")
         self.check_guidance(model)
 
     def probe(self, model: MaskedModel, batch: Batch, tools: Tools) -> None:

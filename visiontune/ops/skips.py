@@ -6,7 +6,7 @@ by kappa ** (i - 1) where it is taken, with what a ControlNet has added to it. T
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -56,13 +56,9 @@ def scale(unet: nn.Module, stages: Sequence[nn.Module], kappa: float, opened: fl
     unet.register_to_config(**{ENTRY: kappa})  # type: ignore[operator]
 
 
-def kappa_of(networks: nn.Module | Iterable[nn.Module]) -> float:
-    """Kappa of the first of some networks that has one; 1 where none has."""
-    for network in [networks] if isinstance(networks, nn.Module) else networks:
-        config = getattr(network, "config", None)
-        if isinstance(config, Mapping) and ENTRY in config:
-            return float(config[ENTRY])
-    return 1.0
+def kappa_of(networks: Iterable[nn.Module]) -> float:
+    """Kappa of the first of some networks whose skips are scaled; 1 where none are, whatever a configuration says."""
+    return next((getattr(one, _SCALING).kappa for one in networks if hasattr(one, _SCALING)), 1.0)
 
 
 @contextmanager

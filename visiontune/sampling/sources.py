@@ -203,7 +203,7 @@ class Bench:
             for i, file in enumerate(wanted):
                 named = {"name": f"sample{i}", "trust": config.trust}
                 if (header := adapters.read_header(file))["whole"]:
-                    self._made_room = not self._model.embedded or self._made_room
+                    self._made_room = True  # what was there before stays, whatever is dropped
                     self._model.accept(header)
                 self._sets.append(adapters.load(self._model.networks(), file, **named))
             self._files = wanted
