@@ -55,7 +55,7 @@ KINDS = {"one": 0.4, "two": 0.4, "many": 0.1, "three": 0.1}
 PATTERNS = 0.35
 HEADS, HEAD, LAYERS = 5, 32, 8
 MIDDLE, NAMING_WEIGHT = 4, 0.1  # after how many layers shapes and colours are read, and how much that counts
-HIGHER = 0.5  # what the logits of the times are moved by: what stands where is decided at high noise
+HIGHER, WIDTH = 0.2, 1.3  # of the logits of the times: what stands where is decided at high noise, colours at low
 KNOWN = 0.9  # share of noise up to which pocket-sd teaches: beyond it, it hardly sees a picture
 
 
@@ -203,7 +203,7 @@ def main() -> None:
         texts = ["" if e else caption for e, caption in zip(empty, captions, strict=True)]
         x_0 = latents[rows].float()
         eps = torch.randn(x_0.shape, generator=generator)
-        sigma = torch.sigmoid(HIGHER + torch.randn(args.batch, generator=generator))
+        sigma = torch.sigmoid(HIGHER + WIDTH * torch.randn(args.batch, generator=generator))
         twins = torch.tensor([scene.relation is not None for scene in pairs[::2]])
         eps[1::2][twins], sigma[1::2][twins] = eps[::2][twins], sigma[::2][twins]
         level = sigma.view(-1, 1, 1, 1)
