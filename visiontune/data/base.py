@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 
 # Where the picture counts in the loss, and where a model paints into it.
 MASKS = ("mask", "region")
-# Where the picture counts in the loss, and where a model paints into it.
-MASKS = ("mask", "region")
+# Where each noun of the caption is.
+SEGMENTS = "segments"
 _SLOT = re.compile(rf"\[({'|'.join(SLOTS)})\]", re.IGNORECASE)
 DEFAULT_TRIGGER = "sks"
 # Where the caption of a picture comes from that has none of its own.
@@ -96,11 +96,12 @@ class Source:
 
     Attributes:
         origin: a file, or a function that returns the picture.
-        kind: what it is: a ``picture``, or a ``mask``, white where something counts.
+        kind: what it is: a ``picture``, a ``mask``, white where something counts, or ``segments``, masks of several
+            nouns in one (:mod:`visiontune.data.segments`).
     """
 
     origin: Path | Callable[[], Image.Image]
-    kind: Literal["picture", "mask"] = "picture"
+    kind: Literal["picture", "mask", "segments"] = "picture"
 
     @property
     def file(self) -> Path | None:
@@ -108,7 +109,7 @@ class Source:
         return self.origin if isinstance(self.origin, Path) else None
 
     def open(self) -> Image.Image:
-        """The whole picture, decoded and upright, in RGB, or a mask in eight-bit grey.
+        """The whole picture, decoded and upright, in RGB, a mask in eight-bit grey, or segments as they are.
 
         Raises:
             UserError: the file is missing, truncated or no picture. A function may raise anything.
@@ -117,6 +118,8 @@ class Source:
 
         if isinstance(self.origin, Path):
             return (pictures.read_mask if self.kind == "mask" else pictures.read)(self.origin)
+        if self.kind == "segments":
+            return self.origin()
         return (pictures.mask if self.kind == "mask" else pictures.upright_rgb)(self.origin())
 
     def size(self) -> tuple[int, int]:
@@ -148,6 +151,7 @@ class Sample:
         caption: its words, nothing left to substitute. caption_from: where they stood: a kind of file, a table.
         prior: whether it is a prior-preservation image (DreamBooth) rather than one of the user's own.
         weight: factor of its loss; prior samples carry the prior weight lambda.
+        nouns: the words of the caption whose places the bits of ``segments`` mark, the first that of bit 0.
     """
 
     id: str
@@ -156,6 +160,7 @@ class Sample:
     prior: bool = False
     weight: float = 1.0
     caption_from: str = DEFAULT_PROMPT
+    nouns: tuple[str, ...] = ()
 
 
 def source(column: str, origin: Path | Callable[[], Image.Image]) -> Source:

@@ -9,7 +9,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from visiontune.data.base import Config, Sample, default_from, listed, source, words_of
+from visiontune.data.base import SEGMENTS, Config, Sample, default_from, listed, source, words_of
 from visiontune.data.captions import caption_text
 from visiontune.errors import UserError
 from visiontune.files import inside
@@ -32,6 +32,10 @@ def read_table(
     Raises:
         UserError: the dataset cannot be loaded, lacks a column, or has pictures in a column that nothing reads.
     """
+    if SEGMENTS in columns:
+        raise UserError(
+            f"masks of nouns are read of a folder's metadata.jsonl, and {config.root} is a table: write it out as one"
+        )
     # By name: a type checker run in a checkout takes the catalogue folder datasets/ for the package.
     datasets: Any = import_module("datasets")
     try:
