@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Literal
@@ -31,6 +31,18 @@ DEFAULT_CLASS = "object"
 
 
 @dataclass(frozen=True, kw_only=True)
+class Subject:
+    """A further subject of a run; a bare value is ``root``."""
+
+    SHORTHAND: ClassVar[str] = "root"
+
+    root: str = option(help="its pictures, as data.root")
+    trigger: str = option(DEFAULT_TRIGGER, help="its word, which must be no other's")
+    class_noun: str | None = option(None, help="what [class] stands for in its captions; as data.class_noun")
+    prompt: str | None = option(None, help="caption of its images without one; null: data.prompt")
+
+
+@dataclass(frozen=True, kw_only=True)
 class Config:
     """The ``data:`` section of a recipe; a bare value is ``root``."""
 
@@ -46,6 +58,9 @@ class Config:
     prompt: str | None = option(None, help="caption of images without one: 'a photo of a [trigger] [class]'")
     trigger: str = option(DEFAULT_TRIGGER, help="word that [trigger] stands for")
     class_noun: str | None = option(None, help="what [class] stands for, such as dog; else the dataset's, else object")
+    subjects: list[Subject] = option(
+        [], help="further subjects that are learnt in the same run: [{root: my_cat, trigger: zwx, class_noun: cat}]"
+    )
     resolution: int | None = option(
         None, least=8, greatest=16384, help="side of the square whose area every image is resized to (model's own)"
     )
@@ -72,6 +87,12 @@ class Config:
     def __post_init__(self) -> None:
         if self.crop == "random" and self.cache:
             raise UserError("data.crop=random draws a new crop at every step: set data.cache=false with it")
+
+    def each(self) -> list[Config]:
+        """The data of every subject by itself, the first that of ``root``."""
+        own = replace(self, subjects=[])
+        given = [{**vars(one), "prompt": one.prompt or self.prompt} for one in self.subjects]
+        return [own, *(replace(own, **options) for options in given)]
 
     def key(self, column: str) -> str:
         """What a column is called in the user's data."""
