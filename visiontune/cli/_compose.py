@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import argparse
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from visiontune import files, outside
 from visiontune.errors import UserError
 from visiontune.ranges import argument
-from visiontune.schema import nearest
+from visiontune.schema import from_mapping, nearest
+from visiontune.yaml_text import parse_yaml
 
 if TYPE_CHECKING:
     from visiontune.evaluation.compose import Judge, Report, Task
@@ -18,8 +20,8 @@ if TYPE_CHECKING:
 NAME = "compose"
 _POCKET, _ORACLE = "pocket/", "oracle"
 _COUNT, _DEVICE = 24, "auto"
-_OWN = {"count": _COUNT, "categories": None, "tasks": None, "judge": None, "steps": None, "cfg_scale": None}
-_OWN |= {"device": _DEVICE}
+_OWN = {"count": _COUNT, "categories": None, "tasks": None, "judge": None, "guidance": None}
+_OWN |= {"steps": None, "cfg_scale": None, "device": _DEVICE}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -30,6 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     own.add_argument("--categories", metavar="C,C,...", help="these alone: colour,three")
     own.add_argument("--tasks", type=Path, help="prompts of your own, a .jsonl file of category, prompt and phrases")
     own.add_argument("--judge", help="judge by this reward (vqa_score, clip_score), or the oracle")
+    own.add_argument("--guidance", help="draw everything with these terms too, as of sample: '[{t3s2s: ...}]'")
     own.add_argument("--steps", type=steps, help="sampling steps (25, or what an adapter was made for)")
     own.add_argument("--cfg-scale", type=scale, help="guidance scale (4, or what an adapter was made for)")
     own.add_argument("--device", default=_DEVICE, help="where models and judge run (default: %(default)s)")
@@ -55,9 +58,13 @@ def run(args: argparse.Namespace) -> None:
     from accelerate import PartialState
 
     from visiontune.evaluation import compose
+    from visiontune.guidance.stack import GuidanceStack
     from visiontune.sampling.sources import Bench, base_of, settled
 
     drawn = {name: settled(_told(name, args)) for name in args.words or ["pocket/sd"]}
+    if args.guidance is not None:
+        drawn |= {f"{name}, {args.guidance}": _guided(config, args.guidance) for name, config in drawn.items()}
+    stacks = {name: GuidanceStack.of_options(config) for name, config in drawn.items()}
     bases = {name: base_of(config) for name, config in drawn.items()}
     judge, tasks = _opened(args, bases)
     reports: list[Report] = []
@@ -69,6 +76,7 @@ def run(args: argparse.Namespace) -> None:
                     tasks,
                     judge,
                     name=name,
+                    guidance=stacks[name],
                     **{option: getattr(config, option) for option in ("steps", "cfg_scale", "scheduler")},
                     progress=True,
                 )
@@ -87,6 +95,14 @@ def _told(name: str, args: argparse.Namespace) -> SampleConfig:
     folder = outside.is_folder(name) and (Path(name).expanduser() / "adapter.safetensors").is_file()
     drawn: dict[str, Any] = {"adapter" if folder or name.endswith(".safetensors") else "model": name}
     return SampleConfig(prompts=[NAME], steps=args.steps, cfg_scale=args.cfg_scale, device=args.device, **drawn)
+
+
+def _guided(config: SampleConfig, terms: str) -> SampleConfig:
+    """The config with terms on top, as they are written."""
+    from visiontune.sampling.config import SampleConfig
+
+    given = parse_yaml(terms, "--guidance")
+    return replace(config, guidance=from_mapping(SampleConfig, {"prompts": [NAME], "guidance": given}, "").guidance)
 
 
 def _opened(args: argparse.Namespace, bases: dict[str, str]) -> tuple[Judge, list[Task]]:

@@ -21,6 +21,7 @@ from visiontune.errors import UserError
 from visiontune.sampling.pipeline import images
 
 if TYPE_CHECKING:
+    from visiontune.guidance.stack import GuidanceStack
     from visiontune.models.pipeline import PipelineModel
 
 CATEGORIES = ("colour", "shape", "texture", "spatial", "numeracy", "complex")
@@ -113,6 +114,7 @@ def evaluate(
     name: str | None = None,
     steps: int = 25,
     cfg_scale: float = 4.0,
+    guidance: GuidanceStack | None = None,
     scheduler: str = "model",
     batch_size: int = 16,
     progress: bool = False,
@@ -130,6 +132,7 @@ def evaluate(
         [_SEED + i for i in range(len(tasks))],
         steps=steps,
         cfg_scale=cfg_scale,
+        guidance=guidance,
         scheduler=scheduler,
         batch_size=batch_size,
         progress=progress,
