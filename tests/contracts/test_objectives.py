@@ -142,7 +142,11 @@ class Columns:
     """Rows of one endless list, with every column that an objective may read; batch `k` of `n` is rows `k n ...`."""
 
     def __init__(self, model, needs, size: int) -> None:
-        self.model, self.columns, self.size = model, (*needs.columns, *needs.optional), size
+        columns = (*needs.columns, *needs.optional)
+        # A toy takes whatever it is shown, a pipeline what it reads.
+        blind = hasattr(model, "reads") and not model.reads.pictures
+        self.model, self.size = model, size
+        self.columns = tuple(name for name in columns if name != "source" or not blind)
 
     def close(self) -> None:
         pass
