@@ -101,9 +101,7 @@ class Fitting:
 
     def __post_init__(self) -> None:
         if self.window % 2 == 0:
-            raise UserError(
-                f"window is as wide to the left as to the right, and {self.window} is even: take an odd one"
-            )
+            raise UserError(f"window is as wide to the left as to the right, not {self.window}: take an odd one")
 
 
 def fit(

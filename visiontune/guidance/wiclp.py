@@ -56,16 +56,13 @@ class Config(Shaping):
         if side == "at":  # calls for latents or conditions of a term's own
             return nullcontext()
         g: TextProjector = _words.kept(point, "projector", lambda: self.projector)
-        known: list[Tensor] = []
 
+        # In each layer anew: what is checkpointed has to be computed again from what that layer is given.
         def projected(words: Tensor) -> Tensor:
-            # All layers of a call are given one and the same tensor.
-            if not known or known[0] is not words:
-                rows = _words.told(len(words), side)
-                own = words[rows]
-                strengths = words.new_tensor(_words.strengths(self, point, len(own))).view(-1, 1, 1)
-                known[:] = [words, torch.cat([words[: rows.start], own + strengths * g.to(words.device).change(own)])]
-            return known[1]
+            rows = _words.told(len(words), side)
+            own = words[rows]
+            strengths = words.new_tensor(_words.strengths(self, point, len(own))).view(-1, 1, 1)
+            return torch.cat([words[: rows.start], own + strengths * g.to(words.device).change(own)])
 
         return _words.reading(network.reading(self.name), projected)
 
