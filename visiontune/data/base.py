@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -73,6 +74,9 @@ class Config:
     )
     caption_column: str = option(
         captions.DEFAULT_KEY, help="column of the captions, also in metadata.jsonl, metadata.csv and .json files"
+    )
+    weight_column: str | None = option(
+        None, help="column or key of numbers above 0, by which the loss of each picture is multiplied; null: 1"
     )
     ignore: list[str] | str = option(
         [], help="files, folders, keys and columns to leave out, by name or pattern; all: whatever nothing reads"
@@ -206,6 +210,24 @@ def substitute(
         return found
 
     return _SLOT.sub(word, text)
+
+
+def weight_of(told: object, where: str) -> float:
+    """How much a picture counts, as a table has it.
+
+    Raises:
+        UserError: it is no number above 0.
+    """
+    try:
+        found = math.nan if isinstance(told, bool) else float(told)  # type: ignore[arg-type]
+    except (TypeError, ValueError):
+        found = math.nan
+    if not 0 < found < math.inf:
+        raise UserError(
+            f"{where}: the weight of a picture is a number above 0, not {shown(str(told))[:40]} (data.weight_column): "
+            "write one, or leave the picture out"
+        )
+    return found
 
 
 def has_slots(text: str) -> bool:

@@ -68,6 +68,7 @@ def read_folder(
             caption=words_of(row.caption, config),
             caption_from=default_from(row.where) if row.caption is None else row.where,
             nouns=tuple(row.nouns),
+            weight=row.weight,
         )
         for name, row in sorted(listing.rows.items())
     ]
@@ -186,6 +187,11 @@ def _list(
     given = [f for f in sorted(home.iterdir()) if not config.ignores(_name(f, folder))]
     texts = captions.beside(given, {f.stem for f in pictures})
     if table is None:
+        if config.weight_column is not None:
+            raise UserError(
+                f"{folder} has no metadata.jsonl or metadata.csv with '{config.weight_column}': write one, or leave "
+                "data.weight_column out"
+            )
         if not pictures and not texts:
             raise UserError(_nothing_in(folder))
         return _Listing(_beside(home, main, pictures, texts, config), {*pictures, *texts.values()}, [])

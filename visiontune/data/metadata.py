@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from visiontune.data import captions
-from visiontune.data.base import SEGMENTS, Config
+from visiontune.data.base import SEGMENTS, Config, weight_of
 from visiontune.errors import UserError
 from visiontune.files import inside
 from visiontune.outside import parse_json
@@ -27,13 +27,14 @@ class Row:
         caption: ``None`` where it has none.
         files: that of each column.
         where: what the caption comes from.
-        nouns: the mask of each noun of the caption.
+        nouns: the mask of each noun of the caption. weight: factor of its loss.
     """
 
     caption: str | None
     files: dict[str, Path] = field(default_factory=dict)
     where: str = ""
     nouns: dict[str, Path] = field(default_factory=dict)
+    weight: float = 1.0
 
 
 def table_in(folder: Path) -> Path | None:
@@ -67,6 +68,8 @@ def rows(
         if name in found:
             raise UserError(f"{where} captions {name} a second time: keep one line for it")
         found[name] = Row(caption, {main: inside(file.parent, name, where)}, file.name)
+        if config.weight_column is not None:
+            found[name].weight = weight_of(line.get(config.weight_column), where)
         if grounded:
             key = config.key(SEGMENTS)
             found[name].nouns = _nouns(file.parent, line.get(key), f"{where}: '{key}'")

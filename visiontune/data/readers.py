@@ -162,6 +162,8 @@ def _catalogue(config: Config, columns: Sequence[str], optional: Sequence[str]) 
     if spec.get("source") == "prompts":
         raise UserError(f"data.root {config.root} is a list of prompts without pictures: take a dataset of pictures")
     if spec.get("source") == "procedural":
+        if config.weight_column is not None:
+            raise UserError(f"pictures of {config.root} have no weights: leave data.weight_column out")
         from visiontune.data import procedural
 
         typed = from_mapping(procedural.Spec, spec, f"datasets/{config.root}.yaml")

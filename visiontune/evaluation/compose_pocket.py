@@ -118,15 +118,15 @@ _KINDS = {
 CATEGORIES = tuple(_KINDS)
 
 
-def tasks(count: int, seed: int = 707) -> list[Task]:
-    """Prompts that pocket models were not trained on, ``count`` of each category and each once."""
+def tasks(count: int, seed: int = 707, holdout: bool = True) -> list[Task]:
+    """Prompts, ``count`` of each category and each once: those that are never trained on, or none of them."""
     found: list[Task] = []
     for i, (name, kind) in enumerate(_KINDS.items()):
         rng, own = np.random.default_rng([seed, i]), dict[str, Task]()
         while len(own) < count:
             scene = kind.draw(rng)
             text = caption(scene, rng, kind.detail)
-            if kind.suits(scene) and held_out(text) and text not in own:
+            if kind.suits(scene) and held_out(text) == holdout and text not in own:
                 own[text] = Task(
                     category=name,
                     prompt=text,

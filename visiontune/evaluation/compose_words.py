@@ -11,7 +11,7 @@ from __future__ import annotations
 import itertools
 import math
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -94,14 +94,15 @@ _MAKES: dict[str, Callable[[random.Random], _Prompt]] = {
 }
 
 
-def tasks(count: int, seed: int = 707) -> list[Task]:
-    """Everyday prompts, ``count`` of each category and each once."""
+def tasks(count: int, seed: int = 707, without: Collection[str] = ()) -> list[Task]:
+    """Everyday prompts, ``count`` of each category and each once; none of those in ``without``."""
     found: list[Task] = []
     for category in CATEGORIES:
         rng, own = random.Random(f"{seed} {category}"), dict[str, tuple[str, ...]]()
         while len(own) < count:
             prompt, phrases = _MAKES[category](rng)
-            own[prompt] = phrases
+            if prompt not in without:
+                own[prompt] = phrases
         found += [Task(category=category, prompt=prompt, phrases=phrases) for prompt, phrases in own.items()]
     return found
 
