@@ -1,7 +1,7 @@
 """Draw what compose/gors is trained on: a model's own pictures that are as their prompts say, weighted by how much.
 
     python pipelines/compose/gors.py --out runs/gors_data
-    visiontune train compose/gors
+    visiontune train compose/gors data='{root: runs/gors_data, weight_column: weight}'
     visiontune evaluate compose pocket/sd runs/gors
 
 Pocket models are judged by the oracle, on prompts that `visiontune evaluate compose` never draws; others by a reward
