@@ -51,7 +51,8 @@ def test_the_word_is_learnt_at_its_own_rate_and_prompts_without_it_stay(cli, rec
 def test_the_word_alone_is_a_textual_inversion(cli, recipe):
     """No weight is changed: the file, and what other tools get of it, is the word."""
     words = ["train.parts=[trigger]", *OPTIONS, "objective.prior=none"]
-    assert cli("check", recipe, *words).code == 0
+    checked = cli("check", recipe, *words)
+    assert checked.code == 0 and "adapted layers: none; words alone are trained" in checked.out
     result = cli("train", recipe, *words)
     assert result.code == 0, result.err
     file = Path("runs/tiny/adapter.safetensors")
