@@ -142,6 +142,7 @@ def test_what_models_put_together_is_one_table_each_and_their_difference(cli, re
     ("words", "message"),
     [
         (["compose", "--scales", "0.5"], "leave them out of compose"),
+        (["./compose"], "holds no finished run"),
         (["compose", "nowhere"], "name a reward"),
         (["compose", "--tasks", "own.jsonl"], "leave --tasks out"),
         (["compose", "--count", "0"], "from 1 to 200"),

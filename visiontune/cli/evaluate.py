@@ -30,7 +30,9 @@ if TYPE_CHECKING:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "folder", type=Path, metavar="FOLDER | compose", help="folder of a finished run that trained an adapter"
+        "folder",
+        metavar="FOLDER | compose",
+        help="folder of a finished run that trained an adapter (./compose for one of that name)",
     )
     parser.add_argument("words", nargs="*", metavar="MODEL | RUN", help="of compose: who draws (pocket/sd)")
     parser.add_argument("--scales", default="1", metavar="S,S,...", help="strengths (default: %(default)s)")
@@ -47,12 +49,13 @@ def run(args: argparse.Namespace) -> None:
         if args.out.suffix != ".json":
             raise UserError(f"points are written to a .json file, not {args.out.name}")
         files.check_target(args.out)
-    if str(args.folder) == _compose.NAME:
+    if args.folder == _compose.NAME:
         _compose.run(args)
         return
     _compose.refuse(args)
     scales = _scales(args.scales)
-    recipe, weights = args.folder / "recipe.yaml", args.folder / "adapter.safetensors"
+    folder = Path(args.folder)
+    recipe, weights = folder / "recipe.yaml", folder / "adapter.safetensors"
     if not recipe.is_file() or not weights.is_file():
         raise UserError(f"{args.folder} holds no finished run with an adapter: name the folder of one")
 
@@ -73,9 +76,9 @@ def run(args: argparse.Namespace) -> None:
     model.accept(adapters.read_header(weights))
     attached = adapters.load(model.networks(), weights)
     result = {name: tensor.clone() for name, tensor in attached.state_dict().items()}
-    states = kept.saved(args.folder) if args.checkpoints else [(told.train.steps, result)]
+    states = kept.saved(folder) if args.checkpoints else [(told.train.steps, result)]
     if not states:
-        raise UserError(f"{args.folder} has no checkpoints: leave out --checkpoints")
+        raise UserError(f"{folder} has no checkpoints: leave out --checkpoints")
     found = []
     for point in kept.points(model, attached, [(step, state, scales) for step, state in states], judge):
         print(point, flush=True)
