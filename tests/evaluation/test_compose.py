@@ -99,6 +99,11 @@ def test_differences_are_paired_and_of_the_same_pictures_zero():
         assert 0.1 < found.low <= found.mean <= found.high < 0.11
     assert base.rows[0].error > 0.04
     assert base.rows[0].right == pytest.approx(np.mean(values[::2])) and base.rows[0].truth is None
+    # A coin's mean over 40 prompts, by the normal approximation.
+    coin, nothing = _reports([float(i // 2 % 2) for i in range(80)], [0.0] * 80)
+    for found in compose.differences(coin, nothing):
+        assert found.mean == 0.5
+        assert (found.low, found.high) == (pytest.approx(0.345, abs=0.03), pytest.approx(0.655, abs=0.03))
     with pytest.raises(ValueError, match="same prompts"):
         compose.differences(better, _reports([1.0], [1.0])[0])
 

@@ -160,6 +160,22 @@ def test_a_noun_that_is_not_read_stops_the_run_before_its_first_step(model):
         prepare(("a red circle", ("circle",)), (behind, ("red", "star")), ("a red circle", ("cross",)))
 
 
+def test_a_noun_that_is_read_in_part_counts_as_lost(model):
+    """Somewhere along longer and longer captions the end of what is read falls between its words."""
+    objective, ends = tokencompose.build(Config()), []
+    for count in range(model.reader.limit):
+        caption = f"circle {'a ' * count}red circle"
+        try:
+            tokencompose.places(model, caption, "red circle")
+        except UserError:
+            break
+        try:
+            objective.places(model, caption, "red circle")
+        except UserError as error:
+            ends.append(str(error))
+    assert len(ends) == 1 and "is read in part" in ends[0]
+
+
 def test_attention_moves_to_where_nouns_are(model):
     """Two nouns, left and right: after some steps of the network's words alone nearly all of it is inside."""
     model = tiny_model("sd")

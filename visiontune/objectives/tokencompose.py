@@ -137,9 +137,16 @@ class TokenCompose(denoising.Denoising):
         return []
 
     def places(self, model: PipelineModel, prompt: str, noun: str) -> list[int]:
-        """The tokens of a noun along those of its prompt."""
+        """The tokens of a noun along those of its prompt.
+
+        Raises:
+            UserError: it is not read, or not to its end.
+        """
         if (prompt, noun) not in self._places:
-            self._places[prompt, noun] = places(model, prompt, noun)
+            found = places(model, prompt, noun)
+            if not {*found} & {*places(model, prompt, noun.split()[-1])}:
+                raise UserError(f"'{noun}' is read in part of the prompt '{prompt[:80]}'")
+            self._places[prompt, noun] = found
         return self._places[prompt, noun]
 
     def loss(self, model: DiffusionModel, batch: Batch, tools: Tools) -> Loss:
