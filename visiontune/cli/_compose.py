@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 NAME = "compose"
 _POCKET, _ORACLE = "pocket/", "oracle"
 _COUNT, _DEVICE = 24, "auto"
-_OWN = {"count": _COUNT, "categories": None, "tasks": None, "judge": None, "guidance": None}
+_OWN: dict[str, Any] = {"count": _COUNT, "categories": None, "tasks": None, "judge": None, "guidance": None}
 _OWN |= {"steps": None, "cfg_scale": None, "device": _DEVICE}
 
 

@@ -212,7 +212,8 @@ class Rows:
         if (pick.index, column) not in self._digests:
             self._digests[pick.index, column] = _reading(sample, source.digest)
         digest = self._digests[pick.index, column]
-        makes = {"vae": self._vae} if source.kind == "picture" else {source.kind: self.model.downsample}
+        of_masks: dict[str, str | int] = {source.kind: self.model.downsample}
+        makes: dict[str, str | int] = {"vae": self._vae} if source.kind == "picture" else of_masks
         entry = key(image=digest, size=pick.size, flip=pick.flip, transform=transforms.RECIPE, **makes)
 
         def make() -> Tensors:

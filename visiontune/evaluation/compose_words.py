@@ -11,7 +11,7 @@ from __future__ import annotations
 import itertools
 import math
 import random
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +57,7 @@ def _colour(rng: random.Random) -> _Prompt:
     return _both(*(f"{color} {thing}" for color, thing in zip(colors, things, strict=True)))
 
 
-def _bound(words: dict[str, tuple[str, ...]]) -> Callable[[random.Random], _Prompt]:
+def _bound(words: Mapping[str, Sequence[str]]) -> Callable[[random.Random], _Prompt]:
     def made(rng: random.Random) -> _Prompt:
         kinds = rng.sample(sorted(words), 2)
         return _both(*(f"{kind} {rng.choice(words[kind])}" for kind in kinds))
