@@ -28,8 +28,6 @@ from visiontune.schema import option
 class Config(Shaping):
     """A fitted projection of the prompt's words."""
 
-    SHORTHAND = "file"
-
     scale: float = option(1.0, least=-10, greatest=10, help="s, how much of what it changes; 0 is none")
     window: tuple[float, float] = option(
         (0.8, 1.0), least=0, greatest=1, help="levels of noise, both included, between which it acts; 1 is pure noise"
