@@ -42,7 +42,7 @@ def request(count: int, mask: bool = False) -> Request:
             request(0, mask=True),
             r"reads a picture and a mask beside each prompt: draw .* Request\(pictures=, mask=\)",
         ),
-        (SEVERAL, request(0), r"reads a picture beside each prompt: draw it from Python, by Request\(pictures=\)"),
+        (SEVERAL, request(0), r"reads a picture beside each prompt: name their files by pictures="),
     ],
 )
 def test_other_pictures_than_a_model_reads_are_refused(reads, asked, message):

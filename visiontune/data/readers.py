@@ -146,6 +146,7 @@ def _catalogue(config: Config, columns: Sequence[str], optional: Sequence[str]) 
             typed,
             config.root,
             columns=columns,
+            optional=[column for column in optional if not config.ignores(column)],
             prompt=config.prompt,
             trigger=config.trigger,
             class_noun=config.class_noun,

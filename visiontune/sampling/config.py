@@ -121,6 +121,12 @@ class SampleConfig:
     seeds: int | list[int] = option(
         1, least=0, greatest=2**63 - 1, help="a list of seeds, or a count n for seeds 0 to n-1"
     )
+    pictures: str | list[str] | None = option(
+        None,
+        help="files of the pictures that a model is shown beside every prompt, all of them: what it edits, paints into "
+        "or takes up",
+    )
+    mask: str | None = option(None, help="file of a mask as large as the picture, white where a model paints into it")
     out: str = option("runs/samples", help="folder that receives images, manifest.jsonl and grid.png")
     steps: int | None = option(
         None, least=1, greatest=100_000, help="denoising steps; null: 25, or what an adapter of few steps was made for"
@@ -131,6 +137,13 @@ class SampleConfig:
         greatest=1000,
         help="classifier-free guidance, or what a student of several strengths is told; 1 is none and halves the cost; "
         "null: 4, or 1 where an adapter has guidance of one strength distilled into it",
+    )
+    image_cfg_scale: float | None = option(
+        None,
+        least=1,
+        greatest=1000,
+        help="guidance by the picture that is edited, of models of InstructPix2Pix; null: 1.5, as their "
+        "pipeline has it",
     )
     guidance: list[str | dict[str, Any]] | None = option(
         None,
@@ -202,6 +215,10 @@ class SampleConfig:
         if isinstance(self.seeds, int):
             return list(range(self.seeds))
         return list(dict.fromkeys(self.seeds))
+
+    def picture_list(self) -> list[str]:
+        """The files of the pictures that are shown."""
+        return [self.pictures] if isinstance(self.pictures, str) else self.pictures or []
 
     def adapter_list(self) -> list[AdapterConfig]:
         """The adapters as a list, the lowest first."""

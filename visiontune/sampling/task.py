@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from visiontune import outside
 from visiontune.data.prompt_files import read_prompts
 from visiontune.errors import UserError
-from visiontune.sampling import manifest, scored
+from visiontune.sampling import manifest, scored, shown
 from visiontune.sampling.cells import Cell, cells
 from visiontune.sampling.config import SampleConfig
 from visiontune.sampling.drawing import check_guidance
@@ -71,6 +71,7 @@ def planned(config: SampleConfig, model: PipelineModel | None) -> tuple[Task, st
     if config.quality is not None and config.format not in ("webp", "jpg"):
         raise UserError(f"quality is one of webp and jpg, and format is {config.format}, which loses nothing")
     scored.check(config)
+    shown.read(config.picture_list(), config.mask)  # that they are there, and belong together
     prompts = read_prompts(config.prompts)
     plan = check_count(len(prompts), config)
     found, jobs = [], list[Job]()
