@@ -68,6 +68,14 @@ def test_the_first_column_has_the_captions_and_need_not_be_the_image(photo, tmp_
     assert (sample.id, sample.caption) == ("a.png", "make it red")
 
 
+def test_results_in_target_are_the_pictures_where_none_lie_beside_it(photo, tmp_path):
+    photo("target/a.png", caption="make it red")
+    photo("source/a.png")
+    (sample,) = read(Config(root=str(tmp_path)), ("image",), ("source",))
+    assert files(sample, tmp_path) == {"image": "target/a.png", "source": "source/a.png"}
+    assert sample.caption == "make it red"
+
+
 def test_keys_of_metadata_are_columns(photo, tmp_path):
     photo("a.png")
     photo("masks/1.png")
@@ -346,7 +354,9 @@ def test_any_column_of_pictures_becomes_latents(model, photo, tmp_path):
     eps = torch.randn(1, 3, 16, 16, generator=torch.Generator().manual_seed(3))
     for name, latents in data.items():
         moments = model.moments(to_pixels(sources[name].open(), SQUARE)[None])
-        torch.testing.assert_close(latents, model.latents_from_moments(moments, eps))
+        # What is edited is the mean, as where a model draws.
+        drawn = None if name == "source" else eps
+        torch.testing.assert_close(latents, model.latents_from_moments(moments, drawn))
 
 
 def test_the_first_column_decides_the_bucket(model, photo, tmp_path):

@@ -36,11 +36,11 @@ def request(count: int, mask: bool = False) -> Request:
         (Reads(), request(0, mask=True), "reads no pictures: leave them out"),
         (KONTEXT, request(2), "reads 1 picture beside each prompt, not 2: leave out the others"),
         (KONTEXT, request(1, mask=True), "reads no mask: leave it out"),
-        (FILL, request(1), r"reads a picture and a mask beside each prompt: draw .* Request\(pictures=, mask=\)"),
+        (FILL, request(1), r"reads a picture and a mask beside each prompt: name their files by pictures= and mask="),
         (
             FILL,
             request(0, mask=True),
-            r"reads a picture and a mask beside each prompt: draw .* Request\(pictures=, mask=\)",
+            r"reads a picture and a mask beside each prompt: name their files by pictures= and mask=",
         ),
         (SEVERAL, request(0), r"reads a picture beside each prompt: name their files by pictures="),
     ],
