@@ -6,7 +6,7 @@ The recipes of ``pipelines/personalise`` at their full length, with ranks of abo
 blocks of 8 where a recipe trains more. Every method is tried at the same five factors of its recipe's learning rate,
 two decades in all, on one subject and seed; the best of them then trains another subject with three seeds, which is
 judged at several strengths. From these points: how many ordinary prompts come right where the subject is recognised in
-60 % and in 80 % of its pictures, and the area under the curve. Finished runs are kept in ``--work``, so the command
+60 % and in 80 % of its pictures, and the area under the curve. Finished rows are kept beside the table, so the command
 goes on where it stopped, and several may share the work by ``--methods``. Writes ``adapters.json``, ``.md`` and
 ``.svg`` into ``benchmarks/results/`` of whatever is finished.
 """
@@ -15,13 +15,13 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 from charts import scatter
-from personalise import RESULTS, SCORES, SEEDS, spread, train_and_measure
+from kept import RESULTS, Kept
+from personalise import SCORES, SEEDS, Trial, spread
 
 from visiontune import catalogue, config
 from visiontune.files import write_json, write_text
@@ -43,14 +43,10 @@ JUDGED = {"ordinary": 60, "steps": 12}
 X, Y = "prompt_accuracy", "subject_known"
 
 
-def run(method: str | None, subject: str, seed: int, work: Path, lr: float = 0.0, weaker: Sequence[float] = ()) -> dict:
-    """Scores of one run at the sizes of this comparison."""
-    if method is None:
-        return train_and_measure(None, subject, seed, work, [], **JUDGED)
-    rate = f"{lr:.3g}"
-    options = [f"train.lr={rate}", "train.checkpoint_every=1000000", *SIZES.get(method, [])]
-    row = train_and_measure(method, subject, seed, work, options, f"-lr{rate}", weaker=weaker, **JUDGED)
-    return {**row, "lr": float(rate)}
+def trial(method: str, subject: str, seed: int, lr: float, weaker: Sequence[float] = ()) -> Trial:
+    """A run at the sizes of this comparison."""
+    options = [f"train.lr={lr:.3g}", "train.checkpoint_every=1000000", *SIZES.get(method, [])]
+    return Trial(method, subject, seed, options, label=f"-lr{lr:.3g}", weaker=weaker, sizes=JUDGED)
 
 
 def rates(method: str) -> list[float]:
@@ -122,23 +118,26 @@ def table(found: dict[str, list[dict]], tried: dict[str, list[dict]], base: dict
     return "\n".join(lines) + "\n"
 
 
-def collect(work: Path, method: str) -> tuple[list[dict], list[dict]]:
-    """What is finished of a method: the final runs, and the rates that were tried."""
-    rows = [{**json.loads(f.read_text()), "lr": _rate(f)} for f in sorted(work.glob(f"{method}-lr*.json"))]
-    tuning = [row for row in rows if (row["subject"], row["seed"]) == TUNING]
-    return [row for row in rows if row["subject"] == SUBJECT], tuning
+def tuned(method: str, kept: Kept, work: Path | None) -> tuple[list[dict], list[dict]]:
+    """The final runs of a method and those at the rates that were tried; without ``work``, if all are finished."""
+
+    def row(one: Trial, lr: float) -> dict | None:
+        found = one.row(kept, work) if work else kept.find(one.run, one.of)
+        return found and {**found, "lr": lr}
+
+    tried = [row(trial(method, *TUNING, lr), lr) for lr in rates(method)]
+    if None in tried:
+        return [], []
+    best = max(tried, key=merit)["lr"]
+    final = [row(trial(method, SUBJECT, seed, best, WEAKER), best) for seed in SEEDS]
+    return ([], []) if None in final else (final, tried)
 
 
-def _rate(file: Path) -> float:
-    # "lora-lr4e-03-ember-0": a rate may have a dash of its own.
-    return float(file.stem.partition("-lr")[2].rpartition("-")[0].rpartition("-")[0])
-
-
-def write(work: Path, out: Path) -> None:
-    """The table and the chart of whatever is finished."""
-    base = run(None, SUBJECT, 0, work)
-    pairs = {method: collect(work, method) for method in METHODS}
-    found = {method: rows for method, (rows, _) in pairs.items() if rows}
+def write(kept: Kept, work: Path, out: Path) -> None:
+    """The table and the chart of the methods that are finished."""
+    base = Trial(None, SUBJECT, 0, sizes=JUDGED).row(kept, work)
+    pairs = {method: tuned(method, kept, None) for method in METHODS}
+    found = {method: final for method, (final, _) in pairs.items() if final}
     tried = {method: rows for method, (_, rows) in pairs.items() if rows}
     write_json(out / "adapters.json", {"base": base, "runs": found, "rates": tried})
     if found:
@@ -155,14 +154,11 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS, help="to share the work")
     parser.add_argument("--table", action="store_true", help="only write what is finished")
     args = parser.parse_args()
-    args.work.mkdir(parents=True, exist_ok=True)
+    kept = Kept("adapters")
     for method in () if args.table else args.methods:
-        tried = [run(method, *TUNING, args.work, lr) for lr in rates(method)]
-        best = max(tried, key=merit)
-        for seed in SEEDS:
-            run(method, SUBJECT, seed, args.work, best["lr"], WEAKER)
-        write(args.work, args.out)
-    write(args.work, args.out)
+        tuned(method, kept, args.work)
+        write(kept, args.work, args.out)
+    write(kept, args.work, args.out)
 
 
 if __name__ == "__main__":

@@ -7,8 +7,8 @@ The recipe ``distil/cfg`` as it is, three training seeds, and the same with the 
 of one, two and three objects, 25 DDIM steps; the oracle says how many come right. KID is the unbiased squared distance
 of pocket-clip's features, with the usual cubic kernel, to as many pictures that the world itself draws of the same
 prompts; diversity is that of four seeds of a prompt. Beside the student: the base without guidance, the teacher in as
-many steps, and in as many calls. Finished runs are kept in ``--work``. Writes ``distil.json`` and ``distil.md`` into
-``benchmarks/results/``.
+many steps, and in as many calls. Adapters are kept in ``--work`` and finished rows beside the table, so the command
+goes on where it stopped. Writes ``distil.json`` and ``distil.md`` into ``benchmarks/results/``.
 
 ``--front`` takes two finished adapters, one distilled alone (``distil/diverse`` with ``objective.beta=0``) and one for
 pictures that differ, and measures mixtures of their changes; it writes ``distil_front.json`` and ``distil_front.md``.
@@ -19,13 +19,13 @@ from __future__ import annotations
 import argparse
 import functools
 import itertools
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from personalise import RESULTS, spread
+from kept import RESULTS, Kept, told
+from personalise import spread
 
 from visiontune import adapters, config
 from visiontune.assemble import assemble
@@ -128,16 +128,20 @@ def main() -> None:
         write_text(args.out / "distil_front.md", table(points))
         return
     args.work.mkdir(parents=True, exist_ok=True)
-    model, found = load("pocket/sd"), dict[str, list[dict[str, float]]]()
+    model, found, kept = load("pocket/sd"), dict[str, list[dict[str, float]]](), Kept("distil")
+
+    def drawn(name: str, seed: int) -> dict[str, float]:
+        if name in TEACHERS:
+            return measure(model, *TEACHERS[name], seed)
+        student = adapters.load(model.networks(), trained(name, seed, args.work))
+        row = measure(model, 1.0, STEPS, seed)
+        student.detach()
+        return row
+
     for seed, name in itertools.product(SEEDS, (*TEACHERS, *STUDENTS)):
-        file = args.work / f"{name.replace(' ', '_')}-{seed}.json"
-        if not file.exists():
-            scale, steps = TEACHERS.get(name, (1.0, STEPS))
-            loaded = adapters.load(model.networks(), trained(name, seed, args.work)) if name in STUDENTS else None
-            write_json(file, measure(model, scale, steps, seed))
-            if loaded is not None:
-                loaded.detach()
-        found.setdefault(name, []).append(json.loads(file.read_text()))
+        of = TEACHERS[name] if name in TEACHERS else told("distil/cfg", STUDENTS[name])
+        row = kept.row(f"{name}, {seed}", [of, PROMPTS], functools.partial(drawn, name, seed))
+        found.setdefault(name, []).append(row)
         write_json(args.out / "distil.json", found)
         write_text(args.out / "distil.md", table(found))
 

@@ -5,8 +5,8 @@
 Personalisation by the catalogue's LoRA recipe, three subjects with a seed each; reward tuning by AlignProp, Flow-GRPO
 and PRDP, three seeds, the same processor time on both models. Learning rates are sought for each method on each model,
 on a subject and a seed that are not reported, by the reward, or by the mean of what is learnt and what is kept. The
-reward, the unseen prompts and the budget of reward tuning are those of ``rewards.py``. Finished runs are kept in
-``--work``. Writes ``families.json``, ``.md`` and ``.svg`` into ``benchmarks/results/``.
+reward, the unseen prompts and the budget of reward tuning are those of ``rewards.py``. Finished rows are kept
+beside the table. Writes ``families.json``, ``.md`` and ``.svg`` into ``benchmarks/results/``.
 """
 
 from __future__ import annotations
@@ -18,9 +18,10 @@ from typing import Any
 
 import numpy as np
 from charts import curves
-from personalise import JUDGED, RESULTS, SUBJECTS, TUNING, spread, train_and_measure
+from kept import RESULTS, Kept
+from personalise import SUBJECTS, TUNING, Trial, spread
 
-from rewards import HALF, LOOKS, ONCE, PILOT, SCORES, SEEDS, followed, sought
+from rewards import HALF, LOOKS, ONCE, PILOT, SCORES, SEEDS, Course, sought
 from visiontune.files import write_json, write_text
 
 SECONDS = 160.0
@@ -35,7 +36,7 @@ RATES = (2e-3, 4e-3, 6e-3, 1e-2)
 LEARNT = ("subject_known", "prompt_accuracy", "class_kept")
 
 
-def rewarded(work: Path) -> Iterator[dict[str, Any]]:
+def rewarded(kept: Kept, work: Path) -> Iterator[dict[str, Any]]:
     """Every look at every run of reward tuning."""
     for model, dynamics in DYNAMICS.items():
         for method, (recipe, options) in REWARDED.items():
@@ -46,27 +47,25 @@ def rewarded(work: Path) -> Iterator[dict[str, Any]]:
 
             def run(lr: float, seed: int = PILOT, looks: int = 1, name=name, recipe=recipe, own=own) -> list[dict]:
                 until = SECONDS if seed != PILOT else SECONDS / 2
-                return followed(name, recipe, own, seed, work, until, looks, lr)
+                return Course(name, recipe, own, seed, lr, until, looks).rows(kept, work)
 
             rate = sought(run)
             for seed in SEEDS:
                 yield from run(rate, seed, LOOKS)
 
 
-def personalised(work: Path) -> Iterator[dict[str, Any]]:
+def personalised(kept: Kept, work: Path) -> Iterator[dict[str, Any]]:
     """The base and the recipe on three subjects, with the rate that did best on another."""
     for model in DYNAMICS:
-        here = [f"model={model}"]
 
-        def run(subject: str, seed: int, lr: float, here=here, model=model) -> dict[str, Any]:
-            own = [*here, f"train.lr={lr}"]
-            name = f"lora {model.replace('/', '-')} {lr:g}"
-            return train_and_measure("lora", subject, seed, work, own, name=name, **JUDGED)
+        def run(subject: str, seed: int, lr: float, model=model) -> dict[str, Any]:
+            options = [f"model={model}", f"train.lr={lr}"]
+            return Trial("lora", subject, seed, options, f"lora {model.replace('/', '-')} {lr:g}").row(kept, work)
 
         tried = {lr: run(*TUNING, lr) for lr in RATES}
         rate = max(tried, key=lambda lr: sum(tried[lr][score] for score in LEARNT))
         for subject, seed in zip(SUBJECTS, SEEDS, strict=True):
-            base = train_and_measure(None, subject, seed, work, here, name=f"base {model.replace('/', '-')}", **JUDGED)
+            base = Trial(None, subject, seed, [f"model={model}"], f"base {model.replace('/', '-')}").row(kept, work)
             yield {**base, "method": "base", "model": model, "lr": None}
             yield {**run(subject, seed, rate), "method": "lora", "model": model, "lr": rate}
 
@@ -119,8 +118,8 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path("runs/evidence/families"))
     parser.add_argument("--out", type=Path, default=RESULTS)
     args = parser.parse_args()
-    args.work.mkdir(parents=True, exist_ok=True)
-    learnt, raised = list(personalised(args.work)), list(rewarded(args.work))
+    kept = Kept("families")
+    learnt, raised = list(personalised(kept, args.work)), list(rewarded(kept, args.work))
     write_json(args.out / "families.json", {"personalised": learnt, "rewarded": raised})
     write_text(args.out / "families.md", table(learnt, raised))
     write_text(args.out / "families.svg", chart(raised))

@@ -6,21 +6,22 @@ Every stack has as many steps as its calls leave room for: rows that the network
 steps of CFG, and for some of them twice as many. Held-out prompts of one, two and three objects, three sets of seeds;
 the oracle says how many come right. Beside it: how colourful the pictures are, and how far from the rendered world in
 mean and deviation of each colour; how different the pictures of one prompt are. The rows without guidance, and of CFG
-with all its calls put into steps, are what a term has to beat. Finished rows are kept in ``--work``. Writes
-``guidance.json`` and ``guidance.md`` into ``benchmarks/results/``.
+with all its calls put into steps, are what a term has to beat. Finished rows are kept beside the table, so the command
+goes on where it stopped. Writes ``guidance.json`` and ``guidance.md`` into ``benchmarks/results/``.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import itertools
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from personalise import RESULTS, spread
+from kept import RESULTS, Kept
+from personalise import spread
 
 from visiontune.evaluation.metrics import prompt_accuracy
 from visiontune.files import write_json, write_text
@@ -123,18 +124,17 @@ def _mean(rows: Sequence[Mapping[str, float]], score: str) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--work", type=Path, default=Path("runs/evidence/guidance"))
     parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--only", nargs="+", choices=list(STACKS), default=list(STACKS))
     args = parser.parse_args()
-    args.work.mkdir(parents=True, exist_ok=True)
-    model, found = load("pocket/sd"), {}
+    model, found, kept = load("pocket/sd"), dict[str, list[dict[str, float]]](), Kept("guidance")
     wanted = [(BUDGET, name) for name in args.only] + [(2 * BUDGET, name) for name in args.only if name in TWICE]
     for seeds, (budget, name) in itertools.product(range(SETS), wanted):
-        file = args.work / f"{name.replace(' ', '_')}-{budget}-{seeds}.json"
-        if not file.exists():
-            write_json(file, measure(model, STACKS[name], budget, seeds))
-        found.setdefault(f"{name} @ {budget}", []).append(json.loads(file.read_text()))
+        of = {"stack": STACKS[name], "prompts": PROMPTS}
+        row = kept.row(
+            f"{name} @ {budget}, {seeds}", of, functools.partial(measure, model, STACKS[name], budget, seeds)
+        )
+        found.setdefault(f"{name} @ {budget}", []).append(row)
         write_json(args.out / "guidance.json", found)
         write_text(args.out / "guidance.md", table(found))
 

@@ -4,7 +4,7 @@
 
 Three subjects, three seeds, the catalogue's recipes as they are, a hundred ordinary prompts in 25 DDIM steps. Their
 learning rates were chosen on another subject and another seed (``--tune oft,train.lr=1e-2``), never on these.
-Finished runs are kept in ``--work``, so the command goes on where it stopped. Writes
+Finished rows are kept beside the table, so the command goes on where it stopped. Writes
 ``benchmarks/results/personalise.json`` and ``personalise.md``.
 """
 
@@ -12,13 +12,14 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
 import shutil
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import torch
+from kept import RESULTS, Kept, told
 
 from visiontune import config
 from visiontune.assemble import assemble
@@ -26,7 +27,7 @@ from visiontune.data.readers import read
 from visiontune.errors import UserError
 from visiontune.evaluation.metrics import hyperspherical_energy
 from visiontune.evaluation.personalise import measure
-from visiontune.files import write_json
+from visiontune.files import write_json, write_text
 from visiontune.models import load
 from visiontune.models.diffusion import DiffusionModel
 from visiontune.training.loop import Trainer
@@ -41,67 +42,77 @@ METHODS: dict[str, tuple[str, list[str]]] = {
 SUBJECTS = ("bumble", "domino", "lagoon")
 SEEDS = (0, 1, 2)
 TUNING = ("mallow", 7)
-RESULTS = Path(__file__).parents[1] / "results"
 JUDGED = {"ordinary": 100, "steps": 25}
 SCORES = ("subject_oracle", "subject_known", "subject_composed", "subject_clip", "prompt_accuracy", "class_kept")
 
 
-def train_and_measure(
-    method: str | None,
-    subject: str,
-    seed: int,
-    work: Path,
-    overrides: list[str],
-    label: str = "",
-    *,
-    name: str = "",
-    weaker: Sequence[float] = (),
-    **sizes: int,
-) -> dict:
-    """Scores of one run of the recipe ``method``; None measures the base model.
+@dataclass(frozen=True)
+class Trial:
+    """A run of a recipe on a subject.
 
-    ``label`` tells runs with other overrides apart, or ``name`` says what they are. At ``weaker`` strengths of an
-    adapter it is judged too, and their scores are the row's ``curve``; ``sizes`` are those of ``measure``.
+    Attributes:
+        method: the recipe's name; None measures the base model.
+        options: on top of it.
+        name: what the row calls it, where that is not the recipe's name.
+        label: tells runs with other options apart.
+        weaker: strengths of the adapter at which it is judged too; the scores are the row's ``curve``.
+        sizes: those of ``measure``.
     """
-    name = name or method or "base"
-    run = f"{name}{label}-{subject}-{seed}"
-    file = work / f"{run}.json"
-    if file.exists():
-        return json.loads(file.read_text())
-    own = [
-        f"out={work}",
-        f"name={run}",
-        f"seed={seed}",
-        f"data.root=pocket/{subject}",
-        "preview.prompts=[]",
-    ]
-    recipe = config.load_run(f"personalise/{method or 'lora'}", [*own, *overrides])
-    base = load(recipe.model.source)
-    before = energies(base)
-    references = np.stack([np.asarray(sample.sources["image"].open()) for sample in read(recipe.data)])
-    trainer = None
-    if method is None:
-        model, trained = base, 0
-    else:
-        shutil.rmtree(recipe.folder, ignore_errors=True)
-        trainer = assemble(recipe)
-        trainer.fit()
-        model = trainer.model
-        trained = sum(p.numel() for p in trainer.parameters.values())
-        shutil.rmtree(recipe.folder, ignore_errors=True)
-    curve = {}
-    adapters = None if trainer is None else trainer.adapters
-    for strength in (1.0,) if adapters is None else (*weaker, 1.0):
-        if adapters is not None:
-            adapters.scale = strength
-        curve[strength] = measure(model, subject, recipe.data.trigger, references, **sizes).scores()
-    row = {"method": name, "subject": subject, "seed": seed, "parameters": trained, **curve[1.0]}
-    if weaker:
-        row["curve"] = {str(strength): {s: scores[s] for s in SCORES} for strength, scores in curve.items()}
-    row["energy_change"] = 0.0 if trainer is None else energy_change(trainer, before)
-    write_json(file, row)
-    print(json.dumps(row), flush=True)
-    return row
+
+    method: str | None
+    subject: str
+    seed: int
+    options: Sequence[str] = ()
+    name: str = ""
+    label: str = ""
+    weaker: Sequence[float] = ()
+    sizes: Mapping[str, int] = field(default_factory=lambda: JUDGED)
+
+    @property
+    def called(self) -> str:
+        """The name in the row."""
+        return self.name or self.method or "base"
+
+    @property
+    def run(self) -> str:
+        """The name of the run."""
+        return f"{self.called}{self.label}-{self.subject}-{self.seed}"
+
+    @property
+    def of(self) -> list:
+        """What its scores depend on, beside the code."""
+        return [told(f"personalise/{self.method}", self.options) if self.method else None, self.weaker, self.sizes]
+
+    def row(self, kept: Kept, work: Path) -> dict:
+        """Its scores; trained and measured in the folder ``work`` unless they are known."""
+        return kept.row(self.run, self.of, lambda: self.measured(work))
+
+    def measured(self, work: Path) -> dict:
+        """Train and measure it."""
+        own = [f"out={work}", f"name={self.run}", f"seed={self.seed}", f"data.root=pocket/{self.subject}"]
+        quiet = ["preview.prompts=[]", "judge=none"]
+        recipe = config.load_run(f"personalise/{self.method or 'lora'}", [*own, *quiet, *self.options])
+        base = load(recipe.model.source)
+        before = energies(base)
+        references = np.stack([np.asarray(sample.sources["image"].open()) for sample in read(recipe.data)])
+        trainer, model, trained = None, base, 0
+        if self.method:
+            shutil.rmtree(recipe.folder, ignore_errors=True)
+            trainer = assemble(recipe)
+            trainer.fit()
+            model = trainer.model
+            trained = sum(p.numel() for p in trainer.parameters.values())
+            shutil.rmtree(recipe.folder, ignore_errors=True)
+        curve = {}
+        adapters = None if trainer is None else trainer.adapters
+        for strength in (1.0,) if adapters is None else (*self.weaker, 1.0):
+            if adapters is not None:
+                adapters.scale = strength
+            curve[strength] = measure(model, self.subject, recipe.data.trigger, references, **self.sizes).scores()
+        row = {"method": self.called, "subject": self.subject, "seed": self.seed, "parameters": trained, **curve[1.0]}
+        if self.weaker:
+            row["curve"] = {str(strength): {s: scores[s] for s in SCORES} for strength, scores in curve.items()}
+        return {**row, "energy_change": 0.0 if trainer is None else energy_change(trainer, before)}
 
 
 def energy_change(trainer: Trainer, before: dict[str, float]) -> float | None:
@@ -145,30 +156,31 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path("runs/evidence/personalise"))
     parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument(
-        "--methods", nargs="+", choices=METHODS, help="only run these; the table has whatever is finished"
+        "--methods",
+        nargs="+",
+        choices=METHODS,
+        default=list(METHODS),
+        help="only run these; the table has whatever is finished",
     )
     parser.add_argument(
         "--subjects", nargs="+", choices=SUBJECTS, default=SUBJECTS, help="only these, to share the work"
     )
     parser.add_argument("--tune", nargs="+", metavar="METHOD[,OVERRIDE]", help="try options on the tuning subject only")
     args = parser.parse_args()
-    args.work.mkdir(parents=True, exist_ok=True)
     if args.tune:
         for trial in args.tune:
-            method, *overrides = trial.split(",")
-            work = args.work / "-".join(["tune", *overrides])
-            work.mkdir(exist_ok=True)
-            train_and_measure(method, *TUNING, work, overrides, **JUDGED)
+            method, *options = trial.split(",")
+            Trial(method, *TUNING, options, label="-".join(["", *options])).row(Kept("personalise_tuning"), args.work)
         return
-    for subject in args.subjects:
-        train_and_measure(None, subject, 0, args.work, [], **JUDGED)
-    for seed, subject, method in itertools.product(SEEDS, args.subjects, args.methods or METHODS):
-        recipe, options = METHODS[method]
-        train_and_measure(recipe, subject, seed, args.work, options, name=method, **JUDGED)
-    rows = [json.loads(file.read_text()) for file in sorted(args.work.glob("*.json"))]
-    args.out.mkdir(parents=True, exist_ok=True)
+    kept = Kept("personalise")
+    rows = [Trial(None, subject, 0).row(kept, args.work) for subject in SUBJECTS]
+    for seed, subject, (method, (recipe, options)) in itertools.product(SEEDS, SUBJECTS, METHODS.items()):
+        trial = Trial(recipe, subject, seed, options, method)
+        wanted = method in args.methods and subject in args.subjects
+        row = trial.row(kept, args.work) if wanted else kept.find(trial.run, trial.of)
+        rows += [row] if row else []
     write_json(args.out / "personalise.json", rows)
-    (args.out / "personalise.md").write_text(table(rows))
+    write_text(args.out / "personalise.md", table(rows))
     print(table(rows))
 
 

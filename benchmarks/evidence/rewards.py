@@ -12,7 +12,7 @@ Then redness alone is raised, the quickest way to ruin a model, and guards that 
 after every update: do they stop the run before a tenth of the unseen prompts is lost? And do they keep silent where
 pocket-clip is raised, which helps? The bound of their reward was set on runs with other seeds.
 
-Finished runs are kept in ``--work``. Writes ``rewards`` and ``rewards_alarm``, ``.json`` and ``.md``, and
+Finished rows are kept beside the tables. Writes ``rewards`` and ``rewards_alarm``, ``.json`` and ``.md``, and
 ``rewards.svg`` into ``benchmarks/results/``.
 """
 
@@ -22,15 +22,16 @@ import argparse
 import json
 import shutil
 import time
-from collections.abc import Callable
-from functools import cache
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from charts import curves
-from personalise import RESULTS
+from kept import RESULTS, Kept, told
 
 from visiontune import config
 from visiontune.assemble import assemble
@@ -128,50 +129,69 @@ class Counted:
         return self.reward(pictures, *args)
 
 
-def trainer_of(recipe: str, name: str, seed: int, work: Path, lr: float, options: list[str]) -> Trainer:
+def trainer_of(recipe: str, name: str, seed: int, work: Path, lr: float, options: Sequence[str]) -> Trainer:
     """A run from its beginning; what an interrupted one left is removed."""
     shutil.rmtree(work / name, ignore_errors=True)
     own = [f"out={work}", f"name={name}", f"seed={seed}", f"train.lr={lr}"]
     return assemble(config.load_run(f"reward_tune/{recipe}", [*COMMON, *options, *own]))
 
 
-def curve(method: str, seed: int, work: Path, until: float, looks: int, lr: float) -> list[dict[str, Any]]:
-    """:func:`followed` for a method of the table."""
+@dataclass(frozen=True)
+class Course:
+    """A run that is looked at on its way.
+
+    Attributes:
+        method: what its rows call it.
+        recipe: of ``reward_tune``.
+        options: on top of it and of ``COMMON``.
+        until: processor time of training, s.
+        looks: how often :func:`look` looks, at equally spaced times; once more at the start.
+    """
+
+    method: str
+    recipe: str
+    options: Sequence[str]
+    seed: int
+    lr: float
+    until: float
+    looks: int = LOOKS
+
+    def rows(self, kept: Kept, work: Path) -> list[dict[str, Any]]:
+        """Its looks; run in the folder ``work`` unless they are known."""
+        of = [told(f"reward_tune/{self.recipe}", [*COMMON, *self.options]), self.until, self.looks]
+        name = f"{self.method.replace(', ', '-').replace(' ', '-')}-{self.seed}-{self.lr:.3g}"
+        return kept.row(name, of, lambda: self.run(name, work))
+
+    def run(self, name: str, work: Path) -> list[dict[str, Any]]:
+        """Train and look."""
+        trainer = trainer_of(self.recipe, name, self.seed, work, self.lr, self.options)
+        updates = trainer.objective.updates
+        counted = trainer.lender.reward = Counted(trainer.lender.reward)
+        rows, spent, step = [], 0.0, 0
+        while True:
+            # A rollout serves several steps: it is looked at between rollouts only.
+            if spent >= self.until * len(rows) / self.looks:
+                at = {"method": self.method, "seed": self.seed, "lr": self.lr, "seconds": spent}
+                rows.append({**at, "queries": counted.queries, "steps": step, **look(trainer.model)})
+                print(json.dumps(rows[-1]), flush=True)
+            if spent >= self.until:
+                return rows
+            for _ in range(updates):
+                begun = time.process_time()
+                trainer.optimise(step)
+                spent, step = spent + time.process_time() - begun, step + 1
+
+
+def of_table(method: str, seed: int, work: Path, lr: float, until: float, looks: int = LOOKS) -> Course:
+    """The run of a method of the table."""
     recipe, options, _ = METHODS[method]
-    return followed(method, recipe, [*options, f"data={prompts(method, work)}"], seed, work, until, looks, lr)
+    return Course(method, recipe, [*options, f"data={prompts(method, work)}"], seed, lr, until, looks)
 
 
-def followed(
-    method: str, recipe: str, options: list[str], seed: int, work: Path, until: float, looks: int, lr: float
-) -> list[dict[str, Any]]:
-    """What :func:`look` gives at the start and at so many equally spaced times of training."""
-    file = work / f"{method.replace(', ', '-').replace(' ', '-')}-{seed}-{lr:.3g}-{until:g}.json"
-    if file.exists():
-        return json.loads(file.read_text())
-    trainer = trainer_of(recipe, file.stem, seed, work, lr, options)
-    updates = trainer.objective.updates
-    counted = trainer.lender.reward = Counted(trainer.lender.reward)
-    rows, spent, step = [], 0.0, 0
-    while True:
-        # A rollout serves several steps: it is looked at between rollouts only.
-        if spent >= until * len(rows) / looks:
-            at = {"method": method, "seed": seed, "lr": lr, "seconds": spent, "queries": counted.queries, "steps": step}
-            rows.append({**at, **look(trainer.model)})
-            print(json.dumps(rows[-1]), flush=True)
-        if spent >= until:
-            break
-        for _ in range(updates):
-            begun = time.process_time()
-            trainer.optimise(step)
-            spent, step = spent + time.process_time() - begun, step + 1
-    write_json(file, rows)
-    return rows
-
-
-def pilot(method: str, work: Path) -> None:
+def pilot(method: str, kept: Kept, work: Path) -> None:
     """Learning rates for a method of the table, for 40 s, or 100 s where only scores are seen."""
     until = 40.0 if seconds(method) == PATHWISE else 100.0
-    sought(lambda lr: curve(method, PILOT, work, until, 1, lr))
+    sought(lambda lr: of_table(method, PILOT, work, lr, until, 1).rows(kept, work))
 
 
 def sought(run: Callable[[float], list[dict[str, Any]]]) -> float:
@@ -188,12 +208,7 @@ def sought(run: Callable[[float], list[dict[str, Any]]]) -> float:
 
 def alarm(raised: str, lr: float, every: int, seed: int, work: Path) -> list[dict[str, Any]]:
     """What guards say while a reward is raised, until a fifth of the unseen prompts is lost or 40 updates are done."""
-    file = work / f"alarm-{raised}-{lr:.3g}-{seed}.json"
-    if file.exists():
-        return json.loads(file.read_text())
-    guards = f"guards={{every: {every}, reward: pocket-oracle, holdout: 32, seeds: [0, 1], steps: {ALARM_STEPS}}}"
-    options = ["adapter.rank=8", f"objective.steps={ALARM_STEPS}", f"reward={raised}", guards, "guards.cfg_scale=1"]
-    trainer = trainer_of("alignprop", file.stem, seed, work, lr, options)
+    trainer = trainer_of("alignprop", f"alarm-{raised}-{lr:.3g}-{seed}", seed, work, lr, guarded(raised, every))
     guard, model, rows = trainer.guard, trainer.model, []
     assert guard is not None
     for step in range(0, 41, every):
@@ -210,8 +225,24 @@ def alarm(raised: str, lr: float, every: int, seed: int, work: Path) -> list[dic
             break
         for update in range(step, step + every):
             trainer.optimise(update)
-    write_json(file, rows)
     return rows
+
+
+def guarded(raised: str, every: int) -> list[str]:
+    """Options of a run under guards that see other prompts and the oracle."""
+    guards = f"guards={{every: {every}, reward: pocket-oracle, holdout: 32, seeds: [0, 1], steps: {ALARM_STEPS}}}"
+    return ["adapter.rank=8", f"objective.steps={ALARM_STEPS}", f"reward={raised}", guards, "guards.cfg_scale=1"]
+
+
+def alarms(kept: Kept, work: Path) -> list[list[dict[str, Any]]]:
+    """Every run under guards."""
+    runs = []
+    for raised, lr, every, seeds in RAISED:
+        for seed in seeds:
+            of = [told("reward_tune/alignprop", [*COMMON, *guarded(raised, every)]), lr, ALARM_STEPS]
+            run = partial(alarm, raised, lr, every, seed, work)
+            runs.append(kept.row(f"alarm-{raised}-{lr:.3g}-{seed}", of, run))
+    return runs
 
 
 def alarm_table(runs: list[list[dict[str, Any]]]) -> str:
@@ -273,24 +304,27 @@ def main() -> None:
     parser.add_argument("--alarm", action="store_true", help="the guards' part alone")
     args = parser.parse_args()
     args.work.mkdir(parents=True, exist_ok=True)
+    kept = Kept("rewards")
     if args.pilot:
         for method in args.methods:
-            pilot(method, args.work)
+            pilot(method, kept, args.work)
         return
+    whole = args.methods == list(METHODS)
     if not args.alarm:
         rows: list[dict[str, Any]] = [
             {"method": "base", "seed": 0, "seconds": 0.0, "queries": 0, "steps": 0, **look(load("pocket/sd"))}
         ]
         for seed in SEEDS:
             for method in args.methods:
-                rows += curve(method, seed, args.work, seconds(method), LOOKS, METHODS[method][2])
-            if args.methods == list(METHODS):
+                course = of_table(method, seed, args.work, METHODS[method][2], seconds(method))
+                rows += course.rows(kept, args.work)
+            if whole:
                 write_json(args.out / "rewards.json", rows)
                 write_text(args.out / "rewards.md", table(rows))
                 write_text(args.out / "rewards.svg", chart(rows))
         print(table(rows))
-    if args.methods == list(METHODS):
-        runs = [alarm(*raised, seed, args.work) for *raised, seeds in RAISED for seed in seeds]
+    if whole:
+        runs = alarms(kept, args.work)
         write_json(args.out / "rewards_alarm.json", [row for run in runs for row in run])
         write_text(args.out / "rewards_alarm.md", alarm_table(runs))
         print(alarm_table(runs))

@@ -5,21 +5,22 @@
 Held-out prompts of two and of three objects, three sets of seeds, 10 DDIM steps with CFG 4. The reward that guides or
 chooses is pocket-clip; the oracle, which it never sees, says whether a picture shows what was asked. Of the same
 candidates that `best_of` draws: what a choice by chance gives (the first), what the reward chooses, and what the oracle
-itself would choose, which bounds every choice. Finished rows are kept in ``--work``. Writes ``steering.json`` and
-``steering.md`` into ``benchmarks/results/``.
+itself would choose, which bounds every choice. Finished rows are kept beside the table, so the command goes on where
+it stopped. Writes ``steering.json`` and ``steering.md`` into ``benchmarks/results/``.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import itertools
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from personalise import RESULTS, spread
+from kept import RESULTS, Kept
+from personalise import spread
 
 from visiontune.core import Request
 from visiontune.evaluation.metrics import prompt_accuracy
@@ -119,17 +120,14 @@ def table(found: Mapping[str, Sequence[Mapping[str, float]]]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--work", type=Path, default=Path("runs/evidence/steering"))
     parser.add_argument("--out", type=Path, default=RESULTS)
     args = parser.parse_args()
-    args.work.mkdir(parents=True, exist_ok=True)
-    model = load("pocket/sd")
+    model, kept = load("pocket/sd"), Kept("steering")
     found: dict[str, list[dict[str, float]]] = {}
     for seeds, kind, name in itertools.product(range(SETS), KINDS, ("candidates", *GUIDED, *SEARCHED)):
-        file = args.work / f"{kind}-{name.replace(' ', '_')}-{seeds}.json"
-        if not file.exists():
-            write_json(file, measure(model, kind, seeds, name))
-        for way, one in json.loads(file.read_text()).items():
+        of = {"way": GUIDED.get(name, SEARCHED.get(name)), "sizes": [STEPS, CANDIDATES, PROMPTS], "by": REWARD}
+        rows = kept.row(f"{kind}: {name}, {seeds}", of, functools.partial(measure, model, kind, seeds, name))
+        for way, one in rows.items():
             found.setdefault(f"{kind}: {way}", []).append(one)
         ordered = {name: found[name] for name in sorted(found, key=lambda name: KINDS.index(name.partition(":")[0]))}
         write_json(args.out / "steering.json", ordered)

@@ -234,7 +234,7 @@ def test_of_each_row_the_student_is_told_the_strength_that_its_teacher_has(state
 
 
 @pytest.mark.parametrize("states", ROLLED)
-def test_a_row_keeps_its_strength_from_step_to_step_and_its_target_is_of_it(states):
+def test_a_row_keeps_its_strength_from_step_to_step_and_its_targets_are_both_sides(states):
     model, made = moved(), of_strengths(states=states, jitter=False)
     (seen,) = collected(model, made)
     w = seen.cond.extra["guidance"].view(3, 4)
@@ -243,8 +243,37 @@ def test_a_row_keeps_its_strength_from_step_to_step_and_its_target_is_of_it(stat
     with model.disable(), torch.no_grad():
         for x, t, cond, target in zip(seen.x, seen.t, [seen.cond[i] for i in range(12)], seen.target, strict=True):
             u, c = (model.predict(x[None], t[None], one) for one in (model.unconditional(1), cond))
-            expected = u + cond.extra["guidance"].double() * (c - u)
-            torch.testing.assert_close(target, expected[0].to(target), rtol=1e-5, atol=1e-5)
+            torch.testing.assert_close(target, torch.cat([u, c]).to(target), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(("density", "other"), [("uniform", lambda w: 9 - w), ("log-uniform", lambda w: 8 / w)])
+def test_each_state_is_learnt_at_the_strength_across_the_range_too(density, other):
+    model, made = Heard(), of_strengths(w_density=density)
+    seen = collected(model, made)
+    states, own = seen[0].part(0, 4), seen[0].part(0, 4).cond.extra["guidance"]
+    model.told.clear()
+    found = made.update(model, seen, 0, lent(model))
+    torch.testing.assert_close(torch.stack(model.told), torch.stack([own, other(own)]))
+    u, c = states.target.double().unbind(1)
+    with torch.no_grad():
+        pred = model.predict(states.x, states.t, states.cond)
+    wide = (own.double().view(-1, 1, 1, 1), other(own.double()).view(-1, 1, 1, 1))
+    expected = torch.stack([(pred - u - w * (c - u)).square().mean() for w in wide]).mean()
+    torch.testing.assert_close(found.total, expected, check_dtype=False)
+
+
+class Heard(Drawing):
+    """Keeps the strengths that it is told."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.move(0.3)
+        self.told = []
+
+    def predict(self, x_t, t, cond):
+        if self.on and "guidance" in cond.extra:
+            self.told.append(cond.extra["guidance"])
+        return super().predict(x_t, t, cond)
 
 
 def test_strengths_have_the_density_that_is_declared():

@@ -234,25 +234,6 @@ class Embedded(Guidance):
         return call(x, t, replace(cond, extra={**cond.extra, "guidance": told}))
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
-class RowCFG(Guidance):
-    """`CFG` with a scale [b] for each row."""
-
-    scales: Tensor
-
-    @property
-    def contrasts(self) -> bool:
-        return True
-
-    def __call__(
-        self, call: Call, x: Tensor, t: Tensor, level: Tensor, cond: Condition, uncond: Condition | None
-    ) -> Tensor:
-        if uncond is None:
-            raise ValueError("classifier-free guidance needs the condition that it guides away from")
-        without, given = both_sides(call, x, t, cond, uncond)
-        return without + self.scales.to(given).view(-1, *(1,) * (given.ndim - 1)) * (given - without)
-
-
 NO_GUIDANCE = NoGuidance()
 
 

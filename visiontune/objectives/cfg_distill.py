@@ -10,6 +10,9 @@ with f the trained network for the prompt alone, in one call, and g the untraine
 that takes. Guidance that is not linear in its scale (rescale, an interval) is learnt as it is. x_t are states of the
 teacher's rollouts, whose predictions come with them; of the student's own, which it will meet when it samples
 (on-policy); or noised pictures. Only prompts are needed but for the last.
+
+Both sides of the teacher, u and c, give its prediction at every w. So each state is learnt at two, that of its rollout
+and the one that lies as far from the other end of the range: what they differ by is due to w alone. This is ours.
 """
 
 from __future__ import annotations
@@ -22,7 +25,7 @@ import torch
 from torch import Tensor
 
 from visiontune.core import Batch, Condition, Loss
-from visiontune.diffusion.guidance import NO_GUIDANCE, Call, Embedded, Guidance, RowCFG, guided
+from visiontune.diffusion.guidance import NO_GUIDANCE, Call, Embedded, Guidance, both_sides, guided
 from visiontune.diffusion.timesteps import Timesteps
 from visiontune.diffusion.trajectory import Chain, require_no_memory
 from visiontune.errors import UserError
@@ -109,6 +112,36 @@ class Noted(Guidance):
         return self.predictions[-1]
 
 
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Sides(Guidance):
+    """Classifier-free guidance with a scale ``[b]`` for each row, which keeps what it was made of.
+
+    Attributes:
+        scales: ``[b]``. sides: ``[b, 2, ...]`` of each call, without the prompt and with it, in order.
+    """
+
+    scales: Tensor
+    sides: list[Tensor] = field(default_factory=list)
+
+    @property
+    def contrasts(self) -> bool:
+        return True
+
+    def __call__(
+        self, call: Call, x: Tensor, t: Tensor, level: Tensor, cond: Condition, uncond: Condition | None
+    ) -> Tensor:
+        if uncond is None:
+            raise ValueError("classifier-free guidance needs the condition that it guides away from")
+        self.sides.append(torch.stack(both_sides(call, x, t, cond, uncond), dim=1))
+        return between(self.sides[-1], self.scales)
+
+
+def between(sides: Tensor, w: Tensor) -> Tensor:
+    """``u + w (c - u)`` of u and c ``[b, 2, ...]`` and w ``[b]``."""
+    without, given = sides.unbind(1)
+    return without + w.to(given).view(-1, *(1,) * (given.ndim - 1)) * (given - without)
+
+
 class CFGDistill(Distilled):
     """Learns by regression to the guided teacher."""
 
@@ -169,7 +202,7 @@ class CFGDistill(Distilled):
         w = None if self.config.w is None else self._strengths(torch.rand(len(x_0), generator=tools.rng))
         with tools.reference(), torch.no_grad():
             cond = _told(model.embed(batch.prompts) if batch.cond is None else batch.cond, w)
-            target = guided(model, x_t, t, cond, self.away(model, len(x_t)), self._teacher(model, w))
+            target = self._target(model, x_t, t, cond, w)
         errors, terms = self.errors(model, Seen(x=x_t, t=t, cond=cond, target=target))
         return Loss(total=combine(errors, batch), terms=terms)
 
@@ -185,24 +218,44 @@ class CFGDistill(Distilled):
         return self.regress(model, collected, part, tools)
 
     def _of_teacher(self, model: DiffusionModel, rows: Batch, chain: Chain, tools: Tools) -> Seen:
-        w = self._drawn_strengths(rows, tools)
+        w, noted = self._drawn_strengths(rows, tools), Noted(inner=self.guidance(model))
+        sides = None if w is None else Sides(scales=w.to(model.device))
         with tools.reference():
-            noted = Noted(inner=self._teacher(model, w))
-            drawn = self.visit(model, _told(model.embed(rows.prompts), w), noted, chain, rows, tools)
+            drawn = self.visit(model, _told(model.embed(rows.prompts), w), sides or noted, chain, rows, tools)
         assert drawn.latents is not None
-        target = torch.stack(noted.predictions, dim=1)
+        target = torch.stack(noted.predictions if sides is None else sides.sides, dim=1)
         return shuffled(drawn.latents[:, :-1], drawn.timesteps, drawn.cond, target, tools.generators(rows, "order"))
 
     def _of_student(self, model: DiffusionModel, rows: Batch, chain: Chain, tools: Tools) -> Seen:
-        w = self._drawn_strengths(rows, tools)
+        w, targets = self._drawn_strengths(rows, tools), []
         drawn = self.visit(model, _told(model.embed(rows.prompts), w), NO_GUIDANCE, chain, rows, tools)
         assert drawn.latents is not None
-        teacher, away, targets = self._teacher(model, w), self.away(model, len(rows)), []
         with tools.reference():
             for x, t in zip(drawn.latents[:, :-1].unbind(1), drawn.timesteps.to(model.device), strict=True):
-                targets.append(guided(model, x, t.expand(len(x)), drawn.cond, away, teacher))
+                targets.append(self._target(model, x, t.expand(len(x)), drawn.cond, w))
         target = torch.stack(targets, dim=1)
         return shuffled(drawn.latents[:, :-1], drawn.timesteps, drawn.cond, target, tools.generators(rows, "order"))
+
+    def _target(self, model: DiffusionModel, x: Tensor, t: Tensor, cond: Condition, w: Tensor | None) -> Tensor:
+        """What the teacher, which the model is here, predicts ``[b, ...]``; of a range its sides ``[b, 2, ...]``."""
+        away = self.away(model, len(x))
+        if w is None:
+            return guided(model, x, t, cond, away, self.guidance(model))
+        sides = Sides(scales=w.to(model.device))
+        guided(model, x, t, cond, away, sides)
+        return sides.sides[0]
+
+    def errors(self, model: DiffusionModel, seen: Seen) -> tuple[Tensor, dict[str, Tensor]]:
+        """Of a range, at the strength of each row and at the other one."""
+        if self.config.w is None:
+            return super().errors(model, seen)
+        own = seen.cond.extra["guidance"]
+        found = []
+        for w in (own, self._other(own)):
+            told = replace(seen, cond=_told(seen.cond, w), target=between(seen.target, w))
+            found.append(super().errors(model, told))
+        (errors, terms), (others, further) = found
+        return (errors + others) / 2, {name: (terms[name] + further[name]) / 2 for name in terms}
 
     def weight(self, model: DiffusionModel, t: Tensor) -> Tensor | None:
         """Min-SNR, where it is asked for."""
@@ -214,10 +267,6 @@ class CFGDistill(Distilled):
         if not self.config.jitter:
             return start, end
         return jittered(start, float(torch.rand((), generator=tools.shared("jitter"))), end[-1:])
-
-    def _teacher(self, model: DiffusionModel, w: Tensor | None) -> Guidance:
-        """The teacher's guidance, of rows with strengths ``w`` ``[b]``, if they have any."""
-        return self.guidance(model) if w is None else RowCFG(scales=w.to(model.device))
 
     def _drawn_strengths(self, rows: Batch, tools: Tools) -> Tensor | None:
         if self.config.w is None:
@@ -231,6 +280,12 @@ class CFGDistill(Distilled):
         if self.config.w_density == "uniform":
             return least + quantiles * (most - least)
         return least * (most / least) ** quantiles
+
+    def _other(self, w: Tensor) -> Tensor:
+        """As far from one end of the range, by its density, as w ``[b]`` is from the other."""
+        assert self.config.w is not None
+        least, most = self.config.w
+        return least + most - w if self.config.w_density == "uniform" else least * most / w
 
 
 def _told(cond: Condition, w: Tensor | None) -> Condition:
