@@ -175,7 +175,7 @@ def test_words_that_see_are_made_of_a_rows_caption_and_source(photos, tmp_path, 
             assert not found.mask[row, count:].any()
         rows = rows_of(model, photos, tmp_path)
     folder = save_tiny(tmp_path / "edit", "qwen_image", edits=edits)
-    trainer = build(run_of(folder, photos, tmp_path), cache_dir=tmp_path / "cache")
+    trainer = build(run_of(folder, photos, tmp_path, "train.parts=[denoiser]"), cache_dir=tmp_path / "cache")
     batch = trainer.rows.batch(0)
     assert trainer.objective.loss(trainer.model, batch, trainer.lender.tools(0)).total.isfinite()
     with pytest.raises(
@@ -200,6 +200,9 @@ def test_the_recipe_leaves_an_editing_model_and_pictures_of_before_and_after(pho
 
 def test_what_cannot_be_shown_is_refused_before_the_first_step(photos, tmp_path):
     plain, editing = save_tiny(tmp_path / "plain"), save_tiny(tmp_path / "editing", edits="instruct")
+    painting, mask = save_tiny(tmp_path / "painting", edits="inpaint"), tmp_path / "m.png"
+    here = f"preview.pictures=[{photos / '0.png'}]"
+    Image.new("L", (24, 16), 255).save(mask)
     for folder, more, message in (
         (plain, ["preview.samples=2", "data.ignore=[source]"], r"preview\.samples: model .* reads no pictures"),
         (
@@ -210,6 +213,12 @@ def test_what_cannot_be_shown_is_refused_before_the_first_step(photos, tmp_path)
         (plain, ["model.expand=edit"], r"by `visiontune expand .* FOLDER --for edit`, and train the adapter"),
         (editing, ["preview.prompts=[a]"], r"draws nothing from words alone: set preview\.prompts=\[\]"),
         (editing, ["preview.prompts=[a]", "preview.pictures=[no.png]"], r"no\.png"),
+        (painting, ["preview.prompts=[a]", here, "data.ignore=[source]"], r"^preview: .* reads a picture and a mask"),
+        (
+            editing,
+            ["preview.prompts=[a]", here, f"preview.masks=[{mask}]"],
+            r"^preview: .* reads no mask: leave it out",
+        ),
         (editing, ["preview.prompts=[a]", "preview.pictures=[no.png, b.png]"], r"pictures names 2 files for 1 prompts"),
         (editing, ["preview.samples=1", "preview.image_cfg_scale=2", "preview.cfg_scale=1"], r"at a cfg_scale above 1"),
     ):

@@ -16,7 +16,7 @@ from visiontune.diffusion.trajectory import Start, rollout
 from visiontune.errors import UserError
 from visiontune.models._reading import Reads, apart
 
-KONTEXT, FILL = Reads(most=1), Reads(least=1, most=1, mask=True)
+KONTEXT, FILL = Reads(most=1), Reads(least=1, most=1, mask=True, channels=True)
 SEVERAL = Reads(least=1, most=None)
 
 

@@ -76,7 +76,7 @@ def test_a_folder_is_of_one_picture_and_another_is_refused(files, tmp_path):
 
 def test_what_is_drawn_into_a_pictures_place_has_its_shape(files):
     wide = read([files["a"]])
-    for family, options, expected in (("sd", {"edits": "instruct"}, (128, 256)), ("sd", {}, None), ("flux2", {}, None)):
+    for family, options, expected in (("sd", {"edits": "instruct"}, (144, 256)), ("sd", {}, None), ("flux2", {}, None)):
         model = tiny_model(family, **options)
         model.resolution = 192
         shown = type(wide)(pictures=(Image.new("RGB", (100, 50)),))

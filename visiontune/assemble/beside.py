@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from visiontune.config import Run
@@ -42,17 +43,17 @@ def check(run: Run, model: Any, objective: Objective, samples: Sequence[Sample])
             f"data has a column '{name}', {_ARE[name]}, and '{model.source}' ({model.family}) is none that does: leave "
             f"it out by data.ignore=[{name}], or take another model"
         )
-    if reads.pictures and model.WORDS_SEE and trains_text(model, run.train):
-        raise UserError(
-            f"the text encoder of '{model.source}' reads the pictures of its prompts, and runs that train it do not "
-            "show it any: take text and trigger out of train.parts"
-        )
     if reads.least == 0:
         return
     if not reads.mask and "source" not in columns:
         raise UserError(
             f"model '{model.source}' reads {reads.words()} beside each prompt: put what each picture was made of into "
             "a column 'source' (a folder source/ with the same names), or take a model that reads words alone"
+        )
+    if model.WORDS_SEE and trains_text(model, run.train):
+        raise UserError(
+            f"the text encoder of '{model.source}' reads the pictures of its prompts, and runs that train it do not "
+            "show it any: take text and trigger out of train.parts"
         )
     _draws_nothing(run, model, objective)
 
@@ -105,17 +106,40 @@ def named(preview: PreviewConfig) -> list[Shown]:
     return [read([picture], mask) for picture, mask in zip(preview.pictures, masks, strict=True)]
 
 
-def sampled(preview: PreviewConfig, model: Any, samples: Sequence[Sample]) -> dict[str, Shown]:
-    """The captions and pictures of the samples that previews draw: what each was made of, or where it is painted."""
+def previews(
+    preview: PreviewConfig, model: Any, samples: Sequence[Sample], given: Sequence[Shown]
+) -> tuple[PreviewConfig, list[Shown]]:
+    """The previews with the samples of the data that they draw among their prompts, and what stands beside each.
+
+    Args:
+        given: beside the prompts that are named, as of :func:`named`.
+
+    Raises:
+        UserError: the data have no sources, or the model reads other pictures.
+    """
+    from visiontune.core import Request
+    from visiontune.training.trouble import named
+
+    found = _sampled(preview, model, samples)
+    prompts, shown = [*preview.prompts, *(caption for caption, _ in found)], [*given, *(one for _, one in found)]
+    if any(shown):
+        with named("preview"):
+            model.reads.check(model.source, [Request(prompt="", **one.options()) for one in shown if one])
+    return replace(preview, prompts=prompts, pictures=[], masks=[]), shown
+
+
+def _sampled(preview: PreviewConfig, model: Any, samples: Sequence[Sample]) -> list[tuple[str, Shown]]:
+    """The captions of the first samples, and what each was made of, or where it is painted."""
     from visiontune.sampling.shown import Shown
 
-    found: dict[str, Shown] = {}
-    if preview.samples and not model.reads.mask and "source" not in samples[0].sources:
+    chosen = samples[: preview.samples]
+    if preview.samples and not model.reads.mask and not any("source" in sample.sources for sample in chosen):
         raise UserError("preview.samples shows a column 'source', which the data have not: set it to 0")
-    for number, sample in enumerate(samples[: preview.samples]):
+    found = []
+    for number, sample in enumerate(chosen):
         picture = sample.sources["image" if model.reads.mask else "source"].open()
         mask = _mask(sample, picture.size, number) if model.reads.mask else None
-        found[sample.caption] = Shown(pictures=(picture,), mask=mask)
+        found.append((sample.caption, Shown(pictures=(picture,), mask=mask)))
     return found
 
 

@@ -74,8 +74,7 @@ def build(
     model: Any = parts.open_model(run)
     under = parts.attach_under(run, model)
     beside.check(run, model, objective, found.samples)
-    samples = beside.sampled(preview, model, found.samples)
-    preview = dataclasses.replace(preview, prompts=[*preview.prompts, *samples], pictures=[], masks=[])
+    preview, shown = beside.previews(preview, model, found.samples, shown)
     _check_sizes(run, model, objective)
     _check_dropout(run, model)
     objective.check(model, reward)
@@ -114,7 +113,7 @@ def build(
         rows=rows,
         train=dataclasses.replace(run.train, release=resources.released(run, model, rows)),
         preview=preview,
-        shown=[*shown, *samples.values()],
+        shown=shown,
         out=run.folder,
         seed=run.seed,
         metadata={**parts.metadata(run), **objective.facts()},
