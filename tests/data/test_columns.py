@@ -76,6 +76,22 @@ def test_results_in_target_are_the_pictures_where_none_lie_beside_it(photo, tmp_
     assert sample.caption == "make it red"
 
 
+def test_the_first_and_the_last_frame_of_a_clip_are_a_pair(photo, tmp_path):
+    shades = [Image.new("RGB", (16, 16), (shade,) * 3) for shade in (0, 100, 200)]
+    shades[0].save(tmp_path / "a.png", save_all=True, append_images=shades[1:])
+    (tmp_path / "a.txt").write_text("make it bright")
+    config = Config(root=str(tmp_path), frame_pairs=True)
+    (sample,) = read(config, ("image",), ("source",))
+    shown = {name: source.open().getpixel((3, 3))[0] for name, source in sample.sources.items()}
+    assert shown == {"image": 200, "source": 0} and sample.caption == "make it bright"
+    preflight([sample])
+    with pytest.raises(UserError, match="makes a column 'source', which the objective does not read"):
+        read(config)
+    photo("b.png", caption="x")
+    with pytest.raises(UserError, match=r"b\.png has no two frames, of which data\.frame_pairs would make a pair"):
+        read(config, ("image",), ("source",))
+
+
 def test_keys_of_metadata_are_columns(photo, tmp_path):
     photo("a.png")
     photo("masks/1.png")

@@ -60,6 +60,9 @@ class Config:
     ignore: list[str] | str = option(
         [], help="files, folders, keys and columns to leave out, by name or pattern; all: whatever nothing reads"
     )
+    frame_pairs: bool = option(
+        False, help="of pictures with several frames (GIF, WebP, APNG) learn the last, with the first as its source"
+    )
     split: str = option("train", help="split of a Hub dataset")
     revision: str | None = option(None, help="commit or tag of a Hub dataset")
     cache: bool = option(True, help="keep latents on disk instead of encoding images again at every step")
