@@ -66,6 +66,20 @@ def test_pictures_are_those_of_requests_from_python(files, tmp_path, family, edi
     assert len(settings["pictures"]) == len(named) and ("mask" in settings) == ("mask" in given)
 
 
+def test_pictures_are_an_axis_of_a_grid(files, tmp_path):
+    folder = save_tiny(tmp_path / "model", "flux2")
+    axis = [files["a"], [files["b"], files["a"]]]
+    given = {"model": str(folder), "out": str(tmp_path / "out"), "prompts": ["a red circle"], "steps": 1}
+    file = generate(from_mapping(SampleConfig, {**given, "device": "cpu", "grid": {"pictures": axis}}))
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    assert [row["at"]["pictures"] for row in rows] == ["a", "b + a"]
+    assert [len(row["settings"]["pictures"]) for row in rows] == [1, 2]
+    one, two = (np.asarray(Image.open(tmp_path / "out" / row["file"])) for row in rows)
+    assert (one != two).any()
+    with pytest.raises(UserError, match=r"no\.png"):
+        generate(from_mapping(SampleConfig, {**given, "grid": {"pictures": [str(tmp_path / "no.png")]}}))
+
+
 def test_a_folder_is_of_one_picture_and_another_is_refused(files, tmp_path):
     folder = save_tiny(tmp_path / "model", edits="instruct")
     drawn(folder, tmp_path / "out", pictures=files["a"])

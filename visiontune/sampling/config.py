@@ -16,6 +16,7 @@ AXES = {
     "adapter": "a",
     "adapter_scale": "w",
     "guidance": "g",
+    "pictures": "p",
     "scheduler": "h",
     "cfg_scale": "c",
     "steps": "t",
@@ -51,6 +52,9 @@ class GridConfig:
     adapter_scale: list[float] = option([], least=-100, greatest=100, help="strengths of all adapters")
     guidance: list[list[str | dict[str, Any]] | None] = option(
         [], help="stacks of terms, null for none: [null, [{pag: 2}], [{apg: 6}]]"
+    )
+    pictures: list[str | list[str]] = option(
+        [], help="pictures beside every prompt, each as the option has them: [a.png, b.png] are two of one picture each"
     )
     scheduler: list[Scheduler] = option([], help="samplers")
     cfg_scale: list[float] = option([], least=-1000, greatest=1000, help="scales of classifier-free guidance")

@@ -71,7 +71,6 @@ def planned(config: SampleConfig, model: PipelineModel | None) -> tuple[Task, st
     if config.quality is not None and config.format not in ("webp", "jpg"):
         raise UserError(f"quality is one of webp and jpg, and format is {config.format}, which loses nothing")
     scored.check(config)
-    shown.read(config.picture_list(), config.mask)  # that they are there, and belong together
     prompts = read_prompts(config.prompts)
     plan = check_count(len(prompts), config)
     found, jobs = [], list[Job]()
@@ -79,6 +78,7 @@ def planned(config: SampleConfig, model: PipelineModel | None) -> tuple[Task, st
     for i, cell in enumerate(cells(config)):
         try:
             check_guidance(cell.config)
+            shown.read(cell.config.picture_list(), cell.config.mask)  # that they are there, and belong together
             own = settled(cell.config)
             words = substituted([*prompts, own.negative_prompt], own)
         except UserError as error:
