@@ -1,4 +1,4 @@
-"""Subject learnt against knowledge lost: LoRA, OFT and full fine-tuning, on pocket-sd.
+"""Subject learnt against knowledge lost: LoRA, OFT (also at length) and full fine-tuning, on pocket-sd.
 
     python benchmarks/evidence/personalise.py
 
@@ -36,6 +36,7 @@ from visiontune.training.loop import Trainer
 METHODS: dict[str, tuple[str, list[str]]] = {
     "lora": ("lora", []),
     "oft": ("oft", []),
+    "oft_long": ("oft_long", []),
     "full": ("full", []),
     "trigger": ("lora", ["train.lr=1e-9"]),
 }

@@ -5,8 +5,9 @@
 Both draw the same pictures of pocket/sd, which is made sure of first, in the same steps with the same guidance, and
 save them as PNG: ours as `generate` does, with manifest, hashes and sheet, the loop by calling the stock pipeline and
 saving what it gives. The loop's best batch is found by trial of several. Without an accelerator it is processor time,
-of which threads that work ahead take as much as others: what they save on the clock is not measured there. Writing is
-measured alone as well: WebP without loss beside PNG. Writes ``benchmarks/results/speed_sampling.json`` and ``.md``.
+of which threads that work ahead take as much as others: what they save on the clock is not measured there. What
+guidance inside the weights saves is what a call a step saves, whatever the weights. Writing is measured alone as well:
+WebP without loss beside PNG. Writes ``benchmarks/results/speed_sampling.json`` and ``.md``.
 """
 
 from __future__ import annotations
@@ -87,9 +88,12 @@ def measure(args: Any, folder: Path) -> Iterator[dict[str, Any]]:
         best: loops[best],
         "ours, batch 8": lambda: ours(model, folder, 8, seeds, steps),
         "ours, best batch": lambda: ours(model, folder, batch, seeds, steps),
+        "ours, batch 8, one call": lambda: ours(model, folder, 8, seeds, steps, cfg_scale=1.0),
         "ours, batch 8, no threads": lambda: ours(model, folder, 8, seeds, steps, workers=0),
     }
     by_one = ratios(taken, "loop, batch 1", args.rounds)
+    one_call = by_one["ours, batch 8, one call"] / by_one["ours, batch 8"]
+    yield row(11, "sampling without guidance, as what has it inside is drawn / with it", one_call, 0.56)
     yield row(12, "sampling, batch 8 / loop of one by one", by_one["ours, batch 8"], 1 / 1.35)
     yield row(0, f"the loop's best batch ({batch}) / one by one", by_one[best])
     yield row(0, f"sampling, batch {batch} / the loop's best", by_one["ours, best batch"] / by_one[best])
