@@ -193,6 +193,7 @@ def test_the_recipe_leaves_an_editing_model_and_pictures_of_before_and_after(pho
     folder = assemble.assemble(load_run("edit/instruct", [f"{key}={value}" for key, value in given.items()])).fit()
     made, plain = models.load(str(folder)), models.load(str(tmp_path / "plain"))
     assert made.edits and made.denoiser.conv_in.weight[:, 4:].any()
+    assert "pipeline_tag: image-to-image" in (tmp_path / "run" / "README.md").read_text()
     assert not torch.equal(made.denoiser.conv_in.weight[:, :4], plain.denoiser.conv_in.weight)
     with Image.open(tmp_path / "run" / "samples" / "before_after.png") as sheet:
         assert sheet.width > 3 * 128 and sheet.height > 6 * 128  # what is shown and two seeds, of three prompts, twice

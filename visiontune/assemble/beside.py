@@ -102,8 +102,8 @@ def named(preview: PreviewConfig) -> list[Shown]:
 
     if not preview.pictures:
         return [NOTHING] * len(preview.prompts)
-    masks = preview.masks or [None] * len(preview.prompts)
-    return [read([picture], mask) for picture, mask in zip(preview.pictures, masks, strict=True)]
+    masks = dict(enumerate(preview.masks))
+    return [read([picture], masks.get(i)) for i, picture in enumerate(preview.pictures)]
 
 
 def previews(

@@ -90,6 +90,7 @@ class StableDiffusion(DiffusionModel):
         config, own = pipe.unet.config, self.latent_channels
         name = type(pipe).__name__
         self.reads = {self.PAINTING: _PAINTS, self.EDITING: _EDITS}.get(name, self.reads)
+        self.task = "image-to-image" if self.edits else self.task
         kind = {self.PAINTING: "an inpainting", self.EDITING: "an InstructPix2Pix"}.get(name, "a text-to-image")
         # Of what is painted into or edited, the latents of the picture too, and one channel of the mask.
         taken = own * (1 + self.reads.channels) + self.reads.mask

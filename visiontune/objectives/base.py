@@ -288,7 +288,7 @@ def draws_clips(model: Any) -> bool:
     return len(model.latent_shape()) > 3
 
 
-def condition_of(model: PipelineModel, batch: Batch) -> Condition:
+def condition_of(model: Any, batch: Batch) -> Condition:
     """The batch's cached condition, or one embedded now, with a gradient if the text encoder is trained.
 
     With it the pictures that the model is shown: ``channels`` beside its noisy latents, or the ``source`` of an edit,
@@ -301,8 +301,9 @@ def condition_of(model: PipelineModel, batch: Batch) -> Condition:
         beside = model.edited(batch.data["source"])
     else:
         shown = batch.data.get("shown", torch.ones(len(batch), dtype=torch.bool)).tolist()
-        pictures = [(latents,) if seen else () for latents, seen in zip(batch.data["source"], shown, strict=True)]
-        return replace(cond, references=pictures)
+        pairs = zip(batch.data["source"], shown, strict=True)
+        references: list[tuple[Tensor, ...]] = [(latents,) if seen else () for latents, seen in pairs]
+        return replace(cond, references=references)
     if beside is None:
         return cond
     if "shown" in batch.data:

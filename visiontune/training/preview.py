@@ -117,7 +117,7 @@ def _sheet(
     from visiontune.sampling.grid import grid
 
     columns, count = [f"seed {seed}" for seed in seeds], len(seeds)
-    rows = [list(pictures[i * count : (i + 1) * count]) for i in range(len(names))]
+    rows: list[list[Any]] = [list(pictures[i * count : (i + 1) * count]) for i in range(len(names))]
     if any(shown):
         columns = ["shown", *columns]
         rows = [[beside.seen() if beside else None, *row] for beside, row in zip(shown, rows, strict=True)]
