@@ -193,7 +193,7 @@ def read(image: np.ndarray) -> list[Found]:
 # ---------------------------------------------------------------------------------------------------- judging
 
 
-def _fits(found: Found, wanted: Wanted) -> bool:
+def fits(found: Found, wanted: Wanted) -> bool:
     thing = found.thing
     return (
         found.valid
@@ -209,7 +209,7 @@ def _painted(shares: dict[str, float], color: str, accent: str | None) -> bool:
     return sum(shares[c] for c in colors) >= PURE and min(shares[c] for c in colors) >= TOUCH
 
 
-def _holds(relation: str | None, first: Thing, second: Thing) -> bool:
+def holds(relation: str | None, first: Thing, second: Thing) -> bool:
     """Whether the first stands so to the second, and in no other direction more than in that one."""
     if relation is None:
         return True
@@ -225,7 +225,7 @@ def _assignments(found: list[Found], wanted: tuple[Wanted, ...]) -> list[list[Fo
     return [
         [item, *rest]
         for i, item in enumerate(found)
-        if _fits(item, wanted[0])
+        if fits(item, wanted[0])
         for rest in _assignments(found[:i] + found[i + 1 :], wanted[1:])
     ]
 
@@ -240,7 +240,7 @@ def matches(image: np.ndarray, caption: str | Request) -> bool:
     if len(found) != len(request.things):
         return False
     ways = _assignments(found, request.things)
-    return any(len(w) < 2 or _holds(request.relation, w[0].thing, w[1].thing) for w in ways)
+    return any(len(w) < 2 or holds(request.relation, w[0].thing, w[1].thing) for w in ways)
 
 
 # ---------------------------------------------------------------------------------------------------- subjects
@@ -298,7 +298,7 @@ def composed(image: np.ndarray, name: str, relation: str, other: Wanted) -> bool
     if len(found) != 2:
         return False
     return any(
-        recognise_object(image, one) == name and _fits(two, other) and _holds(relation, one.thing, two.thing)
+        recognise_object(image, one) == name and fits(two, other) and holds(relation, one.thing, two.thing)
         for one, two in (found, found[::-1])
     )
 
