@@ -58,6 +58,11 @@ class ModelConfig:
     offload: Literal["block"] | None = option(
         None, help="block: keep the denoiser's frozen blocks in main memory, on the device one at a time"
     )
+    expand: Literal["paint", "edit"] | None = option(
+        None,
+        help="give a text-to-image UNet the input channels of a model that paints into pictures, or that edits them; "
+        "for training all weights: write one by `visiontune expand` to train an adapter on it",
+    )
     skips: float | None = option(
         None,
         least=0.5,

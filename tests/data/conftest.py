@@ -20,7 +20,7 @@ class FakeModel:
     downsample = unit = 2
     latent_channels = 3
     resolution = 32
-    paints = False
+    paints = WORDS_SEE = False
 
     def __init__(self, vae: str = "vae", text: str = "text") -> None:
         self.prints = {"vae": vae, "text": text}

@@ -68,6 +68,30 @@ def test_the_first_column_has_the_captions_and_need_not_be_the_image(photo, tmp_
     assert (sample.id, sample.caption) == ("a.png", "make it red")
 
 
+def test_results_in_target_are_the_pictures_where_none_lie_beside_it(photo, tmp_path):
+    photo("target/a.png", caption="make it red")
+    photo("source/a.png")
+    (sample,) = read(Config(root=str(tmp_path)), ("image",), ("source",))
+    assert files(sample, tmp_path) == {"image": "target/a.png", "source": "source/a.png"}
+    assert sample.caption == "make it red"
+
+
+def test_the_first_and_the_last_frame_of_a_clip_are_a_pair(photo, tmp_path):
+    shades = [Image.new("RGB", (16, 16), (shade,) * 3) for shade in (0, 100, 200)]
+    shades[0].save(tmp_path / "a.png", save_all=True, append_images=shades[1:])
+    (tmp_path / "a.txt").write_text("make it bright")
+    config = Config(root=str(tmp_path), frame_pairs=True)
+    (sample,) = read(config, ("image",), ("source",))
+    shown = {name: source.open().getpixel((3, 3))[0] for name, source in sample.sources.items()}
+    assert shown == {"image": 200, "source": 0} and sample.caption == "make it bright"
+    preflight([sample])
+    with pytest.raises(UserError, match="makes a column 'source', which the objective does not read"):
+        read(config)
+    photo("b.png", caption="x")
+    with pytest.raises(UserError, match=r"b\.png has no two frames, of which data\.frame_pairs would make a pair"):
+        read(config, ("image",), ("source",))
+
+
 def test_keys_of_metadata_are_columns(photo, tmp_path):
     photo("a.png")
     photo("masks/1.png")
@@ -351,7 +375,9 @@ def test_any_column_of_pictures_becomes_latents(model, photo, tmp_path):
     eps = torch.randn(1, 3, 16, 16, generator=torch.Generator().manual_seed(3))
     for name, latents in data.items():
         moments = model.moments(to_pixels(sources[name].open(), SQUARE)[None])
-        torch.testing.assert_close(latents, model.latents_from_moments(moments, eps))
+        # What is edited is the mean, as where a model draws.
+        drawn = None if name == "source" else eps
+        torch.testing.assert_close(latents, model.latents_from_moments(moments, drawn))
 
 
 def test_the_first_column_decides_the_bucket(model, photo, tmp_path):

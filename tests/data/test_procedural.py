@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from itertools import islice
+
 import numpy as np
 import pytest
 
@@ -9,7 +11,7 @@ from visiontune.data.preflight import preflight
 from visiontune.data.procedural import Spec, samples
 from visiontune.data.readers import read
 from visiontune.errors import UserError
-from visiontune.pocket import oracle
+from visiontune.pocket import edits, oracle
 from visiontune.pocket.scenes import held_out
 from visiontune.pocket.world import SUBJECTS
 from visiontune.schema import from_mapping
@@ -44,6 +46,22 @@ def test_scenes_have_their_own_captions_and_keep_to_their_side_of_the_split(hold
     made = draw(world="scenes", count=20, seed=5, holdout=holdout)
     assert all(held_out(s.caption) == holdout for s in made)
     assert all(oracle.matches(np.asarray(s.sources["image"].open()), s.caption) for s in made)
+
+
+@pytest.mark.parametrize("holdout", [True, False])
+def test_edits_have_their_source_where_it_is_read(holdout):
+    options = {"world": "edits", "count": 10, "seed": 5, "holdout": holdout}
+    spec = from_mapping(Spec, {"source": "procedural", **options})
+    made = samples(spec, "set", optional=("mask", "source"), trigger="sks", class_noun="circle")
+    for sample, edit in zip(made, islice(edits.stream(5, holdout=holdout), 10), strict=True):
+        picture, before = (np.asarray(sample.sources[name].open()) for name in ("image", "source"))
+        assert sample.caption == edit.instruction and held_out(sample.caption) == holdout
+        assert edits.judge(picture, edit).changed and not edits.judge(before, edit).changed
+    assert all(list(sample.sources) == ["image"] for sample in draw(**options))
+    (only,) = {edit.caption.split()[0] for edit in draw(**options, edits=["swap"])}
+    assert only == "swap"
+    with pytest.raises(UserError, match="edits names no kind: give some of recolour, move, add, remove, swap"):
+        draw(**options, edits=[])
 
 
 def test_a_style_set_draws_its_style_and_puts_the_scene_into_the_caption():

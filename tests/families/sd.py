@@ -7,14 +7,20 @@ from typing import Any
 from diffusers import (
     DDIMScheduler,
     StableDiffusionInpaintPipeline,
+    StableDiffusionInstructPix2PixPipeline,
     StableDiffusionPipeline,
     UNet2DConditionModel,
 )
 from tiny import autoencoder, clip_config, tokenizer
 from transformers import CLIPTextModel
 
-VARIANTS = ({"prediction_type": "v_prediction"}, {"edits": "inpaint"})
-CLASSES = {None: StableDiffusionPipeline, "inpaint": StableDiffusionInpaintPipeline}
+VARIANTS = ({"prediction_type": "v_prediction"}, {"edits": "inpaint"}, {"edits": "instruct"})
+CLASSES = {
+    None: StableDiffusionPipeline,
+    "inpaint": StableDiffusionInpaintPipeline,
+    "instruct": StableDiffusionInstructPix2PixPipeline,
+}
+CHANNELS = {None: 4, "inpaint": 9, "instruct": 8}
 
 
 def pipeline(prediction_type: str = "epsilon", edits: str | None = None) -> Any:
@@ -23,7 +29,7 @@ def pipeline(prediction_type: str = "epsilon", edits: str | None = None) -> Any:
         vae=autoencoder(scaling_factor=0.18215),
         text_encoder=CLIPTextModel(clip_config(words)).eval(),
         tokenizer=words,
-        unet=unet(cross_attention_dim=32, in_channels=9 if edits else 4),
+        unet=unet(cross_attention_dim=32, in_channels=CHANNELS[edits]),
         scheduler=DDIMScheduler(
             beta_schedule="scaled_linear",
             beta_start=0.00085,

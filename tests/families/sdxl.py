@@ -4,13 +4,22 @@ from __future__ import annotations
 
 from typing import Any
 
-from diffusers import EulerDiscreteScheduler, StableDiffusionXLInpaintPipeline, StableDiffusionXLPipeline
-from families.sd import unet
+from diffusers import (
+    EulerDiscreteScheduler,
+    StableDiffusionXLInpaintPipeline,
+    StableDiffusionXLInstructPix2PixPipeline,
+    StableDiffusionXLPipeline,
+)
+from families.sd import CHANNELS, unet
 from tiny import autoencoder, clip_config, tokenizer
 from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
-VARIANTS = ({"edits": "inpaint"},)
-CLASSES = {None: StableDiffusionXLPipeline, "inpaint": StableDiffusionXLInpaintPipeline}
+VARIANTS = ({"edits": "inpaint"}, {"edits": "instruct"})
+CLASSES = {
+    None: StableDiffusionXLPipeline,
+    "inpaint": StableDiffusionXLInpaintPipeline,
+    "instruct": StableDiffusionXLInstructPix2PixPipeline,
+}
 
 
 def pipeline(edits: str | None = None) -> Any:
@@ -23,7 +32,7 @@ def pipeline(edits: str | None = None) -> Any:
         tokenizer_2=tokenizer(),
         unet=unet(
             cross_attention_dim=64,
-            in_channels=9 if edits else 4,
+            in_channels=CHANNELS[edits],
             addition_embed_type="text_time",
             addition_time_embed_dim=8,
             projection_class_embeddings_input_dim=6 * 8 + 32,

@@ -16,7 +16,7 @@ from visiontune.diffusion.trajectory import Start, rollout
 from visiontune.errors import UserError
 from visiontune.models._reading import Reads, apart
 
-KONTEXT, FILL = Reads(most=1), Reads(least=1, most=1, mask=True)
+KONTEXT, FILL = Reads(most=1), Reads(least=1, most=1, mask=True, channels=True)
 SEVERAL = Reads(least=1, most=None)
 
 
@@ -36,13 +36,13 @@ def request(count: int, mask: bool = False) -> Request:
         (Reads(), request(0, mask=True), "reads no pictures: leave them out"),
         (KONTEXT, request(2), "reads 1 picture beside each prompt, not 2: leave out the others"),
         (KONTEXT, request(1, mask=True), "reads no mask: leave it out"),
-        (FILL, request(1), r"reads a picture and a mask beside each prompt: draw .* Request\(pictures=, mask=\)"),
+        (FILL, request(1), r"reads a picture and a mask beside each prompt: name their files by pictures= and mask="),
         (
             FILL,
             request(0, mask=True),
-            r"reads a picture and a mask beside each prompt: draw .* Request\(pictures=, mask=\)",
+            r"reads a picture and a mask beside each prompt: name their files by pictures= and mask=",
         ),
-        (SEVERAL, request(0), r"reads a picture beside each prompt: draw it from Python, by Request\(pictures=\)"),
+        (SEVERAL, request(0), r"reads a picture beside each prompt: name their files by pictures="),
     ],
 )
 def test_other_pictures_than_a_model_reads_are_refused(reads, asked, message):

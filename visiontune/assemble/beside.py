@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from visiontune.config import Run
 from visiontune.errors import UserError
 
 if TYPE_CHECKING:
+    from PIL import Image
+
     from visiontune.data.base import Sample
     from visiontune.objectives.base import Objective
+    from visiontune.sampling.shown import Shown
+    from visiontune.training.config import PreviewConfig
 
 # What becomes of a column, by whether the model paints.
 _ARE = {"region": "where a model paints into its picture", "source": "what a model edits"}
@@ -24,19 +29,19 @@ def check(run: Run, model: Any, objective: Objective, samples: Sequence[Sample])
         UserError: naming what to add or to leave out.
     """
     reads = getattr(model, "reads", None)
+    if reads is None or not reads.pictures:
+        _shows_nothing(run, model)
+    columns = {name for sample in samples for name in sample.sources}
+    _check_dropout(run, model, columns)
     if reads is None:
         return
-    columns = {name for sample in samples for name in sample.sources}
+    from visiontune.training.optim import trains_text
+
     read = {"region"} if reads.mask else {"source"} if reads.pictures else set()
     for name in sorted(columns & (_ARE.keys() - read)):
         raise UserError(
             f"data has a column '{name}', {_ARE[name]}, and '{model.source}' ({model.family}) is none that does: leave "
             f"it out by data.ignore=[{name}], or take another model"
-        )
-    if "source" in columns and model.WORDS_SEE:
-        raise UserError(
-            f"the text encoder of '{model.source}' reads the pictures of its prompts, which runs do not show it: take "
-            "FLUX.1 Kontext or FLUX.2"
         )
     if reads.least == 0:
         return
@@ -45,14 +50,30 @@ def check(run: Run, model: Any, objective: Objective, samples: Sequence[Sample])
             f"model '{model.source}' reads {reads.words()} beside each prompt: put what each picture was made of into "
             "a column 'source' (a folder source/ with the same names), or take a model that reads words alone"
         )
+    if model.WORDS_SEE and trains_text(model, run.train):
+        raise UserError(
+            f"the text encoder of '{model.source}' reads the pictures of its prompts, and runs that train it do not "
+            "show it any: take text and trigger out of train.parts"
+        )
     _draws_nothing(run, model, objective)
+
+
+def _check_dropout(run: Run, model: Any, columns: Collection[str]) -> None:
+    """Refuse to hide sources that are not there, or that the model cannot be without."""
+    if not run.data.source_dropout:
+        return
+    if "source" not in columns:
+        raise UserError("data.source_dropout hides a column 'source', which the data have not: set it to 0")
+    if model.reads.least and not model.reads.channels:
+        raise UserError(f"data.source_dropout: '{model.source}' cannot be without its pictures: set it to 0")
 
 
 def _draws_nothing(run: Run, model: Any, objective: Objective) -> None:
     """Refuse options for which such a model would be asked to draw."""
     prior = getattr(objective.config, "prior", "none")
+    alone = run.preview.prompts and not run.preview.pictures
     for asked, mend in (
-        (bool(run.preview.prompts), "preview.prompts=[]"),
+        (alone, "preview.prompts=[] and preview.samples=4, which draws samples of the data, or name preview.pictures"),
         (prior != "none", "objective.prior=none"),
         (run.judge is not None, "judge=none"),
         (objective.needs.online, "an objective with data, such as denoising"),
@@ -62,3 +83,74 @@ def _draws_nothing(run: Run, model: Any, objective: Objective) -> None:
                 f"model '{model.source}' reads {model.reads.words()} beside each prompt, and draws nothing from words "
                 f"alone: set {mend}"
             )
+
+
+def _shows_nothing(run: Run, model: Any) -> None:
+    """Refuse pictures beside prompts of previews that the model does not read."""
+    given = {"pictures": run.preview.pictures, "samples": run.preview.samples}
+    for name in (name for name, value in given.items() if value):
+        raise UserError(f"preview.{name}: model '{model.source}' reads no pictures beside a prompt: leave it out")
+
+
+def named(preview: PreviewConfig) -> list[Shown]:
+    """The pictures and masks that previews name, of each prompt.
+
+    Raises:
+        UserError: a file is missing or no picture, or a mask does not suit its picture.
+    """
+    from visiontune.sampling.shown import NOTHING, read
+
+    if not preview.pictures:
+        return [NOTHING] * len(preview.prompts)
+    masks = dict(enumerate(preview.masks))
+    return [read([picture], masks.get(i)) for i, picture in enumerate(preview.pictures)]
+
+
+def previews(
+    preview: PreviewConfig, model: Any, samples: Sequence[Sample], given: Sequence[Shown]
+) -> tuple[PreviewConfig, list[Shown]]:
+    """The previews with the samples of the data that they draw among their prompts, and what stands beside each.
+
+    Args:
+        given: beside the prompts that are named, as of :func:`named`.
+
+    Raises:
+        UserError: the data have no sources, or the model reads other pictures.
+    """
+    from visiontune.core import Request
+    from visiontune.training.trouble import named
+
+    found = _sampled(preview, model, samples)
+    prompts, shown = [*preview.prompts, *(caption for caption, _ in found)], [*given, *(one for _, one in found)]
+    if any(shown):
+        with named("preview"):
+            model.reads.check(model.source, [Request(prompt="", **one.options()) for one in shown if one])
+    return replace(preview, prompts=prompts, pictures=[], masks=[]), shown
+
+
+def _sampled(preview: PreviewConfig, model: Any, samples: Sequence[Sample]) -> list[tuple[str, Shown]]:
+    """The captions of the first samples, and what each was made of, or where it is painted."""
+    from visiontune.sampling.shown import Shown
+
+    chosen = samples[: preview.samples]
+    if preview.samples and not model.reads.mask and not any("source" in sample.sources for sample in chosen):
+        raise UserError("preview.samples shows a column 'source', which the data have not: set it to 0")
+    found = []
+    for number, sample in enumerate(chosen):
+        picture = sample.sources["image" if model.reads.mask else "source"].open()
+        mask = _mask(sample, picture.size, number) if model.reads.mask else None
+        found.append((sample.caption, Shown(pictures=(picture,), mask=mask)))
+    return found
+
+
+def _mask(sample: Sample, size: tuple[int, int], number: int) -> Image.Image:
+    """The region of a sample, or one of chance."""
+    import torch
+    from PIL import Image
+
+    from visiontune.data.transforms import random_region
+
+    if "region" in sample.sources:
+        return sample.sources["region"].open()
+    region = random_region(size[::-1], torch.Generator().manual_seed(number))
+    return Image.fromarray((255 * region[0]).byte().numpy())

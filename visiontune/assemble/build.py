@@ -58,6 +58,7 @@ def build(
     preview = dataclasses.replace(run.preview, prompts=[parts.in_words(run, p) for p in run.preview.prompts])
     objective = parts.open_objective(run)
     found = _data(run, objective)
+    shown = beside.named(preview)
     parts.check_files(run, objective)
     reward = parts.load_reward(run, objective)
     _check(run, objective, reward)
@@ -73,6 +74,7 @@ def build(
     model: Any = parts.open_model(run)
     under = parts.attach_under(run, model)
     beside.check(run, model, objective, found.samples)
+    preview, shown = beside.previews(preview, model, found.samples, shown)
     _check_sizes(run, model, objective)
     _check_dropout(run, model)
     objective.check(model, reward)
@@ -111,6 +113,7 @@ def build(
         rows=rows,
         train=dataclasses.replace(run.train, release=resources.released(run, model, rows)),
         preview=preview,
+        shown=shown,
         out=run.folder,
         seed=run.seed,
         metadata={**parts.metadata(run), **objective.facts()},

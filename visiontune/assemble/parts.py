@@ -18,6 +18,7 @@ from visiontune.errors import UserError
 if TYPE_CHECKING:
     from visiontune.adapters.base import AdapterSet
     from visiontune.models.base import Model
+    from visiontune.models.expand import Purpose
     from visiontune.objectives.base import Objective
 
 
@@ -171,9 +172,28 @@ def open_model(run: Run, fetch: bool = True) -> Model:
         skips=spec.skips,
         fetch=fetch,
     )
+    if spec.expand is not None:
+        model = _expanded(model, spec.expand, run)
     if spec.vae_tiling:
         resources.tile(model)
     return model
+
+
+def _expanded(model: Any, purpose: Purpose, run: Run) -> Model:
+    """The model with the input channels of one that reads pictures.
+
+    Raises:
+        UserError: an adapter is to be trained on it, whose file would be of no model that is there.
+    """
+    from visiontune.models.expand import expand_input
+
+    if run.adapter is not None:
+        raise UserError(
+            "model.expand is for training all weights (adapter=none): write the model first, by `visiontune expand "
+            f"{run.model.source} FOLDER --for {purpose}`, and train the adapter on that folder"
+        )
+    made: Model = expand_input(model, purpose)
+    return made
 
 
 def attach_adapter(run: Run, model: Model, objective: Objective) -> AdapterSet | None:

@@ -67,7 +67,7 @@ class Config:
     )
     buckets: bool = option(True, help="keep aspect ratios up to 2:1 by grouping images; false crops all to squares")
     crop: Literal["center", "random"] = option("center", help="where to crop; random needs cache: false")
-    flip: bool = option(False, help="mirror each row left to right with probability one half")
+    flip: bool = option(False, help="mirror each row with probability one half, unless its caption says left or right")
     columns: dict[str, str] = option(
         {},
         help="what image, mask, rejected ... are called in a table, in metadata.jsonl or as subfolders, if not so",
@@ -81,16 +81,30 @@ class Config:
     ignore: list[str] | str = option(
         [], help="files, folders, keys and columns to leave out, by name or pattern; all: whatever nothing reads"
     )
+    frame_pairs: bool = option(
+        False, help="of pictures with several frames (GIF, WebP, APNG) learn the last, with the first as its source"
+    )
     split: str = option("train", help="split of a Hub dataset")
     revision: str | None = option(None, help="commit or tag of a Hub dataset")
     cache: bool = option(True, help="keep latents on disk instead of encoding images again at every step")
     caption_dropout: float = option(
         0.0, least=0, greatest=1, help="share of rows in [0, 1] trained on the empty caption"
     )
+    source_dropout: float = option(
+        0.0,
+        least=0,
+        greatest=1,
+        help="share of rows in [0, 1] that are not shown their source; with a caption_dropout as large, half of them "
+        "have no caption either",
+    )
 
     def __post_init__(self) -> None:
         if self.crop == "random" and self.cache:
             raise UserError("data.crop=random draws a new crop at every step: set data.cache=false with it")
+        if self.caption_dropout / 2 + self.source_dropout > 1:
+            raise UserError(
+                "data.source_dropout and half of data.caption_dropout are more than the whole: lower one of them"
+            )
 
     def each(self) -> list[Config]:
         """The data of every subject by itself, the first that of ``root``."""

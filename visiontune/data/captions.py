@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,12 @@ _OBJECT = ".json"
 # What a caption is called in tables and objects, and what others call it in an object.
 DEFAULT_KEY = "text"
 _OTHERS = ("caption", "prompt")
+_SIDES = re.compile(r"\b(left|right)\b", re.IGNORECASE)
+
+
+def names_side(caption: str) -> bool:
+    """Whether a caption says left or right, so that it is not true of a picture that is mirrored."""
+    return _SIDES.search(caption) is not None
 
 
 def read_text(file: str | Path, what: str = "caption file") -> str:

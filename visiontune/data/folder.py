@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from PIL import Image
 
 # Subfolders that hold pictures where none lie beside them.
-_HOMES = {"image": ("chosen",)}
+_HOMES = {"image": ("chosen", "target")}
 # What an objective would have to need, by the name of a subfolder, key or column.
 _CLAIMS = {name: name for name in ("mask", "region", "source", "target", "reference", "clip", "rejected", "chat")}
 _CLAIMS["chosen"] = "rejected"

@@ -9,6 +9,7 @@ import numpy as np
 from visiontune.core import Batch
 from visiontune.data.ahead import Ahead
 from visiontune.data.buckets import Size
+from visiontune.data.captions import names_side
 from visiontune.data.rows import Pick, Rows
 
 __all__ = ["BatchSampler", "Pick", "Rows"]
@@ -90,12 +91,17 @@ class BatchSampler:
                     Pick(
                         index=group[i],
                         size=size,
-                        flip=bool(config.flip and chance[i] < 0.5),
+                        flip=bool(config.flip and chance[i] < 0.5 and not names_side(self._caption(group[i]))),
                         drop=bool(drop[i] < config.caption_dropout),
+                        # Of one draw with the caption, so that half of as many are dropped together.
+                        hide=bool(0 <= drop[i] - config.caption_dropout / 2 < config.source_dropout),
                         seed=int(seeds[i]),
                     )
                 )
         return picks
+
+    def _caption(self, index: int) -> str:
+        return self.rows.samples[index].caption
 
     def _turn(self, step: int) -> tuple[int, int]:
         """The bucket of a step, and how many earlier steps had the same bucket."""

@@ -90,6 +90,20 @@ def frames(file: Path | IO[bytes]) -> np.ndarray:
         raise _unreadable(file, error) from error
 
 
+def count(file: Path) -> int:
+    """How many frames or pages a picture has, from its header. Raises as :func:`read`."""
+    try:
+        with Image.open(file) as picture:
+            return getattr(picture, "n_frames", 1)
+    except Exception as error:
+        raise _unreadable(file, error) from error
+
+
+def frame(file: Path, index: int) -> Image.Image:
+    """One frame of a clip, as :func:`frames` has it."""
+    return Image.fromarray(frames(file)[index])
+
+
 def read_mask(file: Path) -> Image.Image:
     """A whole mask, as :func:`mask` makes it of a picture. Raises as :func:`read`."""
     try:

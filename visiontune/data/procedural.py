@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
@@ -15,6 +15,8 @@ from visiontune.data import segments
 from visiontune.data.base import DEFAULT_PROMPT, DEFAULT_TRIGGER, SEGMENTS, Sample, Source, source, substitute
 from visiontune.errors import UserError
 from visiontune.pocket.controls import MAPS
+from visiontune.pocket.edits import KINDS, Kind
+from visiontune.pocket.edits import stream as stream_edits
 from visiontune.pocket.scenes import caption, phrases, sample_scene, stream, subject_scene
 from visiontune.pocket.world import STYLES, SUBJECTS, Scene, Thing, coverage, render
 from visiontune.schema import nearest, option
@@ -25,8 +27,9 @@ class Spec:
     """A ``datasets/*.yaml`` file with ``source: procedural``."""
 
     source: Literal["procedural"] = option("procedural", help="how the images come about")
-    world: Literal["subject", "style", "scenes"] = option(
-        help="subject: one individual; style: any scene in one style; scenes: the training world"
+    world: Literal["subject", "style", "scenes", "edits"] = option(
+        help="subject: one individual; style: any scene in one style; scenes: the training world; edits: scenes with "
+        "instructions, and what they make of others (column source)"
     )
     subject: str | None = option(None, help="name of the subject (world: subject)")
     style: str = option("flat", help="rendering style: flat, outline, pixel, shaded or hatched")
@@ -34,7 +37,10 @@ class Spec:
     map: Literal["sketch", "colors"] | None = option(
         None, help="of every scene this map, for controls, in the place of the picture"
     )
-    holdout: bool = option(False, help="only scenes whose captions pocket models have never seen (world: scenes)")
+    holdout: bool = option(
+        False, help="only scenes and edits whose captions pocket models have never seen (world: scenes, edits)"
+    )
+    edits: list[Kind] = option(list(KINDS), help="kinds of edits, in turn (world: edits)")
     kinds: list[Literal["one", "two", "many", "three"]] = option(
         [], help="scenes of so many objects, taking turns; empty: as in the training world (world: scenes)"
     )
@@ -52,6 +58,8 @@ class Spec:
         for style in (self.style, self.rejected_style or self.style):
             if style not in STYLES:
                 raise UserError(f"unknown style '{style}'{nearest(style, STYLES)}")
+        if not self.edits:
+            raise UserError(f"edits names no kind: give some of {', '.join(KINDS)}")
         if self.map and self.rejected_style:
             raise UserError("a map has no worse image: leave rejected_style out")
         if self.world == "subject" and not self.caption:
@@ -63,6 +71,7 @@ def samples(
     name: str,
     *,
     columns: Sequence[str] = ("image",),
+    optional: Sequence[str] = (),
     prompt: str | None = None,
     trigger: str,
     class_noun: str | None,
@@ -72,7 +81,7 @@ def samples(
     Args:
         spec: what to draw.
         name: the catalogue name, which ids start with.
-        columns: what each sample is to have.
+        columns: what each sample is to have. optional: what it has if that is drawn.
         prompt: replaces the spec's caption.
         trigger: what ``[trigger]`` stands for.
         class_noun: what ``[class]`` stands for.
@@ -80,29 +89,31 @@ def samples(
     Raises:
         UserError: a column that is not drawn.
     """
-    drawn = ["image", "rejected"] if spec.rejected_style else ["image"]
+    drawn = ["image"] + ["rejected"] * bool(spec.rejected_style) + ["source"] * (spec.world == "edits")
     drawn += [SEGMENTS] if spec.world == "scenes" and not spec.map else []
     lacking = [column for column in columns if column not in drawn]
     if lacking:
-        hint = "; pocket/pairs has" if lacking == ["rejected"] else ""
+        has = {"rejected": "pocket/pairs", "source": "pocket/edits"}.get(lacking[0])
+        hint = f"; {has} has" if has else ""
         raise UserError(f"dataset {name} has no '{lacking[0]}' pictures{hint}: take another, or your own")
+    wanted = [*columns, *(column for column in optional if column in drawn)]
     template = prompt or spec.caption or "{scene}"
     return [
         Sample(
             id=f"{name}/{i:04d}",
-            sources={column: _source(spec, scene, column) for column in columns},
-            nouns=tuple(phrases(scene)) if SEGMENTS in columns else (),
+            sources={column: _source(spec, column, scene, before) for column in wanted},
+            nouns=tuple(phrases(scene)) if SEGMENTS in wanted else (),
             caption=substitute(template.replace("{scene}", words), trigger, class_noun),
             caption_from=DEFAULT_PROMPT if prompt else f"the dataset {name}",
         )
-        for i, (scene, words) in enumerate(islice(_scenes(spec), spec.count))
+        for i, (scene, words, before) in enumerate(islice(_rows(spec), spec.count))
     ]
 
 
-def _source(spec: Spec, scene: Scene, column: str) -> Source:
+def _source(spec: Spec, column: str, scene: Scene, before: Scene) -> Source:
     if column == SEGMENTS:
         return Source(partial(_places, scene), "segments")
-    return source(column, partial(_draw, scene, _style(spec, column), spec.map))
+    return source(column, _picture(spec, column, scene, before))
 
 
 def _places(scene: Scene) -> Image.Image:
@@ -115,8 +126,19 @@ def _coverage(thing: Thing) -> np.ndarray:
     return coverage(thing.shape, thing.x, thing.y, thing.radius)
 
 
-def _style(spec: Spec, column: str) -> str | None:
-    return spec.rejected_style if column == "rejected" else None
+def _picture(spec: Spec, column: str, scene: Scene, before: Scene) -> Callable[[], Image.Image]:
+    """What draws a column of a row."""
+    style = spec.rejected_style if column == "rejected" else None
+    return partial(_draw, before if column == "source" else scene, style, spec.map)
+
+
+def _rows(spec: Spec) -> Iterator[tuple[Scene, str, Scene]]:
+    """Endless scenes of a spec, their captions or instructions, and what was edited, or the scene itself."""
+    if spec.world == "edits":
+        yield from (
+            (edit.after, edit.instruction, edit.before) for edit in stream_edits(spec.seed, spec.edits, spec.holdout)
+        )
+    yield from ((scene, words, scene) for scene, words in _scenes(spec))
 
 
 def _draw(scene: Scene, style: str | None, of_picture: str | None) -> Image.Image:

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import ClassVar
 
 from visiontune import catalogue
-from visiontune.data.base import DEFAULT_CLASS, DEFAULT_TRIGGER, Config, Sample, Subject
+from visiontune.data.base import DEFAULT_CLASS, DEFAULT_TRIGGER, Config, Sample, Subject, source
 from visiontune.data.folder import ignored, read_folder, refuse_left_out
 from visiontune.data.metadata import TABLES
 from visiontune.data.repeats import parts, read_parts
@@ -67,6 +68,13 @@ def read(config: Config, columns: Sequence[str] = ("image",), optional: Sequence
             f"data.columns.{unclaimed[0]} is of no use: the objective reads {', '.join([*columns, *optional])}; leave "
             "it out, or take an objective that needs it"
         )
+    if config.frame_pairs and "source" not in {*columns, *optional}:
+        raise UserError("data.frame_pairs makes a column 'source', which the objective does not read: set it to false")
+    found = _read(config, columns, optional)
+    return [_first_and_last(sample) for sample in found] if config.frame_pairs else found
+
+
+def _read(config: Config, columns: Sequence[str], optional: Sequence[str]) -> list[Sample]:
     path = _place(config.root)
     if path.is_file() and path.suffix == ".parquet":
         return read_table(config, "parquet", columns, optional, data_files=str(path))
@@ -83,6 +91,21 @@ def read(config: Config, columns: Sequence[str] = ("image",), optional: Sequence
         what = "does not exist, nor is it a catalogue dataset"
         raise UserError(f"data.root {config.root} {what}{nearest(config.root, known)}")
     return read_table(config, config.root, columns, optional, revision=config.revision)
+
+
+def _first_and_last(sample: Sample) -> Sample:
+    """The last frame of a sample's picture, made of the first.
+
+    Raises:
+        UserError: its picture is no file, or one of one frame.
+    """
+    from visiontune.data import pictures
+
+    file = sample.sources["image"].file
+    if file is None or (file.is_file() and pictures.count(file) < 2):
+        raise UserError(f"{sample.id} has no two frames, of which data.frame_pairs would make a pair: set it to false")
+    pair = {name: source(name, partial(pictures.frame, file, i)) for name, i in (("image", -1), ("source", 0))}
+    return replace(sample, sources={**sample.sources, **pair}) if file.is_file() else sample
 
 
 def _place(root: str) -> Path:
@@ -171,6 +194,7 @@ def _catalogue(config: Config, columns: Sequence[str], optional: Sequence[str]) 
             typed,
             config.root,
             columns=columns,
+            optional=[column for column in optional if not config.ignores(column)],
             prompt=config.prompt,
             trigger=config.trigger,
             class_noun=config.class_noun,

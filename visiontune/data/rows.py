@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from visiontune.core import Batch, Condition, Encoders
+from visiontune.core import Batch, Condition, Encoders, Request
 from visiontune.data import buckets, segments, transforms
 from visiontune.data.base import Config, Sample, Source, listed
 from visiontune.data.buckets import Size
@@ -33,6 +33,7 @@ class Pick:
     size: Size
     flip: bool = False
     drop: bool = False
+    hide: bool = False
     seed: int = 0
 
 
@@ -77,6 +78,8 @@ class Rows:
         self.columns = _columns(self.samples)
         if model.paints:
             self.columns.pop("region", None)  # is among the channels
+        # Of models that read words beside pictures, a condition is one of both.
+        self._sees = model.WORDS_SEE and "source" in self.columns
         self._latents = Cache(Path(cache_dir) / "latents", _MEMORY)
         self._text = Cache(Path(cache_dir) / "text", _MEMORY)
         self._vae, self._encoder = model.fingerprint("vae"), model.fingerprint("text")
@@ -108,10 +111,14 @@ class Rows:
             for i in group
             for flip in flips
         ]
-        captions = list(dict.fromkeys(s.caption for s in self.samples))
+        captions = [] if self._sees else list(dict.fromkeys(s.caption for s in self.samples))
         if self.config.cache:
             for pick, column in _progress(picks[rank::world], "encoding images"):
                 self._stored(pick, column)
+        if self._sees and not self.train_text:
+            for pick, column in _progress(picks[rank::world], "encoding captions"):
+                if column == "source":
+                    self._seeing(pick, self.samples[pick.index].caption)
         if not self.train_text:
             for caption in _progress(captions[rank::world], "encoding captions"):
                 self.condition(caption)
@@ -155,27 +162,49 @@ class Rows:
         """The condition of one caption, length 1, on the CPU; not to be changed in place."""
         if caption not in self._captions:
             self._captions[caption] = key(caption=caption, encoder=self._encoder)
-        stored = self._text.get(self._captions[caption], lambda: _flat(self._embed(caption)))
-        extra = {name.removeprefix("extra."): t for name, t in stored.items() if name.startswith("extra.")}
-        return Condition(tokens=stored["tokens"], mask=stored.get("mask"), pooled=stored.get("pooled"), extra=extra)
+        return _condition(self._text.get(self._captions[caption], lambda: _flat(self._embed(caption))))
+
+    def _seeing(self, pick: Pick, caption: str) -> Condition:
+        """The condition of a caption beside a row's source, cut as its latents are."""
+        sample = self.samples[pick.index]
+        source = sample.sources["source"]
+
+        def make() -> Tensors:
+            picture = _reading(sample, source.open)
+            picture = transforms.fitted(picture, pick.size, flip=pick.flip, centering=self._centering(pick))
+            with torch.no_grad():
+                return _flat(self.model.words([Request(prompt=caption, pictures=(picture,))]).to("cpu"))
+
+        if not self.config.cache:
+            return _condition(make())
+        told = key(
+            caption=caption,
+            encoder=self._encoder,
+            image=self._digest(pick.index, "source"),
+            size=pick.size,
+            flip=pick.flip,
+            transform=transforms.RECIPE,
+        )
+        return _condition(self._text.get(told, make))
 
     def collate(self, picks: Sequence[Pick]) -> Batch:
         """The batch of some picks of one size, in their order, on the CPU.
 
         A row with ``drop``, and a prior row with the empty caption, has the empty caption as its prompt and the model's
         unconditional condition. ``data`` has
-        latents [b, c, (f), h, w] of each column of pictures, those of one row from one draw, masks and bits of segments
-        [b, 1, h, w]; of a model that paints, ``channels`` [b, k, h, w].
+        latents [b, c, (f), h, w] of each column of pictures, those of one row from one draw, of ``source`` the mean,
+        and masks and bits of segments [b, 1, h, w]; of a model that paints, ``channels`` [b, k, h, w]. Where sources
+        are hidden from some rows, ``shown`` [b] is True for the others.
         """
         samples = [self.samples[p.index] for p in picks]
         data = {column: self._column(picks, column, kind) for column, kind in self.columns.items()}
         if self.model.paints:
             data["channels"] = torch.cat([self.channels(p) for p in picks])
+        if "source" in data and self.config.source_dropout:
+            data["shown"] = torch.tensor([not p.hide for p in picks])
         cond = None
         if not self.train_text:
-            unsaid = [p.drop or (s.prior and not s.caption) for p, s in zip(picks, samples, strict=True)]
-            rows = [self._empty if no else self.condition(s.caption) for no, s in zip(unsaid, samples, strict=True)]
-            cond = Condition.cat(rows)
+            cond = Condition.cat([self._told(p, s) for p, s in zip(picks, samples, strict=True)])
         return Batch(
             prompts=["" if p.drop else s.caption for p, s in zip(picks, samples, strict=True)],
             data=data,
@@ -192,8 +221,17 @@ class Rows:
         read = self.mask if kind == "mask" else self.segments
         return torch.stack([read(p, column) for p in picks])
 
+    def _told(self, pick: Pick, sample: Sample) -> Condition:
+        """The condition of one row."""
+        unsaid = pick.drop or (sample.prior and not sample.caption)
+        if self._sees:
+            return self._seeing(pick, "" if unsaid else sample.caption)
+        return self._empty if unsaid else self.condition(sample.caption)
+
     def _latents_of(self, picks: Sequence[Pick], column: str) -> Tensor:
         moments = torch.stack([self.moments(p, column) for p in picks])
+        if column == "source":
+            return self.model.latents_from_moments(moments)  # as the picture is read where the model draws
         shape = (moments.shape[1] // 2, *moments.shape[2:])
         eps = torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(p.seed)) for p in picks])
         return self.model.latents_from_moments(moments, eps.to(moments))
@@ -209,9 +247,7 @@ class Rows:
         source = sample.sources[column]
         if not self.config.cache:
             return self._make(sample, source, pick)
-        if (pick.index, column) not in self._digests:
-            self._digests[pick.index, column] = _reading(sample, source.digest)
-        digest = self._digests[pick.index, column]
+        digest = self._digest(pick.index, column)
         of_masks: dict[str, str | int] = {source.kind: self.model.downsample}
         makes: dict[str, str | int] = {"vae": self._vae} if source.kind == "picture" else of_masks
         entry = key(image=digest, size=pick.size, flip=pick.flip, transform=transforms.RECIPE, **makes)
@@ -223,6 +259,13 @@ class Rows:
             return made
 
         return self._latents.get(entry, make)
+
+    def _digest(self, index: int, column: str) -> str:
+        """Of the content of a row's source."""
+        if (index, column) not in self._digests:
+            sample = self.samples[index]
+            self._digests[index, column] = _reading(sample, sample.sources[column].digest)
+        return self._digests[index, column]
 
     def _make(self, sample: Sample, source: Source, pick: Pick) -> Tensors:
         """What becomes of a source: the moments of a picture, or a mask at the latents' size."""
@@ -270,6 +313,12 @@ def _reading(sample: Sample, read: Callable[[], Any]) -> Any:
         return read()
     except Exception as error:  # a damaged file can raise nearly anything from inside a decoder
         raise UserError(f"cannot read image {sample.id}: {' '.join(str(error).split())}") from error
+
+
+def _condition(stored: Tensors) -> Condition:
+    """`_flat` undone."""
+    extra = {name.removeprefix("extra."): t for name, t in stored.items() if name.startswith("extra.")}
+    return Condition(tokens=stored["tokens"], mask=stored.get("mask"), pooled=stored.get("pooled"), extra=extra)
 
 
 def _flat(cond: Condition) -> Tensors:

@@ -12,6 +12,15 @@ from visiontune.ops.pixels import to_tensor
 RECIPE = "fit-lanczos-2"  # goes into cache keys: change it when the same picture would come out different
 
 
+def fitted(
+    picture: Image.Image, size: tuple[int, int], *, flip: bool = False, centering: tuple[float, float] = (0.5, 0.5)
+) -> Image.Image:
+    """A picture resized until it covers ``size`` and cropped; arguments as of :func:`to_pixels`."""
+    height, width = size
+    found = ImageOps.fit(picture, (width, height), method=Image.Resampling.LANCZOS, centering=centering)
+    return ImageOps.mirror(found) if flip else found
+
+
 def to_pixels(
     picture: Image.Image, size: tuple[int, int], *, flip: bool = False, centering: tuple[float, float] = (0.5, 0.5)
 ) -> torch.Tensor:
@@ -26,11 +35,7 @@ def to_pixels(
     Returns:
         ``float32 [3, h, w]`` in [-1, 1].
     """
-    height, width = size
-    fitted = ImageOps.fit(picture, (width, height), method=Image.Resampling.LANCZOS, centering=centering)
-    if flip:
-        fitted = ImageOps.mirror(fitted)
-    return to_tensor(np.array(fitted)) * 2 - 1
+    return to_tensor(np.array(fitted(picture, size, flip=flip, centering=centering))) * 2 - 1
 
 
 def to_mask(

@@ -190,6 +190,38 @@ class WordlessCFG(CFG):
 
 
 @dataclass(frozen=True, kw_only=True)
+class EditCFG(Guidance):
+    """Guidance by words and by the picture that is edited, in one call of three rows each.
+
+    Brooks et al., "InstructPix2Pix", 2022, arXiv 2211.09800, equation 3: b + image_scale (s - b) + scale (c - s), with
+    c the prediction for the prompt, s that for `uncond`, which sees the same picture, and b that for `uncond` and no
+    picture, whose channels are 0.
+
+    Attributes:
+        scale: of the words. image_scale: of the picture; the larger it is, the nearer to it is what is drawn.
+    """
+
+    scale: float
+    image_scale: float = 1.5
+
+    @property
+    def contrasts(self) -> bool:
+        return True
+
+    def __call__(
+        self, call: Call, x: Tensor, t: Tensor, level: Tensor, cond: Condition, uncond: Condition | None
+    ) -> Tensor:
+        if uncond is None:
+            raise ValueError("guidance of edits needs the condition that it guides away from")
+        channels = cond.extra["channels"]
+        seen = replace(uncond, extra={**cond.extra, **uncond.extra, "channels": channels})
+        blind = replace(seen, extra={**seen.extra, "channels": torch.zeros_like(channels)})
+        rows = Condition.cat([cond, seen, blind])
+        given, without, nothing = call(torch.cat([x] * 3), torch.cat([t] * 3), rows).chunk(3)
+        return nothing + self.scale * (given - without) + self.image_scale * (without - nothing)
+
+
+@dataclass(frozen=True, kw_only=True)
 class Embedded(Guidance):
     """Guidance that was distilled into the network, which is told the scale as `extra["guidance"]` [b]."""
 

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from visiontune import plugin
 from visiontune.core import Condition
-from visiontune.diffusion.guidance import CFG, NO_GUIDANCE, Call, Embedded, Guidance
+from visiontune.diffusion.guidance import CFG, NO_GUIDANCE, Call, EditCFG, Embedded, Guidance
 from visiontune.errors import UserError
 from visiontune.guidance import _attach
 from visiontune.guidance._network import Network
@@ -353,13 +353,25 @@ class GuidanceStack(Guidance):
         return any(term.acts(later) and term.overwrites(levels[0]) for term in self.edits)
 
 
-def guidance_of(model: Any, cfg_scale: float, terms: GuidanceStack | None) -> Guidance:
+def guidance_of(
+    model: Any, cfg_scale: float, terms: GuidanceStack | None, image_cfg_scale: float | None = None
+) -> Guidance:
     """How a model is guided: by a scale, and by terms on top of it or in its place.
 
+    Args:
+        image_cfg_scale: of guidance by the picture that is edited; None for the pipeline's own.
+
     Raises:
-        UserError: as of `GuidanceStack.over`.
+        UserError: as of `GuidanceStack.over`, or the model is not guided by a picture.
     """
     own: Guidance = model.guidance(cfg_scale)
+    if image_cfg_scale is not None:
+        if not isinstance(own, EditCFG):
+            raise UserError(
+                f"image_cfg_scale guides models of InstructPix2Pix, at a cfg_scale above 1: '{model.source}' at "
+                f"{cfg_scale:g} has no such guidance, leave it out"
+            )
+        own = replace(own, image_scale=image_cfg_scale)
     return own if terms is None else terms.over(own)
 
 

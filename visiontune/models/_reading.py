@@ -19,11 +19,13 @@ class Reads:
     Attributes:
         least, most: number of pictures; `most` None is any number.
         mask: whether it paints into its picture, where a mask is white.
+        channels: whether its picture stands beside the noisy latents, and not behind them as a reference.
     """
 
     least: int = 0
     most: int | None = 0
     mask: bool = False
+    channels: bool = False
 
     @property
     def pictures(self) -> bool:
@@ -45,10 +47,9 @@ class Reads:
             if not self.pictures and (count or masked):
                 raise UserError(f"model '{source}' reads no pictures: leave them out, or take one that edits")
             if count < self.least or (self.mask and not masked):
-                options = "pictures=, mask=" if self.mask else "pictures="
+                options = "pictures= and mask=" if self.mask else "pictures="
                 raise UserError(
-                    f"model '{source}' reads {self.words()} beside each prompt: draw it from Python, by "
-                    f"Request({options})"
+                    f"model '{source}' reads {self.words()} beside each prompt: name their files by {options}"
                 )
             if self.most is not None and count > self.most:
                 some = "1 picture" if self.most == 1 else f"{self.most} pictures"
@@ -58,9 +59,9 @@ class Reads:
 
     def check_condition(self, source: str, cond: Condition) -> None:
         """Refuse pictures in a form that the model's network does not read: ValueError naming `source`."""
-        if cond.references is not None and (self.mask or not self.pictures):
+        if cond.references is not None and (self.channels or not self.pictures):
             raise ValueError(f"model '{source}' reads no references")
-        if "channels" in cond.extra and not self.mask:
+        if "channels" in cond.extra and not self.channels:
             raise ValueError(f"model '{source}' reads no channels beside its noisy latents")
 
 

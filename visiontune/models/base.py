@@ -44,7 +44,7 @@ class Model(ABC):
     """
 
     family: ClassVar[str]
-    task: ClassVar[str]
+    task: str
     TARGETS: ClassVar[Mapping[str, Presets]]
 
     source: str

@@ -176,13 +176,13 @@ class DiffusionModel(PipelineModel):
             UserError: other numbers of pictures than the model reads (`reads`).
         """
         self.reads.check(self.source, requests)
-        cond = self._words(requests, negative)
+        cond = self.words(requests, negative)
         if not any(request.pictures for request in requests):
             return cond
         return self._beside(cond, requests, self.size(*(size or ())), generator)
 
-    def _words(self, requests: Sequence[Request], negative: bool) -> Condition:
-        """`read` without what stands beside the words."""
+    def words(self, requests: Sequence[Request], negative: bool = False) -> Condition:
+        """`read` without what stands beside the words, which some text encoders read pictures with, too."""
         if negative and not any(one.negative for one in requests):
             return self.unconditional(len(requests))
         return self.embed([one.negative if negative else one.prompt for one in requests], negative=negative)
@@ -190,16 +190,24 @@ class DiffusionModel(PipelineModel):
     def _beside(
         self, words: Condition, requests: Sequence[Request], size: tuple[int, int], generator: Generators
     ) -> Condition:
-        """The condition with the pictures of its rows: as channels where they are painted into, else as references."""
-        if not self.reads.mask:
+        """The condition with the pictures of its rows: as channels of the noisy latents, or as references."""
+        if not self.reads.channels:
             shown = [tuple(self.reference(one) for one in request.pictures) for request in requests]
             return replace(words, references=shown)
         given = self._stock_reading(requests, size)
         pictures = self.pipe.image_processor.preprocess(given["image"], *size)
+        if not self.reads.mask:
+            latents = self.encode(pictures.to(self.device), sample=False)
+            return replace(words, extra={**words.extra, "channels": self.edited(latents)})
         masks = self.pipe.mask_processor.preprocess(given["mask_image"], *size)
         kept = (pictures * (1 - masks)).to(self.device)
         hidden = self.encode(kept, generator=generator, sample=generator is not None)
         return replace(words, extra={**words.extra, "channels": self.channels(hidden, masks)})
+
+    def edited(self, latents: Tensor) -> Tensor:
+        """What a network that edits reads beside noisy latents, of scaled latents [b, c, h, w] of the picture: those of
+        the VAE, unscaled, as InstructPix2Pix was trained."""
+        return self.from_latents(latents)
 
     def channels(self, hidden: Tensor, masks: Tensor) -> Tensor:
         """What a network that paints reads beside noisy latents.

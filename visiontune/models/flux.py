@@ -40,7 +40,10 @@ _PATCH = 2
 _ATTENTION = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
 # Of the double blocks, and of the single ones, whose last layer is attention's too.
 _FEED_FORWARD = ("net.0.proj", "net.2", "proj_mlp", "proj_out")
-_READS = {"FluxKontextPipeline": Reads(most=1), "FluxFillPipeline": Reads(least=1, most=1, mask=True)}
+_READS = {
+    "FluxKontextPipeline": Reads(most=1),
+    "FluxFillPipeline": Reads(least=1, most=1, mask=True, channels=True),
+}
 
 
 def _grid(arguments: Arguments, noisy: str) -> tuple[int, int]:
@@ -196,7 +199,7 @@ class Flux(DiffusionModel):
 
     def _patches(self, x_t: Tensor, cond: Condition) -> tuple[Tensor, Tensor]:
         """Patches [b, n, d] of the noisy latents, then of the references, and their places [n, 3]."""
-        seen = [self._widened(x_t, cond) if self.reads.mask else x_t, *stacked(cond)]
+        seen = [self._widened(x_t, cond) if self.reads.channels else x_t, *stacked(cond)]
         places = []
         for number, latents in enumerate(seen):
             height, width = (side // _PATCH for side in latents.shape[-2:])

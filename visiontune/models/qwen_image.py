@@ -95,7 +95,7 @@ class QwenImage(OneFrame):
 
     def look_up(self, prompt: str) -> None:
         blank = (new_picture("RGB", (32, 32)),) * self.reads.least
-        self._words([Request(prompt=prompt, pictures=blank)], negative=False)
+        self.words([Request(prompt=prompt, pictures=blank)], negative=False)
 
     def _told(self, prompts: list[str], **shown: Any) -> Condition:
         device = self.pipe.text_encoder.device
@@ -113,9 +113,9 @@ class QwenImage(OneFrame):
 
     # -- pictures -----------------------------------------------------------------------------------------------
 
-    def _words(self, requests: Sequence[Request], negative: bool) -> Condition:
+    def words(self, requests: Sequence[Request], negative: bool = False) -> Condition:
         if not self.reads.pictures:
-            return super()._words(requests, negative)
+            return super().words(requests, negative)
         texts = [request.negative if negative else request.prompt for request in requests]
         self.reader.say(texts)
         parts = []

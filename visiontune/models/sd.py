@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
 from visiontune.core import Condition, Request
+from visiontune.diffusion.guidance import EditCFG, Guidance
+from visiontune.errors import UserError
 from visiontune.models._reading import Reads
 from visiontune.models._structure import Structure
 from visiontune.models.base import Presets, require
@@ -38,20 +40,23 @@ def _telling(unet: Any, scale: Tensor) -> Mapping[str, Tensor]:
     return {"timestep_cond": sines(unet, scale).to(weight)}
 
 
-_PAINTS = Reads(least=1, most=1, mask=True)
+_PAINTS = Reads(least=1, most=1, mask=True, channels=True)
+_EDITS = Reads(least=1, most=1, channels=True)
 
 
 class StableDiffusion(DiffusionModel):
-    """`StableDiffusionPipeline`; its Condition has `tokens`, and of `StableDiffusionInpaintPipeline`
-    `extra["channels"]`.
+    """`StableDiffusionPipeline`; its Condition has `tokens`, and of `StableDiffusionInpaintPipeline` and
+    `StableDiffusionInstructPix2PixPipeline` `extra["channels"]`.
 
     Attributes:
-        PAINTING: the classes whose UNet reads a mask and what is left of the picture beside noisy latents.
+        PAINTING: the class whose UNet reads a mask and what is left of the picture beside noisy latents.
+        EDITING: the one whose UNet reads a picture there.
     """
 
     family = "sd"
-    PAINTING: ClassVar[tuple[str, ...]] = ("StableDiffusionInpaintPipeline",)
-    pipeline_classes = ("StableDiffusionPipeline", *PAINTING)
+    PAINTING: ClassVar[str] = "StableDiffusionInpaintPipeline"
+    EDITING: ClassVar[str] = "StableDiffusionInstructPix2PixPipeline"
+    pipeline_classes = ("StableDiffusionPipeline", PAINTING, EDITING)
     # Previews of a training run must show what the model makes, not the checker's black images.
     load_options: ClassVar[dict[str, Any]] = {"safety_checker": None, "requires_safety_checker": False}
     STRUCTURE = Structure(
@@ -83,13 +88,17 @@ class StableDiffusion(DiffusionModel):
     def __init__(self, pipe: Any, source: str = "") -> None:
         super().__init__(pipe, source)
         config, own = pipe.unet.config, self.latent_channels
-        self.reads = _PAINTS if type(pipe).__name__ in self.PAINTING else self.reads
-        # Of what is painted into, the latents of the picture and one channel of the mask.
-        taken = 2 * own + 1 if self.reads.mask else own
-        kind = "an inpainting" if self.reads.mask else "a text-to-image"
+        name = type(pipe).__name__
+        self.reads = {self.PAINTING: _PAINTS, self.EDITING: _EDITS}.get(name, self.reads)
+        self.task = "image-to-image" if self.edits else self.task
+        kind = {self.PAINTING: "an inpainting", self.EDITING: "an InstructPix2Pix"}.get(name, "a text-to-image")
+        # Of what is painted into or edited, the latents of the picture too, and one channel of the mask.
+        taken = own * (1 + self.reads.channels) + self.reads.mask
         fits = (config.in_channels, config.out_channels) == (taken, own)
         require(fits, self.source, f"its UNet takes {config.in_channels} channels; give {kind} checkpoint")
         self.embedded = config.time_cond_proj_dim is not None
+        told = self.embedded and self.edits
+        require(not told, self.source, "its UNet is told its guidance, which its pipeline never does")
         size = config.sample_size
         self.resolution = self.downsample * int(size if isinstance(size, int) else size[0])
 
@@ -99,21 +108,46 @@ class StableDiffusion(DiffusionModel):
         return "an ancestral sampler that begins at the last timestep, as in Turbo" if turbo else None
 
     def _embed(self, prompts: list[str]) -> Condition:
-        return Condition(tokens=self.pipe.encode_prompt(prompts, self.pipe.text_encoder.device, 1, False)[0])
+        told = (prompts, self.pipe.text_encoder.device, 1, False)
+        # One of the pipelines has no public name for it.
+        tokens = self.pipe._encode_prompt(*told) if self.edits else self.pipe.encode_prompt(*told)[0]
+        return Condition(tokens=tokens)
 
     def channels(self, hidden: Tensor, masks: Tensor) -> Tensor:
         return torch.cat([interpolate(masks.to(hidden), hidden.shape[2:]), hidden], dim=1)
 
+    @property
+    def edits(self) -> bool:
+        """Whether it reads a picture without a mask."""
+        return self.reads == _EDITS
+
+    def guidance(self, scale: float) -> Guidance:
+        if not self.edits or scale == 1.0:
+            return super().guidance(scale)
+        if scale < 1.0:
+            raise UserError(f"'{self.source}' is guided by scales above 1, not by {scale:g}: set 1 for none")
+        return EditCFG(scale=scale)
+
+    def _stock(self, guidance: Guidance, requests: Sequence[Request]) -> dict[str, Any]:
+        if not isinstance(guidance, EditCFG):
+            return super()._stock(guidance, requests)
+        scales = {"guidance_scale": guidance.scale, "image_guidance_scale": guidance.image_scale}
+        negatives = [request.negative for request in requests]
+        return {**scales, "negative_prompt": negatives if any(negatives) else None}
+
     def _stock_reading(self, requests: Sequence[Request], size: tuple[int, int]) -> dict[str, Any]:
+        shown = [picture.convert("RGB") for request in requests for picture in request.pictures]
+        if self.edits:
+            # One of the two pipelines takes no size, and draws in that of the picture.
+            return {"image": [self.pipe.image_processor.resize(picture, *size) for picture in shown]}
         if not self.reads.mask:
             return {}
-        shown = [picture.convert("RGB") for request in requests for picture in request.pictures]
         # At another strength, such as the pipeline of SDXL has by default, it would start from the picture itself.
         return {"image": shown, "mask_image": [request.mask for request in requests], "strength": 1.0}
 
     def _predict(self, x_t: Tensor, t: Tensor, cond: Condition) -> Tensor:
         return self.denoiser(
-            self._widened(x_t, cond) if self.reads.mask else x_t,
+            self._widened(x_t, cond) if self.reads.channels else x_t,
             t,
             encoder_hidden_states=cond.tokens,
             timestep_cond=self._told_scale(x_t, cond),

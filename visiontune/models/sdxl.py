@@ -29,8 +29,9 @@ class StableDiffusionXL(StableDiffusion):
     """
 
     family = "sdxl"
-    PAINTING = ("StableDiffusionXLInpaintPipeline",)
-    pipeline_classes = ("StableDiffusionXLPipeline", *PAINTING)
+    PAINTING = "StableDiffusionXLInpaintPipeline"
+    EDITING = "StableDiffusionXLInstructPix2PixPipeline"
+    pipeline_classes = ("StableDiffusionXLPipeline", PAINTING, EDITING)
     load_options: ClassVar[dict[str, Any]] = {"add_watermarker": False}
     STRUCTURE = replace(StableDiffusion.STRUCTURE, condition=_told, pipelines=("StableDiffusionXLPipeline",))
 
@@ -38,6 +39,8 @@ class StableDiffusionXL(StableDiffusion):
         super().__init__(pipe, source)
         complete = pipe.text_encoder is not None and pipe.text_encoder_2 is not None
         require(complete, self.source, "it lacks one of its two text encoders; give a complete base checkpoint")
+        scaled = getattr(pipe, "is_cosxl_edit", False)
+        require(not scaled, self.source, "it reads pictures in the scale of CosXL; give one of InstructPix2Pix's")
 
     def _embed(self, prompts: list[str]) -> Condition:
         tokens, _, pooled, _ = self.pipe.encode_prompt(

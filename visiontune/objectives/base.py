@@ -288,17 +288,27 @@ def draws_clips(model: Any) -> bool:
     return len(model.latent_shape()) > 3
 
 
-def condition_of(model: PipelineModel, batch: Batch) -> Condition:
+def condition_of(model: Any, batch: Batch) -> Condition:
     """The batch's cached condition, or one embedded now, with a gradient if the text encoder is trained.
 
-    With it the pictures that the model is shown: ``channels`` beside its noisy latents, or the ``source`` of an edit.
+    With it the pictures that the model is shown: ``channels`` beside its noisy latents, or the ``source`` of an edit,
+    as such channels or as references. Rows that are not ``shown`` theirs have channels of 0, or no references.
     """
     cond = batch.cond if batch.cond is not None else model.embed(batch.prompts)
-    if "channels" in batch.data:
-        cond = replace(cond, extra={**cond.extra, "channels": batch.data["channels"]})
-    if "source" in batch.data:
-        cond = replace(cond, references=[(latents,) for latents in batch.data["source"]])
-    return cond
+    if "source" not in batch.data:
+        beside = batch.data.get("channels")
+    elif model.reads.channels:
+        beside = model.edited(batch.data["source"])
+    else:
+        shown = batch.data.get("shown", torch.ones(len(batch), dtype=torch.bool)).tolist()
+        pairs = zip(batch.data["source"], shown, strict=True)
+        references: list[tuple[Tensor, ...]] = [(latents,) if seen else () for latents, seen in pairs]
+        return replace(cond, references=references)
+    if beside is None:
+        return cond
+    if "shown" in batch.data:
+        beside = beside * batch.data["shown"].view(-1, 1, 1, 1).to(beside)
+    return replace(cond, extra={**cond.extra, "channels": beside})
 
 
 def per_row(errors: Tensor, mask: Tensor | None = None) -> Tensor:

@@ -76,6 +76,8 @@ def _word(axis: str, value: Any) -> str:
         return "none"
     if axis == "model":
         return files.public_name(value)
+    if axis == "pictures" and isinstance(value, str):
+        return Path(value).stem
     if isinstance(value, list):
         return " + ".join(_word(axis, one) for one in value) or "none"
     if isinstance(value, AdapterConfig):

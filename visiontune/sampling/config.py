@@ -16,6 +16,7 @@ AXES = {
     "adapter": "a",
     "adapter_scale": "w",
     "guidance": "g",
+    "pictures": "p",
     "scheduler": "h",
     "cfg_scale": "c",
     "steps": "t",
@@ -51,6 +52,9 @@ class GridConfig:
     adapter_scale: list[float] = option([], least=-100, greatest=100, help="strengths of all adapters")
     guidance: list[list[str | dict[str, Any]] | None] = option(
         [], help="stacks of terms, null for none: [null, [{pag: 2}], [{apg: 6}]]"
+    )
+    pictures: list[str | list[str]] = option(
+        [], help="pictures beside every prompt, each as the option has them: [a.png, b.png] are two of one picture each"
     )
     scheduler: list[Scheduler] = option([], help="samplers")
     cfg_scale: list[float] = option([], least=-1000, greatest=1000, help="scales of classifier-free guidance")
@@ -121,6 +125,12 @@ class SampleConfig:
     seeds: int | list[int] = option(
         1, least=0, greatest=2**63 - 1, help="a list of seeds, or a count n for seeds 0 to n-1"
     )
+    pictures: str | list[str] | None = option(
+        None,
+        help="files of the pictures that a model is shown beside every prompt, all of them: what it edits, paints into "
+        "or takes up",
+    )
+    mask: str | None = option(None, help="file of a mask as large as the picture, white where a model paints into it")
     out: str = option("runs/samples", help="folder that receives images, manifest.jsonl and grid.png")
     steps: int | None = option(
         None, least=1, greatest=100_000, help="denoising steps; null: 25, or what an adapter of few steps was made for"
@@ -131,6 +141,13 @@ class SampleConfig:
         greatest=1000,
         help="classifier-free guidance, or what a student of several strengths is told; 1 is none and halves the cost; "
         "null: 4, or 1 where an adapter has guidance of one strength distilled into it",
+    )
+    image_cfg_scale: float | None = option(
+        None,
+        least=1,
+        greatest=1000,
+        help="guidance by the picture that is edited, of models of InstructPix2Pix; null: 1.5, as their "
+        "pipeline has it",
     )
     guidance: list[str | dict[str, Any]] | None = option(
         None,
@@ -202,6 +219,10 @@ class SampleConfig:
         if isinstance(self.seeds, int):
             return list(range(self.seeds))
         return list(dict.fromkeys(self.seeds))
+
+    def picture_list(self) -> list[str]:
+        """The files of the pictures that are shown."""
+        return [self.pictures] if isinstance(self.pictures, str) else self.pictures or []
 
     def adapter_list(self) -> list[AdapterConfig]:
         """The adapters as a list, the lowest first."""

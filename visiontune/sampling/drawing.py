@@ -20,6 +20,7 @@ from visiontune.sampling.guided import Judged, check
 from visiontune.sampling.manifest import Job
 from visiontune.sampling.pipeline import images
 from visiontune.sampling.searched import Searcher
+from visiontune.sampling.shown import NOTHING, Shown, read, size_for
 from visiontune.search.asked import Asked
 
 if TYPE_CHECKING:
@@ -46,31 +47,36 @@ def check_guidance(config: SampleConfig) -> None:
 
 def drawing(config: SampleConfig, model: PipelineModel, search: Asked | None) -> tuple[Draw, str]:
     """How a batch is drawn, and what is to be said of that."""
-    options = {"batch_size": config.batch_size, **_options(config)}
+    shown = read(config.picture_list(), config.mask)
+    options = {"batch_size": config.batch_size, **_options(config, model, shown)}
+    shown = shown.fitted(model, model.size(options["height"], options["width"]))
     if search is not None:
         searcher = Searcher.of(search, model, **options)
-        return partial(_searched, config, searcher), searcher.plan()
+        return partial(_searched, config, searcher, shown), searcher.plan()
     if config.held_out is not None:
-        return partial(_judged, config, Judged.of(config.held_out, model, **options)), ""
+        return partial(_judged, config, Judged.of(config.held_out, model, **options), shown), ""
     return partial(plain, config, model), ""
 
 
 def plain(config: SampleConfig, model: PipelineModel, batch: Sequence[Job]) -> list[Drawn]:
     """The pictures of a batch, without search and judgement."""
+    shown = read(config.picture_list(), config.mask)
     drawn = images(
         model,
         [job.prompt for job in batch],
         [job.seed for job in batch],
         negative_prompt=config.negative_prompt,
         batch_size=len(batch),
-        **_options(config),
+        shown=shown,
+        **_options(config, model, shown),
     )
     return [(image, {}) for image in drawn]
 
 
-def requests(config: SampleConfig, batch: Sequence[Job]) -> list[Request]:
-    """What is asked of a model."""
-    return [Request(prompt=job.prompt, seed=job.seed, negative=config.negative_prompt) for job in batch]
+def requests(config: SampleConfig, batch: Sequence[Job], shown: Shown = NOTHING) -> list[Request]:
+    """What is asked of a model, and what it is shown beside each prompt."""
+    beside = shown.options()
+    return [Request(prompt=job.prompt, seed=job.seed, negative=config.negative_prompt, **beside) for job in batch]
 
 
 @contextmanager
@@ -94,21 +100,25 @@ def threads(
         torch.set_num_threads(before)
 
 
-def _options(config: SampleConfig) -> dict[str, Any]:
+def _options(config: SampleConfig, model: PipelineModel, shown: Shown) -> dict[str, Any]:
     """How every picture is drawn."""
+    height, width = config.height, config.width
+    if height is None and width is None:
+        height, width = size_for(model, shown)
     return {
         "steps": config.steps,
         "cfg_scale": config.cfg_scale,
         "guidance": GuidanceStack.of_options(config),
-        "height": config.height,
-        "width": config.width,
+        "height": height,
+        "width": width,
         "scheduler": config.scheduler,
+        "image_cfg_scale": config.image_cfg_scale,
     }
 
 
-def _searched(config: SampleConfig, searcher: Searcher, batch: Sequence[Job]) -> list[Drawn]:
-    return [(found.picture, {"search": row}) for found, row in searcher(requests(config, batch))]
+def _searched(config: SampleConfig, searcher: Searcher, shown: Shown, batch: Sequence[Job]) -> list[Drawn]:
+    return [(found.picture, {"search": row}) for found, row in searcher(requests(config, batch, shown))]
 
 
-def _judged(config: SampleConfig, judged: Judged, batch: Sequence[Job]) -> list[Drawn]:
-    return [(picture, {"guided": row}) for picture, row in judged(requests(config, batch))]
+def _judged(config: SampleConfig, judged: Judged, shown: Shown, batch: Sequence[Job]) -> list[Drawn]:
+    return [(picture, {"guided": row}) for picture, row in judged(requests(config, batch, shown))]

@@ -15,6 +15,7 @@ from tqdm.auto import tqdm
 from visiontune import adapters
 from visiontune.core import Request
 from visiontune.errors import UserError
+from visiontune.sampling.shown import NOTHING, Shown
 
 if TYPE_CHECKING:
     from visiontune.diffusion.guidance import Guidance
@@ -51,11 +52,13 @@ def checked_guidance(
     cfg_scale: float,
     terms: GuidanceStack | None = None,
     size: tuple[int, int] | None = None,
+    image_cfg_scale: float | None = None,
 ) -> Guidance:
     """How pictures are guided; see `visiontune.guidance.stack.guidance_of`.
 
     Args:
         size: height and width in pixels, the model's own where they are left open.
+        image_cfg_scale: of guidance by the picture that is edited; None for the pipeline's own.
 
     Raises:
         UserError: the model does not draw in so many steps, or cannot be guided so.
@@ -63,7 +66,7 @@ def checked_guidance(
     from visiontune.guidance.stack import GuidanceStack, guidance_of
 
     model.check_steps(steps)
-    guidance = guidance_of(model, cfg_scale, terms)
+    guidance = guidance_of(model, cfg_scale, terms, image_cfg_scale)
     if isinstance(guidance, GuidanceStack):
         guidance.plan(model, steps, size)
     return guidance
@@ -82,6 +85,8 @@ def images(
     height: int | None = None,
     width: int | None = None,
     scheduler: str = "model",
+    shown: Shown = NOTHING,
+    image_cfg_scale: float | None = None,
     progress: bool = False,
 ) -> np.ndarray:
     """Sample one image for each pair ``(prompts[i], seeds[i])``.
@@ -98,6 +103,8 @@ def images(
         batch_size: images in one pass; changes the result by rounding only.
         height: pixels; the model's resolution when left out. ``width`` likewise.
         scheduler: ``model`` for the pipeline's own, or another that suits the family: see ``model.samplers()``.
+        shown: pictures beside every prompt, and a mask.
+        image_cfg_scale: of guidance by the picture that is edited; the pipeline's own when left out.
         progress: show a bar.
 
     Returns:
@@ -108,8 +115,9 @@ def images(
         UserError: the model draws nothing, numbers of prompts and seeds differ, a size or a sampler does not fit, or
             the model gave a number that is not finite.
     """
-    requests = [Request(prompt=p, seed=s, negative=negative_prompt) for p, s in pair(prompts, seeds)]
-    guided, size = prepared(model, cfg_scale, guidance, steps, height, width)
+    guided, size = prepared(model, cfg_scale, guidance, steps, height, width, image_cfg_scale)
+    beside = shown.fitted(model, size).options()
+    requests = [Request(prompt=p, seed=s, negative=negative_prompt, **beside) for p, s in pair(prompts, seeds)]
     with tqdm(total=len(requests), unit="image", disable=not progress) as bar:
         return pictures(
             model,
@@ -130,6 +138,7 @@ def prepared(
     steps: int,
     height: int | None,
     width: int | None,
+    image_cfg_scale: float | None = None,
 ) -> tuple[Guidance, tuple[int, int]]:
     """The guidance and the size of pictures, as :func:`images` is told them.
 
@@ -139,7 +148,7 @@ def prepared(
     if not hasattr(model, "draw"):
         raise UserError(f"model '{model.source}' ({model.family}) draws no pictures: take one that does")
     size = model.size(height, width)
-    return checked_guidance(model, steps, cfg_scale, terms, size), size
+    return checked_guidance(model, steps, cfg_scale, terms, size, image_cfg_scale), size
 
 
 def pictures(

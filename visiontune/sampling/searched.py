@@ -80,6 +80,7 @@ def drawing_of(
     height: int | None = None,
     width: int | None = None,
     scheduler: str = "model",
+    image_cfg_scale: float | None = None,
 ) -> dict[str, Any]:
     """Of a :class:`Setting` all but the model and the reward.
 
@@ -89,7 +90,7 @@ def drawing_of(
     Raises:
         UserError: as of that.
     """
-    guided, size = prepared(model, cfg_scale, guidance, steps, height, width)
+    guided, size = prepared(model, cfg_scale, guidance, steps, height, width, image_cfg_scale)
     check_batch(batch_size, *size)
     drawing: dict[str, Any] = {
         "steps": steps,

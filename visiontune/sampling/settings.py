@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from visiontune.sampling.config import AdapterConfig, SampleConfig
+from visiontune.sampling.shown import digests
 from visiontune.sampling.sources import adapter_file, base_of
 from visiontune.search.asked import settings as search
 
@@ -32,6 +33,9 @@ def settings_of(config: SampleConfig, model: PipelineModel | None) -> dict[str, 
         **({"guidance": config.guidance} if config.guidance else {}),
         **({"search": search(config.search)} if config.search else {}),
         **({"held_out": config.held_out} if config.held_out else {}),
+        **({"image_cfg_scale": config.image_cfg_scale} if config.image_cfg_scale is not None else {}),
+        **({"pictures": digests(config.picture_list())} if config.pictures else {}),
+        **({"mask": digests([config.mask])} if config.mask else {}),
         "negative_prompt": config.negative_prompt,
         "scheduler": config.scheduler,
         "height": config.height,

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from visiontune import outside
 from visiontune.data.prompt_files import read_prompts
 from visiontune.errors import UserError
-from visiontune.sampling import manifest, scored
+from visiontune.sampling import manifest, scored, shown
 from visiontune.sampling.cells import Cell, cells
 from visiontune.sampling.config import SampleConfig
 from visiontune.sampling.drawing import check_guidance
@@ -78,6 +78,7 @@ def planned(config: SampleConfig, model: PipelineModel | None) -> tuple[Task, st
     for i, cell in enumerate(cells(config)):
         try:
             check_guidance(cell.config)
+            shown.read(cell.config.picture_list(), cell.config.mask)  # that they are there, and belong together
             own = settled(cell.config)
             words = substituted([*prompts, own.negative_prompt], own)
         except UserError as error:

@@ -107,6 +107,19 @@ class PreviewConfig:
     """The ``preview:`` section of a recipe: images drawn during training, always from the same noise."""
 
     prompts: list[str] = option([], help="prompts; empty draws no previews")
+    pictures: list[str] = option(
+        [], help="of models that edit or paint, the file of a picture for each prompt, in their order"
+    )
+    masks: list[str] = option(
+        [], help="of models that paint, the file of a mask for each prompt, white where it paints"
+    )
+    samples: int = option(
+        0,
+        least=0,
+        greatest=1000,
+        help="of models that edit or paint, draw so many samples of the data too, the first ones: their captions, and "
+        "what they were made of or where they are painted",
+    )
     seeds: list[int] = option([0], least=0, greatest=2**63 - 1, help="seeds drawn for each prompt")
     every: int = option(
         500,
@@ -116,6 +129,9 @@ class PreviewConfig:
     )
     steps: int = option(25, least=1, greatest=100_000, help="sampling steps")
     cfg_scale: float = option(4.0, least=-1000, greatest=1000, help="guidance scale")
+    image_cfg_scale: float | None = option(
+        None, least=1, greatest=1000, help="scale of guidance by the picture that is edited, as of sample"
+    )
     guidance: list[str | dict[str, Any]] | None = option(
         None, help="terms that guide together, on top of cfg_scale or in its place, as of sample"
     )
@@ -123,7 +139,12 @@ class PreviewConfig:
     batch_size: int = option(4, least=1, greatest=4096, help="images drawn at once")
 
     def __post_init__(self) -> None:
-        if self.prompts and not self.seeds:
+        for name, files in (("pictures", self.pictures), ("masks", self.masks)):
+            if files and len(files) != len(self.prompts):
+                raise ValueError(f"{name} names {len(files)} files for {len(self.prompts)} prompts: give one for each")
+        if self.masks and not self.pictures:
+            raise ValueError("masks are of pictures: name those too")
+        if (self.prompts or self.samples) and not self.seeds:
             raise ValueError("seeds names none: give one, or set prompts to []")
         if len(set(self.seeds)) < len(self.seeds):
             raise ValueError("seeds must differ")

@@ -8,7 +8,7 @@ for bit.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,6 +24,7 @@ from visiontune.errors import Stopped, UserError
 from visiontune.objectives.base import Objective, seed_of
 from visiontune.ops.shards import is_sharded, whole
 from visiontune.ops.threads import Threads
+from visiontune.sampling.shown import Shown
 from visiontune.training import checkpoint, guards, optim, preview, result, resume, sharding, trouble
 from visiontune.training.config import PreviewConfig, TrainConfig
 from visiontune.training.devices import make_accelerator, precision_of
@@ -48,7 +49,7 @@ class Trainer:
         rows: gives the batches.
         train: options of the run.
         out: the run folder.
-        preview: options of the previews.
+        preview: options of the previews. shown: what stands beside their prompts, if anything does.
         seed: with the step number, the source of everything random.
         metadata: strings for the header of ``adapter.safetensors`` and the model card (``trigger``, ``prompt``, ...).
         accelerator: made from ``train`` unless given.
@@ -72,6 +73,7 @@ class Trainer:
         train: TrainConfig,
         out: Path,
         preview: PreviewConfig | None = None,
+        shown: Sequence[Shown] = (),
         seed: int = 0,
         metadata: Mapping[str, str] | None = None,
         accelerator: Accelerator | None = None,
@@ -84,6 +86,7 @@ class Trainer:
         self.adapters, self.objective, self.rows, self.online = adapters, objective, rows, objective.needs.online
         self.under, self.under_digest = under, None if under is None else under.digest()
         self.train, self.preview, self.seed, self.out = train, preview or PreviewConfig(), seed, Path(out)
+        self.shown = tuple(shown)
         self.metadata, self.guard, self.home = dict(metadata or {}), guard, home or Home(out)
         self.accelerator = accelerator or make_accelerator(train, self.out)
         self.shards = shards or sharding.of(self.accelerator)
@@ -313,9 +316,9 @@ class Trainer:
     def _preview(self, step: int, metrics: Metrics) -> None:
         if self.preview.prompts and self._draws:
             with self.looking():
-                pixels = preview.draw(self.model, self.preview)
+                pixels = preview.draw(self.model, self.preview, self.shown)
             if self.accelerator.is_main_process:
-                preview.keep(self.out, step, self.preview, pixels)
+                preview.keep(self.out, step, self.preview, pixels, self.shown)
                 metrics.images(step, pixels)
         self.accelerator.wait_for_everyone()
 

@@ -12,8 +12,10 @@ from visiontune.training.config import PreviewConfig
 
 if TYPE_CHECKING:
     import numpy as np
+    from PIL import Image
 
     from visiontune.models.pipeline import PipelineModel
+    from visiontune.sampling.shown import Shown
 
 BEFORE_AFTER = "samples/before_after.png"
 
@@ -33,53 +35,67 @@ def file_name(prompt: int, seed: int) -> str:
     return f"{prompt:02d}_seed{seed}.png"
 
 
-def draw(model: PipelineModel, config: PreviewConfig) -> np.ndarray:
-    """Pictures ``uint8 [prompts * seeds, (f), h, w, 3]``, all seeds of the first prompt first."""
-    from visiontune.guidance.stack import GuidanceStack
-    from visiontune.sampling.generate import images
+def draw(model: PipelineModel, config: PreviewConfig, shown: Sequence[Shown] = ()) -> np.ndarray:
+    """Pictures ``uint8 [prompts * seeds, (f), h, w, 3]``, all seeds of the first prompt first.
 
-    pairs = [(i, prompt, seed) for i, prompt in enumerate(config.prompts) for seed in config.seeds]
-    return images(
+    Args:
+        shown: what stands beside each prompt, if anything.
+    """
+    from visiontune.core import Request
+    from visiontune.guidance.stack import GuidanceStack
+    from visiontune.sampling.pipeline import pictures, prepared
+    from visiontune.sampling.shown import NOTHING
+
+    terms = GuidanceStack.of_options(config)
+    guidance, size = prepared(
+        model, config.cfg_scale, terms, config.steps, None, None, image_cfg_scale=config.image_cfg_scale
+    )
+    requests = [
+        Request(prompt=prompt, seed=seed, **beside.fitted(model, size).options())
+        for prompt, beside in zip(config.prompts, shown or [NOTHING] * len(config.prompts), strict=True)
+        for seed in config.seeds
+    ]
+    return pictures(
         model,
-        [prompt for _, prompt, _ in pairs],
-        [seed for _, _, seed in pairs],
+        requests,
         steps=config.steps,
-        cfg_scale=config.cfg_scale,
-        guidance=GuidanceStack.of_options(config),
-        scheduler=config.scheduler,
+        guidance=guidance,
+        size=size,
         batch_size=config.batch_size,
+        scheduler=config.scheduler,
     )
 
 
-def keep(out: Path, step: int, config: PreviewConfig, pixels: np.ndarray) -> None:
+def keep(out: Path, step: int, config: PreviewConfig, pixels: np.ndarray, shown: Sequence[Shown] = ()) -> None:
     """Write ``samples/step-N/`` (one file per prompt and seed, and ``grid.png``) as a whole."""
-    write(folder(out, step), pixels, config.prompts, config.seeds)
+    write(folder(out, step), pixels, config.prompts, config.seeds, shown)
 
 
-def compare(out: Path, step: int, config: PreviewConfig) -> None:
-    """Write ``BEFORE_AFTER``: under each preview of step 0, from the same noise, that of ``step``.
+def compare(out: Path, step: int, config: PreviewConfig, shown: Sequence[Shown] = ()) -> None:
+    """Write ``BEFORE_AFTER``: under each preview of step 0, from the same noise, that of ``step``; before them what
+    they were shown.
 
     Nothing is written where either is not there.
     """
-    from visiontune.sampling.grid import grid
-
     pairs = [(i, when) for i in range(len(config.prompts)) for when in (0, step)]
     files = [folder(out, when) / file_name(i, seed) for i, when in pairs for seed in config.seeds]
     if not files or not all(file.is_file() for file in files):
         return
-    sheet = grid(
-        files,
-        len(config.seeds),
-        row_captions=[f"{config.prompts[i]} (step {when})" for i, when in pairs],
-        column_captions=[f"seed {seed}" for seed in config.seeds],
-    )
+    names = [f"{config.prompts[i]} (step {when})" for i, when in pairs]
+    twice = [beside for beside in shown for _ in (0, step)]
+    sheet = _sheet(files, names, config.seeds, twice)
     with atomic_write(out / BEFORE_AFTER) as partial:
         sheet.save(partial, format="PNG")
 
 
-def write(target: Path, pixels: np.ndarray, prompts: Sequence[str], seeds: Sequence[int]) -> None:
+def write(
+    target: Path,
+    pixels: np.ndarray,
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    shown: Sequence[Shown] = (),
+) -> None:
     """Write one file per prompt and seed, all seeds of the first prompt first, and ``grid.png``, as a whole."""
-    from visiontune.sampling.grid import grid
     from visiontune.sampling.writer import write_image
 
     names = [file_name(i, seed) for i in range(len(prompts)) for seed in seeds]
@@ -88,8 +104,24 @@ def write(target: Path, pixels: np.ndarray, prompts: Sequence[str], seeds: Seque
         partial.mkdir()
         for name, image in zip(names, pixels, strict=True):
             write_image(partial / name, image)
-        columns = [f"seed {seed}" for seed in seeds]
-        grid(list(pixels), len(seeds), row_captions=prompts, column_captions=columns).save(partial / "grid.png")
+        _sheet(list(pixels), prompts, seeds, shown).save(partial / "grid.png")
+
+
+def _sheet(
+    pictures: Sequence[Path | np.ndarray],
+    names: Sequence[str],
+    seeds: Sequence[int],
+    shown: Sequence[Shown],
+) -> Image.Image:
+    """A row for each name, of one picture for each seed, and where anything was shown a first column of that."""
+    from visiontune.sampling.grid import grid
+
+    columns, count = [f"seed {seed}" for seed in seeds], len(seeds)
+    rows: list[list[Any]] = [list(pictures[i * count : (i + 1) * count]) for i in range(len(names))]
+    if any(shown):
+        columns = ["shown", *columns]
+        rows = [[beside.seen() if beside else None, *row] for beside, row in zip(shown, rows, strict=True)]
+    return grid([one for row in rows for one in row], len(columns), row_captions=names, column_captions=columns)
 
 
 def card_images(out: Path, config: PreviewConfig) -> list[dict[str, Any]]:

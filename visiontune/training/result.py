@@ -30,7 +30,7 @@ def write(run: Trainer, facts: Mapping[str, str]) -> None:
             _weights(run)
     if not run.accelerator.is_main_process:
         return
-    preview.compare(run.out, run.train.steps, run.preview)
+    preview.compare(run.out, run.train.steps, run.preview, run.shown)
     trained = f"{sum(p.numel() for p in run.parameters.values()):,}"
     under = run.metadata.get("under")
     assistant = {"trained over (not needed to use it)": public_name(under)} if under else {}

@@ -142,7 +142,8 @@ def check_drawing(model: Any, preview: PreviewConfig, guard: Guard | None) -> No
         with named(f"{section}.steps"):
             model.check_steps(how.steps)
         with named(f"{section}.guidance"):
-            checked_guidance(model, how.steps, how.cfg_scale, terms)
+            scale = getattr(how, "image_cfg_scale", None)
+            checked_guidance(model, how.steps, how.cfg_scale, terms, image_cfg_scale=scale)
 
 
 @contextmanager
