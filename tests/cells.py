@@ -128,7 +128,8 @@ def recipe(cell: Cell, shop: Workshop) -> dict[str, Any]:
         # A teacher has something to teach; others are faster without.
         objective |= {"cfg_scale": 1.0} if "cfg_scale" in options and needs.reward and not teaches else {}
     else:
-        root = shop.pairs if "rejected" in needs.columns else shop.photos
+        special = {"rejected": "pairs", "segments": "grounded"}
+        root = getattr(shop, next((special[name] for name in needs.columns if name in special), "photos"))
         about = {"data": {"root": str(root), "class_noun": "circle"}}
     chosen = method.options if method.plan_options is None else method.plan_options
     known = plugin.load("adapters", cell.adapter).Config.__dataclass_fields__

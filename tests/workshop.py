@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import json
 from pathlib import Path
 
 import numpy as np
@@ -37,6 +38,18 @@ class Workshop:
     def pairs(self) -> Path:
         """The photos, each beside one that is liked less."""
         return self._photos("pairs", "rejected")
+
+    @functools.cached_property
+    def grounded(self) -> Path:
+        """The photos, with where the circle is."""
+        folder = self._photos("grounded", "masks")
+        lines = []
+        for i in range(3):
+            (folder / f"{i}.txt").unlink()
+            words = {"file_name": f"{i}.png", "text": "a photo of a [trigger] circle"}
+            lines.append(json.dumps({**words, "segments": [["circle", f"masks/{i}.png"], ["photo", None]]}))
+        (folder / "metadata.jsonl").write_text("\n".join(lines))
+        return folder
 
     @functools.cached_property
     def noisy(self) -> str:

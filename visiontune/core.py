@@ -90,6 +90,7 @@ class Batch:
         weight: [b] float32 weight of each row in the loss.
         prior: [b] bool, True for rows of prior preservation.
         ids: the rows' sample ids.
+        nouns: of each row the words whose places the bits of the column `segments` mark; None where there are none.
     """
 
     prompts: list[str]
@@ -98,6 +99,7 @@ class Batch:
     weight: Tensor
     prior: Tensor
     ids: list[str]
+    nouns: list[tuple[str, ...]] | None = None
 
     def __len__(self) -> int:
         return len(self.prompts)

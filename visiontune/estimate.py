@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from visiontune.training.loop import Trainer
 
 _SHOWN = 12
+_WORD = "trained word"
 _DRAWS = 10_000
 
 
@@ -136,7 +137,8 @@ class Estimate:
 
     def _layer_lines(self) -> list[str]:
         if not self.layers:
-            return ["adapted layers: none; all weights are trained"]
+            words = any(line.startswith(_WORD) for line in self.said)
+            return [f"adapted layers: none; {'words alone' if words else 'all weights'} are trained"]
         more = [f"  and {len(self.layers) - _SHOWN} more"] if len(self.layers) > _SHOWN else []
         return [f"adapted layers: {len(self.layers)}", *(f"  {name}" for name in self.layers[:_SHOWN]), *more]
 
@@ -280,7 +282,7 @@ def _used(run: Run, trainer: Trainer) -> list[str]:
     """What the run uses of its data, and the layers that it passes over."""
     data = inventory(trainer.rows.rows.samples, run.data) if isinstance(trainer.rows, BatchSampler) else []
     words = trainer.adapters.embeddings() if trainer.adapters is not None else {}
-    learnt = [f"trained word: '{word}' in {name}" for name, own in words.items() for word in own.words]
+    learnt = [f"{_WORD}: '{word}' in {name}" for name, own in words.items() for word in own.words]
     under = told_under(run, trainer.under)
     return [*data, *learnt, *under, *passed_over(run, trainer.model), *_guided(run, trainer)]
 

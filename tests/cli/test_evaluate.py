@@ -120,3 +120,40 @@ def test_who_judges_is_asked_before_the_run_begins(cli, recipe):
     assert "judge: nobody can: name a CLIP" in cli("check", recipe, "judge={}").out
     nobody = cli("train", recipe, "judge={}")
     assert nobody.code == 0 and "not judged: name a CLIP" in nobody.out
+
+
+def test_what_models_put_together_is_one_table_each_and_their_difference(cli, recipe, tiny_folder):
+    assert cli("train", recipe, "train.lr=1e-2").code == 0
+    words = ["--count", 1, "--steps", 1, "--judge", "jpeg", "--out", "c.json", "--categories", "colour,numeracy"]
+    result = cli("evaluate", "compose", tiny_folder, "runs/tiny", *words)
+    assert result.code == 0, result.err
+    assert result.out.count("numeracy") == 3 and "runs/tiny beside" in result.out
+    written = json.loads(Path("c.json").read_text())
+    base, trained = written["models"]
+    guided = cli("evaluate", "compose", tiny_folder, "--guidance", "[{pag: 5}]", *words)
+    assert guided.code == 0, guided.err
+    again, other = json.loads(Path("c.json").read_text())["models"]
+    assert again == base and other["rows"] != base["rows"] and "[{pag: 5}] beside" in guided.out
+    assert [p["prompt"] for p in base["pictures"]] == [p["prompt"] for p in trained["pictures"]]
+    assert base["rows"] != trained["rows"] and Path("c.png").is_file()
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["compose", "--scales", "0.5"], "leave them out of compose"),
+        (["./compose"], "holds no finished run"),
+        (["compose", "nowhere"], "name a reward"),
+        (["compose", "--tasks", "own.jsonl"], "leave --tasks out"),
+        (["compose", "--count", "0"], "from 1 to 200"),
+        (["compose", "--judge", "nothing"], "nothing"),
+        (["compose", "--guidance", "[{pagg: 1}]"], "'pagg'"),
+        (["compose", "--guidance", "3"], "guidance"),
+        (["compose", "--categories", "colour,shap"], "'shap'; did you mean 'shape'"),
+        (["runs/none", "--count", "3"], "'visiontune evaluate compose'"),
+        (["runs/none", "pocket/sd"], "'visiontune evaluate compose'"),
+    ],
+)
+def test_what_is_of_the_other_judgement_is_one_line(cli, words, message):
+    result = cli("evaluate", *words)
+    assert result.code == 2 and message in result.err and result.err.count("\n") == 1

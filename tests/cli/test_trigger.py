@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -47,6 +48,31 @@ def test_the_word_is_learnt_at_its_own_rate_and_prompts_without_it_stay(cli, rec
     assert judged.code == 0, judged.err
 
 
+def test_the_word_alone_is_a_textual_inversion(cli, recipe):
+    """No weight is changed: the file, and what other tools get of it, is the word."""
+    words = ["train.parts=[trigger]", *OPTIONS, "objective.prior=none"]
+    checked = cli("check", recipe, *words)
+    assert checked.code == 0 and "adapted layers: none; words alone are trained" in checked.out
+    result = cli("train", recipe, *words)
+    assert result.code == 0, result.err
+    file = Path("runs/tiny/adapter.safetensors")
+    assert len(load_file(file)) == 1 and float(rows(file).abs().median()) > 0.1
+    assert adapters.read_header(file)["layers"] == []
+    model = tiny_model()
+    before = {name: p.clone() for name, p in model.main.named_parameters()}
+    with torch.no_grad():
+        plain = model.embed(["a circle", "a red circle"]).tokens
+        adapters.load(model.networks(), file)
+        told = model.embed(["a circle", "a red circle"]).tokens
+    assert torch.equal(told[0], plain[0]) and not torch.equal(told[1], plain[1])
+    assert all(torch.equal(p, before[name]) for name, p in model.main.named_parameters())
+    assert cli("sample", "adapter=runs/tiny", "prompts=[a red circle]", "steps=1", "seeds=1").code == 0
+    exported = cli("export", file, "out.safetensors", "--format", "diffusers")
+    assert exported.code == 0, exported.err
+    assert not Path("out.safetensors").exists()
+    assert load_file("out-red.safetensors").keys() == {"red"}
+
+
 def test_a_run_that_goes_on_ends_in_the_same_bits(cli, recipe):
     words = ("train.parts=[denoiser, trigger]", *OPTIONS, "train.steps=3")
     assert cli("train", recipe, "name=whole", *words).code == 0
@@ -77,7 +103,7 @@ def test_a_reader_of_matrices_leaves_the_rows_to_plain_steps(cli, recipe):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["train.parts=[trigger]"], "parts has trigger alone"),
+        (["train.parts=[trigger]", "adapter=none"], "trained beside an adapter"),
         (["train.parts=[denoiser, trigger]", "adapter=none"], "trained beside an adapter"),
         (["train.part_lr={trigger: 0.1}"], "whose rate is train.trigger_lr"),
         (["train.parts=[denoiser, triger]"], "has no part 'triger'"),
@@ -87,3 +113,24 @@ def test_what_cannot_be_is_one_line(cli, recipe, words, message):
     result = cli("train", recipe, *words)
     assert result.code == 2 and message in result.err and result.err.count("\n") == 1
     assert not Path("runs/tiny").exists()
+
+
+def test_two_subjects_have_two_words_in_one_file(cli, recipe, photos):
+    others = photos.with_name("others")
+    shutil.copytree(photos, others)
+    words = [*OPTIONS, "train.parts=[denoiser, trigger]", "train.batch_size=4", "train.steps=3"]
+    second = f"data.subjects=[{{root: {others}, trigger: blue, class_noun: square}}]"
+    checked = cli("check", recipe, *words, second)
+    assert checked.code == 0, checked.err
+    assert "'red'" in checked.out and "'blue'" in checked.out
+    result = cli("train", recipe, *words, second)
+    assert result.code == 0, result.err
+    assert (rows("runs/tiny/adapter.safetensors").abs().median(1).values > 0.1).all()
+    header = adapters.read_header("runs/tiny/adapter.safetensors")
+    assert header["trigger"] == "red" and header["modelspec.trigger_phrase"] == "red, blue"
+    (own,) = header["words"].values()
+    assert list(own) == ["red", "blue"]
+    judged = cli("train", recipe, *words, second, "name=judged", "judge={clip: pocket/clip}")
+    assert judged.code == 2 and "set judge=none" in judged.err
+    same = cli("train", recipe, *words, second.replace("blue", "red"), "name=same")
+    assert same.code == 2 and "goes by 'red'" in same.err

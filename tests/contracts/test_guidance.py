@@ -33,6 +33,7 @@ from visiontune.guidance._regions import Region
 from visiontune.guidance._taps import replaced
 from visiontune.guidance.actor import Actor
 from visiontune.guidance.base import Base, Edit, Feeding, Perturbed, Shaping, Told
+from visiontune.guidance.projector import TextProjector
 from visiontune.guidance.stack import GuidanceStack
 from visiontune.models.masked import MaskedModel
 from visiontune.models.pipeline import own_generator
@@ -43,6 +44,8 @@ STEPS = 2
 FAMILIES = ["sd", "sdxl", "sd3", "flux", "pixart", "z_image", "amused"]
 GRADIENT = Image.linear_gradient("L").resize((16, 16)).convert("RGB")
 CONTROLS = [control.Config(net=adapter(seed), picture=GRADIENT.rotate(90 * seed)) for seed in (0, 1)]
+PROJECTION = TextProjector(32, 3)
+PROJECTION.bias.data.copy_(torch.ones(32).cumsum(0) / 16 - 1)
 OPTIONS = {
     "control": {"net": CONTROLS[0].net, "picture": GRADIENT},
     "maxfusion": {"controls": CONTROLS},
@@ -73,6 +76,7 @@ OPTIONS = {
         "exclude": 0.5,
         "window": (0.0, 1.0),
     },
+    "wiclp": {"file": PROJECTION, "window": (0.0, 1.0)},
 }
 UNETS = ("control", "inherit", "maxfusion", "scalelong", "skip_tuning")
 # What a term cannot do, and what it says of it.
@@ -89,7 +93,7 @@ CANNOT = {
     **{("embedded", family): "carries no guidance inside" for family in FAMILIES if family != "flux"},
     **{
         (name, family): "has no layers of their own"
-        for name in ("oneactor", "t3s2s")
+        for name in ("oneactor", "t3s2s", "wiclp")
         for family in FAMILIES
         if family not in ("sd", "sdxl")
     },

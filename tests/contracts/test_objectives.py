@@ -50,6 +50,8 @@ TOYS: dict[str, Callable[[], Any]] = {
     "clips": lambda: toy_of(TinyVideo),
     "tokens": lambda: tiny_model("amused"),
 }
+# For objectives that reach into the network, which none of the others has parts for.
+DEEP: dict[str, Callable[[], Any]] = {"attention": lambda: tiny_model("sd")}
 PROMPTS = ["a red circle", "a blue square", "a green star"]
 # Small values for whichever of these options an objective has.
 CHEAP = {"group": 2, "updates": 2, "steps": 3}
@@ -84,9 +86,11 @@ class Case:
         return hasattr(self.objective().config, option)
 
 
-@functools.cache
-def toy(name: str):
-    return TOYS[name]()
+def new(name: str):
+    return {**TOYS, **DEEP}[name]()
+
+
+toy = functools.cache(new)
 
 
 def takes(objective, name: str) -> bool:
@@ -109,12 +113,12 @@ def compared(name: str) -> list[tuple[tuple[str, object], ...]]:
 
 def cases() -> list[Case]:
     every = [(name, options) for name in plugin.names("objectives") for options in [(), *compared(name)]]
-    return [
-        Case(name, options, place)
-        for name, options in every
-        for place in TOYS
-        if takes(Case(name, options, "").objective(), place)
-    ]
+    found = []
+    for name, options in every:
+        objective = Case(name, options, "").objective()
+        taken = [place for place in TOYS if takes(objective, place)]
+        found += [Case(name, options, place) for place in taken or DEEP]
+    return found
 
 
 CASES = cases()
@@ -138,7 +142,11 @@ class Columns:
     """Rows of one endless list, with every column that an objective may read; batch `k` of `n` is rows `k n ...`."""
 
     def __init__(self, model, needs, size: int) -> None:
-        self.model, self.columns, self.size = model, (*needs.columns, *needs.optional), size
+        columns = (*needs.columns, *needs.optional)
+        # A toy takes whatever it is shown, a pipeline what it reads.
+        blind = hasattr(model, "reads") and not model.reads.pictures
+        self.model, self.size = model, size
+        self.columns = tuple(name for name in columns if name != "source" or not blind)
 
     def close(self) -> None:
         pass
@@ -155,12 +163,15 @@ class Columns:
             weight=torch.tensor([0.5 + number % 3]),
             prior=torch.zeros(1, dtype=torch.bool),
             ids=[str(number)],
+            nouns=[tuple(prompt.split()[1:])] if "segments" in self.columns else None,
         )
 
     def column(self, name: str, number: int) -> torch.Tensor:
         shape, rng = self.model.latent_shape(), generator(name, number)
         if name == "mask":
             return torch.rand(1, 1, *shape[-2:], generator=rng)
+        if name == "segments":
+            return torch.randint(4, (1, 1, *shape[-2:]), generator=rng, dtype=torch.int32)
         return torch.randn(1, *shape, generator=rng)
 
 
@@ -208,7 +219,7 @@ def trainer(
     case: Case, out, *, adapter: bool = True, moved: bool = True, objective=None, reward=None, size: int = 4, **train
 ) -> Trainer:
     """A run; what it trains is `moved` to where some training may have brought it."""
-    model = TOYS[case.toy]()
+    model = new(case.toy)
     objective = objective or case.objective()
     torch.manual_seed(0)
     found = None
@@ -423,7 +434,7 @@ def test_without_an_adapter_the_base_is_the_model_of_the_start(case, precision, 
         options = {"adapter": False, "moved": False, "checkpoint_every": 2, "precision": precision}
         return trainer(case, tmp_path, objective=case.once(), **options, **train)
 
-    start = TOYS[case.toy]()
+    start = new(case.toy)
     interrupt(run(), 2)
     found = []
     for own in (True, False):

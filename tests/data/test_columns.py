@@ -135,7 +135,7 @@ def table(tmp_path, monkeypatch):
         Image.new("RGB", (4, 4), (level,) * 3).save(buffer, "png")
         return {"bytes": buffer.getvalue(), "path": None}
 
-    columns = {"image": [png(9)] * 2, "alpha": [png(1), png(200)], "text": ["x", "y"]}
+    columns = {"image": [png(9)] * 2, "alpha": [png(1), png(200)], "text": ["x", "y"], "score": [0.5, 2.0]}
     (tmp_path / "parquet").mkdir()
     datasets.Dataset.from_dict(columns).to_parquet(str(tmp_path / "parquet/t.parquet"))
     return tmp_path / "parquet"
@@ -149,6 +149,11 @@ def test_columns_of_a_table(table):
     assert masked(table, ignore="all")[0].sources.keys() == {"image"}
     with pytest.raises(UserError, match=r"no column 'mask' .*: set data\.columns\.mask"):
         read(Config(root=str(table)), ("image", "mask"))
+    assert [s.weight for s in masked(table, ignore="all", weight_column="score")] == [0.5, 2]
+    with pytest.raises(UserError, match=r"no column 'much' .*: set data\.weight_column"):
+        masked(table, ignore="all", weight_column="much")
+    with pytest.raises(UserError, match="is a table: write it out as one"):
+        read(Config(root=str(table)), ("image", "segments"))
 
 
 # ---------------------------------------------------------------------------------------------------- claims

@@ -4,7 +4,6 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
 from operator import itemgetter
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,6 +11,7 @@ import torch
 from tiny_training import PREDICTIONS, TinyModel, TinyRows, tiny_batch, tiny_trainer
 from torch import nn
 
+from visiontune.data.base import Config as DataConfig
 from visiontune.diffusion.timesteps import Timesteps
 from visiontune.errors import UserError
 from visiontune.objectives import dreambooth
@@ -19,7 +19,7 @@ from visiontune.objectives.base import Tools, generator
 from visiontune.objectives.dreambooth import build
 
 Config = partial(dreambooth.Config, prior="pictures")
-DOG = SimpleNamespace(trigger="sks", class_noun="dog")
+DOG = DataConfig(root="dog", class_noun="dog")
 
 
 def rows_of(loss):
@@ -184,7 +184,7 @@ def test_no_images_without_a_prior_term(tmp_path):
 
 def test_a_class_prompt_needs_a_class(tmp_path):
     with pytest.raises(UserError, match=r"data\.class_noun"):
-        prepare(Config(), tmp_path, painter(), data=SimpleNamespace(trigger="sks", class_noun=None))
+        prepare(Config(), tmp_path, painter(), data=DataConfig(root="dog"))
 
 
 # ------------------------------------------------------------------------------------------------ does it work

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -204,5 +203,5 @@ def test_rewards_take_clips_where_they_say_so():
 def test_class_images_of_a_model_of_clips_are_refused(tmp_path):
     prepare = dreambooth.build(dreambooth.Config()).prepare
     with pytest.raises(UserError, match=r"prior pictures are no clips, .* set objective.prior=none"):
-        prepare(TinyVideo(), SimpleNamespace(trigger="sks", class_noun="dog"), [], tmp_path, Tools())
+        prepare(TinyVideo(), Config(root="dog", class_noun="dog"), [], tmp_path, Tools())
     assert dreambooth.build(dreambooth.Config(prior_weight=0)).prepare(TinyVideo(), None, [], tmp_path, Tools()) == []

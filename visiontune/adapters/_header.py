@@ -62,10 +62,10 @@ def read_header(path: str | Path) -> dict[str, Any]:
 
     Returns:
         ``visiontune_format`` (int), ``method``, ``config`` (mapping), ``targets`` and ``layers`` (lists of text, the
-        second not empty), ``base_hash`` (64 hexadecimal digits), ``base_sample`` (layer -> numbers, for every layer),
-        ``base_error`` (layer -> number), ``words`` (embedding -> word -> rows), ``whole`` (layers that are changed as a
-        whole, whatever the method), ``skips`` (see ``AdapterSet``), and whatever else the writer put in (``trigger``,
-        ``prompt``, ...), as text.
+        second empty where words alone were trained), ``base_hash`` (64 hexadecimal digits), ``base_sample`` (layer ->
+        numbers, for every layer), ``base_error`` (layer -> number), ``words`` (embedding -> word -> rows), ``whole``
+        (layers that are changed as a whole, whatever the method), ``skips`` (see ``AdapterSet``), and whatever else the
+        writer put in (``trigger``, ``prompt``, ...), as text.
 
     Raises:
         UserError: no such file, not a visiontune adapter, one of a newer format, or one whose header is incomplete.
@@ -89,6 +89,8 @@ def read_header(path: str | Path) -> dict[str, Any]:
             raise _damaged(path, f"it has no '{key}'")
         if not holds(header[key]):
             raise _damaged(path, f"'{key}' is not {what}")
+    if not header["layers"] and not header["words"]:
+        raise _damaged(path, "'layers' and 'words' name nothing that was trained")
     named = (*header["layers"], *header["words"], *header["whole"])
     if lacking := [name for name in named if not header["base_sample"].get(name)]:
         raise _damaged(path, f"'base_sample' has nothing of the layer '{outside.shown(lacking[0])}'")
@@ -146,7 +148,7 @@ _CHECKS: Mapping[str, tuple[Any, str]] = {
     "method": (lambda value: isinstance(value, str), "text"),
     "config": (lambda value: isinstance(value, dict), "a mapping"),
     "targets": (_texts, "a list of text"),
-    "layers": (lambda value: _texts(value) and value and len({*value}) == len(value), "a list of layers, each once"),
+    "layers": (lambda value: _texts(value) and len({*value}) == len(value), "a list of layers, each once"),
     "base_hash": (_HASH.fullmatch, "a hash"),
     "base_sample": (_sample, "a mapping of lists of numbers"),
     "base_error": (_errors, "a mapping of numbers"),

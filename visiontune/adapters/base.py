@@ -61,7 +61,8 @@ def attach(
     roots = dict(modules) if isinstance(modules, Mapping) else {"": modules}
     key, module, options = _resolve(method, config)
     apart = {*(whole or {}).values()}
-    matched = _targets.match(roots, targets, module.LAYERS, presets)
+    # Words may be all that is trained.
+    matched = _targets.match(roots, targets, module.LAYERS, presets) if roots or not words else {}
     layers = {c: {n: layer for n, layer in found.items() if layer not in apart} for c, found in matched.items()}
     listed = [targets] if isinstance(targets, str) else targets
     return assemble(roots, name, key, options, module, listed, layers, words, whole)

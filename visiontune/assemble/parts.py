@@ -205,13 +205,14 @@ def attach_adapter(run: Run, model: Model, objective: Objective) -> AdapterSet |
     if run.adapter is None:
         return None
     from visiontune import adapters
-    from visiontune.models.words import rows_of
+    from visiontune.models.words import rows_of_each
 
     targets = run.adapter["targets"]
     _, config = plugin.configure("adapters", _without(run.adapter, "targets", "start", "under"), "adapter")
     trained = model.names(run.train.networks)
     presets = model.presets(trained)
-    words = rows_of(model, run.data.trigger, run.data.class_noun or "") if run.train.trigger else {}
+    subjects = {one.trigger: one.class_noun or "" for one in run.data.each()}
+    words = rows_of_each(model, subjects) if run.train.trigger else {}
     try:
         made = adapters.attach(model.of(*trained), config, targets=targets, presets=presets, words=words, whole=whole)
         if "start" in run.adapter:
@@ -343,7 +344,7 @@ def metadata(run: Run) -> dict[str, str]:
         "start": (run.adapter or {}).get("start"),
         "under": (run.adapter or {}).get("under"),
         "modelspec.title": run.name,
-        "modelspec.trigger_phrase": run.data.trigger,
+        "modelspec.trigger_phrase": ", ".join(one.trigger for one in run.data.each()),
     }
     return {**_of_start(run), **{name: value for name, value in facts.items() if value}}
 

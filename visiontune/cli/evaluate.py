@@ -1,11 +1,17 @@
-"""Judge a run: how well it learnt its subject and kept its base, at several strengths and checkpoints.
+"""Judge a run: how well it learnt its subject and kept its base; or what models can put together.
 
   visiontune evaluate runs/oft
   visiontune evaluate runs/oft --scales 0.4,0.6,0.8,1 --checkpoints --out curve.json
   visiontune evaluate runs/my_dog --clip openai/clip-vit-large-patch14
+  visiontune evaluate compose pocket/sd runs/tokencompose --out compose.json
+  visiontune evaluate compose stabilityai/stable-diffusion-2-1 --judge vqa_score
 
 Subjects of the pocket world are judged by an oracle that knows what is in a picture, any other by a CLIP: how alike its
 pictures are to yours, and how alike pictures of everyday prompts are to those of the base.
+
+`compose` draws prompts that ask for colours, shapes, textures, places, numbers and all of these at once, of each model,
+adapter or run that is named, and prints a table for each; those after the first are compared with it. Pocket models are
+judged by the oracle, others by a reward (--judge).
 """
 
 from __future__ import annotations
@@ -15,6 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from visiontune import files
+from visiontune.cli import _compose
 from visiontune.errors import UserError
 
 if TYPE_CHECKING:
@@ -22,22 +29,33 @@ if TYPE_CHECKING:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("folder", type=Path, help="folder of a finished run that trained an adapter")
+    parser.add_argument(
+        "folder",
+        metavar="FOLDER | compose",
+        help="folder of a finished run that trained an adapter (./compose for one of that name)",
+    )
+    parser.add_argument("words", nargs="*", metavar="MODEL | RUN", help="of compose: who draws (pocket/sd)")
     parser.add_argument("--scales", default="1", metavar="S,S,...", help="strengths (default: %(default)s)")
     parser.add_argument(
         "--checkpoints", action="store_true", help="every checkpoint that is there, not the result alone"
     )
     parser.add_argument("--clip", help="judge by this CLIP")
-    parser.add_argument("--out", type=Path, help="write every point to this .json file too")
+    parser.add_argument("--out", type=Path, help="write everything to this .json file too")
+    _compose.add_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> None:
-    scales = _scales(args.scales)
     if args.out:
         if args.out.suffix != ".json":
             raise UserError(f"points are written to a .json file, not {args.out.name}")
         files.check_target(args.out)
-    recipe, weights = args.folder / "recipe.yaml", args.folder / "adapter.safetensors"
+    if args.folder == _compose.NAME:
+        _compose.run(args)
+        return
+    _compose.refuse(args)
+    scales = _scales(args.scales)
+    folder = Path(args.folder)
+    recipe, weights = folder / "recipe.yaml", folder / "adapter.safetensors"
     if not recipe.is_file() or not weights.is_file():
         raise UserError(f"{args.folder} holds no finished run with an adapter: name the folder of one")
 
@@ -58,9 +76,9 @@ def run(args: argparse.Namespace) -> None:
     model.accept(adapters.read_header(weights))
     attached = adapters.load(model.networks(), weights)
     result = {name: tensor.clone() for name, tensor in attached.state_dict().items()}
-    states = kept.saved(args.folder) if args.checkpoints else [(told.train.steps, result)]
+    states = kept.saved(folder) if args.checkpoints else [(told.train.steps, result)]
     if not states:
-        raise UserError(f"{args.folder} has no checkpoints: leave out --checkpoints")
+        raise UserError(f"{folder} has no checkpoints: leave out --checkpoints")
     found = []
     for point in kept.points(model, attached, [(step, state, scales) for step, state in states], judge):
         print(point, flush=True)

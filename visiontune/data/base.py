@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Literal
@@ -20,12 +21,26 @@ if TYPE_CHECKING:
 
 # Where the picture counts in the loss, and where a model paints into it.
 MASKS = ("mask", "region")
+# Where each noun of the caption is.
+SEGMENTS = "segments"
 _SLOT = re.compile(rf"\[({'|'.join(SLOTS)})\]", re.IGNORECASE)
 DEFAULT_TRIGGER = "sks"
 # Where the caption of a picture comes from that has none of its own.
 DEFAULT_PROMPT = "data.prompt"
 # What [class] stands for until the user says what the pictures show.
 DEFAULT_CLASS = "object"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Subject:
+    """A further subject of a run; a bare value is ``root``."""
+
+    SHORTHAND: ClassVar[str] = "root"
+
+    root: str = option(help="its pictures, as data.root")
+    trigger: str = option(DEFAULT_TRIGGER, help="its word, which must be no other's")
+    class_noun: str | None = option(None, help="what [class] stands for in its captions; as data.class_noun")
+    prompt: str | None = option(None, help="caption of its images without one; null: data.prompt")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,6 +59,9 @@ class Config:
     prompt: str | None = option(None, help="caption of images without one: 'a photo of a [trigger] [class]'")
     trigger: str = option(DEFAULT_TRIGGER, help="word that [trigger] stands for")
     class_noun: str | None = option(None, help="what [class] stands for, such as dog; else the dataset's, else object")
+    subjects: list[Subject] = option(
+        [], help="further subjects that are learnt in the same run: [{root: my_cat, trigger: zwx, class_noun: cat}]"
+    )
     resolution: int | None = option(
         None, least=8, greatest=16384, help="side of the square whose area every image is resized to (model's own)"
     )
@@ -56,6 +74,9 @@ class Config:
     )
     caption_column: str = option(
         captions.DEFAULT_KEY, help="column of the captions, also in metadata.jsonl, metadata.csv and .json files"
+    )
+    weight_column: str | None = option(
+        None, help="column or key of numbers above 0, by which the loss of each picture is multiplied; null: 1"
     )
     ignore: list[str] | str = option(
         [], help="files, folders, keys and columns to leave out, by name or pattern; all: whatever nothing reads"
@@ -85,6 +106,12 @@ class Config:
                 "data.source_dropout and half of data.caption_dropout are more than the whole: lower one of them"
             )
 
+    def each(self) -> list[Config]:
+        """The data of every subject by itself, the first that of ``root``."""
+        own = replace(self, subjects=[])
+        given = [{**vars(one), "prompt": one.prompt or self.prompt} for one in self.subjects]
+        return [own, *(replace(own, **options) for options in given)]
+
     def key(self, column: str) -> str:
         """What a column is called in the user's data."""
         return self.columns.get(column, column)
@@ -108,11 +135,12 @@ class Source:
 
     Attributes:
         origin: a file, or a function that returns the picture.
-        kind: what it is: a ``picture``, or a ``mask``, white where something counts.
+        kind: what it is: a ``picture``, a ``mask``, white where something counts, or ``segments``, masks of several
+            nouns in one (:mod:`visiontune.data.segments`).
     """
 
     origin: Path | Callable[[], Image.Image]
-    kind: Literal["picture", "mask"] = "picture"
+    kind: Literal["picture", "mask", "segments"] = "picture"
 
     @property
     def file(self) -> Path | None:
@@ -120,7 +148,7 @@ class Source:
         return self.origin if isinstance(self.origin, Path) else None
 
     def open(self) -> Image.Image:
-        """The whole picture, decoded and upright, in RGB, or a mask in eight-bit grey.
+        """The whole picture, decoded and upright, in RGB, a mask in eight-bit grey, or segments as they are.
 
         Raises:
             UserError: the file is missing, truncated or no picture. A function may raise anything.
@@ -129,6 +157,8 @@ class Source:
 
         if isinstance(self.origin, Path):
             return (pictures.read_mask if self.kind == "mask" else pictures.read)(self.origin)
+        if self.kind == "segments":
+            return self.origin()
         return (pictures.mask if self.kind == "mask" else pictures.upright_rgb)(self.origin())
 
     def size(self) -> tuple[int, int]:
@@ -160,6 +190,7 @@ class Sample:
         caption: its words, nothing left to substitute. caption_from: where they stood: a kind of file, a table.
         prior: whether it is a prior-preservation image (DreamBooth) rather than one of the user's own.
         weight: factor of its loss; prior samples carry the prior weight lambda.
+        nouns: the words of the caption whose places the bits of ``segments`` mark, the first that of bit 0.
     """
 
     id: str
@@ -168,6 +199,7 @@ class Sample:
     prior: bool = False
     weight: float = 1.0
     caption_from: str = DEFAULT_PROMPT
+    nouns: tuple[str, ...] = ()
 
 
 def source(column: str, origin: Path | Callable[[], Image.Image]) -> Source:
@@ -192,6 +224,24 @@ def substitute(
         return found
 
     return _SLOT.sub(word, text)
+
+
+def weight_of(told: object, where: str) -> float:
+    """How much a picture counts, as a table has it.
+
+    Raises:
+        UserError: it is no number above 0.
+    """
+    try:
+        found = math.nan if isinstance(told, bool) else float(told)  # type: ignore[arg-type]
+    except (TypeError, ValueError):
+        found = math.nan
+    if not 0 < found < math.inf:
+        raise UserError(
+            f"{where}: the weight of a picture is a number above 0, not {shown(str(told))[:40]} (data.weight_column): "
+            "write one, or leave the picture out"
+        )
+    return found
 
 
 def has_slots(text: str) -> bool:

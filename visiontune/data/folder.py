@@ -11,12 +11,17 @@ from __future__ import annotations
 import os
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from visiontune.data import captions, metadata
-from visiontune.data.base import Config, Sample, default_from, listed, source, words_of
+from visiontune.data.base import SEGMENTS, Config, Sample, Source, default_from, listed, source, words_of
 from visiontune.data.metadata import Row
 from visiontune.errors import UserError
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 # Subfolders that hold pictures where none lie beside them.
 _HOMES = {"image": ("chosen", "target")}
@@ -59,12 +64,24 @@ def read_folder(
     return [
         Sample(
             id=name,
-            sources={column: source(column, file) for column, file in row.files.items()},
+            sources={column: source(column, file) for column, file in row.files.items()} | _segments(row),
             caption=words_of(row.caption, config),
             caption_from=default_from(row.where) if row.caption is None else row.where,
+            nouns=tuple(row.nouns),
+            weight=row.weight,
         )
         for name, row in sorted(listing.rows.items())
     ]
+
+
+def _segments(row: Row) -> dict[str, Source]:
+    return {SEGMENTS: Source(partial(_packed, list(row.nouns.values())), "segments")} if row.nouns else {}
+
+
+def _packed(files: Sequence[Path]) -> Image.Image:
+    from visiontune.data import pictures, segments
+
+    return segments.packed([pictures.read_mask(file) for file in files])
 
 
 def _read(folder: Path, config: Config, columns: Sequence[str], optional: Sequence[str]) -> _Listing:
@@ -74,13 +91,26 @@ def _read(folder: Path, config: Config, columns: Sequence[str], optional: Sequen
     listing = _list(home, folder, config, main, others, optional)
     rows = listing.rows
     for column in (*others, *optional):
-        if not any(column in row.files for row in rows.values()):
+        if column == SEGMENTS:
+            _check_nouns(folder, rows, config, column in others)
+        elif not any(column in row.files for row in rows.values()):
             _add_column(folder / config.key(column), column, rows, main, home, config, column in others)
     given = dict.fromkeys(column for row in rows.values() for column in row.files)
     for name, row in rows.items():
         # Where other rows have a column, this one lacks a file, which preflight will miss.
         row.files = {c: row.files.get(c, folder / config.key(c) / name) for c in given}
-    return replace(listing, used={*listing.used, *(file for row in rows.values() for file in row.files.values())})
+    read = {file for row in rows.values() for file in (*row.files.values(), *row.nouns.values())}
+    return replace(listing, used={*listing.used, *read})
+
+
+def _check_nouns(folder: Path, rows: dict[str, Row], config: Config, needed: bool) -> None:
+    """Refuse pictures of whose nouns nothing is known, where they must be or those of others are."""
+    bare = [name for name, row in rows.items() if not row.nouns]
+    if bare and (needed or len(bare) < len(rows)):
+        raise UserError(
+            f"{folder} has no masks of nouns for {listed(bare)}: name them in metadata.jsonl, "
+            f'"{config.key(SEGMENTS)}": [["cat", "masks/0_cat.png"], ...] (data.columns.{SEGMENTS} gives another name)'
+        )
 
 
 def captions_of(folder: Path, ignore: Sequence[str] = ()) -> dict[Path, str | None]:
@@ -157,6 +187,11 @@ def _list(
     given = [f for f in sorted(home.iterdir()) if not config.ignores(_name(f, folder))]
     texts = captions.beside(given, {f.stem for f in pictures})
     if table is None:
+        if config.weight_column is not None:
+            raise UserError(
+                f"{folder} has no metadata.jsonl or metadata.csv with '{config.weight_column}': write one, or leave "
+                "data.weight_column out"
+            )
         if not pictures and not texts:
             raise UserError(_nothing_in(folder))
         return _Listing(_beside(home, main, pictures, texts, config), {*pictures, *texts.values()}, [])

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from visiontune.data import captions
-from visiontune.data.base import Config
+from visiontune.data.base import SEGMENTS, Config, weight_of
 from visiontune.errors import UserError
 from visiontune.files import inside
 from visiontune.outside import parse_json
@@ -27,11 +27,14 @@ class Row:
         caption: ``None`` where it has none.
         files: that of each column.
         where: what the caption comes from.
+        nouns: the mask of each noun of the caption. weight: factor of its loss.
     """
 
     caption: str | None
     files: dict[str, Path] = field(default_factory=dict)
     where: str = ""
+    nouns: dict[str, Path] = field(default_factory=dict)
+    weight: float = 1.0
 
 
 def table_in(folder: Path) -> Path | None:
@@ -54,8 +57,10 @@ def rows(
         raise UserError(f"{file} has no lines: write one for each picture, or remove it")
     given = {key for _, line in lines for key in line if not config.ignores(key)}
     wanted = [c for c in (*others, *optional) if config.key(c) in given or (c in others and c not in subfolders)]
+    grounded = SEGMENTS in wanted
+    wanted = [c for c in wanted if c != SEGMENTS]
     name_key = config.columns.get(main, "file_name")
-    known = {name_key, config.caption_column, *map(config.key, wanted)}
+    known = {name_key, config.caption_column, *map(config.key, (*wanted, SEGMENTS))}
     unread: dict[str, None] = {}
     found: dict[str, Row] = {}
     for where, line in lines:
@@ -63,6 +68,11 @@ def rows(
         if name in found:
             raise UserError(f"{where} captions {name} a second time: keep one line for it")
         found[name] = Row(caption, {main: inside(file.parent, name, where)}, file.name)
+        if config.weight_column is not None:
+            found[name].weight = weight_of(line.get(config.weight_column), where)
+        if grounded:
+            key = config.key(SEGMENTS)
+            found[name].nouns = _nouns(file.parent, line.get(key), f"{where}: '{key}'")
         for column in wanted:
             key = config.key(column)
             if not isinstance(line.get(key), str):
@@ -75,6 +85,21 @@ def rows(
             if key not in known and key in given and isinstance(value, str) and is_picture(Path(value))
         )
     return found, [(key, file.name) for key in unread]
+
+
+def _nouns(folder: Path, told: Any, where: str) -> dict[str, Path]:
+    """Masks of nouns of a list ``[[noun, file or null], ...]``; nouns without a file are left out."""
+    shape = isinstance(told, list) and all(
+        isinstance(pair, list) and len(pair) == 2 and isinstance(pair[0], str) and isinstance(pair[1], str | None)
+        for pair in told
+    )
+    nouns = [pair[0].strip() for pair in told if pair[1] is not None] if shape else []
+    if not shape or not all(nouns) or len({*nouns}) < len(nouns):
+        raise UserError(
+            f"{where} is no list of nouns and their masks, each noun once: write "
+            '[["cat", "masks/0_cat.png"], ["sofa", null]]'
+        )
+    return {noun: inside(folder, mask, where) for noun, mask in told if mask is not None for noun in [noun.strip()]}
 
 
 def _main_of(where: str, line: dict[str, Any], name_key: str, words: str) -> tuple[str, str | None]:

@@ -15,6 +15,7 @@ _BROKEN = "unreadable images (replace or remove them)"
 _ALONE = "captions without an image (add the image or remove the caption)"
 _HALF = "samples that lack a column (add the file of the same name, or remove the sample's others)"
 _SHAPE = "masks or sources of another shape than their image (crop or scale them as it is)"
+_NOWHERE = "masks of nouns without a white pixel (draw where they are, or write null for the file)"
 _BLANK = "regions without a white pixel (draw where the image is painted, or remove the sample)"
 
 
@@ -23,12 +24,12 @@ def preflight(samples: Sequence[Sample]) -> None:
 
     Raises:
         UserError: one line that lists empty captions, unreadable pictures, captions without one, samples that lack a
-            column, masks and sources that do not lie on their picture and regions with nothing in them (the first ten
-            names of each, and how many more), or says that there are no samples.
+            column, masks and sources that do not lie on their picture, and regions and nouns with nothing in them (the
+            first ten names of each, and how many more), or says that there are no samples.
     """
     if not samples:
         raise UserError("the dataset has no samples: put images with captions into data.root")
-    found: dict[str, list[str]] = {words: [] for words in (_EMPTY, _BROKEN, _ALONE, _HALF, _SHAPE, _BLANK)}
+    found: dict[str, list[str]] = {words: [] for words in (_EMPTY, _BROKEN, _ALONE, _HALF, _SHAPE, _BLANK, _NOWHERE)}
     with ThreadPoolExecutor() as pool:
         faults = tqdm(pool.map(_faults, samples), "checking images", len(samples), delay=1, leave=False)
         for words, name in (fault for some in faults for fault in some):
@@ -54,10 +55,14 @@ def _faults(sample: Sample) -> list[tuple[str, str]]:
             shapes[name] = picture.size
             if name == "region" and picture.getbbox() is None:
                 faults.append((_BLANK, sample.id))
+            if source.kind == "segments":
+                from visiontune.data import segments
+
+                faults += [(_NOWHERE, f"{sample.id} ({noun})") for noun in segments.empty(picture, sample.nouns)]
         except Exception:  # a damaged file can raise nearly anything from inside a decoder
             faults.append((_BROKEN, sample.id if name == names[0] else f"{sample.id} ({name})"))
     for name, source in sample.sources.items():
-        laid = source.kind == "mask" or name == "source"
+        laid = source.kind != "picture" or name == "source"
         if laid and {name, names[0]} <= shapes.keys() and not _alike(shapes[name], shapes[names[0]]):
             faults.append((_SHAPE, sample.id))
     return faults

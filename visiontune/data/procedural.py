@@ -11,13 +11,14 @@ from typing import Literal
 import numpy as np
 from PIL import Image
 
-from visiontune.data.base import DEFAULT_PROMPT, DEFAULT_TRIGGER, Sample, source, substitute
+from visiontune.data import segments
+from visiontune.data.base import DEFAULT_PROMPT, DEFAULT_TRIGGER, SEGMENTS, Sample, Source, source, substitute
 from visiontune.errors import UserError
 from visiontune.pocket.controls import MAPS
 from visiontune.pocket.edits import KINDS, Kind
 from visiontune.pocket.edits import stream as stream_edits
-from visiontune.pocket.scenes import caption, sample_scene, stream, subject_scene
-from visiontune.pocket.world import STYLES, SUBJECTS, Scene, render
+from visiontune.pocket.scenes import caption, phrases, sample_scene, stream, subject_scene
+from visiontune.pocket.world import STYLES, SUBJECTS, Scene, Thing, coverage, render
 from visiontune.schema import nearest, option
 
 
@@ -40,6 +41,9 @@ class Spec:
         False, help="only scenes and edits whose captions pocket models have never seen (world: scenes, edits)"
     )
     edits: list[Kind] = option(list(KINDS), help="kinds of edits, in turn (world: edits)")
+    kinds: list[Literal["one", "two", "many", "three"]] = option(
+        [], help="scenes of so many objects, taking turns; empty: as in the training world (world: scenes)"
+    )
     count: int = option(5, least=1, greatest=10_000_000, help="number of images")
     seed: int = option(0, least=0, greatest=2**63 - 1, help="seed of the scenes")
     caption: str | None = option(None, help="caption of every image; {scene} stands for the scene's own description")
@@ -86,6 +90,7 @@ def samples(
         UserError: a column that is not drawn.
     """
     drawn = ["image"] + ["rejected"] * bool(spec.rejected_style) + ["source"] * (spec.world == "edits")
+    drawn += [SEGMENTS] if spec.world == "scenes" and not spec.map else []
     lacking = [column for column in columns if column not in drawn]
     if lacking:
         has = {"rejected": "pocket/pairs", "source": "pocket/edits"}.get(lacking[0])
@@ -96,12 +101,29 @@ def samples(
     return [
         Sample(
             id=f"{name}/{i:04d}",
-            sources={column: source(column, _picture(spec, column, scene, before)) for column in wanted},
+            sources={column: _source(spec, column, scene, before) for column in wanted},
+            nouns=tuple(phrases(scene)) if SEGMENTS in wanted else (),
             caption=substitute(template.replace("{scene}", words), trigger, class_noun),
             caption_from=DEFAULT_PROMPT if prompt else f"the dataset {name}",
         )
         for i, (scene, words, before) in enumerate(islice(_rows(spec), spec.count))
     ]
+
+
+def _source(spec: Spec, column: str, scene: Scene, before: Scene) -> Source:
+    if column == SEGMENTS:
+        return Source(partial(_places, scene), "segments")
+    return source(column, _picture(spec, column, scene, before))
+
+
+def _places(scene: Scene) -> Image.Image:
+    """Where the objects are, by the words that the caption has for them."""
+    masks = [np.max([_coverage(scene.things[i]) for i in places], axis=0) for places in phrases(scene).values()]
+    return segments.packed([Image.fromarray((255 * mask).astype(np.uint8)) for mask in masks])
+
+
+def _coverage(thing: Thing) -> np.ndarray:
+    return coverage(thing.shape, thing.x, thing.y, thing.radius)
 
 
 def _picture(spec: Spec, column: str, scene: Scene, before: Scene) -> Callable[[], Image.Image]:
@@ -129,7 +151,9 @@ def _scenes(spec: Spec) -> Iterator[tuple[Scene, str]]:
     """Endless scenes of a spec with their own descriptions."""
     rng = np.random.default_rng(spec.seed)
     if spec.world == "scenes":
-        yield from stream(spec.seed, holdout=spec.holdout)
+        streams = [stream(spec.seed + i, kind, spec.holdout) for i, kind in enumerate(spec.kinds or [None])]
+        while True:
+            yield from map(next, streams)
     while True:
         if spec.world == "subject":
             scene = subject_scene(SUBJECTS[str(spec.subject)], rng, spec.style)

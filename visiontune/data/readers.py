@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import ClassVar
 
 from visiontune import catalogue
-from visiontune.data.base import DEFAULT_CLASS, DEFAULT_TRIGGER, Config, Sample, source
+from visiontune.data.base import DEFAULT_CLASS, DEFAULT_TRIGGER, Config, Sample, Subject, source
 from visiontune.data.folder import ignored, read_folder, refuse_left_out
 from visiontune.data.metadata import TABLES
 from visiontune.data.repeats import parts, read_parts
@@ -56,6 +56,12 @@ def read(config: Config, columns: Sequence[str] = ("image",), optional: Sequence
     Raises:
         UserError: no such dataset, or one that cannot be read, that lacks a column, or that has what nothing reads.
     """
+    if config.subjects:
+        return [
+            replace(sample, id=f"{own.trigger}/{sample.id}")
+            for own in config.each()
+            for sample in read(own, columns, optional)
+        ]
     unclaimed = sorted(config.columns.keys() - {*columns, *optional})
     if unclaimed:
         raise UserError(
@@ -136,6 +142,8 @@ def _tables(folder: Path) -> list[Path]:
 
 def left_out(config: Config, columns: Sequence[str]) -> list[str]:
     """What lies in the folder ``config.root`` and is not read because of ``config.ignore``; nothing of other roots."""
+    if config.subjects:
+        return [f"{own.trigger}: {name}" for own in config.each() for name in left_out(own, columns)]
     path = _place(config.root)
     if not path.is_dir():
         return []
@@ -144,7 +152,22 @@ def left_out(config: Config, columns: Sequence[str]) -> list[str]:
 
 
 def resolve(config: Config) -> Config:
-    """The config with a catalogue dataset's prompt, trigger and class noun where it has none; elsewhere, a noun."""
+    """The config with a catalogue dataset's prompt, trigger and class noun where it has none; elsewhere, a noun.
+
+    Raises:
+        UserError: two subjects under one word.
+    """
+    if config.subjects:
+        own, *others = [resolve(one) for one in config.each()]
+        triggers = [one.trigger.lower() for one in (own, *others)]
+        for i, one in enumerate(others):
+            if triggers.count(one.trigger.lower()) > 1:
+                raise UserError(
+                    f"data.subjects[{i}] goes by '{one.trigger}', as another subject does: give each a word of its own "
+                    f"(data.subjects[{i}].trigger)"
+                )
+        told = [Subject(root=o.root, trigger=o.trigger, class_noun=o.class_noun, prompt=o.prompt) for o in others]
+        return replace(own, subjects=told)
     if _place(config.root).exists() or config.root not in catalogue.names("datasets"):
         return replace(config, class_noun=config.class_noun or DEFAULT_CLASS)
     spec = catalogue.load("datasets", config.root)
@@ -162,6 +185,8 @@ def _catalogue(config: Config, columns: Sequence[str], optional: Sequence[str]) 
     if spec.get("source") == "prompts":
         raise UserError(f"data.root {config.root} is a list of prompts without pictures: take a dataset of pictures")
     if spec.get("source") == "procedural":
+        if config.weight_column is not None:
+            raise UserError(f"pictures of {config.root} have no weights: leave data.weight_column out")
         from visiontune.data import procedural
 
         typed = from_mapping(procedural.Spec, spec, f"datasets/{config.root}.yaml")

@@ -13,7 +13,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from visiontune.core import Batch, Condition, Encoders, Request
-from visiontune.data import buckets, transforms
+from visiontune.data import buckets, segments, transforms
 from visiontune.data.base import Config, Sample, Source, listed
 from visiontune.data.buckets import Size
 from visiontune.data.cache import Cache, Tensors, key
@@ -133,6 +133,12 @@ class Rows:
             return torch.ones(1, *(side // self.model.downsample for side in pick.size))
         return self._stored(pick, column)["mask"]
 
+    def segments(self, pick: Pick, column: str) -> Tensor:
+        """Where a row's nouns are, bits ``int32 [1, h, w]`` at the latents' size; none of a prior picture."""
+        if column not in self.samples[pick.index].sources:
+            return torch.zeros(1, *(side // self.model.downsample for side in pick.size), dtype=torch.int32)
+        return self._stored(pick, column)["segments"]
+
     def channels(self, pick: Pick) -> Tensor:
         """What a model that paints is shown beside a row's noisy latents, [1, k, h, w]: its region, and what is left.
 
@@ -187,16 +193,11 @@ class Rows:
         A row with ``drop``, and a prior row with the empty caption, has the empty caption as its prompt and the model's
         unconditional condition. ``data`` has
         latents [b, c, (f), h, w] of each column of pictures, those of one row from one draw, of ``source`` the mean,
-        and masks [b, 1, h, w]; of a model that paints, ``channels`` [b, k, h, w]. Where sources are hidden from some
-        rows, ``shown`` [b] is True for the others.
+        and masks and bits of segments [b, 1, h, w]; of a model that paints, ``channels`` [b, k, h, w]. Where sources
+        are hidden from some rows, ``shown`` [b] is True for the others.
         """
         samples = [self.samples[p.index] for p in picks]
-        data = {
-            column: torch.stack([self.mask(p, column) for p in picks])
-            if kind == "mask"
-            else self._latents_of(picks, column)
-            for column, kind in self.columns.items()
-        }
+        data = {column: self._column(picks, column, kind) for column, kind in self.columns.items()}
         if self.model.paints:
             data["channels"] = torch.cat([self.channels(p) for p in picks])
         if "source" in data and self.config.source_dropout:
@@ -211,7 +212,14 @@ class Rows:
             weight=torch.tensor([s.weight for s in samples], dtype=torch.float32),
             prior=torch.tensor([s.prior for s in samples], dtype=torch.bool),
             ids=[s.id for s in samples],
+            nouns=[s.nouns for s in samples] if "segments" in self.columns.values() else None,
         )
+
+    def _column(self, picks: Sequence[Pick], column: str, kind: str) -> Tensor:
+        if kind == "picture":
+            return self._latents_of(picks, column)
+        read = self.mask if kind == "mask" else self.segments
+        return torch.stack([read(p, column) for p in picks])
 
     def _told(self, pick: Pick, sample: Sample) -> Condition:
         """The condition of one row."""
@@ -240,7 +248,8 @@ class Rows:
         if not self.config.cache:
             return self._make(sample, source, pick)
         digest = self._digest(pick.index, column)
-        makes = {"mask": self.model.downsample} if source.kind == "mask" else {"vae": self._vae}
+        of_masks: dict[str, str | int] = {source.kind: self.model.downsample}
+        makes: dict[str, str | int] = {"vae": self._vae} if source.kind == "picture" else of_masks
         entry = key(image=digest, size=pick.size, flip=pick.flip, transform=transforms.RECIPE, **makes)
 
         def make() -> Tensors:
@@ -260,9 +269,10 @@ class Rows:
 
     def _make(self, sample: Sample, source: Source, pick: Pick) -> Tensors:
         """What becomes of a source: the moments of a picture, or a mask at the latents' size."""
-        if source.kind == "mask":
+        if source.kind != "picture":
             picture, shrink, place = _reading(sample, source.open), self.model.downsample, self._centering(pick)
-            return {"mask": transforms.to_mask(picture, pick.size, shrink, flip=pick.flip, centering=place)}
+            shrunk = transforms.to_mask if source.kind == "mask" else segments.to_latents
+            return {source.kind: shrunk(picture, pick.size, shrink, flip=pick.flip, centering=place)}
         with torch.no_grad():
             moments = self.model.moments(self._pixels(sample, source, pick)[None])[0].cpu()
         if not moments.isfinite().all():
@@ -286,13 +296,13 @@ class Rows:
 
 
 def _columns(samples: Sequence[Sample]) -> dict[str, str]:
-    """The columns of the instance samples and their kinds; all samples must have them, but prior ones need no mask."""
+    """The columns of the instance samples and their kinds; all must have them, prior ones the pictures alone."""
     first = next((s for s in samples if not s.prior), None)
     if first is None:
         raise UserError("the dataset has no images to train on: put images into data.root")
     columns: dict[str, str] = {name: source.kind for name, source in first.sources.items()}
     for name, kind in columns.items():
-        lacking = [s.id for s in samples if name not in s.sources and not (s.prior and kind == "mask")]
+        lacking = [s.id for s in samples if name not in s.sources and not (s.prior and kind != "picture")]
         if lacking:
             raise UserError(f"{len(lacking)} samples have no {name}, as others have: {listed(lacking)}")
     return columns

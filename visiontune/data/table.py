@@ -9,7 +9,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from visiontune.data.base import Config, Sample, default_from, listed, source, words_of
+from visiontune.data.base import SEGMENTS, Config, Sample, default_from, listed, source, weight_of, words_of
 from visiontune.data.captions import caption_text
 from visiontune.errors import UserError
 from visiontune.files import inside
@@ -32,6 +32,10 @@ def read_table(
     Raises:
         UserError: the dataset cannot be loaded, lacks a column, or has pictures in a column that nothing reads.
     """
+    if SEGMENTS in columns:
+        raise UserError(
+            f"masks of nouns are read of a folder's metadata.jsonl, and {config.root} is a table: write it out as one"
+        )
     # By name: a type checker run in a checkout takes the catalogue folder datasets/ for the package.
     datasets: Any = import_module("datasets")
     try:
@@ -61,15 +65,28 @@ def read_table(
                 f"column '{name}' of {config.root} holds no images {has}: set data.columns.{column}"
             ) from error
     _refuse_unread(table, config, names.values())
+    weights = _weights(table, config)
     return [
         Sample(
             id=f"{config.split}[{i}]",
             sources={c: source(c, partial(_picture, pictures[c], i, name, config)) for c, name in names.items()},
             caption=words_of(caption_text(caption, f"row {i} of {config.root}"), config),
             caption_from=default_from(column_words) if caption is None else column_words,
+            weight=weights[i],
         )
         for i, caption in enumerate(words)
     ]
+
+
+def _weights(table: Any, config: Config) -> list[float]:
+    """How much each row counts."""
+    name = config.weight_column
+    if name is None:
+        return [1.0] * len(table)
+    if name not in table.column_names:
+        raise UserError(f"dataset {config.root} has no column '{name}' (it has {', '.join(table.column_names)}): "
+                        "set data.weight_column")  # fmt: skip
+    return [weight_of(told, f"row {i} of {config.root}") for i, told in enumerate(table[name])]
 
 
 def _names(table: Any, config: Config, columns: Sequence[str], optional: Sequence[str]) -> dict[str, str]:

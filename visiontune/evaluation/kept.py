@@ -19,6 +19,7 @@ from visiontune.data.base import substitute
 from visiontune.data.prompts import listed_prompts
 from visiontune.data.readers import read
 from visiontune.errors import UserError
+from visiontune.evaluation import together
 from visiontune.evaluation.metrics import image_features
 from visiontune.evaluation.personalise import measure
 from visiontune.models.clip import load_clip
@@ -89,6 +90,28 @@ class Oracle:
             cfg_scale=self.cfg_scale,
         ).scores()
         return scores["subject_known"], (scores["prompt_accuracy"] + scores["class_kept"]) / 2, scores
+
+
+class Several:
+    """Judges several subjects of the pocket world; see :mod:`visiontune.evaluation.together`.
+
+    ``learnt`` is the share of pictures of two of them in which both are known and nothing else is; ``kept`` as for one.
+    """
+
+    def __init__(
+        self, run: Run, ordinary: int = 60, steps: int = 25, cfg_scale: float = 4.0, seeds: int = len(_SEEDS)
+    ) -> None:
+        self.triggers = {one.root.removeprefix("pocket/"): one.trigger for one in run.data.each()}
+        self.sizes: dict[str, Any] = {
+            "ordinary": ordinary,
+            "steps": steps,
+            "cfg_scale": cfg_scale,
+            "seeds": _SEEDS[:seeds],
+        }
+
+    def __call__(self, model: PipelineModel) -> tuple[float, float, dict[str, float]]:
+        scores = together.measure(model, self.triggers, **self.sizes).scores()
+        return scores["both"], (scores["prompt_accuracy"] + scores["class_kept"]) / 2, scores
 
 
 class Likeness:
@@ -162,12 +185,30 @@ def judge_of(run: Run, clip: str | None = None, **sizes: Any) -> Judge | None:
     """The oracle for subjects of the pocket world, else a CLIP; ``sizes`` are those of its class.
 
     ``None`` where no CLIP is named, and the subject is the user's own.
+
+    Raises:
+        UserError: a CLIP is to judge several subjects; one of the pocket world comes twice.
     """
+    if run.data.subjects:
+        return _judge_of_several(run, clip, **sizes)
     if clip is not None:
         return Likeness(run, clip, **sizes)
     if run.data.root.removeprefix("pocket/") in SUBJECTS and run.model.source == "pocket/sd":
         return Oracle(run, **sizes)
     return None
+
+
+def _judge_of_several(run: Run, clip: str | None, **sizes: Any) -> Judge | None:
+    roots = [one.root.removeprefix("pocket/") for one in run.data.each()]
+    if clip is not None:
+        raise UserError(
+            "a CLIP judges how alike pictures are to those of one subject, and this run has several: set judge=none"
+        )
+    if not {*roots} <= SUBJECTS.keys() or run.model.source != "pocket/sd":
+        return None
+    if len({*roots}) < len(roots):
+        raise UserError("the oracle tells subjects apart, and one of these comes twice: set judge=none")
+    return Several(run, **sizes)
 
 
 def points(

@@ -18,18 +18,25 @@ from visiontune.guidance._features import grid_of, pictured
 from visiontune.guidance._network import Network
 from visiontune.guidance._taps import Attention, attending
 
-# (name of the layer, its map [rows, h, w, words])
+# (name of the layer, its map [rows, (heads), h, w, words])
 Told = Callable[[str, Tensor], None]
+# (q, k, mask, words, scale) -> what picture and words attend to each other, as `word_maps` has it.
+Read = Callable[[Tensor, Tensor, Tensor | None, slice | None, float | None], Tensor]
 
 
 def probing(
-    network: Network, layers: Mapping[str, nn.Module], arguments: Mapping[str, Any], term: str, tell: Told
+    network: Network,
+    layers: Mapping[str, nn.Module],
+    arguments: Mapping[str, Any],
+    term: str,
+    tell: Told,
+    read: Read | None = None,
 ) -> AbstractContextManager[Callable[[], None]]:
     """In the block, each layer's map of words is told when it is called, with its graph where gradients are taken.
 
     Args:
         layers: of `Network.worded`. arguments: of the denoiser's call, filled in when it is made.
-        term: who looks, for messages.
+        term: who looks, for messages. read: makes the maps, `word_maps` unless another is given.
 
     Returns:
         A context whose value is a check for after the call, which raises UserError where a layer was not seen.
@@ -40,10 +47,9 @@ def probing(
     def attend(name: str) -> Attention:
         def seen(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, **call: Any) -> Tensor:
             words = network.words(name, arguments) if joint else None
-            found = word_maps(q, k, mask, words, call.get("scale"))
-            tell(
-                name, found.unflatten(1, grid_of(found.shape[1], network.grid(arguments), term, "draw in another size"))
-            )
+            found = (read or word_maps)(q, k, mask, words, call.get("scale"))
+            grid = grid_of(found.shape[-2], network.grid(arguments), term, "draw in another size")
+            tell(name, found.unflatten(-2, grid))
             return scaled_dot_product_attention(q, k, v, attn_mask=mask, **call)
 
         return seen
@@ -68,6 +74,20 @@ def word_maps(q: Tensor, k: Tensor, mask: Tensor | None, words: slice | None, sc
             logits = _masked(logits, mask[:, min(head, mask.shape[1] - 1)] if mask.ndim == 4 else mask)
         total = total + _between(logits.softmax(-1), words)
     return total / q.shape[1]
+
+
+def shares_of_words(q: Tensor, k: Tensor, mask: Tensor | None, words: slice | None, scale: float | None) -> Tensor:
+    """How each place of the picture shares its attention out among the words, [b, heads, n, words], sums 1.
+
+    Args: as of :func:`word_maps`; in joint attention what the picture gives to itself is left out of the shares.
+    """
+    with torch.autocast(q.device.type, enabled=False):
+        dtype = torch.promote_types(q.dtype, torch.float32)
+        logits = (q.shape[-1] ** -0.5 if scale is None else scale) * q.to(dtype) @ k.to(dtype).mT
+        logits = logits if mask is None else _masked(logits, mask)
+        if words is not None:
+            logits = logits[:, :, pictured(words, logits.shape[-1]), words]
+        return logits.softmax(-1)
 
 
 def _masked(logits: Tensor, mask: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 
 import torch
+from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 from torch.overrides import TorchFunctionMode
@@ -70,8 +71,22 @@ def attending(
                 f"'{min(unseen)}' uses another kernel: set the attention backend to native"
             )
 
-    with replaced(layers, make):
+    with _fused(layers), replaced(layers, make):
         yield check
+
+
+@contextmanager
+def _fused(layers: Mapping[str, nn.Module]) -> Iterator[None]:
+    """In the block, layers that compute attention as plain products do so by torch's function."""
+    plain: list[Any] = [layer for layer in layers.values() if type(getattr(layer, "processor", None)) is AttnProcessor]
+    before = [layer.processor for layer in plain]
+    for layer in plain:
+        layer.processor = AttnProcessor2_0()
+    try:
+        yield
+    finally:
+        for layer, processor in zip(plain, before, strict=True):
+            layer.processor = processor
 
 
 class _Attending(TorchFunctionMode):

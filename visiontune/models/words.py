@@ -140,6 +140,35 @@ def rows_of(model: Any, word: str, known: str = "") -> dict[str, tuple[nn.Embedd
     return found
 
 
+def rows_of_each(
+    model: Any, words: Mapping[str, str]
+) -> dict[str, tuple[nn.Embedding, dict[str, list[int]], set[int]]]:
+    """:func:`rows_of` of several words, which are trained beside each other.
+
+    Args:
+        words: each with those of it that keep their meaning.
+
+    Raises:
+        UserError: as of :func:`rows_of`; two of the words are read with a token in common.
+    """
+    found: dict[str, tuple[nn.Embedding, dict[str, list[int]], set[int]]] = {}
+    for word, known in words.items():
+        for name, (layer, own, kept) in rows_of(model, word, known).items():
+            _, others, theirs = found.setdefault(name, (layer, {}, set()))
+            taken = {i for ids in others.values() for i in ids} - theirs
+            if shared := taken & ({*own[word]} - kept):
+                token = getattr(model.pipe, name.partition(".")[0].replace("text_encoder", "tokenizer")).decode(
+                    min(shared)
+                )
+                raise UserError(
+                    f"data.subjects: '{shown(word)}' is read with the token '{token}', as the word of another subject "
+                    "is, and would share its meaning: take another word"
+                )
+            others |= own
+            theirs |= kept
+    return found
+
+
 def inside(tokenizer: Any, words: str) -> list[int]:
     """What words are read as inside of a sentence, where some tokenizers have a space in front of them."""
     before, all_ = (tokenizer(text, add_special_tokens=False)["input_ids"] for text in ("a", f"a {words}"))

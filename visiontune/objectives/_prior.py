@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from visiontune.data.base import Sample, Source, substitute
+from visiontune.data.base import Sample, Source, has_slots, substitute
 from visiontune.data.prompt_files import read_prompts
 from visiontune.data.prompts import listed_prompts
 from visiontune.data.readers import read
@@ -42,11 +42,14 @@ def prompts(config: Config, data: DataConfig, source: str) -> list[str]:
         everything = POCKET if source.startswith("pocket/") else EVERYDAY
         wanted = everything if config.prior == "prediction" else CLASS_PROMPT
     found = (listed_prompts(wanted) if isinstance(wanted, str) else None) or read_prompts(wanted)
-    if len(found) > config.prior_images:
+    everyone = data.each()
+    # What is about a class is so about each.
+    given = [(prompt, one) for prompt in found for one in (everyone if has_slots(prompt) else everyone[:1])]
+    if len(given) > config.prior_images:
         # The first ones of a list would be of one kind.
-        found = random.Random(_ORDER).sample(found, len(found))
-    words = [substitute(prompt, data.trigger, data.class_noun) for prompt in found]
-    named = [prompt for prompt in words if _has(prompt, data.trigger)]
+        given = random.Random(_ORDER).sample(given, len(given))
+    words = [substitute(prompt, one.trigger, one.class_noun) for prompt, one in given]
+    named = [prompt for prompt in words if any(_has(prompt, one.trigger) for one in everyone)]
     if named:
         raise UserError(
             f"objective.prior_prompts has '{named[0]}' with the trigger, of which the base knows nothing: leave it out"
@@ -58,8 +61,11 @@ def own(samples: Sequence[Sample], data: DataConfig) -> list[Sample]:
     """The user's pictures under captions without the trigger; none where captions have none."""
     kept = []
     for sample in samples:
-        caption = without(sample.caption, data.trigger, data.class_noun)
-        if caption is not None:
+        caption = sample.caption
+        for one in data.each():
+            less = without(caption, one.trigger, one.class_noun)
+            caption = caption if less is None else less
+        if caption != sample.caption:
             kept.append(dataclasses.replace(sample, caption=caption))
     return kept
 
@@ -90,7 +96,7 @@ def _word(word: str) -> re.Pattern[str]:
 
 def given(config: Config, data: DataConfig) -> list[Sample]:
     """The user's pictures of what is to be kept, from ``prior_data``."""
-    root = dataclasses.replace(data, root=str(config.prior_data), columns={}, prompt=None)
+    root = dataclasses.replace(data, root=str(config.prior_data), columns={}, prompt=None, subjects=[])
     return read(root)
 
 

@@ -194,6 +194,7 @@ def read(image: np.ndarray) -> list[Found]:
 
 
 def fits(found: Found, wanted: Wanted) -> bool:
+    """Whether an object is what a caption asks for."""
     thing = found.thing
     return (
         found.valid
@@ -218,7 +219,7 @@ def holds(relation: str | None, first: Thing, second: Thing) -> bool:
     return (along if relation in ("left of", "above") else -along) > abs(across)
 
 
-def _assignments(found: list[Found], wanted: tuple[Wanted, ...]) -> list[list[Found]]:
+def assignments(found: list[Found], wanted: tuple[Wanted, ...]) -> list[list[Found]]:
     """Every way to give each wanted object a found one of its own."""
     if not wanted:
         return [[]]
@@ -226,7 +227,7 @@ def _assignments(found: list[Found], wanted: tuple[Wanted, ...]) -> list[list[Fo
         [item, *rest]
         for i, item in enumerate(found)
         if fits(item, wanted[0])
-        for rest in _assignments(found[:i] + found[i + 1 :], wanted[1:])
+        for rest in assignments(found[:i] + found[i + 1 :], wanted[1:])
     ]
 
 
@@ -239,7 +240,7 @@ def matches(image: np.ndarray, caption: str | Request) -> bool:
     found = read(image)
     if len(found) != len(request.things):
         return False
-    ways = _assignments(found, request.things)
+    ways = assignments(found, request.things)
     return any(len(w) < 2 or holds(request.relation, w[0].thing, w[1].thing) for w in ways)
 
 

@@ -150,6 +150,16 @@ def caption(scene: Scene, rng: np.random.Generator, detail: float = 0.5) -> str:
     return OPENINGS[rng.choice(3, p=[0.6, 0.2, 0.2])] + text
 
 
+def phrases(scene: Scene) -> dict[str, list[int]]:
+    """The words that a caption has for each kind of object, their colours and shape, and which objects they are."""
+    number = len(scene.things)
+    alike = number > 1 and not scene.relation and len({(t.shape, t.color) for t in scene.things}) == 1
+    found: dict[str, list[int]] = {}
+    for i, thing in enumerate(scene.things):
+        found.setdefault(f"{_colors(thing)} {plural(thing.shape) if alike else thing.shape}", []).append(i)
+    return found
+
+
 def _colors(thing: Thing) -> str:
     return f"{thing.color} and {thing.accent}" if thing.accent else thing.color
 

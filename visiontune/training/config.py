@@ -40,7 +40,7 @@ class TrainConfig:
     parts: list[str] | None = option(
         None,
         help="what is trained: networks by name (unet) or role (denoiser, text, vae), and with an adapter trigger, the "
-        "meaning of data.trigger alone; null: the denoiser",
+        "meaning of data.trigger alone (without a network: textual inversion); null: the denoiser",
     )
     release: list[str] | None = option(
         None,
@@ -90,8 +90,6 @@ class TrainConfig:
             raise ValueError(f"warmup={self.warmup} is longer than steps={self.steps}: the rate would never be reached")
         if self.parts is not None and not self.parts:
             raise ValueError("parts leaves nothing to train: name a network or a role, or set it to null")
-        if self.parts == [TRIGGER]:
-            raise ValueError(f"parts has {TRIGGER} alone: name a network or a role beside it")
 
     @property
     def networks(self) -> list[str] | None:

@@ -123,7 +123,10 @@ def export(
     found = {} if kind == "merged" else changes.words()
     words.check(found)
     at = words.places(found, Path(path))
-    done = writer.write(changes, Path(path), job)
+    if found and not changes.layers:
+        done = Exported(path=next(iter(at.values())), what="a word alone: no weight is changed")
+    else:
+        done = writer.write(changes, Path(path), job)
     done.notes += words.write(found, at, dtype)
     done.notes += [
         f"other tools do not know of model.skips={kappa:g} and draw other pictures; visiontune does"
