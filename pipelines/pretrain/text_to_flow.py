@@ -15,12 +15,10 @@ never trained, at the highest noise, and in the last part are pictures themselve
 zeros stand for it; in the very last part one step in eight has the 256 which the stock pipeline puts there unless it
 is told otherwise, so that it draws well either way.
 
-    python pipelines/pretrain/text_to_flow.py --init benchmarks/results/pocket-flow --out runs/pretrain/flow2
+    python pipelines/pretrain/text_to_flow.py --init visiontune/assets/pocket-flow --out runs/pretrain/flow2
 
-goes on, with a schedule of its own, from what lies there: the transformer after 4700 steps of 32 rows (pocket-sd's
-flow up to 4100), which is not enough. In 25 steps at guidance 4 it draws one object right in 35 of 60
-held-out pictures, two in 20 and three in 2; places, shapes and grounds come, colours are blotched. It is not shipped
-before it draws well. Run either again to go on after an interruption. The finished pipeline lands in ``<out>/model``.
+goes on, with a schedule of its own, from an earlier transformer. Run either again to go on after an interruption. The
+finished pipeline lands in ``<out>/model``.
 """
 
 from __future__ import annotations
