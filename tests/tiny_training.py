@@ -18,6 +18,7 @@ from torch import nn
 from visiontune.core import Batch, Condition
 from visiontune.diffusion.guidance import classifier_free
 from visiontune.diffusion.schedule import Schedule
+from visiontune.models._reading import Reads
 from visiontune.models.base import Model, freeze
 from visiontune.objectives import denoising
 from visiontune.objectives.base import generator
@@ -58,7 +59,8 @@ class TinyModel(Model):
     family, task, source = "tiny", "text-to-image", "tiny"
     TARGETS = MappingProxyType({role: {"all": ("Conv2d", "Linear", "Embedding")} for role in ("denoiser", "text")})
     downsample, unit, resolution = 2, 2, 16
-    paints = False
+    paints = WORDS_SEE = False
+    reads = Reads()
 
     def __init__(self, prediction: str = "eps", seed: int = 0, denoiser: nn.Module | None = None, **options) -> None:
         torch.manual_seed(seed)

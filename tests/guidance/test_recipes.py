@@ -16,7 +16,7 @@ from visiontune.sampling.sources import settled
 
 ROOT = Path(__file__).parents[2]
 # Recipes of models and files that are not in the package.
-BROUGHT = ("autoguidance", "embedded")
+BROUGHT = ("autoguidance", "embedded", "wiclp")
 
 
 @functools.cache

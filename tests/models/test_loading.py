@@ -155,7 +155,7 @@ def test_another_pipeline_class_is_refused_with_those_that_work(folder, index, n
     (folder / "model_index.json").write_text(json.dumps(index))
     message = refusal(folder)
     assert f"has the pipeline class {name}; supported: " in message
-    assert "StableDiffusionPipeline, StableDiffusionXLInpaintPipeline, StableDiffusionXLPipeline" in message
+    assert "StableDiffusionPipeline, StableDiffusionXLInpaintPipeline, StableDiffusionXLInstruct" in message
 
 
 @pytest.mark.parametrize(("library", "name"), [("evil", "Model"), ("subprocess", "Popen"), ("os.path", "join")])

@@ -36,7 +36,7 @@ class Parser(argparse.ArgumentParser):
 
 def verbs() -> dict[str, ModuleType]:
     """The verbs by name, in alphabetical order: the modules of this folder that have ``add_arguments`` and ``run``."""
-    names = sorted(module.name for module in pkgutil.iter_modules(cli.__path__))
+    names = sorted(m.name for m in pkgutil.iter_modules(cli.__path__) if not m.name.startswith("_"))
     modules = {name: importlib.import_module(f"{cli.__name__}.{name}") for name in names}
     return {name: m for name, m in modules.items() if hasattr(m, "add_arguments") and hasattr(m, "run")}
 
