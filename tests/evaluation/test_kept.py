@@ -69,7 +69,7 @@ def test_likeness_places_a_model_between_its_base_and_the_pictures(likeness):
 
 def test_a_subject_of_one_s_own_has_no_judge_unless_one_is_named(monkeypatch):
     monkeypatch.setattr(kept, "Oracle", lambda run: "oracle")
-    assert judge_of(run()) == "oracle"
+    assert judge_of(run()) == judge_of(run(source="pocket/flow")) == "oracle"
     for own in (run("photos"), run(source="some/model")):
         assert judge_of(own) is None
 

@@ -23,6 +23,7 @@ from visiontune.evaluation import together
 from visiontune.evaluation.metrics import image_features
 from visiontune.evaluation.personalise import measure
 from visiontune.models.clip import load_clip
+from visiontune.models.pocket import PREFIX
 from visiontune.pocket.world import SUBJECTS
 from visiontune.sampling.pipeline import images
 from visiontune.training import checkpoint
@@ -193,7 +194,7 @@ def judge_of(run: Run, clip: str | None = None, **sizes: Any) -> Judge | None:
         return _judge_of_several(run, clip, **sizes)
     if clip is not None:
         return Likeness(run, clip, **sizes)
-    if run.data.root.removeprefix("pocket/") in SUBJECTS and run.model.source == "pocket/sd":
+    if run.data.root.removeprefix("pocket/") in SUBJECTS and run.model.source.startswith(PREFIX):
         return Oracle(run, **sizes)
     return None
 
@@ -204,7 +205,7 @@ def _judge_of_several(run: Run, clip: str | None, **sizes: Any) -> Judge | None:
         raise UserError(
             "a CLIP judges how alike pictures are to those of one subject, and this run has several: set judge=none"
         )
-    if not {*roots} <= SUBJECTS.keys() or run.model.source != "pocket/sd":
+    if not {*roots} <= SUBJECTS.keys() or not run.model.source.startswith(PREFIX):
         return None
     if len({*roots}) < len(roots):
         raise UserError("the oracle tells subjects apart, and one of these comes twice: set judge=none")
