@@ -21,6 +21,7 @@ from __future__ import annotations
 import argparse
 import shutil
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -82,11 +83,15 @@ def rows(
 ) -> list[dict]:
     """Of the base, and of every method and seed, what the judge finds; those not asked for where they are known."""
     kept, found = Kept(table), []
+
+    def made(runs: list, seed: int) -> dict:
+        return judge(trained(runs, seed, work))
+
     for name, runs in {"base": [], **methods}.items():
         for seed in SEEDS if runs else (0,):
             of = [[told(recipe, options) for recipe, options in runs], COUNT, STEPS]
             label = f"{name}-{seed}"
-            make = lambda runs=runs, seed=seed: judge(trained(runs, seed, work))  # noqa: E731
+            make = partial(made, runs, seed)
             row = kept.row(label, of, make) if name in only else kept.find(label, of)
             found += [{"method": name, "seed": seed, **row}] if row else []
     return found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -10,9 +11,11 @@ import torch
 from torch import Tensor
 
 from visiontune.core import Batch, Condition, Loss
-from visiontune.diffusion.guidance import Guidance
+from visiontune.diffusion.guidance import Embedded, Guidance
 from visiontune.diffusion.replay import micro_batches
 from visiontune.diffusion.trajectory import Chain, Keep, Start, Trajectory, rollout
+from visiontune.errors import UserError
+from visiontune.guidance.stack import GuidanceStack
 from visiontune.objectives._online import Stepped, SteppedConfig
 from visiontune.objectives.base import Tools, per_row
 from visiontune.schema import option
@@ -123,6 +126,33 @@ class Distilled(Stepped):
         errors, weight = per_row((pred - target).square()), self.weight(model, seen.t)
         terms = {"error": errors.detach().mean(), "target": target.square().mean()}
         return errors if weight is None else errors * weight, terms
+
+
+def refuse_told(model: Any, guidance: Guidance) -> None:
+    """Refuse a model whose network is told a scale, where one strength is learnt.
+
+    Raises:
+        UserError: it is.
+    """
+    if isinstance(guidance, Embedded) or (isinstance(guidance, GuidanceStack) and guidance.told is not None):
+        raise UserError(
+            f"model '{model.source}' ({model.family}) is told its guidance, and one strength of it is learnt here: "
+            "take another model"
+        )
+
+
+def few_sampler(model: Any) -> str:
+    """By which a student of a few steps is drawn: ``lcm``, or of flow the model's own."""
+    if model.schedule.prediction != "flow":
+        return "lcm"
+    return next(iter(model.samplers())) if hasattr(model, "samplers") else "model"
+
+
+def few_facts(teacher: SteppedConfig, steps: int, sampler: str) -> dict[str, str]:
+    """For the header: how many steps samplers are to take, by which, and that guidance is inside."""
+    guidance = {"cfg_scale": teacher.cfg_scale, **({"guidance": teacher.guidance} if teacher.guidance else {})}
+    few = {"steps": steps, "scheduler": sampler}
+    return {"distilled_guidance": json.dumps(guidance), "few_steps": json.dumps(few)}
 
 
 def shuffled(

@@ -13,7 +13,7 @@ from visiontune.core import Batch, Condition
 from visiontune.diffusion.dynamics import make_dynamics
 from visiontune.diffusion.guidance import Guidance, guided
 from visiontune.diffusion.replay import micro_batches
-from visiontune.diffusion.trajectory import require_no_memory
+from visiontune.diffusion.trajectory import Start, require_no_memory, rollout
 from visiontune.errors import UserError
 from visiontune.guidance.stack import GuidanceStack, guidance_of
 from visiontune.objectives._advantages import NOISE
@@ -120,6 +120,21 @@ class Stepped(Rollouts):
         if self.likelihoods:
             self.dynamics.require_noise()
             require_no_memory(self.guidance(model))
+
+    def drawn_by_base(self, model: DiffusionModel, rows: Batch, tools: Tools, *key: int | str) -> Tensor:
+        """Clean latents ``[b, ...]`` that the untrained model draws under the guidance, from noise of this key."""
+        guidance = self.guidance(model)
+        with tools.reference():
+            cond, uncond = conditions(model, rows.prompts, guidance, text=False)
+            return rollout(
+                model,
+                cond,
+                uncond=uncond,
+                guidance=guidance,
+                chain=self.config.steps,
+                dynamics=self.dynamics,
+                start=Start(generator=tools.generators(rows, *key)),
+            ).final
 
     def probe(self, model: DiffusionModel, batch: Batch, tools: Tools) -> None:
         """One guided prediction of a micro-batch: gradients are taken one prediction at a time."""

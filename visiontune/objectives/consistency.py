@@ -20,7 +20,6 @@ prompts are enough.
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -28,14 +27,21 @@ import torch
 from torch import Tensor
 
 from visiontune.core import Batch, Condition, Loss
-from visiontune.diffusion.guidance import Embedded, guided
+from visiontune.diffusion.guidance import guided
 from visiontune.diffusion.schedule import Schedule
 from visiontune.diffusion.timesteps import Timesteps
 from visiontune.diffusion.trajectory import Chain, require_no_memory
 from visiontune.diffusion.transition import transition
 from visiontune.errors import UserError
-from visiontune.guidance.stack import GuidanceStack
-from visiontune.objectives._distilled import Distilled, DistilledConfig, Seen, shuffled
+from visiontune.objectives._distilled import (
+    Distilled,
+    DistilledConfig,
+    Seen,
+    few_facts,
+    few_sampler,
+    refuse_told,
+    shuffled,
+)
 from visiontune.objectives._online import parts_of
 from visiontune.objectives.base import Needs, Tools, combine, per_row
 from visiontune.objectives.cfg_distill import jittered
@@ -115,11 +121,7 @@ class Consistency(Distilled):
         """Besides, refuse a model that is told its guidance, and a path that its start does not decide."""
         super().check(model, reward)
         guidance = self.guidance(model)
-        if isinstance(guidance, Embedded) or (isinstance(guidance, GuidanceStack) and guidance.told is not None):
-            raise UserError(
-                f"model '{model.source}' ({model.family}) is told its guidance, and one strength of it is learnt here: "
-                "take another model"
-            )
+        refuse_told(model, guidance)
         if self.dynamics.stochastic:
             raise UserError(
                 f"the teacher's path must be fixed by where it starts, and dynamics '{self.dynamics.name}' adds noise: "
@@ -127,18 +129,14 @@ class Consistency(Distilled):
             )
         if not self.online:
             require_no_memory(guidance)
-        if model.schedule.prediction == "flow":
-            self.sampler = next(iter(model.samplers())) if hasattr(model, "samplers") else "model"
+        self.sampler = few_sampler(model)
 
     def draw_timesteps(self, model: Any, shape: Any, rows: int, rng: torch.Generator) -> Tensor | None:
         return None if self.online else super().draw_timesteps(model, shape, rows, rng)
 
     def facts(self) -> dict[str, str]:
         """How many steps samplers are to take, by which, and that guidance is inside."""
-        config = self.config
-        teacher = {"cfg_scale": config.cfg_scale, **({"guidance": config.guidance} if config.guidance else {})}
-        few = {"steps": config.few_steps, "scheduler": self.sampler}
-        return {"distilled_guidance": json.dumps(teacher), "few_steps": json.dumps(few)}
+        return few_facts(self.config, self.config.few_steps, self.sampler)
 
     def chain(self, model: DiffusionModel, tools: Tools) -> Chain:
         """From the last timestep to the end, as the grid of ``LCMScheduler``; of flow the model's own steps."""

@@ -30,7 +30,7 @@ from visiontune.diffusion.trajectory import Start, Trajectory, Window, rollout
 from visiontune.diffusion.transition import kernel
 from visiontune.errors import UserError
 from visiontune.models.clip import ClipEncoder, load_clip
-from visiontune.objectives._online import Stepped, SteppedConfig, conditions, parts_of, pixels
+from visiontune.objectives._online import Stepped, SteppedConfig, parts_of, pixels
 from visiontune.objectives.base import Needs, Tools, condition_of, draws_clips
 from visiontune.ops.mmd import squared_mmd
 from visiontune.schema import option
@@ -152,20 +152,8 @@ class MMD(Stepped):
     @torch.no_grad()
     def collect(self, model: DiffusionModel, batch: Batch, tools: Tools) -> Collected:
         """The base's pictures, whose noise is not that of those drawn: the estimate takes them to be independent."""
-        found, guidance = [], self.guidance(model)
-        with tools.reference():
-            for rows in parts_of(batch, self.config.micro_batch):
-                cond, uncond = conditions(model, rows.prompts, guidance, text=False)
-                drawn = rollout(
-                    model,
-                    cond,
-                    uncond=uncond,
-                    guidance=guidance,
-                    chain=self.config.steps,
-                    dynamics=self.dynamics,
-                    start=Start(generator=tools.generators(rows, "base")),
-                )
-                found.append(self.features(model, drawn.final))
+        parts = parts_of(batch, self.config.micro_batch)
+        found = [self.features(model, self.drawn_by_base(model, rows, tools, "base")) for rows in parts]
         return Collected(rows=batch, features=torch.cat(found))
 
     def update(self, model: DiffusionModel, collected: Collected, part: int, tools: Tools) -> Loss:

@@ -22,7 +22,6 @@ them.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -34,14 +33,13 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 from visiontune.core import Batch, Condition, Loss
-from visiontune.diffusion.guidance import Embedded, guided
+from visiontune.diffusion.guidance import guided
 from visiontune.diffusion.timesteps import Timesteps
-from visiontune.diffusion.trajectory import Chain, Start, require_no_memory, rollout
+from visiontune.diffusion.trajectory import Chain, require_no_memory
 from visiontune.diffusion.transition import transition
-from visiontune.errors import UserError
-from visiontune.guidance.stack import GuidanceStack
 from visiontune.objectives._critic import Critic, Judge, critic_of
-from visiontune.objectives._online import Stepped, SteppedConfig, conditions, parts_of
+from visiontune.objectives._distilled import few_facts, few_sampler, refuse_told
+from visiontune.objectives._online import Stepped, SteppedConfig, parts_of
 from visiontune.objectives.base import Needs, Tools, per_row
 from visiontune.objectives.consistency import consistency
 from visiontune.schema import option
@@ -122,21 +120,13 @@ class ScoreMixture(Stepped):
         """Besides, refuse a model that is told its guidance, and a teacher that single steps cannot ask."""
         super().check(model, reward)
         guidance = self.guidance(model)
-        if isinstance(guidance, Embedded) or (isinstance(guidance, GuidanceStack) and guidance.told is not None):
-            raise UserError(
-                f"model '{model.source}' ({model.family}) is told its guidance, and one strength of it is learnt here: "
-                "take another model"
-            )
+        refuse_told(model, guidance)
         require_no_memory(guidance)
-        if model.schedule.prediction == "flow":
-            self.sampler = next(iter(model.samplers())) if hasattr(model, "samplers") else "model"
+        self.sampler = few_sampler(model)
 
     def facts(self) -> dict[str, str]:
         """How many steps samplers are to take, by which, and that guidance is inside."""
-        config = self.config
-        teacher = {"cfg_scale": config.cfg_scale, **({"guidance": config.guidance} if config.guidance else {})}
-        few = {"steps": config.few_steps, "scheduler": self.sampler}
-        return {"distilled_guidance": json.dumps(teacher), "few_steps": json.dumps(few)}
+        return few_facts(self.config, self.config.few_steps, self.sampler)
 
     def setup(self, model: DiffusionModel, tools: Tools) -> None:
         """The critic begins as the student."""
@@ -145,9 +135,12 @@ class ScoreMixture(Stepped):
 
     @torch.no_grad()
     def collect(self, model: DiffusionModel, batch: Batch, tools: Tools) -> list[Collected]:
-        """The teacher's pictures of each prompt."""
+        """The teacher's pictures of each prompt; none without mixtures."""
         parts = parts_of(batch, self.config.micro_batch)
-        return [Collected(rows=rows, real=self._real(model, rows, tools)) for rows in parts]
+        if not self.config.mixture:
+            return [Collected(rows=rows, real=None) for rows in parts]
+        # Their noise is not that of the student's pictures.
+        return [Collected(rows=rows, real=self.drawn_by_base(model, rows, tools, "teacher")) for rows in parts]
 
     def update(self, model: DiffusionModel, collected: list[Collected], part: int, tools: Tools) -> Loss:
         """The student's gradient, and then the critic's steps."""
@@ -282,23 +275,6 @@ class ScoreMixture(Stepped):
         """a ``[b]`` of each row, on the CPU."""
         drawn = [torch.rand(1, generator=rng) for rng in tools.generators(rows, *key, "skew")]
         return torch.cat(drawn).clamp(LEAST_SKEW, MOST_SKEW)
-
-    def _real(self, model: DiffusionModel, rows: Batch, tools: Tools) -> Tensor | None:
-        """Pictures of the teacher, whose noise is not that of the student's; none without mixtures."""
-        if not self.config.mixture:
-            return None
-        guidance = self.guidance(model)
-        with tools.reference():
-            cond, uncond = conditions(model, rows.prompts, guidance, text=False)
-            return rollout(
-                model,
-                cond,
-                uncond=uncond,
-                guidance=guidance,
-                chain=self.config.steps,
-                dynamics=self.dynamics,
-                start=Start(generator=tools.generators(rows, "teacher")),
-            ).final
 
 
 def _share(judge: Judge, model: DiffusionModel, seen: Noised, mu_p: Tensor, mu_q: Tensor, skew: Tensor) -> Tensor:
