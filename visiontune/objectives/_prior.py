@@ -96,7 +96,7 @@ def _word(word: str) -> re.Pattern[str]:
 
 def given(config: Config, data: DataConfig) -> list[Sample]:
     """The user's pictures of what is to be kept, from ``prior_data``."""
-    root = dataclasses.replace(data, root=str(config.prior_data), columns={}, prompt=None, subjects=[])
+    root = dataclasses.replace(data, root=str(config.prior_data), columns={}, prompt=None, subjects=[], mix=[])
     return read(root)
 
 

@@ -52,6 +52,7 @@ class Needs:
         reference: whether it compares with the untrained model.
         text: whether text encoders can be trained by it.
         told: whether it teaches the denoiser to be told a scale of guidance.
+        ranges: whether it trains each row at the noise that its source is for (`Batch.timestep_range`).
     """
 
     columns: tuple[str, ...] = ()
@@ -62,6 +63,7 @@ class Needs:
     reference: bool = False
     text: bool = True
     told: bool = False
+    ranges: bool = False
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -340,6 +342,20 @@ def combine(errors: Tensor, batch: Batch) -> Tensor:
         raise ValueError(f"errors {tuple(errors.shape)} and row weights {tuple(batch.weight.shape)} must agree")
     weighted = errors * batch.weight.to(errors.dtype)
     return mean_where(weighted, ~batch.prior) + mean_where(weighted, batch.prior)
+
+
+def by_range(errors: Tensor, batch: Batch) -> dict[str, Tensor]:
+    """Mean error of the rows of each range of noise, as ``error_0.0_0.9``; prior rows are of none.
+
+    Args:
+        errors: ``[b]``.
+    """
+    if batch.timestep_range is None:
+        return {}
+    bounds = batch.timestep_range[~batch.prior].unique(dim=0)
+    rows = [(batch.timestep_range == pair).all(1) & ~batch.prior for pair in bounds]
+    names = [f"error_{low:.4g}_{high:.4g}" for low, high in bounds.tolist()]
+    return {name: mean_where(errors.detach(), own) for name, own in zip(names, rows, strict=True)}
 
 
 def mean_where(values: Tensor, mask: Tensor) -> Tensor:
