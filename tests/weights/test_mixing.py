@@ -103,3 +103,30 @@ def test_merged_models_are_linear_in_the_weights_and_exact_where_they_must_be():
     assert merged(half_precise, [one], [0.5])["w"].dtype == torch.bfloat16
     with pytest.raises(UserError, match="w has no counterpart"):
         merged(base, [{**one, "w": one["w"][:2]}], [1.0])
+
+
+def pivotal(net: Net, rows: slice, name: str):
+    """Single entries of the first layer, of the outputs that a loss reads, as they are after training."""
+    made = adapters.attach({"net": net}, "spt", targets=["first"], name=name, budget=0.4, lora_from=1000.0)
+    x = torch.linspace(-1, 2, 12).view(2, 6)
+    made.prepare([lambda: net.first(x)[:, rows].square().sum()])
+    with torch.no_grad():
+        for parameter in made.parameters():
+            parameter.copy_(torch.linspace(0.1, 0.5, parameter.numel()))
+    made.refresh()
+    return made.eval()
+
+
+def test_concepts_of_different_entries_are_merged_without_touching_each_other():
+    net = Net()
+    base = net.first.weight.detach().clone()
+    sets = [pivotal(net, rows, name) for rows, name in ((slice(0, 2), "one"), (slice(2, 4), "two"))]
+    changes = [one.change("net.first")[0] for one in sets]
+    own = [change != 0 for change in changes]
+    assert [int(places.sum()) for places in own] == [10, 10] and not (own[0] & own[1]).any()
+    for one in sets:
+        one.enabled = False
+    mixed({"net": net}, sets, [1.0, 1.0]).merge()
+    for places, change in zip(own, changes, strict=True):
+        torch.testing.assert_close(net.first.weight[places], (base + change)[places])
+    assert torch.equal(net.first.weight[~own[0] & ~own[1]], base[~own[0] & ~own[1]])
