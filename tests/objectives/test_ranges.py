@@ -14,6 +14,7 @@ from visiontune.core import Batch
 from visiontune.diffusion.schedule import Schedule
 from visiontune.diffusion.timesteps import Timesteps
 from visiontune.errors import UserError
+from visiontune.estimate import _bounds
 from visiontune.objectives import denoising, dreambooth
 from visiontune.objectives.base import Tools, generator, mean_where
 
@@ -83,6 +84,16 @@ def test_objectives_that_choose_timesteps_themselves_refuse_ranges(tmp_path):
     run = load_run("personalise/lora", ["objective.timesteps.global_share=0.3"])
     with pytest.raises(UserError, match="global_share is of rows outside"):
         _check_ranges(run, open_objective(run))
+
+
+def test_what_check_plots_has_the_ranges_and_the_shares_of_the_sources():
+    run = load_run("compose/style_tailoring", ["data.weight=3"])
+    bounds = _bounds(run, TinyModel().schedule, 8)
+    assert bounds.tolist() == [[0.7, 1.0]] * 6 + [[0.0, 0.7]] * 2
+    objective = denoising.build(denoising.Config())
+    t = objective.draw_timesteps(TinyModel(), (4, 8, 8), 8, generator(0), bounds)
+    assert t[:6].min() >= 700 and t[6:].max() < 700
+    assert _bounds(load_run("personalise/lora"), TinyModel().schedule, 8) is None
 
 
 class Points(nn.Module):

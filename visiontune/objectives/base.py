@@ -191,13 +191,16 @@ class Objective(ABC):
         """How many rows of :meth:`prepare` come on top of a batch of the user's own, where there are any."""
         return batch_size
 
-    def draw_timesteps(self, model: Any, shape: Sequence[int], rows: int, rng: torch.Generator) -> Tensor | None:
+    def draw_timesteps(
+        self, model: Any, shape: Sequence[int], rows: int, rng: torch.Generator, bounds: Tensor | None = None
+    ) -> Tensor | None:
         """Timesteps ``[rows]`` as steps draw them for latents ``[c, (f), h, w]``, by the option ``timesteps``.
 
-        ``None`` where the objective has no such option, or its timesteps are those of a sampler.
+        ``bounds`` ``[rows, 2]`` are those of each row, where its source has a range. ``None`` where the objective has
+        no such option, or its timesteps are those of a sampler.
         """
         timesteps = getattr(self.config, "timesteps", None)
-        return timesteps.draw(model, shape, rows, rng) if isinstance(timesteps, Timesteps) else None
+        return timesteps.draw(model, shape, rows, rng, bounds=bounds) if isinstance(timesteps, Timesteps) else None
 
     def facts(self) -> dict[str, str]:
         """What the header of the trained weights says of the objective besides its name."""
