@@ -61,6 +61,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="+", type=Path)
     parser.add_argument("--count", type=int, default=COUNT, help="pictures of each row")
+    parser.add_argument("--note", default="", help="how the runs were trained")
     args = parser.parse_args()
     given = list(islice(stream(SEED, "three", holdout=True), args.count))
     prompts = [words for _, words in given]
@@ -78,9 +79,8 @@ def main() -> None:
         print(run, rows["the base" if run is None else run.name], flush=True)
     lines = ["| | right | shaded | both |", "|---|---|---|---|"]
     lines += [f"| {name} | {' | '.join(f'{value:.2f}' for value in own.values())} |" for name, own in rows.items()]
-    text = (
-        f"# Style Tailoring\n\n{args.count} held-out prompts for three objects, {STEPS} steps, cfg_scale {SCALE:g}.\n\n"
-    )
+    how = f"{args.count} held-out prompts for three objects, {STEPS} steps, cfg_scale {SCALE:g}. {args.note}".rstrip()
+    text = f"# Style Tailoring\n\n{how}"
     write_json(RESULTS / "tailoring.json", {"count": args.count, "rows": rows})
     write_text(RESULTS / "tailoring.md", text + "\n\n" + "\n".join(lines) + "\n")
     print("\n".join(lines))
