@@ -16,7 +16,7 @@ import torch
 from diffusers import SD3Transformer2DModel, UNet2DConditionModel
 from diffusers.models.attention import BasicTransformerBlock
 from measure import Step, operations, peak, ratios
-from peft import LoraConfig, OFTConfig, ShiraConfig, inject_adapter_in_model
+from peft import BOFTConfig, LoraConfig, OFTConfig, ShiraConfig, inject_adapter_in_model
 from report import main, row
 from torch import Tensor, nn
 
@@ -101,10 +101,17 @@ def masked(model: nn.Module, targets: list[str], share: float) -> list[Tensor]:
     """Full fine-tuning of the targets whose gradient is masked to a share of the entries."""
     model.requires_grad_(False)
     chosen = [m.weight.requires_grad_() for n, m in model.named_modules() if n in targets]
-    for weight in chosen:
+    for weight in chosen if share < 1 else ():
         mask = (torch.rand(weight.shape) < share).to(weight)
         weight.register_hook(lambda g, mask=mask: g * mask)
     return chosen
+
+
+def first(model: nn.Module, targets: list[str]) -> list[Tensor]:
+    """Train one target's weight, the first: what any method costs that reaches as far back and adds nothing."""
+    model.requires_grad_(False)
+    layer = next(m for n, m in model.named_modules() if any(n.endswith(t) for t in targets))
+    return [layer.weight.requires_grad_()]
 
 
 def stepper(model: nn.Module, inputs: tuple, trained: list[Tensor], optimise: bool = True) -> Step:
@@ -144,6 +151,11 @@ def oft_config(b: int, **options: Any) -> OFTConfig:
     return OFTConfig(r=0, oft_block_size=b, target_modules=TARGETS, use_cayley_neumann=False, **options)
 
 
+def boft_config() -> BOFTConfig:
+    """PEFT's BOFT of four factors."""
+    return BOFTConfig(boft_block_size=8, boft_n_butterfly_factor=4, target_modules=TARGETS)
+
+
 # ---------------------------------------------------------------------------------------------------- the goals
 
 
@@ -156,9 +168,14 @@ def goal_1(rounds: int) -> Iterator[dict]:
             {
                 "peft": lambda m, b=b: peft(m, oft_config(b)),
                 "oft": lambda m, b=b: mine(m, "oft", block_size=b, keep_rotated=True),
+                "lora": lambda m: mine(m, "lora", rank=16),
+                "one weight": lambda m: first(m, TARGETS),
             },
         )
-        yield row(1, f"OFT step / PEFT's exact OFT: {label}", ratios(steps, "peft", rounds)["oft"], 0.80)
+        measured = ratios(steps, "peft", rounds)
+        yield row(1, f"OFT step / PEFT's exact OFT: {label}", measured["oft"], 0.80)
+        yield row(1, f"LoRA r 16 step / PEFT's exact OFT: {label}", measured["lora"])
+        yield row(1, f"step of one weight alone / PEFT's exact OFT: {label}", measured["one weight"])
     model, inputs = block(640, 1024)
     steps = steps_of(
         model,
@@ -213,9 +230,11 @@ def goal_5(rounds: int) -> Iterator[dict]:
                 "lora": lambda m: mine(m, "lora", rank=16),
                 "boft 2": lambda m: mine(m, "boft", block_size=8, factors=2),
                 "boft 4": lambda m: mine(m, "boft", block_size=8, factors=4),
+                "peft": lambda m: peft(m, boft_config()),
             },
         )
         measured = ratios(steps, "lora", rounds)
+        yield row(5, f"PEFT's BOFT step, 4 factors / LoRA r 16: block d {d}, {tokens} tokens", measured["peft"])
         for m in (2, 4):
             yield row(
                 5, f"BOFT step, {m} factors / LoRA r 16: block d {d}, {tokens} tokens", measured[f"boft {m}"], 1.5
@@ -243,8 +262,13 @@ def goals_6_and_7(rounds: int) -> Iterator[dict]:
         held[name] = peak(stepper(changed, (x,), trained, optimise=False)) + states
     yield row(6, "SaRA 5 %, peak of a step and Adam / full with mask", held["sara"] / held["full"], 0.25)
     yield row(6, "SaRA 5 %, peak of a step and Adam / SHiRA", held["sara"] / held["shira"], 0.40)
+    variants["unmasked"] = lambda m: masked(m, targets, 1.0)
+    variants["one weight"] = lambda m: first(m, targets)
     steps = steps_of(model, (x,), variants, optimise=False)
-    yield row(7, "SaRA 5 %, forward and backward / full with mask", ratios(steps, "full", rounds)["sara"], 0.70)
+    measured = ratios(steps, "full", rounds)
+    yield row(7, "SaRA 5 %, forward and backward / full with mask", measured["sara"], 0.70)
+    yield row(7, "full without its mask, forward and backward / with", measured["unmasked"])
+    yield row(7, "one weight alone, forward and backward / full with mask", measured["one weight"])
 
 
 def goal_8() -> Iterator[dict]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
-import pkgutil
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -14,27 +13,23 @@ from typing import Any, ClassVar, Self
 
 import numpy as np
 import torch
-from huggingface_hub import HfApi
 from torch import Tensor, nn
 
-from visiontune import outside
 from visiontune.core import Condition, Request
 from visiontune.diffusion.guidance import CFG, Embedded, Guidance, classifier_free
 from visiontune.errors import UserError
-from visiontune.models import _variants
 from visiontune.models._distilled import few_steps
+from visiontune.models._opening import opened
 from visiontune.models._reading import NOTHING, Reads
 from visiontune.models._structure import Structure
 from visiontune.models._told import TellsGuidance
 from visiontune.models.base import Model, dtype_of, freeze
-from visiontune.models.sources import pretrained
 from visiontune.models.words import Reader, quiet
 
 # Stock pipelines refuse sizes that are no multiple of 8, even where the codec would take them.
 _LEAST_UNIT = 8
 # Beyond eight times as long sides a picture is not what was meant, and one step may take hours.
 _MOST_AREA = 64
-_MOST_TIMESTEPS = 100_000
 
 
 class PipelineModel(TellsGuidance, Model):
@@ -93,33 +88,7 @@ class PipelineModel(TellsGuidance, Model):
         Args:
             index: what its `model_index.json` says. fetching: as diffusers has it.
         """
-        import diffusers
-
-        kind = getattr(diffusers, name)
-        _check_index(source, index, kind)
-        # A part that the model was saved without has to be named again, unless its pipeline calls it optional.
-        absent = dict.fromkeys(part for part, kind in index.items() if kind == [None, None])
-        options = {"use_safetensors": True, **absent, **cls.load_options}
-        networks = {part: network for part, network in _network_classes(index).items() if part not in options}
-        wanted = fetching.pop("variant", None)
-        if not Path(place).is_dir():
-            if not fetching["local_files_only"]:
-                listed = HfApi().list_repo_files(place, revision=fetching.get("revision"))
-                files = {p: [f.removeprefix(f"{p}/") for f in listed if f.startswith(f"{p}/")] for p in networks}
-                wanted = next(filter(None, _variants.of_parts(files, wanted, source).values()), None)
-            place = kind.download(place, variant=wanted, **options, **fetching)
-        _check_scheduler(source, Path(place))
-        files = {part: [file.name for file in Path(place, part).glob("*")] for part in networks}
-        loading: dict[str, Any] = {"dtype": dtype, "use_safetensors": True, "local_files_only": True}
-        for part, variant in _variants.of_parts(files, wanted, source).items():
-            options[part] = pretrained(networks[part], place, subfolder=part, variant=variant, **loading)
-        pipe = kind.from_pretrained(place, **{**loading, **options})
-        # transformers makes an empty tokenizer where the files of one are missing, and every prompt then reads the
-        # same.
-        for part, value in pipe.components.items():
-            if part.startswith("tokenizer") and value is not None and len(value) <= len(value.all_special_ids) + 1:
-                raise UserError(f"model '{source}' has no vocabulary in its {part} folder: download it again")
-        return cls(pipe, source=source)
+        return cls(opened(name, place, source, dtype, index, cls.load_options, **fetching), source=source)
 
     def _few_steps(self) -> str | None:
         """What of the pipeline's configuration says that it was distilled to few steps; None where nothing does."""
@@ -367,52 +336,3 @@ def own_generator(request: Request) -> torch.Generator:
     list, and one seed gives unrelated noise to different prompts."""
     digest = hashlib.sha256(f"{request.seed}\0{request.prompt}".encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
-
-
-def _network_classes(index: Mapping[str, Any]) -> dict[str, Any]:
-    """The classes of the networks that an index names, by their parts."""
-    import diffusers
-    import transformers
-
-    found = {}
-    for part, value in index.items():
-        library, name = value if isinstance(value, list) and len(value) == 2 else (None, None)
-        home = {"diffusers": diffusers, "transformers": transformers}.get(str(library))
-        kind = getattr(home, str(name), None)
-        if isinstance(kind, type) and issubclass(kind, nn.Module) and hasattr(kind, "from_pretrained"):
-            found[part] = kind
-    return found
-
-
-def _check_index(source: str, index: Mapping[str, Any], kind: Any) -> None:
-    """Refuse an index whose parts are no pairs of names, or that has diffusers import others than transformers."""
-    from diffusers import pipelines
-
-    own = {"diffusers", "transformers", *(module.name for module in pkgutil.iter_modules(pipelines.__path__))}
-    parts = {*kind._get_signature_keys(kind)[0]} - {"self"}
-    for part, value in index.items():
-        pair = isinstance(value, list) and len(value) == 2
-        if part in parts and not (pair and (value == [None, None] or all(isinstance(name, str) for name in value))):
-            raise UserError(
-                f"model '{source}' does not say of what class its {part} is: correct its model_index.json, or download "
-                "it again"
-            )
-        if pair and value[0] is not None and str(value[0]) not in own:
-            raise UserError(
-                f"model '{source}' wants its {part} from '{value[0]}', which is neither diffusers nor transformers: "
-                "correct its model_index.json, or take another model"
-            )
-
-
-def _check_scheduler(source: str, folder: Path) -> None:
-    """Refuse a noise schedule without a length, or of one that no model has, before tables of it are made."""
-    file = folder / "scheduler" / "scheduler_config.json"
-    if not file.exists():
-        return
-    config = outside.read_json(file, "scheduler's config")
-    steps = config.get("num_train_timesteps", 1000) if isinstance(config, dict) else None
-    if not isinstance(steps, int) or not 1 <= steps <= _MOST_TIMESTEPS:
-        raise UserError(
-            f"model '{source}' has a noise schedule of num_train_timesteps={outside.shown(repr(steps))}: set it in "
-            f"{file} to what the model was trained with, 1000 for most"
-        )
