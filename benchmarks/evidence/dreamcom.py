@@ -45,7 +45,7 @@ SAMPLE = Path(__file__).parents[2] / "samples/dreamcom.png"
 SUBJECT, SEEDS = "bumble", (0, 1, 2)
 TUNING = ("mallow", 7)
 SCENES_SEED, STEPS, CFG_SCALE, SHOWN = 83, 12, 3.0, 8
-QUIET = ["preview.prompts=[]", "preview.samples=0", "judge=none"]
+QUIET = ["preview.prompts=[]", "preview.samples=0", "judge=none", "train.precision=bf16"]
 BOOTH = [
     "objective=dreambooth",
     "objective.prior=none",

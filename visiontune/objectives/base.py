@@ -302,7 +302,7 @@ def condition_of(model: Any, batch: Batch, words: Condition | None = None) -> Co
     Args:
         words: what the rows are told in the place of their own condition.
     """
-    cond = words or (batch.cond if batch.cond is not None else model.embed(batch.prompts))
+    cond = words if words is not None else batch.cond if batch.cond is not None else model.embed(batch.prompts)
     if "source" not in batch.data:
         beside = batch.data.get("channels")
     elif model.reads.channels:

@@ -58,6 +58,9 @@ class DreamCom(dreambooth.DreamBooth):
 
     config: Config  # type: ignore[assignment]
 
+    def __init__(self, config: Config) -> None:
+        super().__init__(config)  # type: ignore[arg-type]
+
     @property
     def draws(self) -> bool:
         return False
