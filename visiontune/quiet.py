@@ -15,7 +15,8 @@ from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
 
-_RARE = ("scipy.stats",)  # a second of start-up, for samplers with beta sigmas
+# For samplers with beta sigmas, and for weights of few bits: a second of start-up each.
+_RARE = ("scipy.stats", "bitsandbytes")
 # Optional packages and old interfaces, reported to whoever imports diffusers: nothing that a user of it can mend.
 _CHATTY = ("torch.utils._pytree", "bitsandbytes", "torchao")
 
@@ -50,6 +51,8 @@ def _stand_in(name: str, spec: ModuleSpec) -> ModuleType:
     """
     module = ModuleType(name)
     module.__spec__ = spec
+    # `inspect` asks every module there is for it, on behalf of torch's operators.
+    module.__file__ = spec.origin
 
     def load(attribute: str) -> Any:
         if sys.modules.get(name) is module:

@@ -9,8 +9,9 @@ Three seeds of training; prompts and noise are the same for all. Two tables:
   base, of denoising on true scenes (`plain`), and of that with attention taught to stay where objects are
   (`tokencompose`), with as many steps;
 - `together`: two subjects (bumble and domino) learnt in one run (`subjects`), by words' keys and values alone
-  (`custom_diffusion`), and each by itself with both adapters on top of each other (`apart`): how often both are known,
-  and how often their looks mix.
+  (`custom_diffusion`), and each by itself with both adapters on top of each other: LoRAs (`apart`), rotations, which
+  multiply (`rotated`), and LoRAs of two slots of one basis (`orthogonal`). How often both are known, and how often
+  their looks mix.
 
 Finished rows are kept beside the tables, so the command goes on where it stopped. Learning rates are those of the
 recipes; none was chosen on these seeds. Writes ``bindings.json`` and ``bindings.md`` into ``benchmarks/results``.
@@ -47,6 +48,8 @@ TOGETHER: dict[str, list[tuple[str, list[str]]]] = {
     "subjects": [("compose/subjects", [])],
     "custom_diffusion": [("compose/custom_diffusion", [])],
     "apart": [("personalise/lora", options) for options in APART],
+    "rotated": [("personalise/oft", options) for options in APART],
+    "orthogonal": [("compose/apart", [*options, f"adapter.slot={i}"]) for i, options in enumerate(APART)],
 }
 
 

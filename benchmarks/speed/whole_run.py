@@ -33,6 +33,7 @@ ASSETS = Path(__file__).parents[2] / "visiontune" / "assets"
 PROMPT = "a photo of a sks circle"
 LONG, SHORT, BATCH = 100, 20, 4
 PICTURES, CHECKPOINTS = 4, 10
+IMPORTS = "from diffusers import StableDiffusionPipeline"  # which nothing that opens the model does without
 
 
 # ---------------------------------------------------------------------------------------------------- the runs
@@ -108,6 +109,7 @@ def measured(folder: Path, example: Path, rounds: int) -> dict[str, list[float]]
             "one step": lambda out=out: ours(folder, 1, out=out),
             "cached": lambda out=out: ours(folder, 1, "name=cached", out=out),
             "preview": lambda out=out: ours(folder, 1, "name=preview", *preview, out=out),
+            "imports": lambda: seconds([sys.executable, "-c", IMPORTS], folder),
             "encoding": lambda: encoding(folder),
         }
         for name, run in runs.items():
@@ -136,6 +138,7 @@ def rows(times: dict[str, list[float]]) -> Iterator[dict]:
     yield row(0, "seconds of a step", median(step, "ours", "ours, short"))
     yield row(0, "seconds of a step of the script", median(step, "theirs", "theirs, short"))
     yield row(0, "seconds of a run of one step, from start to end", median(float, "one step"))
+    yield row(0, "seconds of importing the model's pipeline, of diffusers, alone", median(float, "imports"))
     yield row(0, "seconds that filling the caches takes of it", median(lambda a, b: a - b, "one step", "cached"))
     each = median(lambda a, b: (a - b) / CHECKPOINTS, "checkpoints", "ours, short")
     yield row(0, "seconds of a checkpoint", each)

@@ -139,6 +139,7 @@ LONG = "a" * 300
         (("train", "personalise/lora", "preview.seeds=[1, 1]"), "preview: seeds must differ"),
         (("demo", "--out", "f/x"), "f is a file: choose another"),
         (("demo", "--out", LONG), "name of more than 220 bytes"),
+        (("demo", "out=elsewhere"), "out=elsewhere: the demo names its runs itself; its folder is --out"),
         (("score", LONG, "brightness"), "no folder"),
         (("score", "a\0b", "brightness"), "no folder"),
         (("score", "folder", "brightness", "--out", f"{LONG}.json"), "name of more than 220 bytes"),

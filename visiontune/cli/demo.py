@@ -12,6 +12,8 @@ from pathlib import Path
 from visiontune.errors import UserError
 from visiontune.outside import target
 
+OWN = ("out", "name")
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/demo"), help="output folder (default: %(default)s)")
@@ -22,6 +24,8 @@ def run(args: argparse.Namespace) -> None:
     for word in args.words:
         if "=" not in word:
             raise UserError(f"'{word}' is not an option=value pair")
+        if word.partition("=")[0] in OWN:
+            raise UserError(f"{word}: the demo names its runs itself; its folder is --out")
     from visiontune import demo
 
     demo.run(target(args.out, "the folder (--out)"), args.words)

@@ -17,20 +17,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from visiontune import files, outside
 from visiontune.core import Condition, Request
 from visiontune.diffusion.trajectory import Start, rollout
-from visiontune.errors import UserError
-from visiontune.guidance import _words
+from visiontune.guidance import _fitted, _words
 from visiontune.guidance._network import Network
 from visiontune.guidance._projector import Projector
 from visiontune.schema import option
 
-_FORMAT = "1"
+_MARK = "visiontune_actor"
 _TERM = "oneactor"
 
 
@@ -50,10 +46,8 @@ class Actor:
 
     def save(self, path: str | Path) -> Path:
         """Write a safetensors file, whole or not at all."""
-        tensors = {name: getattr(self, name).detach().float().cpu().contiguous() for name in ("target", "average")}
-        with files.atomic_write(path) as temporary:
-            save_file(tensors, temporary, {**self.about, "visiontune_actor": _FORMAT, "word": self.word})
-        return Path(path)
+        tensors = {"target": self.target, "average": self.average}
+        return _fitted.save(path, _MARK, tensors, {**self.about, "word": self.word})
 
     @staticmethod
     def load(path: str | Path) -> Actor:
@@ -62,18 +56,11 @@ class Actor:
         Raises:
             UserError: there is none, or it is none of a character, or damaged.
         """
-        file = outside.regular(path, "character")
-        try:
-            with safe_open(file, framework="pt") as content:
-                about, names = content.metadata() or {}, {*content.keys()}
-                if about.get("visiontune_actor") != _FORMAT or names != {"target", "average"} or "word" not in about:
-                    raise UserError(f"'{path}' is no character: fit one by visiontune.guidance.actor")
-                found = {name: content.get_tensor(name).float() for name in names}
-        except (SafetensorError, OSError) as error:
-            raise UserError(f"'{path}' is damaged ({error}): copy or fit it again") from error
+        maker = "visiontune.guidance.actor"
+        found, about = _fitted.load(path, _MARK, "character", maker, ("target", "average"), told=("word",))
         target, average = found["target"], found["average"]
         if target.ndim != 1 or target.shape != average.shape or not torch.stack([target, average]).isfinite().all():
-            raise UserError(f"'{path}' is damaged (no two finite vectors of one width): copy or fit it again")
+            raise _fitted.damaged(path, "no two finite vectors of one width")
         return Actor(target=target, average=average, word=about["word"], about=about)
 
 

@@ -17,18 +17,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.functional import conv1d
 
-from visiontune import files, outside
 from visiontune.core import Batch
 from visiontune.errors import UserError
+from visiontune.guidance import _fitted
 from visiontune.guidance._network import Network
 from visiontune.schema import option
 
-_FORMAT = "1"
+_MARK = "visiontune_text_projector"
 _TERM = "wiclp"
 
 
@@ -61,10 +59,7 @@ class TextProjector(nn.Module):
 
     def save(self, path: str | Path) -> Path:
         """Write a safetensors file, whole or not at all."""
-        tensors = {name: value.detach().float().cpu().contiguous() for name, value in self.state_dict().items()}
-        with files.atomic_write(path) as temporary:
-            save_file(tensors, temporary, {**self.about, "visiontune_text_projector": _FORMAT})
-        return Path(path)
+        return _fitted.save(path, _MARK, self.state_dict(), self.about)
 
     @staticmethod
     def load(path: str | Path) -> TextProjector:
@@ -73,20 +68,14 @@ class TextProjector(nn.Module):
         Raises:
             UserError: there is none, or it is none of a projection, or damaged.
         """
-        file = outside.regular(path, "projection")
-        try:
-            with safe_open(file, framework="pt") as content:
-                about, names = content.metadata() or {}, {*content.keys()}
-                if about.get("visiontune_text_projector") != _FORMAT or names != {"weight", "bias"}:
-                    raise UserError(f"'{path}' is no projection: fit one by pipelines/guidance/wiclp.py")
-                weight, bias = (content.get_tensor(name).float() for name in ("weight", "bias"))
-        except (SafetensorError, OSError) as error:
-            raise UserError(f"'{path}' is damaged ({error}): copy or fit it again") from error
+        maker = "pipelines/guidance/wiclp.py"
+        tensors, about = _fitted.load(path, _MARK, "projection", maker, ("weight", "bias"))
+        weight, bias = tensors["weight"], tensors["bias"]
         fits = weight.ndim == 3 and weight.shape[:2] == (*bias.shape, *bias.shape) and weight.shape[2] % 2 == 1
         if not fits or not weight.isfinite().all() or not bias.isfinite().all():
-            raise UserError(f"'{path}' is damaged (no finite weights of an odd window): copy or fit it again")
+            raise _fitted.damaged(path, "no finite weights of an odd window")
         found = TextProjector(len(bias), weight.shape[2], about)
-        found.load_state_dict({"weight": weight, "bias": bias})
+        found.load_state_dict(tensors)
         return found
 
 

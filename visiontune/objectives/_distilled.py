@@ -143,8 +143,11 @@ def refuse_told(model: Any, guidance: Guidance) -> None:
 
 def few_sampler(model: Any) -> str:
     """By which a student of a few steps is drawn: ``lcm``, or of flow the model's own."""
-    if model.schedule.prediction != "flow":
-        return "lcm"
+    return own_sampler(model) if model.schedule.prediction == "flow" else "lcm"
+
+
+def own_sampler(model: Any) -> str:
+    """The first of a model's samplers, which steps as rollouts do."""
     return next(iter(model.samplers())) if hasattr(model, "samplers") else "model"
 
 

@@ -14,7 +14,6 @@ the paper's models have no prompts), or those of the user's data, compared over 
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal
@@ -30,6 +29,7 @@ from visiontune.diffusion.trajectory import Start, Trajectory, Window, rollout
 from visiontune.diffusion.transition import kernel
 from visiontune.errors import UserError
 from visiontune.models.clip import ClipEncoder, load_clip
+from visiontune.objectives._distilled import few_facts, own_sampler
 from visiontune.objectives._online import Stepped, SteppedConfig, parts_of, pixels
 from visiontune.objectives.base import Needs, Tools, condition_of, draws_clips
 from visiontune.ops.mmd import squared_mmd
@@ -108,8 +108,7 @@ class MMD(Stepped):
         few = self.config.few_steps
         start, end = model.chain(few, model.latent_shape())
         require_effect(gradient_window(few, few), start, *kernel(model.schedule, start, end, self.dynamics)[:2])
-        # The first of a model's samplers steps as rollouts do.
-        self.sampler = next(iter(model.samplers())) if hasattr(model, "samplers") else "model"
+        self.sampler = own_sampler(model)
         _ = self.encoder
 
     @cached_property
@@ -119,9 +118,7 @@ class MMD(Stepped):
 
     def facts(self) -> dict[str, str]:
         """How the result is to be drawn: in so many steps, without guidance."""
-        teacher = {"cfg_scale": self.config.cfg_scale, "guidance": self.config.guidance or []}
-        few = {"steps": self.config.few_steps, "scheduler": self.sampler}
-        return {"distilled_guidance": json.dumps(teacher), "few_steps": json.dumps(few)}
+        return few_facts(self.config, self.config.few_steps, self.sampler)
 
     def features(self, model: DiffusionModel, latents: Tensor) -> Tensor:
         """Unit features ``[b, d]`` of pictures; gradients reach the latents."""

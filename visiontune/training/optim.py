@@ -128,6 +128,8 @@ def make_optimizer(
     options: dict[str, Any] = _decay(factory, train)
     if train.optimizer == "adamw":
         options["betas"] = train.betas
+        # One pass over everything: adapters have hundreds of small tensors. torch has it on request alone.
+        options["fused"] = not {"foreach", "fused", "differentiable"} & train.optimizer_options.keys()
     if train.optimizer == "adafactor":
         options |= {"scale_parameter": False, "relative_step": False, "warmup_init": False}
     given = _typed(factory, train.optimizer_options)
