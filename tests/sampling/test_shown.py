@@ -115,6 +115,7 @@ def test_what_is_drawn_into_a_pictures_place_has_its_shape(files):
         ({}, "instruct", r"reads a picture beside each prompt: name their files by pictures="),
         ({"pictures": "a", "mask": "mask"}, "instruct", "reads no mask: leave it out"),
         ({"pictures": "a"}, None, "reads no pictures: leave them out"),
+        ({"pictures": "a", "paste": True}, "instruct", r"paste takes from one picture what lies outside of mask="),
         ({"image_cfg_scale": 2.0}, None, "image_cfg_scale guides models of InstructPix2Pix"),
     ],
 )

@@ -73,11 +73,11 @@ def build(
 
     model: Any = parts.open_model(run)
     under = parts.attach_under(run, model)
+    objective.check(model, reward)
     beside.check(run, model, objective, found.samples)
-    preview, shown = beside.previews(preview, model, found.samples, shown)
+    preview, shown = beside.previews(preview, model, found.samples, shown, run.data.box)
     _check_sizes(run, model, objective)
     _check_dropout(run, model)
-    objective.check(model, reward)
     # Some adapters start from random values; everything later draws from generators of its own.
     set_seed(run.seed)
     with start_follows() if plan else nullcontext():

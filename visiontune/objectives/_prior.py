@@ -94,9 +94,9 @@ def _word(word: str) -> re.Pattern[str]:
 # ---------------------------------------------------------------------------------------------------- pictures
 
 
-def given(config: Config, data: DataConfig) -> list[Sample]:
-    """The user's pictures of what is to be kept, from ``prior_data``."""
-    root = dataclasses.replace(data, root=str(config.prior_data), columns={}, prompt=None, subjects=[])
+def given(folder: str, data: DataConfig) -> list[Sample]:
+    """The user's pictures of what is to be kept."""
+    root = dataclasses.replace(data, root=folder, columns={}, prompt=None, subjects=[])
     return read(root)
 
 

@@ -185,6 +185,11 @@ class Objective(ABC):
         """
         return []
 
+    @property
+    def draws(self) -> bool:
+        """Whether :meth:`prepare` has the model draw pictures of words alone."""
+        return False
+
     def prior_rows(self, batch_size: int) -> int:
         """How many rows of :meth:`prepare` come on top of a batch of the user's own, where there are any."""
         return batch_size
@@ -288,13 +293,16 @@ def draws_clips(model: Any) -> bool:
     return len(model.latent_shape()) > 3
 
 
-def condition_of(model: Any, batch: Batch) -> Condition:
+def condition_of(model: Any, batch: Batch, words: Condition | None = None) -> Condition:
     """The batch's cached condition, or one embedded now, with a gradient if the text encoder is trained.
 
     With it the pictures that the model is shown: ``channels`` beside its noisy latents, or the ``source`` of an edit,
     as such channels or as references. Rows that are not ``shown`` theirs have channels of 0, or no references.
+
+    Args:
+        words: what the rows are told in the place of their own condition.
     """
-    cond = batch.cond if batch.cond is not None else model.embed(batch.prompts)
+    cond = words if words is not None else batch.cond if batch.cond is not None else model.embed(batch.prompts)
     if "source" not in batch.data:
         beside = batch.data.get("channels")
     elif model.reads.channels:

@@ -23,7 +23,7 @@ from torch import Tensor
 from visiontune.core import Batch, Condition, Loss
 from visiontune.data.base import Sample
 from visiontune.objectives import _prior, denoising
-from visiontune.objectives.base import Needs, Tools, combine, mean_where
+from visiontune.objectives.base import Needs, Tools, combine, condition_of, mean_where
 from visiontune.schema import option
 
 if TYPE_CHECKING:
@@ -96,6 +96,10 @@ class DreamBooth(denoising.Denoising):
         return self.config.prior != "none" and self.config.prior_weight > 0
 
     @property
+    def draws(self) -> bool:
+        return self.keeps and self.config.prior_data is None and self.config.prior_images > 0
+
+    @property
     def needs(self) -> Needs:
         return dataclasses.replace(super().needs, reference=self.keeps and self.config.prior == "prediction")
 
@@ -123,14 +127,15 @@ class DreamBooth(denoising.Denoising):
 
     def _condition(self, model: DiffusionModel, batch: Batch, rows: Tensor, tools: Tools) -> Condition:
         """The base's own conditions of some rows; those of a trained text encoder are others."""
+        own = batch[rows]
         if batch.cond is not None:
-            return batch.cond[rows]
-        prompts = [batch.prompts[i] for i in rows.tolist()]
-        for prompt in prompts:
+            return condition_of(model, own)
+        for prompt in own.prompts:
             # Each prompt by itself: its condition does not depend on which others a batch had.
             if tools.lockstep or prompt not in self._conditions:
                 self._conditions[prompt] = model.embed([prompt]).to("cpu")
-        return Condition.cat([self._conditions[prompt] for prompt in prompts]).to(rows.device)
+        words = Condition.cat([self._conditions[prompt] for prompt in own.prompts]).to(rows.device)
+        return condition_of(model, own, words)
 
     def prepare(
         self, model: PipelineModel, data: Any, samples: Sequence[Sample], cache_dir: Path, tools: Tools
@@ -143,7 +148,7 @@ class DreamBooth(denoising.Denoising):
         if not self.keeps:
             return []
         if self.config.prior_data is not None:
-            pictures = _prior.given(self.config, data)
+            pictures = _prior.given(self.config.prior_data, data)
         elif self.config.prior_images:
             pictures = _prior.drawn(
                 self.config, model, _prior.prompts(self.config, data, model.source), cache_dir, tools

@@ -50,12 +50,23 @@ def drawing(config: SampleConfig, model: PipelineModel, search: Asked | None) ->
     shown = read(config.picture_list(), config.mask)
     options = {"batch_size": config.batch_size, **_options(config, model, shown)}
     shown = shown.fitted(model, model.size(options["height"], options["width"]))
+    draw, said = _chosen(config, model, search, shown, options)
+    return (partial(_pasted, shown, draw) if config.paste else draw), said
+
+
+def _chosen(
+    config: SampleConfig, model: PipelineModel, search: Asked | None, shown: Shown, options: dict[str, Any]
+) -> tuple[Draw, str]:
     if search is not None:
         searcher = Searcher.of(search, model, **options)
         return partial(_searched, config, searcher, shown), searcher.plan()
     if config.held_out is not None:
         return partial(_judged, config, Judged.of(config.held_out, model, **options), shown), ""
     return partial(plain, config, model), ""
+
+
+def _pasted(shown: Shown, draw: Draw, batch: Sequence[Job]) -> list[Drawn]:
+    return [(shown.pasted(picture), row) for picture, row in draw(batch)]
 
 
 def plain(config: SampleConfig, model: PipelineModel, batch: Sequence[Job]) -> list[Drawn]:

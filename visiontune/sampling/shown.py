@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 from PIL import Image, ImageOps
 
 from visiontune.data import buckets, pictures, transforms
@@ -51,6 +52,16 @@ class Shown:
         shown = tuple(transforms.fitted(one, size) for one in self.pictures)
         mask = None if self.mask is None else ImageOps.fit(self.mask, size[::-1], Image.Resampling.NEAREST)
         return replace(self, pictures=shown, mask=mask)
+
+    def pasted(self, picture: np.ndarray) -> np.ndarray:
+        """What was drawn, ``uint8 [h, w, 3]``, where it was painted into, and the first picture's own pixels elsewhere.
+
+        Args:
+            picture: of the size of the pictures.
+        """
+        assert self.mask is not None
+        over = self.mask.convert("L").point(lambda level: 255 * (level >= 128))
+        return np.asarray(Image.composite(Image.fromarray(picture), self.pictures[0], over))
 
 
 NOTHING = Shown()
