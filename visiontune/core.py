@@ -90,6 +90,8 @@ class Batch:
         weight: [b] float32 weight of each row in the loss.
         prior: [b] bool, True for rows of prior preservation.
         ids: the rows' sample ids.
+        timestep_range: [b, 2] float32, the noise that each row is trained at, as shares of the schedule in [0, 1]
+            (`diffusion.levels`); None where all are trained at all.
         nouns: of each row the words whose places the bits of the column `segments` mark; None where there are none.
     """
 
@@ -99,6 +101,7 @@ class Batch:
     weight: Tensor
     prior: Tensor
     ids: list[str]
+    timestep_range: Tensor | None = None
     nouns: list[tuple[str, ...]] | None = None
 
     def __len__(self) -> int:

@@ -23,7 +23,10 @@ from visiontune.config import Run
 from visiontune.data.buckets import Size
 from visiontune.data.inventory import inventory
 from visiontune.data.loader import BatchSampler
+from visiontune.data.mix import WHOLE
 from visiontune.data.prompts import PromptBatches
+from visiontune.diffusion import levels
+from visiontune.diffusion.schedule import Schedule
 from visiontune.diffusion.timesteps import Histogram
 from visiontune.guidance.stack import GuidanceStack, guidance_of
 from visiontune.objectives.base import generator
@@ -271,11 +274,22 @@ def _noise(run: Run, trainer: Trainer) -> dict[str, Any]:
     drawn = []
     for size, count in counts.items():
         rows = math.ceil(_DRAWS * count / sum(counts.values()))
-        t = trainer.objective.draw_timesteps(model, model.latent_shape(*size), rows, rng)
+        bounds = _bounds(run, model.schedule, rows)
+        t = trainer.objective.draw_timesteps(model, model.latent_shape(*size), rows, rng, bounds)
         if t is None:
             return {}
         drawn.append(t.double() / model.schedule.num_train_timesteps)
     return {"noise": Histogram.of(torch.cat(drawn)), "sizes": tuple(counts)}
+
+
+def _bounds(run: Run, schedule: Schedule, rows: int) -> Tensor | None:
+    """Low and high ``[rows, 2]`` of rows that sources share by their weights; ``None`` where no source has a range."""
+    if set(run.data.ranges()) == {WHOLE}:
+        return None
+    weights = torch.tensor(run.data.weights(), dtype=torch.float64)
+    ends = (weights.cumsum(0) / weights.sum() * rows).round().long()
+    counts = ends.diff(prepend=ends.new_zeros(1))
+    return levels.shares(torch.tensor(run.data.ranges()).repeat_interleave(counts, 0), schedule)
 
 
 def _used(run: Run, trainer: Trainer) -> list[str]:

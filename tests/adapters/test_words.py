@@ -185,6 +185,17 @@ def test_the_class_keeps_its_meaning(tmp_path):
         rows_of(model, "circle", "red circle")
 
 
+def test_a_subject_of_several_words_has_a_row_for_each():
+    model = tiny_model()
+    (name,) = rows_of(model, "red")
+    rows = rows_of(model, "red blue green")[name][1]["red blue green"]
+    assert rows == [row for word in ("red", "blue", "green") for row in rows_of(model, word)[name][1][word]]
+    made, _ = attached(model, "red blue green")
+    table = made.base_layers()[name].weight.detach()
+    moved = (made.weight(name) - table).abs().amax(1).nonzero().flatten().tolist()
+    assert sorted(moved) == sorted(rows)
+
+
 def test_words_that_cannot_be_had_are_refused():
     model = tiny_model()
     model.pipe.tokenizer = copy.deepcopy(model.pipe.tokenizer)

@@ -156,6 +156,31 @@ def test_rows_may_have_ranges_of_their_own():
         assert low - 1e-6 <= own.min() < low + 0.01 and high - 0.01 < own.max() <= high + 1e-6
 
 
+@pytest.mark.parametrize("split", [0.57, 0.9, 0.9004])
+def test_adjacent_ranges_of_a_table_share_no_timestep_and_leave_none_out(split):
+    bounds = torch.tensor([[0.0, split], [split, 1.0]], dtype=torch.float64).repeat(COUNT // 2, 1)
+    # As far as uniform numbers go, and what rounds to the bound itself.
+    u = torch.linspace(0, 1, COUNT // 2, dtype=torch.float64).repeat_interleave(2)
+    t = Timesteps().draw(table(), (4, 2, 2), COUNT, torch.Generator(), u, bounds)
+    below, above = t[::2].unique().tolist(), t[1::2].unique().tolist()
+    place = round(split * 1000, 6)
+    first, whole = math.floor(place), place.is_integer()
+    assert below == list(range(first if whole else first + 1)) and above == list(range(first, 1000))
+
+
+def test_a_share_of_rows_is_drawn_from_the_whole_schedule():
+    """Of N ranges of one width, one has p / N + 1 - p of its run's rows (DeMe, section 3.2)."""
+    for p in (0.0, 0.3, 1.0):
+        t = Timesteps(low=0.25, high=0.5, global_share=p).draw(
+            flow(), (4, 2, 2), COUNT, torch.Generator().manual_seed(0)
+        )
+        inside = ((t >= 250) & (t <= 500)).double().mean()
+        assert abs(float(inside) - (p / 4 + 1 - p)) < 4 * math.sqrt(0.25 / COUNT) * (p in (0.3, 1.0)) + 1e-9
+    plain, none = Timesteps(low=0.25), Timesteps(low=0.25, global_share=0.0)
+    drawn = [one.draw(flow(), (4, 2, 2), 9, torch.Generator().manual_seed(1)) for one in (plain, none)]
+    assert torch.equal(*drawn)
+
+
 @pytest.mark.parametrize("density", DENSITIES)
 @pytest.mark.parametrize("k", [1.0, 2.5])
 def test_tables_are_drawn_from_by_the_same_densities(density, k):

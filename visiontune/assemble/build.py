@@ -181,6 +181,7 @@ def _check(run: Run, objective: Objective, reward: Any) -> None:
     from visiontune.training.lending import check_train
 
     check_train(objective, run.train)
+    _check_ranges(run, objective)
     objective.check_reward(reward)
     distilled = "distilled_guidance" in objective.facts() and not objective.needs.told
     if distilled and run.preview.prompts and run.preview.cfg_scale != 1:
@@ -193,6 +194,31 @@ def _check(run: Run, objective: Objective, reward: Any) -> None:
             "preview.steps=%d draws in other steps than what is trained for: set it to %d to see that",
             run.preview.steps,
             few["steps"],
+        )
+
+
+def _check_ranges(run: Run, objective: Objective) -> None:
+    """Refuse ranges of noise that the objective does not train at, and a share outside of ranges where there are none.
+
+    Raises:
+        UserError: it names the option.
+    """
+    from visiontune.data.mix import WHOLE
+    from visiontune.diffusion.timesteps import Timesteps
+
+    parted = set(run.data.ranges()) != {WHOLE}
+    if parted and not objective.needs.ranges:
+        raise UserError(
+            f"data.timestep_range: objective '{run.objective['name']}' chooses its timesteps itself: take "
+            "objective=denoising, or leave it out"
+        )
+    timesteps = getattr(objective.config, "timesteps", None)
+    if not isinstance(timesteps, Timesteps) or not timesteps.global_share:
+        return
+    if not parted and (timesteps.low, timesteps.high) == WHOLE:
+        raise UserError(
+            "objective.timesteps.global_share is of rows outside of a range, and all are drawn from the whole "
+            "schedule: set timesteps.low or high, or data.timestep_range"
         )
 
 

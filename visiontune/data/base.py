@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from visiontune.data import captions
+from visiontune.data.mix import RANGE_HELP, WHOLE, Bounds, Part, check_tiles
 from visiontune.errors import UserError
 from visiontune.outside import shown
 from visiontune.schema import SLOTS, option
@@ -61,6 +62,13 @@ class Config:
     class_noun: str | None = option(None, help="what [class] stands for, such as dog; else the dataset's, else object")
     subjects: list[Subject] = option(
         [], help="further subjects that are learnt in the same run: [{root: my_cat, trigger: zwx, class_noun: cat}]"
+    )
+    mix: list[Part] = option(
+        [], help="further sources that are learnt in the same run: [{root: my_style, timestep_range: [0, 0.9]}]"
+    )
+    timestep_range: Bounds = option(WHOLE, least=0, greatest=1, help=f"with mix: {RANGE_HELP}")
+    weight: float = option(
+        1.0, above=0, greatest=1e6, help="with mix: how often rows of root come beside those of the others"
     )
     resolution: int | None = option(
         None, least=8, greatest=16384, help="side of the square whose area every image is resized to (model's own)"
@@ -122,12 +130,30 @@ class Config:
             raise UserError(
                 "data.source_dropout and half of data.caption_dropout are more than the whole: lower one of them"
             )
+        if self.mix and self.subjects:
+            raise ValueError("mix and subjects both name further pictures: take one of them")
+        if self.weight != 1 and not self.mix:
+            raise ValueError("weight is beside that of data.mix, which is empty: leave it out")
+        check_tiles(self.ranges())
 
     def each(self) -> list[Config]:
         """The data of every subject by itself, the first that of ``root``."""
         own = replace(self, subjects=[])
         given = [{**vars(one), "prompt": one.prompt or self.prompt} for one in self.subjects]
         return [own, *(replace(own, **options) for options in given)]
+
+    def parts(self) -> list[Config]:
+        """The data of every source by itself, the first that of ``root``."""
+        own = replace(self, mix=[], timestep_range=WHOLE, weight=1.0)
+        return [own, *(replace(own, root=one.root, prompt=one.prompt or self.prompt) for one in self.mix)]
+
+    def ranges(self) -> list[Bounds]:
+        """The range of noise of every source, in the order of :meth:`parts`."""
+        return [self.timestep_range, *(one.timestep_range for one in self.mix)]
+
+    def weights(self) -> list[float]:
+        """How often every source comes, in the order of :meth:`parts`."""
+        return [self.weight, *(one.weight for one in self.mix)]
 
     def key(self, column: str) -> str:
         """What a column is called in the user's data."""
@@ -207,6 +233,7 @@ class Sample:
         caption: its words, nothing left to substitute. caption_from: where they stood: a kind of file, a table.
         prior: whether it is a prior-preservation image (DreamBooth) rather than one of the user's own.
         weight: factor of its loss; prior samples carry the prior weight lambda.
+        part: which of several sources it is of (:meth:`Config.parts`).
         nouns: the words of the caption whose places the bits of ``segments`` mark, the first that of bit 0.
     """
 
@@ -216,6 +243,7 @@ class Sample:
     prior: bool = False
     weight: float = 1.0
     caption_from: str = DEFAULT_PROMPT
+    part: int = 0
     nouns: tuple[str, ...] = ()
 
 

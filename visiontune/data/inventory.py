@@ -20,8 +20,19 @@ def inventory(samples: Sequence[Sample], config: Config) -> list[str]:
             kinds.setdefault(column, Counter())[source.file.suffix.lower() if source.file else "no file"] += 1
     columns = (f"{column} {count.total()} ({_counted(count)})" for column, count in kinds.items())
     lines = [f"columns: {', '.join(columns)}", f"captions: {_origins(own)}"]
+    lines += _parts(own, config) if config.mix else []
     left = left_out(config, list(kinds))
     return [*lines, f"ignored: {listed(left)}"] if left else lines
+
+
+def _parts(samples: Sequence[Sample], config: Config) -> list[str]:
+    """A line on each of several sources: how many pictures, how often they come, and at what noise."""
+    counts, total = Counter(sample.part for sample in samples), sum(config.weights())
+    told = zip(config.parts(), config.weights(), config.ranges(), strict=True)
+    return [
+        f"{own.root}: {counts[i]} pictures, {weight / total:.0%} of the rows, noise {low:g} to {high:g}"
+        for i, (own, weight, (low, high)) in enumerate(told)
+    ]
 
 
 def uncaptioned(samples: Sequence[Sample]) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from functools import lru_cache
 
 import numpy as np
@@ -14,7 +15,8 @@ from visiontune.data.rows import Pick, Rows
 
 __all__ = ["BatchSampler", "Pick", "Rows"]
 
-_ORDER, _CYCLE, _DRAWS = range(3)  # separate the random streams of one seed
+_ORDER, _CYCLE, _DRAWS, _PARTS = range(4)  # separate the random streams of one seed
+_TURNS = 1000  # rows in which several sources come as often as their weights say
 
 
 class BatchSampler:
@@ -25,6 +27,9 @@ class BatchSampler:
     have come once, and together the ranks see just what one process with the whole batch would see, random choices
     included. Buckets take turns in proportion to their sizes, evenly spread. A bucket smaller than the batch wraps
     round.
+
+    Of several sources (``data.mix``) each has such passes of its own, and they take turns within a bucket as often as
+    their weights say, at even distances; in a bucket of which a source has no picture the others take its turns.
 
     With prior samples a batch holds ``batch_size`` instance rows and after them ``prior_rows`` prior rows, drawn in the
     same way from the prior samples and brought to the size of the instance rows.
@@ -57,6 +62,7 @@ class BatchSampler:
         self.seed = seed % 2**64
         self._sizes: list[Size] = sorted(rows.buckets)
         self._counts = tuple(len(rows.buckets[size]) for size in self._sizes)
+        self._parts = [self._parted(rows.buckets[size]) for size in self._sizes]
         self._ahead = Ahead(self._collate) if ahead else None
 
     def batch(self, step: int) -> Batch:
@@ -75,15 +81,15 @@ class BatchSampler:
         """The rows of a step's batch before they are encoded."""
         bucket, turn = self._turn(step)
         size = self._sizes[bucket]
-        groups = [(1 + bucket, self.rows.buckets[size], turn, self.batch_size)]
+        groups = [(self._mixed(bucket, self._span(turn, self.batch_size)), self.batch_size)]
         if self.rows.prior:
-            groups.append((0, self.rows.prior, step, self.prior_rows))
+            prior = self._stream(0, self.rows.prior, self._span(step, self.prior_rows))
+            groups.append((prior, self.prior_rows))
         rng = np.random.default_rng([self.seed, _DRAWS, step])
         config = self.rows.config
         picks = []
-        for name, members, visit, own in groups:
+        for group, own in groups:
             total = own * self.world
-            group = self._stream(name, members, visit * total, total)
             chance, drop = rng.random((2, total))
             seeds = rng.integers(2**63, size=total)
             for i in range(self.rank * own, (self.rank + 1) * own):
@@ -105,15 +111,43 @@ class BatchSampler:
 
     def _turn(self, step: int) -> tuple[int, int]:
         """The bucket of a step, and how many earlier steps had the same bucket."""
-        cycle, position = divmod(step, sum(self._counts))
-        order = _cycle(self.seed, cycle, self._counts)
-        bucket = int(order[position])
-        return bucket, cycle * self._counts[bucket] + int((order[:position] == bucket).sum())
+        return _turn_of(self.seed, _CYCLE, self._counts, step)
 
-    def _stream(self, name: int, members: list[int], start: int, count: int) -> list[int]:
-        """Elements ``start .. start + count`` of the endless concatenation of shuffled passes over ``members``."""
-        places = (divmod(p, len(members)) for p in range(start, start + count))
+    def _span(self, visit: int, own: int) -> range:
+        """The places in a stream of a visit's rows, ``own`` for each rank."""
+        total = own * self.world
+        return range(visit * total, (visit + 1) * total)
+
+    def _stream(self, name: int, members: list[int], span: Iterable[int]) -> list[int]:
+        """Elements at some places of the endless concatenation of shuffled passes over ``members``."""
+        places = (divmod(p, len(members)) for p in span)
         return [members[_shuffled(self.seed, name, epoch, len(members))[place]] for epoch, place in places]
+
+    def _parted(self, members: list[int]) -> list[tuple[int, list[int], float]]:
+        """Number, members and weight of each source that has some among ``members``."""
+        weights = self.rows.config.weights()
+        if len(weights) == 1:
+            return [(0, members, 1.0)]
+        split = [[m for m in members if self.rows.samples[m].part == part] for part in range(len(weights))]
+        return [(part, own, weights[part]) for part, own in enumerate(split) if own]
+
+    def _mixed(self, bucket: int, span: range) -> list[int]:
+        """Elements at some places of a bucket's stream, in which its sources take turns."""
+        parts = self._parts[bucket]
+        if len(parts) == 1:
+            return self._stream(self._name(bucket, parts[0][0]), parts[0][1], span)
+        total = sum(weight for *_, weight in parts)
+        counts = tuple(max(1, round(_TURNS * weight / total)) for *_, weight in parts)
+        found = []
+        for place in span:
+            which, turn = _turn_of(self.seed, _PARTS, counts, place)
+            part, members, _ = parts[which]
+            found += self._stream(self._name(bucket, part), members, [turn])
+        return found
+
+    def _name(self, bucket: int, part: int) -> int:
+        """Of the stream of a source in a bucket; that of prior samples is 0."""
+        return 1 + bucket + part * (1 + len(self._sizes))
 
 
 @lru_cache(maxsize=64)
@@ -121,9 +155,17 @@ def _shuffled(seed: int, name: int, epoch: int, count: int) -> np.ndarray:
     return np.random.default_rng([seed, _ORDER, name, epoch]).permutation(count)
 
 
-@lru_cache(maxsize=4)
-def _cycle(seed: int, cycle: int, counts: tuple[int, ...]) -> np.ndarray:
-    """Bucket numbers of ``sum(counts)`` steps: bucket ``b`` has ``counts[b]`` of them, at even distances."""
-    rng = np.random.default_rng([seed, _CYCLE, cycle])
+def _turn_of(seed: int, stream: int, counts: tuple[int, ...], place: int) -> tuple[int, int]:
+    """Who of ``len(counts)`` has a place of an endless order, and how many earlier places it has had."""
+    cycle, position = divmod(place, sum(counts))
+    order = _cycle(seed, stream, cycle, counts)
+    which = int(order[position])
+    return which, cycle * counts[which] + int((order[:position] == which).sum())
+
+
+@lru_cache(maxsize=16)
+def _cycle(seed: int, stream: int, cycle: int, counts: tuple[int, ...]) -> np.ndarray:
+    """Numbers of ``sum(counts)`` places: number ``b`` has ``counts[b]`` of them, at even distances."""
+    rng = np.random.default_rng([seed, stream, cycle])
     times = np.concatenate([(np.arange(n) + rng.random()) / n for n in counts])
     return np.repeat(np.arange(len(counts)), counts)[times.argsort(kind="stable")]

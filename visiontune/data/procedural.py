@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import islice
+from itertools import cycle, islice
 from typing import Literal
 
 import numpy as np
@@ -42,7 +42,7 @@ class Spec:
     )
     edits: list[Kind] = option(list(KINDS), help="kinds of edits, in turn (world: edits)")
     kinds: list[Literal["one", "two", "many", "three"]] = option(
-        [], help="scenes of so many objects, taking turns; empty: as in the training world (world: scenes)"
+        [], help="scenes of so many objects, taking turns; empty: as in the training world (world: scenes, style)"
     )
     count: int = option(5, least=1, greatest=10_000_000, help="number of images")
     seed: int = option(0, least=0, greatest=2**63 - 1, help="seed of the scenes")
@@ -162,11 +162,12 @@ def _scenes(spec: Spec) -> Iterator[tuple[Scene, str]]:
         streams = [stream(spec.seed + i, kind, spec.holdout) for i, kind in enumerate(spec.kinds or [None])]
         while True:
             yield from map(next, streams)
+    kinds = cycle(spec.kinds or [None])
     while True:
         if spec.world == "subject":
             scene = subject_scene(SUBJECTS[str(spec.subject)], rng, spec.style)
             yield scene, scene.things[0].shape
         else:
-            scene = sample_scene(rng)
+            scene = sample_scene(rng, next(kinds))
             words = caption(scene, rng)
             yield Scene(**{**vars(scene), "style": spec.style}), words

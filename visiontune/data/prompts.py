@@ -36,10 +36,14 @@ def read_data_prompts(config: Config) -> list[str]:
     Each comes once, with ``[trigger]`` and ``[class]`` put in.
 
     Raises:
-        UserError: further subjects, no such file or dataset, an empty prompt, or in a file the same prompt twice.
+        UserError: further subjects or sources, no such file or dataset, an empty prompt, or in a file the same prompt
+            twice.
     """
-    if config.subjects:
-        raise UserError("data.subjects are learnt of pictures, and this objective learns from prompts: leave them out")
+    for name in ("subjects", "mix"):
+        if getattr(config, name):
+            raise UserError(
+                f"data.{name} are learnt of pictures, and this objective learns from prompts: leave them out"
+            )
     words = read_prompts(config.root) if is_list(config.root) else listed_prompts(config.root)
     if words is not None:
         return check_prompts([substitute(p, config.trigger, config.class_noun) for p in words], config.root)

@@ -62,6 +62,12 @@ def read(config: Config, columns: Sequence[str] = ("image",), optional: Sequence
             for own in config.each()
             for sample in read(own, columns, optional)
         ]
+    if config.mix:
+        return [
+            replace(sample, part=i, id=f"mix[{i - 1}]/{sample.id}" if i else sample.id)
+            for i, own in enumerate(config.parts())
+            for sample in _filled(read(own, columns, optional), own, f"data.mix[{i - 1}]" if i else "data.root")
+        ]
     unclaimed = sorted(config.columns.keys() - {*columns, *optional})
     if unclaimed:
         raise UserError(
@@ -72,6 +78,17 @@ def read(config: Config, columns: Sequence[str] = ("image",), optional: Sequence
         raise UserError("data.frame_pairs makes a column 'source', which the objective does not read: set it to false")
     found = _read(config, columns, optional)
     return [_first_and_last(sample) for sample in found] if config.frame_pairs else found
+
+
+def _filled(samples: list[Sample], config: Config, where: str) -> list[Sample]:
+    """The samples of one of several sources.
+
+    Raises:
+        UserError: it has none, so that its share of the rows, and its range of noise, would be nobody's.
+    """
+    if not samples:
+        raise UserError(f"{where} ({config.root}) has no pictures: put some there, or leave it out")
+    return samples
 
 
 def _read(config: Config, columns: Sequence[str], optional: Sequence[str]) -> list[Sample]:
@@ -144,6 +161,8 @@ def left_out(config: Config, columns: Sequence[str]) -> list[str]:
     """What lies in the folder ``config.root`` and is not read because of ``config.ignore``; nothing of other roots."""
     if config.subjects:
         return [f"{own.trigger}: {name}" for own in config.each() for name in left_out(own, columns)]
+    if config.mix:
+        return [f"{own.root}: {name}" for own in config.parts() for name in left_out(own, columns)]
     path = _place(config.root)
     if not path.is_dir():
         return []

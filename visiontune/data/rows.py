@@ -18,6 +18,7 @@ from visiontune.data import buckets, segments, transforms
 from visiontune.data.base import Config, Sample, Source, listed
 from visiontune.data.buckets import Size
 from visiontune.data.cache import Cache, Tensors, key
+from visiontune.data.mix import WHOLE
 from visiontune.data.transforms import Zoom
 from visiontune.errors import UserError
 
@@ -243,8 +244,14 @@ class Rows:
             weight=torch.tensor([s.weight for s in samples], dtype=torch.float32),
             prior=torch.tensor([s.prior for s in samples], dtype=torch.bool),
             ids=[s.id for s in samples],
+            timestep_range=self._ranges(samples) if self.config.mix else None,
             nouns=[s.nouns for s in samples] if "segments" in self.columns.values() else None,
         )
+
+    def _ranges(self, samples: Sequence[Sample]) -> Tensor:
+        """[b, 2], the noise that each row is trained at; a prior row's is the whole."""
+        found = self.config.ranges()
+        return torch.tensor([WHOLE if s.prior else found[s.part] for s in samples], dtype=torch.float32)
 
     def _column(self, picks: Sequence[Pick], column: str, kind: str) -> Tensor:
         if kind == "picture":

@@ -26,6 +26,7 @@ from visiontune.schema import option
 _BEND = 7.7  # of the inverted parabola
 _AREA = 2 - _BEND / 12  # below it
 _HALVINGS = 60  # of [0, 1], beyond which float64 tells nothing apart
+_ROUNDING = 1e-6  # of a bound in timesteps, which is mostly meant to be whole
 _TENTHS, _BAR = 10, 40  # of the plot
 
 
@@ -56,6 +57,13 @@ class Timesteps:
     )
     low: float = option(0.0, least=0, below=1, help="least noise trained at, as a share of the schedule in [0, 1]")
     high: float = option(1.0, above=0, greatest=1, help="most noise trained at, as a share of the schedule in [0, 1]")
+    global_share: float = option(
+        0.0,
+        least=0,
+        greatest=1,
+        help="share of rows in [0, 1] that are drawn from the whole schedule, whatever low, high and "
+        "data.timestep_range say",
+    )
 
     def __post_init__(self) -> None:
         if self.low >= self.high:
@@ -76,7 +84,8 @@ class Timesteps:
             model: has the schedule, and the shift where it is to be the model's own.
             shape: [c, (f), h, w] of the latents, by which some models shift.
             quantile: [rows] in [0, 1), where in the density they are to lie; drawn from `rng` unless given.
-            bounds: [rows, 2] low and high of each row, inside of those of the option.
+            bounds: [rows, 2] low and high of each row, inside of those of the option. A timestep of a table belongs
+                to the range that it begins in.
 
         Raises:
             UserError: nothing of the density lies in the range.
@@ -86,17 +95,22 @@ class Timesteps:
         low, high = (torch.full((rows,), value, dtype=torch.float64) for value in (self.low, self.high))
         if bounds is not None:
             low, high = low.maximum(bounds[:, 0].cpu().double()), high.minimum(bounds[:, 1].cpu().double())
+        if self.global_share:
+            everywhere = torch.rand(rows, generator=rng) < self.global_share
+            low, high = low.masked_fill(everywhere, 0), high.masked_fill(everywhere, 1)
         least, most = self.cdf(shifted(low, 1 / k)), self.cdf(shifted(high, 1 / k))
         if not (least < most).all():
+            row = int((least < most).int().argmin())
             raise UserError(
-                f"timesteps: nothing of density={self.density} lies between low={self.low:g} and high={self.high:g}: "
+                f"timesteps: nothing of density={self.density} lies between low={low[row]:g} and high={high[row]:g}: "
                 "widen them, or take another density or shift"
             )
         share = shifted(self.quantile(least + u * (most - least)), k).clamp(low, high)
         total = model.schedule.num_train_timesteps
         if model.schedule.prediction == "flow":
             return (share * total).float()
-        return (share * total).long().clamp(max=total - 1)
+        end = (high * total - _ROUNDING).ceil().long()
+        return (share * total).long().minimum(end - 1)
 
     def quantile(self, u: Tensor) -> Tensor:
         """Q(u) before the shift, float64 in [0, 1] -> [0, 1]."""

@@ -96,8 +96,8 @@ def _word(word: str) -> re.Pattern[str]:
 
 def given(folder: str, data: DataConfig) -> list[Sample]:
     """The user's pictures of what is to be kept."""
-    root = dataclasses.replace(data, root=folder, columns={}, prompt=None, subjects=[])
-    return read(root)
+    own = data.parts()[0]  # at all noise, whatever range the run's first source has
+    return read(dataclasses.replace(own, root=folder, columns={}, prompt=None, subjects=[]))
 
 
 def drawn(config: Config, model: PipelineModel, words: list[str], cache_dir: Path, tools: Tools) -> list[Sample]:

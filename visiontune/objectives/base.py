@@ -52,6 +52,7 @@ class Needs:
         reference: whether it compares with the untrained model.
         text: whether text encoders can be trained by it.
         told: whether it teaches the denoiser to be told a scale of guidance.
+        ranges: whether it trains each row at the noise that its source is for (`Batch.timestep_range`).
     """
 
     columns: tuple[str, ...] = ()
@@ -62,6 +63,7 @@ class Needs:
     reference: bool = False
     text: bool = True
     told: bool = False
+    ranges: bool = False
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -194,13 +196,16 @@ class Objective(ABC):
         """How many rows of :meth:`prepare` come on top of a batch of the user's own, where there are any."""
         return batch_size
 
-    def draw_timesteps(self, model: Any, shape: Sequence[int], rows: int, rng: torch.Generator) -> Tensor | None:
+    def draw_timesteps(
+        self, model: Any, shape: Sequence[int], rows: int, rng: torch.Generator, bounds: Tensor | None = None
+    ) -> Tensor | None:
         """Timesteps ``[rows]`` as steps draw them for latents ``[c, (f), h, w]``, by the option ``timesteps``.
 
-        ``None`` where the objective has no such option, or its timesteps are those of a sampler.
+        ``bounds`` ``[rows, 2]`` are those of each row, where its source has a range. ``None`` where the objective has
+        no such option, or its timesteps are those of a sampler.
         """
         timesteps = getattr(self.config, "timesteps", None)
-        return timesteps.draw(model, shape, rows, rng) if isinstance(timesteps, Timesteps) else None
+        return timesteps.draw(model, shape, rows, rng, bounds=bounds) if isinstance(timesteps, Timesteps) else None
 
     def facts(self) -> dict[str, str]:
         """What the header of the trained weights says of the objective besides its name."""
@@ -293,16 +298,13 @@ def draws_clips(model: Any) -> bool:
     return len(model.latent_shape()) > 3
 
 
-def condition_of(model: Any, batch: Batch, words: Condition | None = None) -> Condition:
+def condition_of(model: Any, batch: Batch) -> Condition:
     """The batch's cached condition, or one embedded now, with a gradient if the text encoder is trained.
 
     With it the pictures that the model is shown: ``channels`` beside its noisy latents, or the ``source`` of an edit,
     as such channels or as references. Rows that are not ``shown`` theirs have channels of 0, or no references.
-
-    Args:
-        words: what the rows are told in the place of their own condition.
     """
-    cond = words if words is not None else batch.cond if batch.cond is not None else model.embed(batch.prompts)
+    cond = batch.cond if batch.cond is not None else model.embed(batch.prompts)
     if "source" not in batch.data:
         beside = batch.data.get("channels")
     elif model.reads.channels:
@@ -348,6 +350,20 @@ def combine(errors: Tensor, batch: Batch) -> Tensor:
         raise ValueError(f"errors {tuple(errors.shape)} and row weights {tuple(batch.weight.shape)} must agree")
     weighted = errors * batch.weight.to(errors.dtype)
     return mean_where(weighted, ~batch.prior) + mean_where(weighted, batch.prior)
+
+
+def by_range(errors: Tensor, batch: Batch) -> dict[str, Tensor]:
+    """Mean error of the rows of each range of noise, as ``error_0.0_0.9``; prior rows are of none.
+
+    Args:
+        errors: ``[b]``.
+    """
+    if batch.timestep_range is None:
+        return {}
+    bounds = batch.timestep_range[~batch.prior].unique(dim=0)
+    rows = [(batch.timestep_range == pair).all(1) & ~batch.prior for pair in bounds]
+    names = [f"error_{low:.4g}_{high:.4g}" for low, high in bounds.tolist()]
+    return {name: mean_where(errors.detach(), own) for name, own in zip(names, rows, strict=True)}
 
 
 def mean_where(values: Tensor, mask: Tensor) -> Tensor:

@@ -181,8 +181,10 @@ class CFGDistill(Distilled):
         if self.config.states != "teacher" or edits:
             require_no_memory(guidance)
 
-    def draw_timesteps(self, model: Any, shape: Any, rows: int, rng: torch.Generator) -> Tensor | None:
-        return None if self.online else super().draw_timesteps(model, shape, rows, rng)
+    def draw_timesteps(
+        self, model: Any, shape: Any, rows: int, rng: torch.Generator, bounds: Tensor | None = None
+    ) -> Tensor | None:
+        return None if self.online else super().draw_timesteps(model, shape, rows, rng, bounds)
 
     def facts(self) -> dict[str, str]:
         """The teacher's guidance, by which samplers know that the result is to be drawn without."""

@@ -131,8 +131,10 @@ class Consistency(Distilled):
             require_no_memory(guidance)
         self.sampler = few_sampler(model)
 
-    def draw_timesteps(self, model: Any, shape: Any, rows: int, rng: torch.Generator) -> Tensor | None:
-        return None if self.online else super().draw_timesteps(model, shape, rows, rng)
+    def draw_timesteps(
+        self, model: Any, shape: Any, rows: int, rng: torch.Generator, bounds: Tensor | None = None
+    ) -> Tensor | None:
+        return None if self.online else super().draw_timesteps(model, shape, rows, rng, bounds)
 
     def facts(self) -> dict[str, str]:
         """How many steps samplers are to take, by which, and that guidance is inside."""

@@ -15,9 +15,11 @@ import torch
 from torch import Tensor
 
 from visiontune.core import Batch, Condition, Loss
+from visiontune.diffusion import levels
 from visiontune.diffusion.timesteps import Timesteps
 from visiontune.errors import UserError
-from visiontune.objectives.base import Needs, Supervised, Tools, combine, condition_of, continuous, per_row
+from visiontune.objectives._reference import Reference
+from visiontune.objectives.base import Needs, Supervised, Tools, by_range, combine, condition_of, continuous, per_row
 from visiontune.schema import option
 
 if TYPE_CHECKING:
@@ -25,8 +27,8 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config:
-    """Options of the denoising loss."""
+class Noising:
+    """Options of whatever is trained on noisy latents of clean ones."""
 
     RENAMED: ClassVar[dict[str, str]] = {
         "min_timestep": "timesteps.low, a share of the schedule (0.2 for timestep 200 of 1000)",
@@ -53,6 +55,18 @@ class Config:
                 f"snr_gamma and weighting_scheme={self.weighting_scheme} both weigh timesteps: take snr_gamma=null, or "
                 "weighting_scheme=none"
             )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(Noising):
+    """Options of the denoising loss."""
+
+    reference_weight: float = option(
+        0.0,
+        least=0,
+        greatest=1e6,
+        help="of the squared distance to what the untrained model predicts of the same noisy latents; 1 in DeMe",
+    )
 
 
 def build(config: Config) -> Denoising:
@@ -94,14 +108,21 @@ def flow_weight(sigma: Tensor, scheme: str, least: float) -> Tensor:
 class Denoising(Supervised):
     """``mean over rows of weight * w(t) * mean over c, h, w of mask * (predict(x_t, t, cond) - target)^2``."""
 
-    config: Config
+    config: Noising
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Noising) -> None:
         self.config = config
+        self._reference = Reference()
 
     @property
     def needs(self) -> Needs:
-        return Needs(columns=("image",), optional=("mask", "region", "source"))
+        held = self.reference_weight > 0
+        return Needs(columns=("image",), optional=("mask", "region", "source"), reference=held, ranges=True)
+
+    @property
+    def reference_weight(self) -> float:
+        """How much the distance to the untrained model counts."""
+        return self.config.reference_weight if isinstance(self.config, Config) else 0.0
 
     def check(self, model: Any, reward: Any) -> None:
         """Besides, refuse what has no continuous latents, weights of another kind, and a distillation to be undone."""
@@ -121,15 +142,24 @@ class Denoising(Supervised):
             )
 
     def loss(self, model: DiffusionModel, batch: Batch, tools: Tools) -> Loss:
-        return Loss(total=combine(self.errors(model, batch, tools), batch), terms={})
+        errors = self.errors(model, batch, tools)
+        return Loss(total=combine(errors, batch), terms=by_range(errors, batch))
 
     def errors(self, model: DiffusionModel, batch: Batch, tools: Tools) -> Tensor:
-        """Error of each row ``[b]`` in float32, weighted by timestep and masked, before the row weights."""
+        """Error of each row ``[b]`` in float32, weighted by timestep and masked, before the row weights.
+
+        With ``reference_weight``, ``|f(x_t, t) - target|^2 + reference_weight |f(x_t, t) - f_0(x_t, t)|^2`` of the
+        untrained f_0 (Ma et al., "Decouple-Then-Merge", 2024, arXiv 2410.06664), the second without the mask.
+        """
         x_0 = batch.data["image"].float()
         t, eps = self.noised(model, x_0, batch, tools)
         x_t, target = model.schedule.add_noise(x_0, eps, t), model.schedule.target(x_0, eps, t)
         target = self.targets(model, x_t, t, target, batch, tools)
-        return per_row(self.error_map(model, x_t, t, condition_of(model, batch), target), batch.data.get("mask"))
+        # First: of a model whose weights are all trained, the reference changes them in place for its call.
+        base = self._reference.predict(model, x_t, t, batch, tools) if self.reference_weight else None
+        pred = model.predict(x_t, t, condition_of(model, batch))
+        errors = per_row(self.squared(model, pred, target, t), batch.data.get("mask"))
+        return errors if base is None else errors + self.reference_weight * per_row(self.squared(model, pred, base, t))
 
     def targets(
         self, model: DiffusionModel, x_t: Tensor, t: Tensor, target: Tensor, batch: Batch, tools: Tools
@@ -139,15 +169,18 @@ class Denoising(Supervised):
 
     def noised(self, model: DiffusionModel, x_0: Tensor, batch: Batch, tools: Tools) -> tuple[Tensor, Tensor]:
         """Timesteps ``[b]`` and noise like ``x_0`` for the rows of a batch."""
-        quantile = batch.data.get("quantile")
-        t = self.config.timesteps.draw(model, x_0.shape[1:], len(x_0), tools.rng, quantile)
+        quantile, bounds = batch.data.get("quantile"), batch.timestep_range
+        bounds = None if bounds is None else levels.shares(bounds, model.schedule)
+        t = self.config.timesteps.draw(model, x_0.shape[1:], len(x_0), tools.rng, quantile, bounds)
         return t.to(x_0.device), self.noise(x_0, tools.rng)
 
     def error_map(self, model: DiffusionModel, x_t: Tensor, t: Tensor, cond: Condition, target: Tensor) -> Tensor:
         """Squared error of every value, like ``x_t``, weighted, at the given timesteps ``[b]``."""
-        pred = model.predict(x_t, t, cond)
-        pred = pred.to(torch.promote_types(pred.dtype, torch.float32))
-        error = (pred - target).square()
+        return self.squared(model, model.predict(x_t, t, cond), target, t)
+
+    def squared(self, model: DiffusionModel, pred: Tensor, target: Tensor, t: Tensor) -> Tensor:
+        """Squared error of every value of a prediction, at least in float32, weighted, at its timesteps ``[b]``."""
+        error = (pred.to(torch.promote_types(pred.dtype, torch.float32)) - target).square()
         weight = self.weight(model, t)
         return error if weight is None else error * weight.view(-1, *(1,) * (error.ndim - 1))
 

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(denoising.Config):
+class Config(denoising.Noising):
     """Options of Diffusion-DPO; those of the denoising loss hold for its errors."""
 
     beta: float = option(

@@ -17,13 +17,12 @@ from itertools import cycle, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-import torch
 from torch import Tensor
 
-from visiontune.core import Batch, Condition, Loss
+from visiontune.core import Batch, Loss
 from visiontune.data.base import Sample
 from visiontune.objectives import _prior, denoising
-from visiontune.objectives.base import Needs, Tools, combine, condition_of, mean_where
+from visiontune.objectives.base import Needs, Tools, by_range, combine, mean_where
 from visiontune.schema import option
 
 if TYPE_CHECKING:
@@ -88,7 +87,6 @@ class DreamBooth(denoising.Denoising):
 
     def __init__(self, config: Config) -> None:
         super().__init__(config)
-        self._conditions: dict[str, Condition] = {}
 
     @property
     def keeps(self) -> bool:
@@ -101,7 +99,9 @@ class DreamBooth(denoising.Denoising):
 
     @property
     def needs(self) -> Needs:
-        return dataclasses.replace(super().needs, reference=self.keeps and self.config.prior == "prediction")
+        given = super().needs
+        compared = self.keeps and self.config.prior == "prediction"
+        return dataclasses.replace(given, reference=given.reference or compared)
 
     def prior_rows(self, batch_size: int) -> int:
         """Prior rows beside ``batch_size`` rows of the user's."""
@@ -112,7 +112,7 @@ class DreamBooth(denoising.Denoising):
         errors = self.errors(model, batch, tools)
         rows = {"instance": ~batch.prior, "prior": batch.prior}
         terms = {name: mean_where(errors.detach(), mask) for name, mask in rows.items()}
-        return Loss(total=combine(errors, batch), terms=terms)
+        return Loss(total=combine(errors, batch), terms={**terms, **by_range(errors, batch)})
 
     def targets(
         self, model: DiffusionModel, x_t: Tensor, t: Tensor, target: Tensor, batch: Batch, tools: Tools
@@ -121,21 +121,8 @@ class DreamBooth(denoising.Denoising):
         if self.config.prior != "prediction" or not batch.prior.any():
             return target
         rows = batch.prior.nonzero().flatten()
-        with tools.reference(), torch.no_grad():
-            predicted = model.predict(x_t[rows], t[rows], self._condition(model, batch, rows, tools))
+        predicted = self._reference.predict(model, x_t[rows], t[rows], batch[rows], tools)
         return target.index_copy(0, rows, predicted.to(target.dtype))
-
-    def _condition(self, model: DiffusionModel, batch: Batch, rows: Tensor, tools: Tools) -> Condition:
-        """The base's own conditions of some rows; those of a trained text encoder are others."""
-        own = batch[rows]
-        if batch.cond is not None:
-            return condition_of(model, own)
-        for prompt in own.prompts:
-            # Each prompt by itself: its condition does not depend on which others a batch had.
-            if tools.lockstep or prompt not in self._conditions:
-                self._conditions[prompt] = model.embed([prompt]).to("cpu")
-        words = Condition.cat([self._conditions[prompt] for prompt in own.prompts]).to(rows.device)
-        return condition_of(model, own, words)
 
     def prepare(
         self, model: PipelineModel, data: Any, samples: Sequence[Sample], cache_dir: Path, tools: Tools

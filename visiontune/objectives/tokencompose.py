@@ -34,7 +34,7 @@ from visiontune.guidance._probe import probing, shares_of_words
 from visiontune.guidance._taps import Inside, noted
 from visiontune.models.words import places
 from visiontune.objectives import denoising
-from visiontune.objectives.base import Needs, Tools, combine
+from visiontune.objectives.base import Needs, Tools, by_range, combine
 from visiontune.schema import option
 
 if TYPE_CHECKING:
@@ -45,7 +45,7 @@ _TERM = "objective=tokencompose"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(denoising.Config):
+class Config(denoising.Noising):
     """Options of TokenCompose: those of the denoising loss, and the weights of what attention should do."""
 
     token_weight: float = option(
@@ -157,7 +157,7 @@ class TokenCompose(denoising.Denoising):
         token, pixel = (torch.stack(column).to(errors) for column in zip(*rows, strict=True))
         total = errors + self.config.token_weight * token + self.config.pixel_weight * pixel
         terms = {"denoising": errors.detach().mean(), "token": token.detach().mean(), "pixel": pixel.detach().mean()}
-        return Loss(total=combine(total, batch), terms=terms)
+        return Loss(total=combine(total, batch), terms={**terms, **by_range(errors, batch)})
 
     @contextmanager
     def looking(self, model: DiffusionModel) -> Iterator[dict[str, Tensor]]:

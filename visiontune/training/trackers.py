@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
+from accelerate.utils import gather_object
 from torch import Tensor
 
 from visiontune import outside
@@ -31,9 +33,13 @@ class Meter:
             self.counts[name] = self.counts.get(name, 0) + 1
 
     def reduce(self, accelerator: Any) -> None:
-        """Replace each process's sums by their mean over the processes."""
-        sums = {name: value.to(accelerator.device) for name, value in self.sums.items()}
-        self.sums = accelerator.reduce(sums, "mean")
+        """Replace each process's sums and counts by those of all, each of which may know other names."""
+        if accelerator.num_processes == 1:
+            return
+        told = gather_object([{name: (float(total), self.counts[name]) for name, total in self.sums.items()}])
+        names = dict.fromkeys(name for own in told for name in own)
+        self.sums = {name: torch.tensor(sum(own[name][0] for own in told if name in own)).double() for name in names}
+        self.counts = {name: sum(own[name][1] for own in told if name in own) for name in names}
 
     def take(self) -> dict[str, float]:
         """The means, after which the meter is empty."""
