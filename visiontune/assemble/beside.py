@@ -12,7 +12,7 @@ from visiontune.errors import UserError
 if TYPE_CHECKING:
     from PIL import Image
 
-    from visiontune.data.base import Sample
+    from visiontune.data.base import Config, Sample
     from visiontune.objectives.base import Objective
     from visiontune.sampling.shown import Shown
     from visiontune.training.config import PreviewConfig
@@ -38,6 +38,11 @@ def check(run: Run, model: Any, objective: Objective, samples: Sequence[Sample])
         return
     from visiontune.training.optim import trains_text
 
+    if run.data.canvas and not reads.mask:
+        raise UserError(
+            f"data.canvas is for models that paint into pictures, and '{model.source}' ({model.family}) is none: take "
+            "an inpainting model, such as pocket/inpaint"
+        )
     read = {"region"} if reads.mask else {"source"} if reads.pictures else set()
     for name in sorted(columns & (_ARE.keys() - read)):
         raise UserError(
@@ -121,12 +126,12 @@ def named(preview: PreviewConfig) -> list[Shown]:
 
 
 def previews(
-    preview: PreviewConfig, model: Any, samples: Sequence[Sample], given: Sequence[Shown], box: bool = False
+    preview: PreviewConfig, model: Any, samples: Sequence[Sample], given: Sequence[Shown], data: Config
 ) -> tuple[PreviewConfig, list[Shown]]:
     """The previews with the samples of the data that they draw among their prompts, and what stands beside each.
 
     Args:
-        given: beside the prompts that are named, as of :func:`named`. box: whether regions are boxes (`data.box`).
+        given: beside the prompts that are named, as of :func:`named`. data: what samples are made of.
 
     Raises:
         UserError: the data have no sources, or the model reads other pictures.
@@ -134,7 +139,7 @@ def previews(
     from visiontune.core import Request
     from visiontune.training.trouble import named
 
-    found = _sampled(preview, model, samples, box)
+    found = _sampled(preview, model, samples, data)
     prompts, shown = [*preview.prompts, *(caption for caption, _ in found)], [*given, *(one for _, one in found)]
     if any(shown):
         with named("preview"):
@@ -142,7 +147,7 @@ def previews(
     return replace(preview, prompts=prompts, pictures=[], masks=[]), shown
 
 
-def _sampled(preview: PreviewConfig, model: Any, samples: Sequence[Sample], box: bool) -> list[tuple[str, Shown]]:
+def _sampled(preview: PreviewConfig, model: Any, samples: Sequence[Sample], data: Config) -> list[tuple[str, Shown]]:
     """The captions of the first samples, and what each was made of, or where it is painted."""
     from visiontune.sampling.shown import Shown
 
@@ -152,8 +157,8 @@ def _sampled(preview: PreviewConfig, model: Any, samples: Sequence[Sample], box:
     found = []
     for number, sample in enumerate(chosen):
         picture = sample.sources["image" if model.reads.mask else "source"].open()
-        mask = _mask(sample, picture.size, number, box) if model.reads.mask else None
-        found.append((sample.caption, Shown(pictures=(picture,), mask=mask)))
+        mask = _mask(sample, picture.size, number, data.box) if model.reads.mask else None
+        found.append((sample.caption, Shown(pictures=(picture,), mask=mask, canvas=data.canvas)))
     return found
 
 

@@ -92,6 +92,11 @@ class Config:
     frame_pairs: bool = option(
         False, help="of pictures with several frames (GIF, WebP, APNG) learn the last, with the first as its source"
     )
+    canvas: bool = option(
+        False,
+        help="of models that paint: show each row's source on the left of one wide picture, and have its image painted "
+        "on the right",
+    )
     box: bool = option(
         False, help="paint into the least box that holds each region, so that no outline tells what was there"
     )
@@ -126,6 +131,10 @@ class Config:
             raise UserError("data.zoom makes another picture at every step: set data.cache=false with it")
         if self.box_jitter and not self.box:
             raise UserError("data.box_jitter moves the sides of a box: set data.box=true with it, or leave it out")
+        moving = {"flip": self.flip, "crop=random": self.crop == "random", "zoom": self.zoom, "box": self.box}
+        if self.canvas and any(moving.values()):
+            found = next(name for name, given in moving.items() if given)
+            raise UserError(f"data.canvas has panels in fixed places, which data.{found} would move: leave it out")
         if self.caption_dropout / 2 + self.source_dropout > 1:
             raise UserError(
                 "data.source_dropout and half of data.caption_dropout are more than the whole: lower one of them"

@@ -90,6 +90,8 @@ class Rows:
         self._captions: dict[str, str] = {}
         resolution = config.resolution or model.resolution
         sizes = buckets.sizes(resolution, model.downsample, model.unit, square=not config.buckets)
+        if config.canvas:
+            sizes = [(height, 2 * width) for height, width in sizes]
         main = next(iter(self.columns))
         self.buckets: dict[Size, list[int]] = {}
         for i, sample in enumerate(self.samples):

@@ -207,6 +207,10 @@ class Bench:
                     self._made_room = True  # what was there before stays, whatever is dropped
                     self._model.accept(header)
                 self._sets.append(adapters.load(self._model.networks(), file, **named))
+            if not config.canvas and any("canvas" in adapters.read_header(file) for file in wanted):
+                raise UserError(
+                    "the adapter was trained on canvases of two panels: set canvas=true, and name a picture"
+                )
             if self._undo is None and any("confined_words" in adapters.read_header(file) for file in wanted):
                 self._undo = _confined(self._model)
             self._files = wanted
