@@ -23,21 +23,26 @@ from PIL import Image
 from visiontune.core import Request
 from visiontune.evaluation.attributes import JUDGES, audit
 from visiontune.evaluation.metrics import psnr
-from visiontune.guidance import control
+from visiontune.guidance import control, inpaint
 from visiontune.guidance.stack import GuidanceStack
 from visiontune.models import load
 from visiontune.models.clip import load_clip
 from visiontune.models.diffusion import DiffusionModel
+from visiontune.models.expand import expand_input
 from visiontune.pocket import oracle
 from visiontune.pocket.controls import MAPS, followed
+from visiontune.pocket.holes import Hole, filled, mask_of
+from visiontune.pocket.holes import stream as stream_holes
 from visiontune.pocket.scenes import stream, subject_scene
 from visiontune.pocket.world import SUBJECTS, render
 from visiontune.sampling.generate import images
+from visiontune.sampling.shown import Shown
 
 RESULTS = Path(__file__).parent / "results"
 KINDS = ("one", "two", "many", "three")
 FEWER = 200  # prompts of the kinds that no bar is set for
 FEWEST = 24  # of controls, whose pictures are drawn one by one
+FEWEST_HOLES = 48
 CFG_SCALE = 4.0
 Codec = Callable[[np.ndarray], np.ndarray]
 
@@ -114,12 +119,52 @@ def control_rows(n: int) -> Iterator[dict]:
             yield {"what": f"pocket-controls, {name}: objects in place with their {what}", "value": value, "n": count}
 
 
+def inpaint_rows(n: int) -> Iterator[dict]:
+    """Held-out holes filled with the thing that was there, in 12 steps, beside what the numbers are worth."""
+    count = min(n, FEWEST_HOLES)
+    holes = list(itertools.islice(stream_holes(906, ["thing"], holdout=True, patterns=0.0), count))
+    truth = np.stack([render(hole.scene) for hole in holes])
+    ways: dict[str, Callable[[], np.ndarray]] = {
+        "the truth through the VAE": lambda: codec(load("pocket/sd"))(truth),
+        "another hole's scene": lambda: np.roll(truth, 1, axis=0),
+        "pocket-sd guided by inpaint": lambda: _painted(load("pocket/sd"), holes),
+        "its channels untrained": lambda: _painted(expand_input(load("pocket/sd"), "paint"), holes),
+        "the model": lambda: _painted(load("pocket/inpaint"), holes),
+    }
+    for way, make in ways.items():
+        pictures = make()
+        pasted = [_shown(hole).pasted(picture) for hole, picture in zip(holes, pictures, strict=True)]
+        right = [filled(picture, hole) for hole, picture in zip(holes, pasted, strict=True)]
+        yield {"what": f"pocket-inpaint: {way}, holes filled", "value": float(np.mean(right)), "n": count}
+        apart = [psnr(p[~m], t[~m]) for p, t, m in zip(pictures, truth, (mask_of(h.box) for h in holes), strict=True)]
+        yield {"what": f"pocket-inpaint: {way}, PSNR outside in dB", "value": float(np.mean(apart)), "n": count}
+
+
+def _shown(hole: Hole) -> Shown:
+    picture, mask = Image.fromarray(render(hole.scene)), Image.fromarray(mask_of(hole.box))
+    return Shown(pictures=(picture,), mask=mask.convert("L"))
+
+
+def _painted(model: DiffusionModel, holes: list[Hole]) -> np.ndarray:
+    """What a model that paints makes of each hole, or one that does not, guided."""
+    found = []
+    for seed, hole in enumerate(holes):
+        shown = _shown(hole)
+        options: dict = {"shown": shown}
+        if not model.paints:
+            term = inpaint.Config(picture=shown.pictures[0], mask=list(hole.box))
+            options = {"guidance": GuidanceStack([term])}
+        found.append(images(model, hole.prompt, seed, steps=12, cfg_scale=3.0, **options)[0])
+    return np.stack(found)
+
+
 PARTS: dict[str, Callable[[int], Iterator[dict]]] = {
     "oracle": lambda n: oracle_rows(codec(load("pocket/sd")), n),
     "VAE": lambda n: vae_rows(codec(load("pocket/sd")), n),
     "pocket-clip": clip_rows,
     "pocket-sd": lambda n: sampling_rows("pocket-sd", n),
     "pocket-controls": control_rows,
+    "pocket-inpaint": inpaint_rows,
     "pocket-flow": lambda n: sampling_rows("pocket-flow", n),
 }
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import io
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,7 @@ from visiontune.core import Request
 from visiontune.errors import UserError
 from visiontune.models.pipeline import PipelineModel
 from visiontune.rewards.loading import load as load_reward
+from visiontune.sampling.shown import read
 
 ACTIONS = ("train", "resume", "export", "sample")
 FORMATS = ("diffusers", "kohya", "diff", "peft", "merged")
@@ -49,6 +50,8 @@ SMALL = {
 # And of these an adapter that looks at the task, which takes minutes by default.
 GLANCE = {"batches": 2, "proxy_steps": 3, "points": 2, "search_steps": 3}
 SEEN = Request(prompt="a red circle", seed=1)
+# Of families whose tiny pipelines do not paint by themselves, those that do.
+PAINTERS = {"flux": {"edits": "fill"}, "sd": {"edits": "inpaint"}, "sdxl": {"edits": "inpaint"}}
 
 
 @dataclass(frozen=True, order=True)
@@ -71,10 +74,18 @@ def refusal(objective: str, family: str) -> str | None:
     """Why an objective does not take a family, if it does not."""
     module = plugin.load("objectives", objective)
     try:
-        module.build(module.Config()).check(_model(family), load_reward("redness"))
+        built = module.build(module.Config())
+        built.check(_model(family, **(PAINTERS.get(family, {}) if paints(objective) else {})), load_reward("redness"))
     except UserError as error:
         return str(error)
     return None
+
+
+@functools.cache
+def paints(objective: str) -> bool:
+    """Whether an objective is for models that paint."""
+    module = plugin.load("objectives", objective)
+    return "region" in module.build(module.Config()).needs.columns
 
 
 @functools.cache
@@ -128,7 +139,7 @@ def recipe(cell: Cell, shop: Workshop) -> dict[str, Any]:
         # A teacher has something to teach; others are faster without.
         objective |= {"cfg_scale": 1.0} if "cfg_scale" in options and needs.reward and not teaches else {}
     else:
-        special = {"rejected": "pairs", "segments": "grounded"}
+        special = {"rejected": "pairs", "segments": "grounded", "region": "holes"}
         root = getattr(shop, next((special[name] for name in needs.columns if name in special), "photos"))
         about = {"data": {"root": str(root), "class_noun": "circle"}}
     chosen = method.options if method.plan_options is None else method.plan_options
@@ -165,6 +176,7 @@ def run(cell: Cell, shop: Workshop) -> dict[str, str]:
     why = refusal(cell.objective, cell.family)
     if why is not None:
         return dict.fromkeys(ACTIONS, why)
+    shop = shop.painting(**PAINTERS[cell.family]) if paints(cell.objective) else shop
     try:
         file = _train(cell, shop)
     except UserError as error:
@@ -203,11 +215,12 @@ def _drawn(shop: Workshop, file: Path) -> np.ndarray:
     model = shop.open()
     model.accept(adapters.read_header(file))
     adapters.load(model.networks(), file).eval()
-    return _picture(model)
+    return _picture(model, shop)
 
 
-def _picture(model: Any) -> np.ndarray:
-    return model.draw([SEEN], steps=2, guidance=model.guidance(3.0))[0]
+def _picture(model: Any, shop: Workshop) -> np.ndarray:
+    shown = read(*shop.shown).options() if model.reads.mask else {}
+    return model.draw([replace(SEEN, **shown)], steps=2, guidance=model.guidance(3.0))[0]
 
 
 def _export(shop: Workshop, file: Path, drawn: np.ndarray) -> str:
@@ -221,7 +234,7 @@ def _export(shop: Workshop, file: Path, drawn: np.ndarray) -> str:
         written += [kind] if code == 0 else []
         line = line or said.getvalue().strip()
     if "merged" in written:
-        np.testing.assert_allclose(_picture(shop.open(file.with_name("export-merged"))), drawn, rtol=0, atol=1e-4)
+        np.testing.assert_allclose(_picture(shop.open(file.with_name("export-merged")), shop), drawn, rtol=0, atol=1e-4)
     return f"{YES}: {', '.join(written)}" if written else line
 
 
@@ -236,6 +249,9 @@ def _sample(shop: Workshop, file: Path, drawn: np.ndarray) -> str:
         "steps=2",
         "scheduler=model",
     ]
+    if shop.options:
+        (picture,), mask = shop.shown
+        words += [f"pictures={picture}", f"mask={mask}"]
     with contextlib.redirect_stdout(io.StringIO()):
         assert main(["sample", *words, "cfg_scale=3", "device=cpu"]) == 0
     with Image.open(out / "00000_seed1.png") as shown:

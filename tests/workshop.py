@@ -17,8 +17,9 @@ from visiontune.config import load_run
 class Workshop:
     """A folder with a tiny model of one family, three photos and some prompts."""
 
-    def __init__(self, family: str, folder: Path) -> None:
-        self.family, self.folder, self.model = family, folder, save_tiny(folder / "model", family)
+    def __init__(self, family: str, folder: Path, **options: str) -> None:
+        self.family, self.folder, self.options = family, folder, options
+        self.model = save_tiny(folder / "model", family, **options)
         (folder / "prompts.txt").write_text("a red circle\na blue square\n")
         self.photos = self._photos("photos")
 
@@ -40,6 +41,22 @@ class Workshop:
         return self._photos("pairs", "rejected")
 
     @functools.cached_property
+    def holes(self) -> Path:
+        """The photos, each beside what is white where it is to be painted."""
+        return self._photos("holes", "region")
+
+    @property
+    def shown(self) -> tuple[list[str], str]:
+        """A picture and a mask to paint into."""
+        return [str(self.holes / "0.png")], str(self.holes / "region" / "0.png")
+
+    @functools.cache  # noqa: B019
+    def painting(self, **options: str) -> Workshop:
+        """A workshop whose model paints."""
+        (self.folder / "painting").mkdir()
+        return Workshop(self.family, self.folder / "painting", **options)
+
+    @functools.cached_property
     def grounded(self) -> Path:
         """The photos, with where the circle is."""
         folder = self._photos("grounded", "masks")
@@ -59,7 +76,7 @@ class Workshop:
 
     def open(self, folder: Path | None = None):
         """A model of this family that was saved, or a copy of this one's, as it lies in its folder."""
-        return models.load(str(folder)) if folder else tiny_model(self.family, str(self.model))
+        return models.load(str(folder)) if folder else tiny_model(self.family, str(self.model), **self.options)
 
     def trainer(self, recipe: str, name: str, *more: str):
         common = ["train.trackers=[]", "train.device=cpu", "train.precision=no", "train.checkpoint_every=1"]

@@ -27,9 +27,9 @@ from visiontune import catalogue, config
 from visiontune.files import write_json, write_text
 
 SUBJECT, TUNING = "ember", ("mallow", 7)
-LONGER = ("oft_long",)  # another recipe of an adapter that is among the others
+OTHERS = ("oft_long", "pivotal")  # further recipes of adapters that are among the rest
 NAMES = [name.removeprefix("personalise/") for name in catalogue.names("pipelines") if name.startswith("personalise/")]
-METHODS = [name for name in NAMES if name not in LONGER]
+METHODS = [name for name in NAMES if name not in OTHERS]
 # Where the recipe trains more: about as many values as OFT with blocks of 8, as far as a method can.
 SIZES = {
     **{name: ["adapter.rank=2"] for name in ("lora", "dora", "mosa", "eva", "corda", "nlora", "allora", "colora")},

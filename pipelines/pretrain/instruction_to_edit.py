@@ -14,6 +14,8 @@ from __future__ import annotations
 
 import argparse
 import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -36,6 +38,20 @@ from visiontune.training.pretrain import fit
 SEED, DROPPED = 62, 0.05
 LEAST_SNR = 0.05
 PROBED = 25
+
+
+def as_clean(error: torch.Tensor, snr: torch.Tensor) -> torch.Tensor:
+    """Errors of the noise as those of the clean latents, but where hardly anything is left of these; all ``[b]``."""
+    return error / (snr + LEAST_SNR)
+
+
+@contextmanager
+def holding(trained: nn.Module, averaged: nn.Module) -> Iterator[None]:
+    """In the block the trained network has the values of its average."""
+    own = copy.deepcopy(trained.state_dict())
+    trained.load_state_dict(averaged.state_dict())
+    yield
+    trained.load_state_dict(own)
 
 
 def latents(edits: list[Edit], vae: Any, file: Path) -> tuple[torch.Tensor, torch.Tensor]:
@@ -97,16 +113,14 @@ def main() -> None:
         cond = conditions(model, words, before[rows].float(), kept)
         found = model.predict(schedule.add_noise(x_0, eps, t), t, cond)
         error = (found - schedule.target(x_0, eps, t)).square().mean((1, 2, 3))
-        return {"loss": (error / (schedule.snr(t) + LEAST_SNR)).mean()}
+        return {"loss": as_clean(error, schedule.snr(t)).mean()}
 
     def probe(averaged: nn.Module, step: int) -> None:
         if step % args.probe_every and step != args.steps:
             return
-        own = copy.deepcopy(trained.state_dict())
-        trained.load_state_dict(averaged.state_dict())
-        model.save(args.out / "model")
-        print(f"step {step}: {probed(model, held, seen)}", flush=True)
-        trained.load_state_dict(own)
+        with holding(trained, averaged):
+            model.save(args.out / "model")
+            print(f"step {step}: {probed(model, held, seen)}", flush=True)
 
     fit(trained, loss_at, steps=args.steps, lr=args.lr, folder=args.out, warmup=100, ema=0.998, probe=probe)
 

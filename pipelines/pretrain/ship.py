@@ -2,6 +2,7 @@
 
 python pipelines/pretrain/ship.py --sd runs/pretrain/sd/model --clip runs/pretrain/clip/model
 python pipelines/pretrain/ship.py --flow runs/pretrain/flow/model
+python pipelines/pretrain/ship.py --inpaint runs/pretrain/inpaint/model
 python pipelines/pretrain/ship.py --control runs/pretrain/control
 """
 
@@ -52,10 +53,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sd", type=Path, help="folder of the trained pocket-sd pipeline")
     parser.add_argument("--flow", type=Path, help="folder of the trained pocket-flow pipeline")
+    parser.add_argument("--inpaint", type=Path, help="folder of the trained pocket-inpaint pipeline")
     parser.add_argument("--clip", type=Path, help="folder of the trained pocket-clip")
     parser.add_argument("--control", type=Path, help="folder in which the pocket controls were trained")
     args = parser.parse_args()
-    for name, trained in (("pocket-sd", args.sd), ("pocket-flow", args.flow)):
+    for name, trained in (("pocket-sd", args.sd), ("pocket-flow", args.flow), ("pocket-inpaint", args.inpaint)):
         if trained:
             put(trained, replace(ASSETS / name))
     if args.clip:

@@ -109,11 +109,13 @@ def training_scenes(count: int, kinds: dict[str, float], seed: int, patterns: fl
 
 
 @torch.no_grad()
-def latents_of(scenes: list[Scene], vae: AutoencoderKL) -> torch.Tensor:
-    """Scaled posterior means ``[n, 4, 16, 16]`` in bf16."""
+def latents_of(scenes: list[Scene], vae: AutoencoderKL, hidden: torch.Tensor | None = None) -> torch.Tensor:
+    """Scaled posterior means ``[n, 4, 16, 16]`` in bf16, of pictures grey where they are ``hidden [n, 1, 64, 64]``."""
     parts = []
     for i in tqdm(range(0, len(scenes), 64), desc="latents", mininterval=10):
         pixels = images_to_tensor([render(s) for s in scenes[i : i + 64]])
+        if hidden is not None:
+            pixels = pixels * ~hidden[i : i + 64]
         with torch.autocast("cpu", torch.bfloat16):
             mean = vae.encode(pixels).latent_dist.mean
         parts.append((mean.float() * vae.config.scaling_factor).bfloat16())

@@ -51,7 +51,10 @@ TOYS: dict[str, Callable[[], Any]] = {
     "tokens": lambda: tiny_model("amused"),
 }
 # For objectives that reach into the network, which none of the others has parts for.
-DEEP: dict[str, Callable[[], Any]] = {"attention": lambda: tiny_model("sd")}
+DEEP: dict[str, Callable[[], Any]] = {
+    "attention": lambda: tiny_model("sd"),
+    "painting": lambda: tiny_model("sd", edits="inpaint"),
+}
 PROMPTS = ["a red circle", "a blue square", "a green star"]
 # Small values for whichever of these options an objective has.
 CHEAP = {"group": 2, "updates": 2, "steps": 3}
@@ -117,7 +120,7 @@ def cases() -> list[Case]:
     for name, options in every:
         objective = Case(name, options, "").objective()
         taken = [place for place in TOYS if takes(objective, place)]
-        found += [Case(name, options, place) for place in taken or DEEP]
+        found += [Case(name, options, place) for place in taken or [one for one in DEEP if takes(objective, one)]]
     return found
 
 
@@ -146,7 +149,9 @@ class Columns:
         # A toy takes whatever it is shown, a pipeline what it reads.
         blind = hasattr(model, "reads") and not model.reads.pictures
         self.model, self.size = model, size
-        self.columns = tuple(name for name in columns if name != "source" or not blind)
+        # A region is among the channels.
+        paints = {"region": "channels"} if getattr(model, "paints", False) else {}
+        self.columns = tuple(paints.get(name, name) for name in columns if name != "source" or not blind)
 
     def close(self) -> None:
         pass
@@ -172,6 +177,11 @@ class Columns:
             return torch.rand(1, 1, *shape[-2:], generator=rng)
         if name == "segments":
             return torch.randint(4, (1, 1, *shape[-2:]), generator=rng, dtype=torch.int32)
+        if name == "channels":
+            painted = torch.rand(
+                1, 1, self.model.downsample * shape[-2], self.model.downsample * shape[-1], generator=rng
+            )
+            return self.model.channels(torch.randn(1, *shape, generator=rng), (painted > 0.5).float())
         return torch.randn(1, *shape, generator=rng)
 
 

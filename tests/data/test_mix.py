@@ -15,6 +15,7 @@ from visiontune.data.mix import Part
 from visiontune.data.prompts import read_data_prompts
 from visiontune.data.readers import read
 from visiontune.errors import UserError
+from visiontune.objectives._prior import given
 
 LOW, HIGH = (0.0, 0.7), (0.7, 1.0)
 
@@ -69,6 +70,15 @@ def test_sources_are_read_one_after_another_and_told_apart():
     own = [read(Config(root=root)) for root in ("pocket/bumble", "pocket/domino")]
     assert [one.caption for one in found] == [one.caption for alone in own for one in alone]
     assert "pocket/domino: 5 pictures, 75% of the rows, noise 0 to 0.7" in inventory(found, config)
+
+
+def test_pictures_of_what_is_kept_have_no_range(tmp_path):
+    (tmp_path / "kept").mkdir()
+    Image.new("RGB", (8, 8)).save(tmp_path / "kept" / "a.png")
+    (tmp_path / "kept" / "a.txt").write_text("a circle")
+    config = Config(root="x", timestep_range=(0.5, 1), mix=[Part(root="y", timestep_range=(0, 0.5))])
+    (sample,) = given(str(tmp_path / "kept"), config)
+    assert sample.caption == "a circle"
 
 
 def test_a_source_without_pictures_is_refused(tmp_path, monkeypatch):

@@ -9,6 +9,8 @@ import pytest
 from PIL import Image
 from tiny import save_tiny, tiny_model
 
+from visiontune.assemble import assemble
+from visiontune.config import load_run
 from visiontune.core import Request
 from visiontune.errors import UserError
 from visiontune.models import load
@@ -100,6 +102,55 @@ def test_what_is_drawn_into_a_pictures_place_has_its_shape(files):
         assert fitted.size == ((size[1], size[0]) if expected else (100, 50))
 
 
+def test_what_is_painted_on_a_canvas_is_its_right_panel(files, tmp_path):
+    folder = save_tiny(tmp_path / "model", edits="inpaint")
+    wide, hole = np.full((16, 32, 3), 128, np.uint8), np.zeros((16, 32), np.uint8)
+    wide[:, :16], hole[:, 16:] = np.asarray(Image.open(files["a"])), 255
+    Image.fromarray(wide).save(tmp_path / "wide.png")
+    Image.fromarray(hole).save(tmp_path / "hole.png")
+    by_hand = {"pictures": str(tmp_path / "wide.png"), "mask": str(tmp_path / "hole.png"), "height": 16, "width": 32}
+    whole, _ = drawn(folder, tmp_path / "whole", **by_hand)
+    picture, settings = drawn(folder, tmp_path / "out", pictures=files["a"], canvas=True, height=16, width=16)
+    assert settings["canvas"] is True and picture.shape == (16, 16, 3)
+    assert np.array_equal(picture, whole[:, 16:])
+
+
+def test_a_run_on_canvases_is_drawn_on_canvases(files, tmp_path):
+    folder, data = save_tiny(tmp_path / "model", edits="inpaint"), tmp_path / "data"
+    (data / "source").mkdir(parents=True)
+    for name in ("a", "b"):
+        Image.open(files[name]).save(data / f"{name}.png")
+        Image.open(files["b"]).save(data / "source" / f"{name}.png")
+    (data / "a.txt").write_text("paint it blue")
+    (data / "b.txt").write_text("leave it")
+    options = [f"model={folder}", f"data.root={data}", "data.resolution=16", f"out={tmp_path / 'runs'}"]
+    options += ["train.steps=2", "train.batch_size=1", "train.warmup=0", "preview.samples=1", "preview.steps=2"]
+    trainer = assemble(load_run("edit/canvas", options))
+    assert trainer.rows.rows.buckets == {(16, 32): [0, 1]}
+    adapter = trainer.fit()
+    with Image.open(adapter.parent / "samples" / "step-000002" / "00_seed0.png") as preview:
+        assert preview.width == 2 * preview.height
+    shown = {"adapter": str(adapter), "pictures": files["a"], "height": 16, "width": 16}
+    picture, _ = drawn(folder, tmp_path / "out", canvas=True, **shown)
+    assert picture.shape == (16, 16, 3)
+    with pytest.raises(UserError, match="trained on canvases of two panels: set canvas=true"):
+        drawn(folder, tmp_path / "other", **{**shown, "mask": files["mask"]})
+
+
+def test_a_run_on_canvases_wants_a_model_that_paints_and_one_picture_a_row(files, tmp_path):
+    data = tmp_path / "data"
+    (data / "source").mkdir(parents=True)
+    for place in (data, data / "source"):
+        Image.open(files["a"]).save(place / "a.png")
+    (data / "a.txt").write_text("paint it blue")
+    options = [f"data.root={data}", "data.resolution=16", f"out={tmp_path / 'runs'}", "preview.samples=0"]
+    plain = save_tiny(tmp_path / "plain")
+    with pytest.raises(UserError, match=r"data\.canvas is for models that paint into pictures"):
+        assemble(load_run("edit/canvas", [*options, f"model={plain}"]))
+    with pytest.raises(UserError, match=r"data\.canvas makes one picture of source and image, and objective=dreamcom"):
+        assemble(load_run("edit/canvas", [*options, f"model={plain}", "objective={name: dreamcom}"]))
+
+
 @pytest.mark.parametrize(
     ("options", "edits", "message"),
     [
@@ -115,6 +166,9 @@ def test_what_is_drawn_into_a_pictures_place_has_its_shape(files):
         ({}, "instruct", r"reads a picture beside each prompt: name their files by pictures="),
         ({"pictures": "a", "mask": "mask"}, "instruct", "reads no mask: leave it out"),
         ({"pictures": "a"}, None, "reads no pictures: leave them out"),
+        ({"pictures": "a", "paste": True}, "instruct", r"paste takes from one picture what lies outside of mask="),
+        ({"pictures": "a", "mask": "mask", "canvas": True}, "inpaint", "canvas has one picture to show"),
+        ({"pictures": "a", "canvas": True}, "instruct", "canvas is for models that paint into pictures"),
         ({"image_cfg_scale": 2.0}, None, "image_cfg_scale guides models of InstructPix2Pix"),
     ],
 )

@@ -12,7 +12,7 @@ from visiontune.errors import UserError
 if TYPE_CHECKING:
     from PIL import Image
 
-    from visiontune.data.base import Sample
+    from visiontune.data.base import Config, Sample
     from visiontune.objectives.base import Objective
     from visiontune.sampling.shown import Shown
     from visiontune.training.config import PreviewConfig
@@ -33,10 +33,16 @@ def check(run: Run, model: Any, objective: Objective, samples: Sequence[Sample])
         _shows_nothing(run, model)
     columns = {name for sample in samples for name in sample.sources}
     _check_dropout(run, model, columns)
+    _check_masks(run, objective, columns)
     if reads is None:
         return
     from visiontune.training.optim import trains_text
 
+    if run.data.canvas and not reads.mask:
+        raise UserError(
+            f"data.canvas is for models that paint into pictures, and '{model.source}' ({model.family}) is none: take "
+            "an inpainting model, such as pocket/inpaint"
+        )
     read = {"region"} if reads.mask else {"source"} if reads.pictures else set()
     for name in sorted(columns & (_ARE.keys() - read)):
         raise UserError(
@@ -68,13 +74,26 @@ def _check_dropout(run: Run, model: Any, columns: Collection[str]) -> None:
         raise UserError(f"data.source_dropout: '{model.source}' cannot be without its pictures: set it to 0")
 
 
+def _check_masks(run: Run, objective: Objective, columns: Collection[str]) -> None:
+    """Refuse to make boxes of nothing, and to zoom where what is left empty would be learnt."""
+    if run.data.box and "region" not in columns:
+        raise UserError(
+            "data.box makes a box of a column 'region' (a folder region/ of masks with the same names), which the data "
+            "have not: leave it out"
+        )
+    if run.data.zoom and ("segments" in columns or "mask" not in {*objective.needs.columns, *objective.needs.optional}):
+        raise UserError(
+            "data.zoom leaves places of a picture empty, which this objective would count: set it to 0, or take "
+            "denoising, dreambooth or dreamcom"
+        )
+
+
 def _draws_nothing(run: Run, model: Any, objective: Objective) -> None:
     """Refuse options for which such a model would be asked to draw."""
-    prior = getattr(objective.config, "prior", "none")
     alone = run.preview.prompts and not run.preview.pictures
     for asked, mend in (
         (alone, "preview.prompts=[] and preview.samples=4, which draws samples of the data, or name preview.pictures"),
-        (prior != "none", "objective.prior=none"),
+        (objective.draws, "objective.prior=none"),
         (run.judge is not None, "judge=none"),
         (objective.needs.online, "an objective with data, such as denoising"),
     ):
@@ -107,12 +126,12 @@ def named(preview: PreviewConfig) -> list[Shown]:
 
 
 def previews(
-    preview: PreviewConfig, model: Any, samples: Sequence[Sample], given: Sequence[Shown]
+    preview: PreviewConfig, model: Any, samples: Sequence[Sample], given: Sequence[Shown], data: Config
 ) -> tuple[PreviewConfig, list[Shown]]:
     """The previews with the samples of the data that they draw among their prompts, and what stands beside each.
 
     Args:
-        given: beside the prompts that are named, as of :func:`named`.
+        given: beside the prompts that are named, as of :func:`named`. data: what samples are made of.
 
     Raises:
         UserError: the data have no sources, or the model reads other pictures.
@@ -120,7 +139,7 @@ def previews(
     from visiontune.core import Request
     from visiontune.training.trouble import named
 
-    found = _sampled(preview, model, samples)
+    found = _sampled(preview, model, samples, data)
     prompts, shown = [*preview.prompts, *(caption for caption, _ in found)], [*given, *(one for _, one in found)]
     if any(shown):
         with named("preview"):
@@ -128,7 +147,7 @@ def previews(
     return replace(preview, prompts=prompts, pictures=[], masks=[]), shown
 
 
-def _sampled(preview: PreviewConfig, model: Any, samples: Sequence[Sample]) -> list[tuple[str, Shown]]:
+def _sampled(preview: PreviewConfig, model: Any, samples: Sequence[Sample], data: Config) -> list[tuple[str, Shown]]:
     """The captions of the first samples, and what each was made of, or where it is painted."""
     from visiontune.sampling.shown import Shown
 
@@ -138,19 +157,23 @@ def _sampled(preview: PreviewConfig, model: Any, samples: Sequence[Sample]) -> l
     found = []
     for number, sample in enumerate(chosen):
         picture = sample.sources["image" if model.reads.mask else "source"].open()
-        mask = _mask(sample, picture.size, number) if model.reads.mask else None
-        found.append((sample.caption, Shown(pictures=(picture,), mask=mask)))
+        mask = _mask(sample, picture.size, number, data.box) if model.reads.mask else None
+        found.append((sample.caption, Shown(pictures=(picture,), mask=mask, canvas=data.canvas)))
     return found
 
 
-def _mask(sample: Sample, size: tuple[int, int], number: int) -> Image.Image:
-    """The region of a sample, or one of chance."""
+def _mask(sample: Sample, size: tuple[int, int], number: int, box: bool) -> Image.Image:
+    """The region of a sample, or the box around it, or one of chance."""
     import torch
     from PIL import Image
 
-    from visiontune.data.transforms import random_region
+    from visiontune.data.transforms import boxed, random_region, to_mask
 
     if "region" in sample.sources:
-        return sample.sources["region"].open()
-    region = random_region(size[::-1], torch.Generator().manual_seed(number))
+        given = sample.sources["region"].open()
+        if not box:
+            return given
+        region = boxed(to_mask(given, size[::-1], 1).round())
+    else:
+        region = random_region(size[::-1], torch.Generator().manual_seed(number))
     return Image.fromarray((255 * region[0]).byte().numpy())

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from visiontune import files
 from visiontune.assemble import beside, folder, parts, resources
 from visiontune.config import Run
+from visiontune.data.canvas import on_canvas
 from visiontune.data.inventory import uncaptioned
 from visiontune.data.preflight import preflight
 from visiontune.data.readers import read
@@ -73,11 +74,11 @@ def build(
 
     model: Any = parts.open_model(run)
     under = parts.attach_under(run, model)
+    objective.check(model, reward)
     beside.check(run, model, objective, found.samples)
-    preview, shown = beside.previews(preview, model, found.samples, shown)
+    preview, shown = beside.previews(preview, model, found.samples, shown, run.data)
     _check_sizes(run, model, objective)
     _check_dropout(run, model)
-    objective.check(model, reward)
     # Some adapters start from random values; everything later draws from generators of its own.
     set_seed(run.seed)
     with start_follows() if plan else nullcontext():
@@ -161,9 +162,27 @@ def _data(run: Run, objective: Objective) -> Data:
     if objective.needs.online:
         prompts, held = parts.guard_prompts(run, read_data_prompts(run.data))
         return Data(prompts=prompts, held=held)
+    if run.data.canvas:
+        return Data(samples=_canvases(run, objective))
     samples = read(run.data, objective.needs.columns, objective.needs.optional)
     preflight(samples)
     return Data(samples=samples)
+
+
+def _canvases(run: Run, objective: Objective) -> list[Sample]:
+    """Samples of two panels each.
+
+    Raises:
+        UserError: the objective learns from more than one picture a row, or has pictures drawn of words alone.
+    """
+    if objective.needs.columns != ("image",) or objective.draws:
+        raise UserError(
+            f"data.canvas makes one picture of source and image, and objective={run.objective['name']} needs others: "
+            "take denoising"
+        )
+    samples = read(run.data, ("image", "source"))
+    preflight(samples)
+    return [on_canvas(sample) for sample in samples]
 
 
 def _texts(found: Data, previews: Sequence[str]) -> dict[str, list[tuple[str, str]]]:
@@ -239,11 +258,12 @@ def _check_sizes(run: Run, model: Any, objective: Objective) -> None:
         with named(f"objective.{name}"):
             model.check_steps(count)
     side = run.data.resolution or model.resolution
+    wide = 2 * side if run.data.canvas else side
     with named("data.resolution"):
-        model.check_area(side, side)
+        model.check_area(side, wide)
     with named("train.batch_size"):
         rows = min(getattr(options, "micro_batch", None) or run.train.batch_size, run.train.batch_size)
-        check_batch(rows, side, side)
+        check_batch(rows, side, wide)
 
 
 def _check_dropout(run: Run, model: Any) -> None:

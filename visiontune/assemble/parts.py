@@ -343,6 +343,7 @@ def metadata(run: Run) -> dict[str, str]:
         "resolution": str(run.data.resolution) if run.data.resolution else None,
         "start": (run.adapter or {}).get("start"),
         "under": (run.adapter or {}).get("under"),
+        "canvas": "source, image" if run.data.canvas else None,
         "modelspec.title": run.name,
         "modelspec.trigger_phrase": ", ".join(one.trigger for one in run.data.each()),
     }

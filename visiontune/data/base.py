@@ -92,6 +92,24 @@ class Config:
     frame_pairs: bool = option(
         False, help="of pictures with several frames (GIF, WebP, APNG) learn the last, with the first as its source"
     )
+    canvas: bool = option(
+        False,
+        help="of models that paint: show each row's source on the left of one wide picture, and have its image painted "
+        "on the right",
+    )
+    box: bool = option(
+        False, help="paint into the least box that holds each region, so that no outline tells what was there"
+    )
+    box_jitter: float = option(
+        0.0, least=0, greatest=1, help="of box: how far each side moves outwards at a visit, at most, in sides of it"
+    )
+    zoom: float = option(
+        0.0,
+        least=0,
+        below=1,
+        help="share by which each visit's picture is made smaller or larger, at most; where nothing is left of it does "
+        "not count. Needs cache: false",
+    )
     split: str = option("train", help="split of a Hub dataset")
     revision: str | None = option(None, help="commit or tag of a Hub dataset")
     cache: bool = option(True, help="keep latents on disk instead of encoding images again at every step")
@@ -109,6 +127,14 @@ class Config:
     def __post_init__(self) -> None:
         if self.crop == "random" and self.cache:
             raise UserError("data.crop=random draws a new crop at every step: set data.cache=false with it")
+        if self.zoom and self.cache:
+            raise UserError("data.zoom makes another picture at every step: set data.cache=false with it")
+        if self.box_jitter and not self.box:
+            raise UserError("data.box_jitter moves the sides of a box: set data.box=true with it, or leave it out")
+        moving = {"flip": self.flip, "crop=random": self.crop == "random", "zoom": self.zoom, "box": self.box}
+        if self.canvas and any(moving.values()):
+            found = next(name for name, given in moving.items() if given)
+            raise UserError(f"data.canvas has panels in fixed places, which data.{found} would move: leave it out")
         if self.caption_dropout / 2 + self.source_dropout > 1:
             raise UserError(
                 "data.source_dropout and half of data.caption_dropout are more than the whole: lower one of them"

@@ -91,9 +91,11 @@ def samples(
     """
     drawn = ["image"] + ["rejected"] * bool(spec.rejected_style) + ["source"] * (spec.world == "edits")
     drawn += [SEGMENTS] if spec.world == "scenes" and not spec.map else []
+    # Of no use to most models, so that it is drawn for those who need it.
+    drawn += ["region"] if spec.world == "subject" and "region" in columns else []
     lacking = [column for column in columns if column not in drawn]
     if lacking:
-        has = {"rejected": "pocket/pairs", "source": "pocket/edits"}.get(lacking[0])
+        has = {"rejected": "pocket/pairs", "source": "pocket/edits", "region": "pocket/bumble"}.get(lacking[0])
         hint = f"; {has} has" if has else ""
         raise UserError(f"dataset {name} has no '{lacking[0]}' pictures{hint}: take another, or your own")
     wanted = [*columns, *(column for column in optional if column in drawn)]
@@ -113,6 +115,8 @@ def samples(
 def _source(spec: Spec, column: str, scene: Scene, before: Scene) -> Source:
     if column == SEGMENTS:
         return Source(partial(_places, scene), "segments")
+    if column == "region":
+        return source(column, partial(_where, scene.things[0]))
     return source(column, _picture(spec, column, scene, before))
 
 
@@ -120,6 +124,10 @@ def _places(scene: Scene) -> Image.Image:
     """Where the objects are, by the words that the caption has for them."""
     masks = [np.max([_coverage(scene.things[i]) for i in places], axis=0) for places in phrases(scene).values()]
     return segments.packed([Image.fromarray((255 * mask).astype(np.uint8)) for mask in masks])
+
+
+def _where(thing: Thing) -> Image.Image:
+    return Image.fromarray((255 * (_coverage(thing) > 0)).astype(np.uint8))
 
 
 def _coverage(thing: Thing) -> np.ndarray:

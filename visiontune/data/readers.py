@@ -166,6 +166,7 @@ def left_out(config: Config, columns: Sequence[str]) -> list[str]:
     path = _place(config.root)
     if not path.is_dir():
         return []
+    columns = ["image", "source"] if config.canvas else columns  # what canvases are made of
     found = [file for part in parts(path, config) for file in part.folder.rglob("*")]
     return ignored(path, config, columns, found or _tables(path) or None)
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
@@ -18,6 +19,7 @@ from visiontune.data.base import Config, Sample, Source, listed
 from visiontune.data.buckets import Size
 from visiontune.data.cache import Cache, Tensors, key
 from visiontune.data.mix import WHOLE
+from visiontune.data.transforms import Zoom
 from visiontune.errors import UserError
 
 T = TypeVar("T")
@@ -88,6 +90,8 @@ class Rows:
         self._captions: dict[str, str] = {}
         resolution = config.resolution or model.resolution
         sizes = buckets.sizes(resolution, model.downsample, model.unit, square=not config.buckets)
+        if config.canvas:
+            sizes = [(height, 2 * width) for height, width in sizes]
         main = next(iter(self.columns))
         self.buckets: dict[Size, list[int]] = {}
         for i, sample in enumerate(self.samples):
@@ -147,6 +151,7 @@ class Rows:
         """
         sample = self.samples[pick.index]
         region = self._region(sample, pick)
+        # What is hidden is grey, which is 0.
         left = self._pixels(sample, sample.sources["image"], pick) * (1 - region)
         with torch.no_grad():
             moments = self.model.moments(left[None]).cpu()
@@ -156,8 +161,34 @@ class Rows:
         """Where a row is painted, [1, H, W] in pixels, 0 or 1."""
         if "region" not in sample.sources:
             return transforms.random_region(pick.size, torch.Generator().manual_seed(pick.seed))
-        picture = _reading(sample, sample.sources["region"].open)
-        return transforms.to_mask(picture, pick.size, 1, flip=pick.flip, centering=self._centering(pick)).round()
+        region = self._given_region(sample, pick, self._zoom(pick))
+        if not self.config.box:
+            return region
+        if not region.any():
+            raise UserError(f"the crop leaves nothing of the region of {sample.id}: set data.crop=center, or mend it")
+        return transforms.boxed(region, self.config.box_jitter, torch.Generator().manual_seed(pick.seed + 1))
+
+    def _given_region(self, sample: Sample, pick: Pick, zoom: Zoom | None = None) -> Tensor:
+        picture, place = _reading(sample, sample.sources["region"].open), self._centering(pick)
+        return transforms.to_mask(picture, pick.size, 1, flip=pick.flip, centering=place, zoom=zoom).round()
+
+    def _zoom(self, pick: Pick) -> Zoom | None:
+        """How a row's picture, and its masks, are zoomed at this visit."""
+        if not self.config.zoom:
+            return None
+        sample, rng = self.samples[pick.index], torch.Generator().manual_seed(pick.seed + 2)
+        region = self._given_region(sample, pick) if "region" in sample.sources else None
+        box = None if region is None or not region.any() else transforms.box_of(region)
+        return Zoom.draw(self.config.zoom, pick.size, rng, box)
+
+    def _counts(self, picks: Sequence[Pick], mask: Tensor | None) -> Tensor | None:
+        """How much each place of the rows counts, [b, 1, h, w]: nothing where a zoom has left nothing."""
+        if not self.config.zoom:
+            return mask
+        white = Image.new("L", (1, 1), 255)
+        shares = [transforms.to_mask(white, p.size, self.model.downsample, zoom=self._zoom(p)) for p in picks]
+        whole = (torch.stack(shares) == 1).float()
+        return whole if mask is None else mask * whole
 
     def condition(self, caption: str) -> Condition:
         """The condition of one caption, length 1, on the CPU; not to be changed in place."""
@@ -199,6 +230,8 @@ class Rows:
         """
         samples = [self.samples[p.index] for p in picks]
         data = {column: self._column(picks, column, kind) for column, kind in self.columns.items()}
+        if (mask := self._counts(picks, data.get("mask"))) is not None:
+            data["mask"] = mask
         if self.model.paints:
             data["channels"] = torch.cat([self.channels(p) for p in picks])
         if "source" in data and self.config.source_dropout:
@@ -278,8 +311,10 @@ class Rows:
         """What becomes of a source: the moments of a picture, or a mask at the latents' size."""
         if source.kind != "picture":
             picture, shrink, place = _reading(sample, source.open), self.model.downsample, self._centering(pick)
-            shrunk = transforms.to_mask if source.kind == "mask" else segments.to_latents
-            return {source.kind: shrunk(picture, pick.size, shrink, flip=pick.flip, centering=place)}
+            if source.kind == "segments":
+                return {"segments": segments.to_latents(picture, pick.size, shrink, flip=pick.flip, centering=place)}
+            zoom = self._zoom(pick)
+            return {"mask": transforms.to_mask(picture, pick.size, shrink, flip=pick.flip, centering=place, zoom=zoom)}
         with torch.no_grad():
             moments = self.model.moments(self._pixels(sample, source, pick)[None])[0].cpu()
         if not moments.isfinite().all():
@@ -288,7 +323,7 @@ class Rows:
 
     def _pixels(self, sample: Sample, source: Source, pick: Pick) -> Tensor:
         picture, place = _reading(sample, source.open), self._centering(pick)
-        return transforms.to_pixels(picture, pick.size, flip=pick.flip, centering=place)
+        return transforms.to_pixels(picture, pick.size, flip=pick.flip, centering=place, zoom=self._zoom(pick))
 
     def _centering(self, pick: Pick) -> tuple[float, float]:
         """Where a row is cropped, in all its columns."""

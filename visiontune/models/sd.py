@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, ClassVar
 
@@ -15,6 +16,7 @@ from torch.nn.functional import interpolate
 from visiontune.core import Condition, Request
 from visiontune.diffusion.guidance import EditCFG, Guidance
 from visiontune.errors import UserError
+from visiontune.models._confined import confined
 from visiontune.models._reading import Reads
 from visiontune.models._structure import Structure
 from visiontune.models.base import Presets, require
@@ -115,6 +117,15 @@ class StableDiffusion(DiffusionModel):
 
     def channels(self, hidden: Tensor, masks: Tensor) -> Tensor:
         return torch.cat([interpolate(masks.to(hidden), hidden.shape[2:]), hidden], dim=1)
+
+    def confine_words(self) -> Callable[[], None]:
+        """From now on words act where the model paints, and nowhere else; gives a function that undoes it.
+
+        What each layer adds that attends to words is 0 outside of the mask, whoever calls the network.
+        """
+        cross = re.compile(str(self.STRUCTURE.cross))
+        layers = [module for name, module in self.denoiser.named_modules() if cross.fullmatch(name)]
+        return confined(self.denoiser, layers, self.latent_channels)
 
     @property
     def edits(self) -> bool:

@@ -94,10 +94,10 @@ def _word(word: str) -> re.Pattern[str]:
 # ---------------------------------------------------------------------------------------------------- pictures
 
 
-def given(config: Config, data: DataConfig) -> list[Sample]:
-    """The user's pictures of what is to be kept, from ``prior_data``."""
-    root = dataclasses.replace(data, root=str(config.prior_data), columns={}, prompt=None, subjects=[], mix=[])
-    return read(root)
+def given(folder: str, data: DataConfig) -> list[Sample]:
+    """The user's pictures of what is to be kept."""
+    own = data.parts()[0]  # at all noise, whatever range the run's first source has
+    return read(dataclasses.replace(own, root=folder, columns={}, prompt=None, subjects=[]))
 
 
 def drawn(config: Config, model: PipelineModel, words: list[str], cache_dir: Path, tools: Tools) -> list[Sample]:

@@ -187,6 +187,11 @@ class Objective(ABC):
         """
         return []
 
+    @property
+    def draws(self) -> bool:
+        """Whether :meth:`prepare` has the model draw pictures of words alone."""
+        return False
+
     def prior_rows(self, batch_size: int) -> int:
         """How many rows of :meth:`prepare` come on top of a batch of the user's own, where there are any."""
         return batch_size

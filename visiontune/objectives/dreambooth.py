@@ -94,6 +94,10 @@ class DreamBooth(denoising.Denoising):
         return self.config.prior != "none" and self.config.prior_weight > 0
 
     @property
+    def draws(self) -> bool:
+        return self.keeps and self.config.prior_data is None and self.config.prior_images > 0
+
+    @property
     def needs(self) -> Needs:
         given = super().needs
         compared = self.keeps and self.config.prior == "prediction"
@@ -131,7 +135,7 @@ class DreamBooth(denoising.Denoising):
         if not self.keeps:
             return []
         if self.config.prior_data is not None:
-            pictures = _prior.given(self.config, data)
+            pictures = _prior.given(self.config.prior_data, data)
         elif self.config.prior_images:
             pictures = _prior.drawn(
                 self.config, model, _prior.prompts(self.config, data, model.source), cache_dir, tools

@@ -131,6 +131,13 @@ class SampleConfig:
         "or takes up",
     )
     mask: str | None = option(None, help="file of a mask as large as the picture, white where a model paints into it")
+    canvas: bool = option(
+        False,
+        help="show the picture on the left of a wide one and paint on the right, as runs with data.canvas learn it",
+    )
+    paste: bool = option(
+        False, help="take what lies outside of the mask from the picture itself, pixel by pixel, and not from the model"
+    )
     out: str = option("runs/samples", help="folder that receives images, manifest.jsonl and grid.png")
     steps: int | None = option(
         None, least=1, greatest=100_000, help="denoising steps; null: 25, or what an adapter of few steps was made for"
@@ -206,6 +213,10 @@ class SampleConfig:
     )
 
     def __post_init__(self) -> None:
+        if self.canvas and (self.mask is not None or (not self.grid and len(self.picture_list()) != 1)):
+            raise UserError("canvas has one picture to show, and is painted into on the right: give one, without mask=")
+        if self.paste and (self.mask is None or (self.grid is not None and self.grid.pictures)):
+            raise UserError("paste takes from one picture what lies outside of mask=: name both, or leave it out")
         if not self.seed_count:
             raise UserError("seeds names no seed: give a count of at least 1 or a list of seeds")
 

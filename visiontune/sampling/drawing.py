@@ -47,9 +47,18 @@ def check_guidance(config: SampleConfig) -> None:
 
 def drawing(config: SampleConfig, model: PipelineModel, search: Asked | None) -> tuple[Draw, str]:
     """How a batch is drawn, and what is to be said of that."""
-    shown = read(config.picture_list(), config.mask)
-    options = {"batch_size": config.batch_size, **_options(config, model, shown)}
+    shown, how = _beside(config, model)
+    options = {"batch_size": config.batch_size, **how}
     shown = shown.fitted(model, model.size(options["height"], options["width"]))
+    draw, said = _chosen(config, model, search, shown, options)
+    if config.canvas:
+        draw = partial(_painted, draw)
+    return (partial(_pasted, shown, draw) if config.paste else draw), said
+
+
+def _chosen(
+    config: SampleConfig, model: PipelineModel, search: Asked | None, shown: Shown, options: dict[str, Any]
+) -> tuple[Draw, str]:
     if search is not None:
         searcher = Searcher.of(search, model, **options)
         return partial(_searched, config, searcher, shown), searcher.plan()
@@ -58,9 +67,18 @@ def drawing(config: SampleConfig, model: PipelineModel, search: Asked | None) ->
     return partial(plain, config, model), ""
 
 
+def _painted(draw: Draw, batch: Sequence[Job]) -> list[Drawn]:
+    """The right panels of canvases."""
+    return [(picture[:, picture.shape[1] // 2 :], row) for picture, row in draw(batch)]
+
+
+def _pasted(shown: Shown, draw: Draw, batch: Sequence[Job]) -> list[Drawn]:
+    return [(shown.pasted(picture), row) for picture, row in draw(batch)]
+
+
 def plain(config: SampleConfig, model: PipelineModel, batch: Sequence[Job]) -> list[Drawn]:
     """The pictures of a batch, without search and judgement."""
-    shown = read(config.picture_list(), config.mask)
+    shown, how = _beside(config, model)
     drawn = images(
         model,
         [job.prompt for job in batch],
@@ -68,7 +86,7 @@ def plain(config: SampleConfig, model: PipelineModel, batch: Sequence[Job]) -> l
         negative_prompt=config.negative_prompt,
         batch_size=len(batch),
         shown=shown,
-        **_options(config, model, shown),
+        **how,
     )
     return [(image, {}) for image in drawn]
 
@@ -100,12 +118,21 @@ def threads(
         torch.set_num_threads(before)
 
 
-def _options(config: SampleConfig, model: PipelineModel, shown: Shown) -> dict[str, Any]:
-    """How every picture is drawn."""
+def _beside(config: SampleConfig, model: PipelineModel) -> tuple[Shown, dict[str, Any]]:
+    """What stands beside every prompt, and how every picture is drawn."""
+    shown = read(config.picture_list(), config.mask)
     height, width = config.height, config.width
     if height is None and width is None:
         height, width = size_for(model, shown)
-    return {
+    if config.canvas:
+        if not model.reads.mask:
+            raise UserError(
+                f"canvas is for models that paint into pictures, and '{model.source}' ({model.family}) is none: leave "
+                "it out, or name an inpainting model"
+            )
+        height, width = model.size(height, width)
+        shown, width = shown.on_canvas((height, width)), 2 * width
+    return shown, {
         "steps": config.steps,
         "cfg_scale": config.cfg_scale,
         "guidance": GuidanceStack.of_options(config),

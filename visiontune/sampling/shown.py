@@ -7,9 +7,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 from PIL import Image, ImageOps
 
-from visiontune.data import buckets, pictures, transforms
+from visiontune.data import buckets, canvas, pictures, transforms
 from visiontune.errors import UserError
 from visiontune.outside import expanded
 
@@ -21,10 +22,14 @@ _GREY = (128, 128, 128)
 
 @dataclass(frozen=True, kw_only=True)
 class Shown:
-    """The pictures of one request, and a mask of the first one's shape, white where it is painted into."""
+    """The pictures of one request, and a mask of the first one's shape, white where it is painted into.
+
+    With ``canvas`` the first picture is one of two panels (:mod:`visiontune.data.canvas`).
+    """
 
     pictures: tuple[Image.Image, ...] = ()
     mask: Image.Image | None = None
+    canvas: bool = False
 
     def __bool__(self) -> bool:
         return bool(self.pictures)
@@ -51,6 +56,25 @@ class Shown:
         shown = tuple(transforms.fitted(one, size) for one in self.pictures)
         mask = None if self.mask is None else ImageOps.fit(self.mask, size[::-1], Image.Resampling.NEAREST)
         return replace(self, pictures=shown, mask=mask)
+
+    def on_canvas(self, size: tuple[int, int]) -> Shown:
+        """The one picture on the left of a canvas that is painted into on the right.
+
+        Args:
+            size: height and width of a panel.
+        """
+        (picture,) = self.pictures
+        return Shown(pictures=(canvas.blank(picture, size[::-1]),), mask=canvas.hole(size[::-1]), canvas=True)
+
+    def pasted(self, picture: np.ndarray) -> np.ndarray:
+        """What was drawn, ``uint8 [h, w, 3]``, where it was painted into, and the first picture's own pixels elsewhere.
+
+        Args:
+            picture: of the size of the pictures.
+        """
+        assert self.mask is not None
+        over = self.mask.convert("L").point(lambda level: 255 * (level >= 128))
+        return np.asarray(Image.composite(Image.fromarray(picture), self.pictures[0], over))
 
 
 NOTHING = Shown()

@@ -5,10 +5,10 @@ from __future__ import annotations
 import gc
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from accelerate import PartialState
@@ -175,6 +175,7 @@ class Bench:
         self._made_room = False
         self._sets: list[AdapterSet] = []
         self._files: list[Path] = []
+        self._undo: Callable[[], None] | None = None
 
     def __enter__(self) -> Self:
         return self
@@ -206,6 +207,12 @@ class Bench:
                     self._made_room = True  # what was there before stays, whatever is dropped
                     self._model.accept(header)
                 self._sets.append(adapters.load(self._model.networks(), file, **named))
+            if not config.canvas and any("canvas" in adapters.read_header(file) for file in wanted):
+                raise UserError(
+                    "the adapter was trained on canvases of two panels: set canvas=true, and name a picture"
+                )
+            if self._undo is None and any("confined_words" in adapters.read_header(file) for file in wanted):
+                self._undo = _confined(self._model)
             self._files = wanted
         for one, attached in zip(own, self._sets, strict=True):
             attached.scale = config.adapter_scale * one.scale
@@ -229,10 +236,28 @@ class Bench:
     def _take_off(self) -> None:
         for adapter_set in reversed(self._sets):
             adapter_set.detach()
+        if self._undo is not None:
+            self._undo()
+            self._undo = None
         if self._made_room and self._model is not None:
             self._model.drop_guidance()
             self._made_room = False
         self._sets, self._files = [], []
+
+
+def _confined(model: Any) -> Callable[[], None]:
+    """Have words act where the model paints alone, as an adapter was trained; gives what undoes it.
+
+    Raises:
+        UserError: the model does not paint, or has no layers for it.
+    """
+    if not model.reads.mask or not hasattr(model, "confine_words"):
+        raise UserError(
+            f"the adapter was trained with words that act where a model paints, and '{model.source}' is none that it "
+            "could be on: leave model out, or name the inpainting model that it was trained on"
+        )
+    undo: Callable[[], None] = model.confine_words()
+    return undo
 
 
 def _skips(config: SampleConfig) -> float | None:

@@ -47,8 +47,9 @@ def draw(model: PipelineModel, config: PreviewConfig, shown: Sequence[Shown] = (
     from visiontune.sampling.shown import NOTHING
 
     terms = GuidanceStack.of_options(config)
+    width = 2 * model.size()[1] if any(one.canvas for one in shown) else None
     guidance, size = prepared(
-        model, config.cfg_scale, terms, config.steps, None, None, image_cfg_scale=config.image_cfg_scale
+        model, config.cfg_scale, terms, config.steps, None, width, image_cfg_scale=config.image_cfg_scale
     )
     requests = [
         Request(prompt=prompt, seed=seed, **beside.fitted(model, size).options())
