@@ -202,6 +202,11 @@ def _check(run: Run, objective: Objective, reward: Any) -> None:
     check_train(objective, run.train)
     _check_ranges(run, objective)
     objective.check_reward(reward)
+    if run.adapter is None and "confined_words" in objective.facts():
+        raise UserError(
+            "objective.confine_words is kept in the file of an adapter, and adapter=none writes none: set it to false, "
+            "or choose an adapter"
+        )
     distilled = "distilled_guidance" in objective.facts() and not objective.needs.told
     if distilled and run.preview.prompts and run.preview.cfg_scale != 1:
         _log.warning(

@@ -17,7 +17,6 @@ from itertools import cycle, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from visiontune import adapters
 from visiontune.data.base import Sample
 from visiontune.errors import UserError
 from visiontune.objectives import _prior, denoising, dreambooth
@@ -99,16 +98,7 @@ class DreamCom(dreambooth.DreamBooth):
     def prepare(
         self, model: PipelineModel, data: Any, samples: Sequence[Sample], cache_dir: Path, tools: Tools
     ) -> Sequence[Sample]:
-        """The prior rows, whose regions are left to chance.
-
-        Raises:
-            UserError: words are to be confined, and there is no adapter whose file says so.
-        """
-        if self.config.confine_words and not adapters.attached(model.networks()):
-            raise UserError(
-                "objective.confine_words is kept in the file of an adapter, and adapter=none writes none: set it to "
-                "false, or choose an adapter"
-            )
+        """The prior rows, whose regions are left to chance."""
         if not self.keeps:
             return []
         given = [] if self.config.prior_data is None else _prior.given(self.config.prior_data, data)

@@ -201,18 +201,19 @@ class Bench:
         wanted = [adapter_file(one.file) for one in own]
         if wanted != self._files:
             self._take_off()
-            for i, file in enumerate(wanted):
-                named = {"name": f"sample{i}", "trust": config.trust}
-                if (header := adapters.read_header(file))["whole"]:
-                    self._made_room = True  # what was there before stays, whatever is dropped
-                    self._model.accept(header)
-                self._sets.append(adapters.load(self._model.networks(), file, **named))
-            if not config.canvas and any("canvas" in adapters.read_header(file) for file in wanted):
+            headers = [adapters.read_header(file) for file in wanted]
+            if not config.canvas and any("canvas" in header for header in headers):
                 raise UserError(
                     "the adapter was trained on canvases of two panels: set canvas=true, and name a picture"
                 )
-            if self._undo is None and any("confined_words" in adapters.read_header(file) for file in wanted):
+            if any("confined_words" in header for header in headers):
                 self._undo = _confined(self._model)
+            for i, (file, header) in enumerate(zip(wanted, headers, strict=True)):
+                named = {"name": f"sample{i}", "trust": config.trust}
+                if header["whole"]:
+                    self._made_room = True  # what was there before stays, whatever is dropped
+                    self._model.accept(header)
+                self._sets.append(adapters.load(self._model.networks(), file, **named))
             self._files = wanted
         for one, attached in zip(own, self._sets, strict=True):
             attached.scale = config.adapter_scale * one.scale
