@@ -38,7 +38,7 @@ def test_a_step_is_plain_adamw_on_the_objective(tmp_path):
     trained = final(tiny_trainer(tmp_path, steps=3, lr=1e-2, max_grad_norm=0.5, seed=4))
     model = TinyModel()
     model.denoiser.requires_grad_(True)
-    optimizer = torch.optim.AdamW(model.denoiser.parameters(), lr=1e-2)
+    optimizer = torch.optim.AdamW(model.denoiser.parameters(), lr=1e-2, fused=True)
     objective = denoising.build(denoising.Config())
     for step in range(3):
         loss = objective.loss(model, TinyRows(model).batch(step), Tools(rng=generator(4, "noise", step, 0))).total

@@ -117,7 +117,7 @@ def export(
         dtype=dtype, rank=rank, keys=keys or Keys(), model=model, component=component, metadata=dict(metadata or {})
     )
     try:
-        writer.check(changes, job)
+        _check(kind, changes, job)
     except UserError as error:
         raise UserError(f"{error}: {_mend(changes, job)}") from error
     found = {} if kind == "merged" else changes.words()
@@ -146,9 +146,16 @@ def _mend(changes: Changes, job: Job) -> str:
     )
 
 
+def _check(kind: str, changes: Changes, job: Job) -> None:
+    """What the format asks, and that there is a change at all: some methods make another weight for each sample."""
+    formats.load(kind).check(changes, job)
+    for layer in [*changes.layers][:1]:
+        changes.change(layer)
+
+
 def _holds(kind: str, changes: Changes, job: Job) -> bool:
     try:
-        formats.load(kind).check(changes, job)
+        _check(kind, changes, job)
     except UserError:
         return False
     return True
