@@ -18,6 +18,7 @@ import argparse
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -203,7 +204,7 @@ def main() -> None:
     args.work.mkdir(parents=True, exist_ok=True)
     for trial in args.tune or ():
         name, *options = trial.split(",")
-        make = lambda options=options: row("DreamCom", *TUNING, args, options)  # noqa: E731
+        make = partial(row, "DreamCom", *TUNING, args, options)
         Kept("dreamcom_tuning").row(name, [told("compose/dreamcom", options), args.scenes], make)
     if args.tune:
         return
@@ -212,8 +213,7 @@ def main() -> None:
         for way, asked in WAYS.items():
             of = [told(*asked) if asked else None, args.scenes, STEPS, CFG_SCALE]
             name, wanted = f"{way}-{SUBJECT}-{seed}", way in args.ways and seed in args.seeds
-            make = lambda way=way, seed=seed: row(way, SUBJECT, seed, args)  # noqa: E731
-            found = kept.row(name, of, make) if wanted else kept.find(name, of)
+            found = kept.row(name, of, partial(row, way, SUBJECT, seed, args)) if wanted else kept.find(name, of)
             rows[way] = [*rows.get(way, []), *([found] if found else [])]
     rows = {way: found for way, found in rows.items() if found}
     write_json(RESULTS / "dreamcom.json", {"scenes": args.scenes, "steps": STEPS, "cfg_scale": CFG_SCALE, "rows": rows})

@@ -34,15 +34,15 @@ def check(run: Run, model: Any, objective: Objective, samples: Sequence[Sample])
     columns = {name for sample in samples for name in sample.sources}
     _check_dropout(run, model, columns)
     _check_masks(run, objective, columns)
-    if reads is None:
-        return
-    from visiontune.training.optim import trains_text
-
-    if run.data.canvas and not reads.mask:
+    if run.data.canvas and (reads is None or not reads.mask):
         raise UserError(
             f"data.canvas is for models that paint into pictures, and '{model.source}' ({model.family}) is none: take "
             "an inpainting model, such as pocket/inpaint"
         )
+    if reads is None:
+        return
+    from visiontune.training.optim import trains_text
+
     read = {"region"} if reads.mask else {"source"} if reads.pictures else set()
     for name in sorted(columns & (_ARE.keys() - read)):
         raise UserError(

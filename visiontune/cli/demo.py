@@ -12,7 +12,7 @@ from pathlib import Path
 from visiontune.errors import UserError
 from visiontune.outside import target
 
-OWN = ("out", "name")
+_OWN = ("out", "name")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -24,7 +24,7 @@ def run(args: argparse.Namespace) -> None:
     for word in args.words:
         if "=" not in word:
             raise UserError(f"'{word}' is not an option=value pair")
-        if word.partition("=")[0] in OWN:
+        if word.partition("=")[0] in _OWN:
             raise UserError(f"{word}: the demo names its runs itself; its folder is --out")
     from visiontune import demo
 

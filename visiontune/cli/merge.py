@@ -160,13 +160,13 @@ class _Held:
 
     def search(self, loss: Any, count: int) -> Shares:
         """The weights; what was found of them is printed."""
-        from visiontune.weights.shares import search
+        from visiontune.weights.shares import alone, search
 
         if self.args.weight is not None:
             return tuple(self.args.weight)
         best, tried = search(loss, count, self.args.grid)
         names = ["the base", *(Path(name).name for name in self.args.runs), "merged"]
-        looked = [(0.0,) * count, *(tuple(float(i == k) for i in range(count)) for k in range(count)), best]
+        looked = [(0.0,) * count, *alone(count), best]
         for name, shares in zip(names, looked, strict=True):
             print(f"{name:>12}: held-out loss {tried[shares]:.5g} at {' '.join(f'{share:g}' for share in shares)}")
         return best

@@ -38,7 +38,8 @@ class Meter:
             return
         told = gather_object([{name: (float(total), self.counts[name]) for name, total in self.sums.items()}])
         names = dict.fromkeys(name for own in told for name in own)
-        self.sums = {name: torch.tensor(sum(own[name][0] for own in told if name in own)).double() for name in names}
+        totals = {name: sum(own[name][0] for own in told if name in own) for name in names}
+        self.sums = {name: torch.tensor(total, dtype=torch.float64) for name, total in totals.items()}
         self.counts = {name: sum(own[name][1] for own in told if name in own) for name in names}
 
     def take(self) -> dict[str, float]:

@@ -9,6 +9,11 @@ _ROUNDS = 3
 Shares = tuple[float, ...]
 
 
+def alone(count: int) -> list[Shares]:
+    """The shares by which each of so many is taken as it is, and no other."""
+    return [tuple(float(i == k) for i in range(count)) for k in range(count)]
+
+
 def search(loss: Callable[[Shares], float], count: int, grid: Sequence[float]) -> tuple[Shares, dict[Shares, float]]:
     """The best shares found by looking at one of them at a time, from equal ones that sum to 1.
 
@@ -20,7 +25,6 @@ def search(loss: Callable[[Shares], float], count: int, grid: Sequence[float]) -
     Returns:
         The shares, and the loss of all that were tried, ``count`` alone and none among them.
     """
-    alone = [tuple(float(i == k) for i in range(count)) for k in range(count)]
     tried: dict[Shares, float] = {}
 
     def at(shares: Shares) -> float:
@@ -29,7 +33,7 @@ def search(loss: Callable[[Shares], float], count: int, grid: Sequence[float]) -
         return tried[shares]
 
     start = (1 / count,) * count
-    for shares in ((0.0,) * count, *alone, start):
+    for shares in ((0.0,) * count, *alone(count), start):
         at(shares)
     best = min(tried, key=tried.__getitem__)
     for _ in range(_ROUNDS):
