@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 from tiny import tiny_model
 
 from visiontune.adapters import attach, load, read_header
@@ -35,6 +37,18 @@ def test_adapters_are_added_up_and_the_file_says_so(cli, runs, tmp_path):
     for layer in made.layers:
         expected = 0.5 * runs[0][layer] - 0.25 * runs[1][layer]
         torch.testing.assert_close(made.change(layer)[0], expected, rtol=1e-4, atol=1e-6)
+
+
+def test_how_runs_are_drawn_is_kept_and_must_be_one_way(cli, runs, tmp_path):
+    for name in ("low", "high"):
+        file = tmp_path / name / "adapter.safetensors"
+        with safe_open(file, "pt") as held:
+            tensors, header = {key: held.get_tensor(key) for key in held.keys()}, held.metadata()  # noqa: SIM118
+        save_file(tensors, file, {**header, "canvas": "source, image"})
+        done = cli("merge", "low", "high", f"{name}.safetensors", "--weight", "1", "--weight", "1")
+        if name == "low":
+            assert "drawn in different ways (canvas in their headers)" in done.err
+    assert done.code == 0 and read_header(tmp_path / "high.safetensors")["canvas"] == "source, image"
 
 
 def test_weights_are_searched_on_held_out_pictures(cli, runs, photos, tmp_path):

@@ -21,6 +21,9 @@ from visiontune.ranges import argument
 if TYPE_CHECKING:
     from visiontune.weights.shares import Shares
 
+# Of the header of an adapter: what it is, and how what it makes is drawn.
+_ABOUT = ("base_model", "trigger", "class_noun", "prompt")
+_DRAWN = ("distilled_guidance", "few_steps", "confined_words", "canvas")
 _GRID = [0.0, 0.25, 0.5, 0.75, 1.0]
 
 
@@ -75,6 +78,7 @@ def _merge_adapters(args: argparse.Namespace) -> None:
     if special := next((h for h in headers if h["whole"] or h["words"]), None):
         what = next(iter([*special["whole"], *special["words"]]))
         raise UserError(f"'{what}' is no weight of the base that could be added up: merge adapters of layers alone")
+    told = _facts(headers)
     base = args.model or trained_on(weights[0], "--model")
     model = models.load(base, fetch=args.model is not None, skips=skips_of(weights))
     networks = model.networks()
@@ -92,9 +96,22 @@ def _merge_adapters(args: argparse.Namespace) -> None:
     held = _Held(args, model)
     shares = held.search(loss, len(sets))
     made = mixed(networks, sets, shares)
-    told = {key: headers[0][key] for key in ("base_model", "trigger", "class_noun", "prompt") if headers[0].get(key)}
     made.save(args.out, {**told, "merged": _told(args.runs, shares)})
     print(f"written: {args.out}, {made.method} on {len(made.layers)} layers")
+
+
+def _facts(headers: list[dict[str, Any]]) -> dict[str, str]:
+    """What the headers of all runs say alike.
+
+    Raises:
+        UserError: runs that are drawn in different ways, which the sum could not be.
+    """
+    for key in _DRAWN:
+        if len({header.get(key) for header in headers}) > 1:
+            raise UserError(f"the runs are drawn in different ways ({key} in their headers): merge those of one kind")
+    first, *others = headers
+    kept = (key for key in (*_ABOUT, *_DRAWN) if all(first.get(key) == other.get(key) for other in others))
+    return {key: first[key] for key in kept if first.get(key)}
 
 
 def _merge_models(args: argparse.Namespace, folders: list[Path]) -> None:

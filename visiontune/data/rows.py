@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -86,6 +86,8 @@ class Rows:
         self._latents = Cache(Path(cache_dir) / "latents", _MEMORY)
         self._text = Cache(Path(cache_dir) / "text", _MEMORY)
         self._vae, self._encoder = model.fingerprint("vae"), model.fingerprint("text")
+        # Every column of a row asks for it, and it may have to look at the row's region.
+        self._zoom = lru_cache(maxsize=256)(self._zoom_of)
         self._digests: dict[tuple[int, str], str] = {}
         self._captions: dict[str, str] = {}
         resolution = config.resolution or model.resolution
@@ -172,7 +174,7 @@ class Rows:
         picture, place = _reading(sample, sample.sources["region"].open), self._centering(pick)
         return transforms.to_mask(picture, pick.size, 1, flip=pick.flip, centering=place, zoom=zoom).round()
 
-    def _zoom(self, pick: Pick) -> Zoom | None:
+    def _zoom_of(self, pick: Pick) -> Zoom | None:
         """How a row's picture, and its masks, are zoomed at this visit."""
         if not self.config.zoom:
             return None
