@@ -26,7 +26,8 @@ class Condition:
         mask: [b, n] True where a token counts, or None where the family masks nothing.
         pooled: [b, d] one vector per prompt, or None where the family has none.
         extra: further tensors of the family (SDXL reads `time_ids` [b, 6]), the first axis being the batch. `channels`
-            [b, k, h, w] stand beside those of the noisy latents, for models that paint into a picture.
+            [b, k, h, w] stand beside those of the noisy latents, for models that paint into a picture; `scores` [b, k]
+            are ratings in [0, 1], nan where one is not told, for denoisers that are told some.
         references: for each row the latents [c, h, w] of the pictures that it is shown, any number of any size; None
             where no row has any. Guidance away from a condition without references keeps those of the prompt.
     """

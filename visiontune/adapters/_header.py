@@ -12,7 +12,7 @@ from visiontune import outside
 from visiontune.errors import UserError
 
 FORMAT = 1
-_JSON = ("config", "targets", "layers", "words", "whole", "base_sample", "base_error", "skips")
+_JSON = ("config", "targets", "layers", "words", "whole", "base_sample", "base_error", "skips", "scores")
 # More than safetensors itself reads.
 _LONGEST = 100_000_000
 _HASH = re.compile("[0-9a-f]{64}")
@@ -64,8 +64,10 @@ def read_header(path: str | Path) -> dict[str, Any]:
         ``visiontune_format`` (int), ``method``, ``config`` (mapping), ``targets`` and ``layers`` (lists of text, the
         second empty where words alone were trained), ``base_hash`` (64 hexadecimal digits), ``base_sample`` (layer ->
         numbers, for every layer), ``base_error`` (layer -> number), ``words`` (embedding -> word -> rows), ``whole``
-        (layers that are changed as a whole, whatever the method), ``skips`` (see ``AdapterSet``), and whatever else the
-        writer put in (``trigger``, ``prompt``, ...), as text.
+        (layers that are changed as a whole, whatever the method), ``skips`` (see ``AdapterSet``), ``scores`` (rating ->
+        its worst and its best value), ``tells_guidance`` (whether layers that are changed as a whole tell the denoiser
+        its guidance, and not its ratings alone), and whatever else the writer put in (``trigger``, ``prompt``, ...), as
+        text.
 
     Raises:
         UserError: no such file, not a visiontune adapter, one of a newer format, or one whose header is incomplete.
@@ -81,7 +83,7 @@ def read_header(path: str | Path) -> dict[str, Any]:
         raise _damaged(path, "'visiontune_format' is no number")
     if int(version) > FORMAT:
         raise UserError(f"'{path}' was written by a newer visiontune: upgrade visiontune to read it")
-    texts = {"base_error": "{}", "words": "{}", "whole": "[]", "skips": "1", **metadata}
+    texts = {"base_error": "{}", "words": "{}", "whole": "[]", "skips": "1", "scores": "{}", **metadata}
     parsed = {key: outside.parse_json(texts[key], f"'{key}' of '{path}'") for key in _JSON if key in texts}
     header = {**metadata, **parsed, "visiontune_format": int(version)}
     for key, (holds, what) in _CHECKS.items():
@@ -91,6 +93,7 @@ def read_header(path: str | Path) -> dict[str, Any]:
             raise _damaged(path, f"'{key}' is not {what}")
     if not header["layers"] and not header["words"]:
         raise _damaged(path, "'layers' and 'words' name nothing that was trained")
+    header["tells_guidance"] = any(".scores." not in name for name in header["whole"])
     named = (*header["layers"], *header["words"], *header["whole"])
     if lacking := [name for name in named if not header["base_sample"].get(name)]:
         raise _damaged(path, f"'base_sample' has nothing of the layer '{outside.shown(lacking[0])}'")
@@ -143,6 +146,13 @@ def _rows(value: Any) -> bool:
     return isinstance(value, list) and bool(value) and all(type(i) is int and 0 <= i < 2**31 for i in value)
 
 
+def _ranges(value: Any) -> bool:
+    return isinstance(value, dict) and all(
+        isinstance(pair, list) and len(pair) == 2 and all(map(_number, pair)) and pair[0] != pair[1]
+        for pair in value.values()
+    )
+
+
 # What each entry must be; the rest is text.
 _CHECKS: Mapping[str, tuple[Any, str]] = {
     "method": (lambda value: isinstance(value, str), "text"),
@@ -154,5 +164,6 @@ _CHECKS: Mapping[str, tuple[Any, str]] = {
     "base_error": (_errors, "a mapping of numbers"),
     "whole": (_texts, "a list of layers"),
     "words": (_words, "a mapping of words and their rows"),
+    "scores": (_ranges, "a mapping of ratings and their worst and best values"),
     "skips": (lambda value: isinstance(value, (int, float)) and 0 < value <= 1, "a number above 0, at most 1"),
 }

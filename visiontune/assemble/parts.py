@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -199,9 +200,10 @@ def _expanded(model: Any, purpose: Purpose, run: Run) -> Model:
 def attach_adapter(run: Run, model: Model, objective: Objective) -> AdapterSet | None:
     """Attach the run's adapter, as its ``start`` was trained, to the networks that are trained.
 
-    A denoiser that learns to be told a scale of guidance gets the layers that tell it, which are trained as a whole.
+    A denoiser that learns to be told a scale of guidance, or ratings, gets the layers that tell it, which are trained
+    as a whole.
     """
-    whole = _embed_guidance(run, model, objective)
+    whole = _embed_guidance(run, model, objective) | _embed_scores(run, model)
     if run.adapter is None:
         return None
     from visiontune import adapters
@@ -225,9 +227,23 @@ def attach_adapter(run: Run, model: Model, objective: Objective) -> AdapterSet |
 def _embed_guidance(run: Run, model: Any, objective: Objective) -> dict[str, Any]:
     """The layers by which the objective, or the adapter's ``start``, tells the denoiser a scale of guidance."""
     start = (run.adapter or {}).get("start")
-    if not objective.needs.told and not (start and read_header(start)["whole"]):
+    if not objective.needs.told and not (start and read_header(start)["tells_guidance"]):
         return {}
     layers: dict[str, Any] = model.embed_guidance()
+    return layers
+
+
+def _embed_scores(run: Run, model: Any) -> dict[str, Any]:
+    """The layers by which the denoiser is told the ratings of the data.
+
+    Raises:
+        UserError: the adapter's ``start`` was told others.
+    """
+    start = (run.adapter or {}).get("start")
+    told = {name: list(bounds) for name, bounds in run.data.scores.items()}
+    if start and [*(before := read_header(start)["scores"]).items()] != [*told.items()]:
+        raise UserError(f"adapter.start: {start} was told data.scores={before}, not {told}: set data.scores to it")
+    layers: dict[str, Any] = model.embed_scores([*told]) if told else {}
     return layers
 
 
@@ -316,8 +332,9 @@ def _check_under(under: Path, objective: Objective) -> None:
     """Refuse an assistant with guidance inside where it would be distilled again, or is told."""
     header = read_header(under) if under.is_file() and is_own(under) else {}
     if header.get("whole"):
+        what = "its guidance" if header["tells_guidance"] else "ratings"
         raise UserError(
-            f"adapter.under: {under} is told its guidance, by layers that the base does not have: write it into a "
+            f"adapter.under: {under} is told {what}, by layers that the base does not have: write it into a "
             "model (visiontune export --format merged), and name that as model"
         )
     if "distilled_guidance" in header and "distilled_guidance" in objective.facts():
@@ -343,6 +360,7 @@ def metadata(run: Run) -> dict[str, str]:
         "resolution": str(run.data.resolution) if run.data.resolution else None,
         "start": (run.adapter or {}).get("start"),
         "under": (run.adapter or {}).get("under"),
+        "scores": json.dumps(run.data.scores) if run.data.scores else None,
         "canvas": "source, image" if run.data.canvas else None,
         "modelspec.title": run.name,
         "modelspec.trigger_phrase": ", ".join(one.trigger for one in run.data.each()),

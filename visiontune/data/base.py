@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 from visiontune.data import captions
 from visiontune.data.mix import RANGE_HELP, WHOLE, Bounds, Part, check_tiles
+from visiontune.data.scores import check_ranges
 from visiontune.errors import UserError
 from visiontune.outside import shown
 from visiontune.schema import SLOTS, option
@@ -86,6 +87,16 @@ class Config:
     weight_column: str | None = option(
         None, help="column or key of numbers above 0, by which the loss of each picture is multiplied; null: 1"
     )
+    scores: dict[str, tuple[float, float]] = option(
+        {},
+        least=-1e9,
+        greatest=1e9,
+        help="columns or keys with ratings of the pictures, each with its worst and its best value: {quality: [0, 5], "
+        "watermark: [1, 0]}. The denoiser is told them, and draws the best unless asked for others; needs an adapter",
+    )
+    score_dropout: float = option(
+        0.1, least=0, greatest=1, help="with scores: share of them in [0, 1] that rows are not told"
+    )
     ignore: list[str] | str = option(
         [], help="files, folders, keys and columns to leave out, by name or pattern; all: whatever nothing reads"
     )
@@ -144,6 +155,7 @@ class Config:
         if self.weight != 1 and not self.mix:
             raise ValueError("weight is beside that of data.mix, which is empty: leave it out")
         check_tiles(self.ranges())
+        check_ranges(self.scores)
 
     def each(self) -> list[Config]:
         """The data of every subject by itself, the first that of ``root``."""
@@ -243,6 +255,7 @@ class Sample:
         prior: whether it is a prior-preservation image (DreamBooth) rather than one of the user's own.
         weight: factor of its loss; prior samples carry the prior weight lambda.
         part: which of several sources it is of (:meth:`Config.parts`).
+        scores: its ratings in [0, 1], in the order of ``data.scores``, nan where it has none; of prior samples none.
         nouns: the words of the caption whose places the bits of ``segments`` mark, the first that of bit 0.
     """
 
@@ -253,6 +266,7 @@ class Sample:
     weight: float = 1.0
     caption_from: str = DEFAULT_PROMPT
     part: int = 0
+    scores: tuple[float, ...] = ()
     nouns: tuple[str, ...] = ()
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 from visiontune.data import captions
 from visiontune.data.base import SEGMENTS, Config, weight_of
+from visiontune.data.scores import shares
 from visiontune.errors import UserError
 from visiontune.files import inside
 from visiontune.outside import parse_json
@@ -27,7 +28,7 @@ class Row:
         caption: ``None`` where it has none.
         files: that of each column.
         where: what the caption comes from.
-        nouns: the mask of each noun of the caption. weight: factor of its loss.
+        nouns: the mask of each noun of the caption. weight: factor of its loss. scores: its ratings.
     """
 
     caption: str | None
@@ -35,6 +36,7 @@ class Row:
     where: str = ""
     nouns: dict[str, Path] = field(default_factory=dict)
     weight: float = 1.0
+    scores: tuple[float, ...] = ()
 
 
 def table_in(folder: Path) -> Path | None:
@@ -70,6 +72,7 @@ def rows(
         found[name] = Row(caption, {main: inside(file.parent, name, where)}, file.name)
         if config.weight_column is not None:
             found[name].weight = weight_of(line.get(config.weight_column), where)
+        found[name].scores = shares(line, config.scores, where)
         if grounded:
             key = config.key(SEGMENTS)
             found[name].nouns = _nouns(file.parent, line.get(key), f"{where}: '{key}'")

@@ -13,11 +13,13 @@ from PIL import Image
 
 from visiontune.data import segments
 from visiontune.data.base import DEFAULT_PROMPT, DEFAULT_TRIGGER, SEGMENTS, Sample, Source, source, substitute
+from visiontune.data.scores import Ranges, shares
 from visiontune.errors import UserError
 from visiontune.pocket.controls import MAPS
 from visiontune.pocket.edits import KINDS, Kind
 from visiontune.pocket.edits import stream as stream_edits
 from visiontune.pocket.scenes import caption, phrases, sample_scene, stream, subject_scene
+from visiontune.pocket.spoilt import Flaws, flaws
 from visiontune.pocket.world import STYLES, SUBJECTS, Scene, Thing, coverage, render
 from visiontune.schema import nearest, option
 
@@ -40,6 +42,13 @@ class Spec:
     holdout: bool = option(
         False, help="only scenes and edits whose captions pocket models have never seen (world: scenes, edits)"
     )
+    spoilt: float = option(
+        0.0,
+        least=0,
+        greatest=1,
+        help="share of pictures in [0, 1] in a wrong colour, rated by faithful (0 or 1), and share of those under "
+        "noise, rated by clean (0 to 5) (world: scenes, edits)",
+    )
     edits: list[Kind] = option(list(KINDS), help="kinds of edits, in turn (world: edits)")
     kinds: list[Literal["one", "two", "many", "three"]] = option(
         [], help="scenes of so many objects, taking turns; empty: as in the training world (world: scenes, style)"
@@ -60,6 +69,8 @@ class Spec:
                 raise UserError(f"unknown style '{style}'{nearest(style, STYLES)}")
         if not self.edits:
             raise UserError(f"edits names no kind: give some of {', '.join(KINDS)}")
+        if self.spoilt and (self.world not in ("scenes", "edits") or self.map or self.rejected_style):
+            raise UserError("spoilt is of plain pictures of the worlds scenes and edits: leave it out")
         if self.map and self.rejected_style:
             raise UserError("a map has no worse image: leave rejected_style out")
         if self.world == "subject" and not self.caption:
@@ -75,6 +86,7 @@ def samples(
     prompt: str | None = None,
     trigger: str,
     class_noun: str | None,
+    ranges: Ranges | None = None,
 ) -> list[Sample]:
     """Draw a dataset; the same spec gives the same pixels on every machine.
 
@@ -85,12 +97,13 @@ def samples(
         prompt: replaces the spec's caption.
         trigger: what ``[trigger]`` stands for.
         class_noun: what ``[class]`` stands for.
+        ranges: of the ratings that are wanted.
 
     Raises:
         UserError: a column that is not drawn.
     """
     drawn = ["image"] + ["rejected"] * bool(spec.rejected_style) + ["source"] * (spec.world == "edits")
-    drawn += [SEGMENTS] if spec.world == "scenes" and not spec.map else []
+    drawn += [SEGMENTS] if spec.world == "scenes" and not (spec.map or spec.spoilt) else []
     # Of no use to most models, so that it is drawn for those who need it.
     drawn += ["region"] if spec.world == "subject" and "region" in columns else []
     lacking = [column for column in columns if column not in drawn]
@@ -100,24 +113,38 @@ def samples(
         raise UserError(f"dataset {name} has no '{lacking[0]}' pictures{hint}: take another, or your own")
     wanted = [*columns, *(column for column in optional if column in drawn)]
     template = prompt or spec.caption or "{scene}"
+    rows = list(islice(_rows(spec), spec.count))
+    wrong = [flaws(spec.spoilt, _seed(spec, i)) for i in range(len(rows))]
     return [
         Sample(
             id=f"{name}/{i:04d}",
-            sources={column: _source(spec, column, scene, before) for column in wanted},
+            sources={column: _source(spec, column, scene, before, wrong[i]) for column in wanted},
+            scores=shares(wrong[i].ratings() if spec.spoilt else {}, ranges or {}, f"{name}/{i:04d}"),
             nouns=tuple(phrases(scene)) if SEGMENTS in wanted else (),
             caption=substitute(template.replace("{scene}", words), trigger, class_noun),
             caption_from=DEFAULT_PROMPT if prompt else f"the dataset {name}",
         )
-        for i, (scene, words, before) in enumerate(islice(_rows(spec), spec.count))
+        for i, (scene, words, before) in enumerate(rows)
     ]
 
 
-def _source(spec: Spec, column: str, scene: Scene, before: Scene) -> Source:
+def _seed(spec: Spec, i: int) -> int:
+    """Of what spoils a picture."""
+    return int(np.random.SeedSequence([spec.seed, i]).generate_state(1)[0])
+
+
+def _source(spec: Spec, column: str, scene: Scene, before: Scene, wrong: Flaws) -> Source:
+    if column == "image" and spec.spoilt:
+        return source(column, partial(_spoilt, scene, wrong))
     if column == SEGMENTS:
         return Source(partial(_places, scene), "segments")
     if column == "region":
         return source(column, partial(_where, scene.things[0]))
     return source(column, _picture(spec, column, scene, before))
+
+
+def _spoilt(scene: Scene, wrong: Flaws) -> Image.Image:
+    return Image.fromarray(wrong.draw(scene))
 
 
 def _places(scene: Scene) -> Image.Image:

@@ -7,6 +7,7 @@ columns (``mask``, ``rejected``, ...) are columns of the table, or lie in subfol
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -77,7 +78,18 @@ def read(config: Config, columns: Sequence[str] = ("image",), optional: Sequence
     if config.frame_pairs and "source" not in {*columns, *optional}:
         raise UserError("data.frame_pairs makes a column 'source', which the objective does not read: set it to false")
     found = _read(config, columns, optional)
+    _check_rated(found, config)
     return [_first_and_last(sample) for sample in found] if config.frame_pairs else found
+
+
+def _check_rated(samples: list[Sample], config: Config) -> None:
+    """Refuse a rating that no picture has: a name that is written otherwise, or data without a table."""
+    for i, name in enumerate(config.scores):
+        if not any(sample.scores and not math.isnan(sample.scores[i]) for sample in samples):
+            raise UserError(
+                f"no picture of {config.root} has a '{name}': write it into metadata.jsonl, metadata.csv or the table, "
+                f"or mend data.scores.{name}"
+            )
 
 
 def _filled(samples: list[Sample], config: Config, where: str) -> list[Sample]:
@@ -218,6 +230,7 @@ def _catalogue(config: Config, columns: Sequence[str], optional: Sequence[str]) 
             prompt=config.prompt,
             trigger=config.trigger,
             class_noun=config.class_noun,
+            ranges=config.scores,
         )
     hub = from_mapping(HubSpec, spec, f"datasets/{config.root}.yaml")
     names = {**hub.columns, **config.columns}

@@ -19,6 +19,7 @@ from visiontune.data.base import Config, Sample, Source, listed
 from visiontune.data.buckets import Size
 from visiontune.data.cache import Cache, Tensors, key
 from visiontune.data.mix import WHOLE
+from visiontune.data.scores import UNTOLD
 from visiontune.data.transforms import Zoom
 from visiontune.errors import UserError
 
@@ -228,7 +229,8 @@ class Rows:
         unconditional condition. ``data`` has
         latents [b, c, (f), h, w] of each column of pictures, those of one row from one draw, of ``source`` the mean,
         and masks and bits of segments [b, 1, h, w]; of a model that paints, ``channels`` [b, k, h, w]. Where sources
-        are hidden from some rows, ``shown`` [b] is True for the others.
+        are hidden from some rows, ``shown`` [b] is True for the others. ``scores`` [b, k] are what rows are told of
+        their ratings, nan for nothing.
         """
         samples = [self.samples[p.index] for p in picks]
         data = {column: self._column(picks, column, kind) for column, kind in self.columns.items()}
@@ -238,6 +240,8 @@ class Rows:
             data["channels"] = torch.cat([self.channels(p) for p in picks])
         if "source" in data and self.config.source_dropout:
             data["shown"] = torch.tensor([not p.hide for p in picks])
+        if self.config.scores:
+            data["scores"] = torch.stack([self._scores(p, s) for p, s in zip(picks, samples, strict=True)])
         cond = None
         if not self.train_text:
             cond = Condition.cat([self._told(p, s) for p, s in zip(picks, samples, strict=True)])
@@ -256,6 +260,12 @@ class Rows:
         """[b, 2], the noise that each row is trained at; a prior row's is the whole."""
         found = self.config.ranges()
         return torch.tensor([WHOLE if s.prior else found[s.part] for s in samples], dtype=torch.float32)
+
+    def _scores(self, pick: Pick, sample: Sample) -> Tensor:
+        """[k], what a row is told of its ratings at this visit; a prior row has none."""
+        count, rng = len(self.config.scores), torch.Generator().manual_seed(pick.seed + 3)
+        told = torch.tensor(sample.scores or (UNTOLD,) * count, dtype=torch.float32)
+        return told.masked_fill(torch.rand(count, generator=rng) < self.config.score_dropout, UNTOLD)
 
     def _column(self, picks: Sequence[Pick], column: str, kind: str) -> Tensor:
         if kind == "picture":

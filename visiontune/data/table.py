@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from visiontune.data.base import SEGMENTS, Config, Sample, default_from, listed, source, weight_of, words_of
 from visiontune.data.captions import caption_text
+from visiontune.data.scores import shares
 from visiontune.errors import UserError
 from visiontune.files import inside
 
@@ -65,7 +66,7 @@ def read_table(
                 f"column '{name}' of {config.root} holds no images {has}: set data.columns.{column}"
             ) from error
     _refuse_unread(table, config, names.values())
-    weights = _weights(table, config)
+    weights, scores = _weights(table, config), _scores(table, config)
     return [
         Sample(
             id=f"{config.split}[{i}]",
@@ -73,6 +74,7 @@ def read_table(
             caption=words_of(caption_text(caption, f"row {i} of {config.root}"), config),
             caption_from=default_from(column_words) if caption is None else column_words,
             weight=weights[i],
+            scores=scores[i],
         )
         for i, caption in enumerate(words)
     ]
@@ -87,6 +89,13 @@ def _weights(table: Any, config: Config) -> list[float]:
         raise UserError(f"dataset {config.root} has no column '{name}' (it has {', '.join(table.column_names)}): "
                         "set data.weight_column")  # fmt: skip
     return [weight_of(told, f"row {i} of {config.root}") for i, told in enumerate(table[name])]
+
+
+def _scores(table: Any, config: Config) -> list[tuple[float, ...]]:
+    """The ratings of each row; a column that is not there rates none."""
+    given = {name: table[name] for name in config.scores if name in table.column_names}
+    rated = ({name: column[i] for name, column in given.items()} for i in range(len(table)))
+    return [shares(told, config.scores, f"row {i} of {config.root}") for i, told in enumerate(rated)]
 
 
 def _names(table: Any, config: Config, columns: Sequence[str], optional: Sequence[str]) -> dict[str, str]:

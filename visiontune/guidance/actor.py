@@ -21,9 +21,10 @@ from torch import Tensor, nn
 
 from visiontune.core import Condition, Request
 from visiontune.diffusion.trajectory import Start, rollout
-from visiontune.guidance import _fitted, _words
+from visiontune.guidance import _words
 from visiontune.guidance._network import Network
 from visiontune.guidance._projector import Projector
+from visiontune.models import _fitted
 from visiontune.schema import option
 
 _MARK = "visiontune_actor"

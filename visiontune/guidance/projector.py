@@ -22,8 +22,8 @@ from torch.nn.functional import conv1d
 
 from visiontune.core import Batch
 from visiontune.errors import UserError
-from visiontune.guidance import _fitted
 from visiontune.guidance._network import Network
+from visiontune.models import _fitted
 from visiontune.schema import option
 
 _MARK = "visiontune_text_projector"

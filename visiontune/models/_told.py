@@ -49,7 +49,7 @@ class TellsGuidance(Model):
             self.embedded = self.blank = False
 
     def accept(self, header: Mapping[str, Any]) -> None:
-        if header["whole"] and not self.embedded:
+        if header["tells_guidance"] and not self.embedded:
             self.embed_guidance()
 
     def _embed_guidance(self) -> dict[str, nn.Module]:

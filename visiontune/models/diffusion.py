@@ -16,6 +16,7 @@ from visiontune.core import Condition, Request
 from visiontune.diffusion.samplers import make_sampler, sampler_names
 from visiontune.diffusion.schedule import Schedule, calculate_mu, evenly
 from visiontune.errors import UserError
+from visiontune.models._rated import SCORES
 from visiontune.models._reading import apart
 from visiontune.models.base import dtype_of, require
 from visiontune.models.pipeline import PipelineModel, own_generator
@@ -252,10 +253,15 @@ class DiffusionModel(PipelineModel):
         self.reads.check_condition(self.source, cond)
         with self.autocast():
             rows, told = t.expand(len(x_t)), cond.to(dtype=self.dtype)
-            if "guidance" in cond.extra:
-                # Its sines turn by a thousand times what a scale is rounded by.
-                told = replace(told, extra={**told.extra, "guidance": cond.extra["guidance"].float()})
-            return apart(self._predict, x_t.to(self.dtype), rows, told).to(x_t.dtype)
+            # Their sines turn by hundreds of times what a number is rounded by.
+            exact = {name: cond.extra[name].float() for name in ("guidance", SCORES) if name in cond.extra}
+            told = replace(told, extra={**told.extra, **exact})
+            return apart(self._predict_rated, x_t.to(self.dtype), rows, told).to(x_t.dtype)
+
+    def _predict_rated(self, x_t: Tensor, t: Tensor, cond: Condition) -> Tensor:
+        """`_predict` of rows that are told ratings of their own (`scores`), if they are."""
+        with self.telling(cond.extra.get(SCORES)):
+            return self._predict(x_t, t, cond)
 
     @abstractmethod
     def _predict(self, x_t: Tensor, t: Tensor, cond: Condition) -> Tensor:

@@ -20,6 +20,7 @@ from visiontune.diffusion.guidance import CFG, Embedded, Guidance, classifier_fr
 from visiontune.errors import UserError
 from visiontune.models._distilled import few_steps
 from visiontune.models._opening import opened
+from visiontune.models._rated import TellsScores
 from visiontune.models._reading import NOTHING, Reads
 from visiontune.models._structure import Structure
 from visiontune.models._told import TellsGuidance
@@ -32,7 +33,7 @@ _LEAST_UNIT = 8
 _MOST_AREA = 64
 
 
-class PipelineModel(TellsGuidance, Model):
+class PipelineModel(TellsScores, TellsGuidance, Model):
     """A family of one diffusers pipeline, whose components are its networks.
 
     Attributes:

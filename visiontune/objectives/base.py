@@ -53,6 +53,7 @@ class Needs:
         text: whether text encoders can be trained by it.
         told: whether it teaches the denoiser to be told a scale of guidance.
         ranges: whether it trains each row at the noise that its source is for (`Batch.timestep_range`).
+        scores: whether it tells the denoiser each row's ratings (:func:`condition_of`).
     """
 
     columns: tuple[str, ...] = ()
@@ -64,6 +65,7 @@ class Needs:
     text: bool = True
     told: bool = False
     ranges: bool = False
+    scores: bool = False
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -302,9 +304,12 @@ def condition_of(model: Any, batch: Batch) -> Condition:
     """The batch's cached condition, or one embedded now, with a gradient if the text encoder is trained.
 
     With it the pictures that the model is shown: ``channels`` beside its noisy latents, or the ``source`` of an edit,
-    as such channels or as references. Rows that are not ``shown`` theirs have channels of 0, or no references.
+    as such channels or as references. Rows that are not ``shown`` theirs have channels of 0, or no references. And the
+    ratings of each row, where the data have some.
     """
     cond = batch.cond if batch.cond is not None else model.embed(batch.prompts)
+    if "scores" in batch.data:
+        cond = replace(cond, extra={**cond.extra, "scores": batch.data["scores"]})
     if "source" not in batch.data:
         beside = batch.data.get("channels")
     elif model.reads.channels:

@@ -117,7 +117,8 @@ class Denoising(Supervised):
     @property
     def needs(self) -> Needs:
         held = self.reference_weight > 0
-        return Needs(columns=("image",), optional=("mask", "region", "source"), reference=held, ranges=True)
+        optional = ("mask", "region", "source")
+        return Needs(columns=("image",), optional=optional, reference=held, ranges=True, scores=True)
 
     @property
     def reference_weight(self) -> float:

@@ -19,6 +19,7 @@ AXES = {
     "pictures": "p",
     "scheduler": "h",
     "cfg_scale": "c",
+    "scores": "s",
     "steps": "t",
 }
 
@@ -58,6 +59,7 @@ class GridConfig:
     )
     scheduler: list[Scheduler] = option([], help="samplers")
     cfg_scale: list[float] = option([], least=-1000, greatest=1000, help="scales of classifier-free guidance")
+    scores: list[dict[str, float | None]] = option([], help="ratings that are asked for: [{quality: 1}, {quality: 5}]")
     steps: list[int] = option([], least=1, greatest=100_000, help="numbers of denoising steps")
     plot: list[str] = option(
         [],
@@ -112,6 +114,9 @@ class SampleConfig:
         None, help="files of weights to read, fp16 for *.fp16.safetensors; null: the plain ones, or the only variant"
     )
     dtype: Literal["fp32", "bf16", "fp16"] = option("fp32", help="number format of the weights")
+    low_bits: str | None = option(
+        None, help="file of pipelines/distil/quest.py: draw as the model would in few bits; without adapters"
+    )
     device: str = option("auto", help="auto, cpu, cuda, cuda:1, mps")
     adapter: str | AdapterConfig | list[str | AdapterConfig] | None = option(
         None, help="adapter file or run folder, {file: ..., scale: 0.7}, or a list of them, each on top of those before"
@@ -171,6 +176,11 @@ class SampleConfig:
         help="reward that judges what the reward of guidance guides, each picture drawn without it, too; a search has "
         "its own",
     )
+    scores: dict[str, float | None] | None = option(
+        None,
+        help="ratings that are asked for, of an adapter that was trained with data.scores: {quality: 5}; null for one: "
+        "not told. What is left out is the best",
+    )
     negative_prompt: str = option("", help="prompt of the unconditional branch")
     scheduler: Scheduler | None = option(
         None,
@@ -217,6 +227,8 @@ class SampleConfig:
             raise UserError("canvas has one picture to show, and is painted into on the right: give one, without mask=")
         if self.paste and (self.mask is None or (self.grid is not None and self.grid.pictures)):
             raise UserError("paste takes from one picture what lies outside of mask=: name both, or leave it out")
+        if self.low_bits is not None and (self.adapter is not None or (self.grid is not None and self.grid.adapter)):
+            raise UserError("low_bits is of a whole model, and adapters would not be rounded: leave one of them out")
         if not self.seed_count:
             raise UserError("seeds names no seed: give a count of at least 1 or a list of seeds")
 

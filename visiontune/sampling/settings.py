@@ -8,6 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from visiontune import outside
 from visiontune.sampling.config import AdapterConfig, SampleConfig
 from visiontune.sampling.shown import digests
 from visiontune.sampling.sources import adapter_file, base_of
@@ -15,6 +16,8 @@ from visiontune.search.asked import settings as search
 
 if TYPE_CHECKING:
     from visiontune.models.pipeline import PipelineModel
+
+_LOW = "model of few bits"
 
 
 def settings_of(config: SampleConfig, model: PipelineModel | None) -> dict[str, Any]:
@@ -26,6 +29,7 @@ def settings_of(config: SampleConfig, model: PipelineModel | None) -> dict[str, 
         "revision": config.revision,
         **({"variant": config.variant} if config.variant else {}),
         "dtype": config.dtype,
+        **({"low_bits": _of_file(outside.regular(config.low_bits, _LOW))} if config.low_bits else {}),
         "adapter": [_adapter(one) for one in config.adapter_list()],
         "adapter_scale": config.adapter_scale,
         "steps": config.steps,
@@ -38,6 +42,7 @@ def settings_of(config: SampleConfig, model: PipelineModel | None) -> dict[str, 
         **({"mask": digests([config.mask])} if config.mask else {}),
         **({"paste": True} if config.paste else {}),
         **({"canvas": True} if config.canvas else {}),
+        **({"scores": config.scores} if config.scores else {}),
         "negative_prompt": config.negative_prompt,
         "scheduler": config.scheduler,
         "height": config.height,
@@ -52,12 +57,14 @@ def settings_of(config: SampleConfig, model: PipelineModel | None) -> dict[str, 
 
 
 def _adapter(one: AdapterConfig) -> dict[str, Any]:
-    file = adapter_file(one.file)
-    status = file.stat()
-    digest = _digest(file, status.st_size, status.st_mtime_ns)
     # Folders that were begun without strengths go on.
     scale = {} if one.scale == 1 else {"scale": one.scale}
-    return {"file": one.file, "sha256": digest[:16], **scale}
+    return {"file": one.file, "sha256": _of_file(adapter_file(one.file)), **scale}
+
+
+def _of_file(file: Path) -> str:
+    status = file.stat()
+    return _digest(file, status.st_size, status.st_mtime_ns)[:16]
 
 
 @functools.cache

@@ -14,9 +14,11 @@ import torch
 from accelerate import PartialState
 
 from visiontune import adapters, models, outside
+from visiontune.data import scores
 from visiontune.data.base import has_slots, substitute
 from visiontune.errors import UserError
 from visiontune.guidance.stack import GuidanceStack
+from visiontune.models.low_bits import LowBits
 from visiontune.sampling.config import FewSteps, SampleConfig
 from visiontune.schema import from_mapping
 
@@ -72,8 +74,9 @@ def settled(config: SampleConfig) -> SampleConfig:
     """The config with a scale, steps and a sampler: what it leaves open is as its adapters were made for.
 
     Raises:
-        UserError: an adapter of few steps does not say how it is to be drawn.
+        UserError: an adapter of few steps does not say how it is to be drawn, or was told other ratings than are asked.
     """
+    ratings(config)
     files = [adapter_file(one.file) for one in config.adapter_list()]
     found = next((file for file in files if "few_steps" in adapters.read_header(file)), None)
     made_for = FewSteps() if found is None else _few_steps(found)
@@ -96,6 +99,17 @@ def _few_steps(file: Path) -> FewSteps:
         return from_mapping(FewSteps, json.loads(told), f"{file}: few_steps")
     except ValueError as error:
         raise UserError(f"{file}: few_steps is '{told[:80]}', which is no JSON: train it again") from error
+
+
+def ratings(config: SampleConfig) -> list[float | None]:
+    """The ratings that are asked for, as shares from the worst to the best; none where no adapter was told any.
+
+    Raises:
+        UserError: one that no adapter was told, or a number outside of its range.
+    """
+    headers = [adapters.read_header(adapter_file(one.file)) for one in config.adapter_list()]
+    ranges = next((header["scores"] for header in headers if header["scores"]), {})
+    return scores.asked(config.scores, ranges)
 
 
 def skips_of(files: Sequence[Path]) -> float | None:
@@ -141,7 +155,7 @@ def _strengths(file: Path) -> tuple[float, float] | None:
         UserError: the file says it in a way that visiontune does not.
     """
     header = adapters.read_header(file)
-    if not header["whole"]:
+    if not header["tells_guidance"]:
         return None
     said = outside.parse_json(header["distilled_guidance"], f"'distilled_guidance' of '{file}'")
     match said:
@@ -190,7 +204,8 @@ class Bench:
 
     def at(self, config: SampleConfig) -> PipelineModel:
         """The model with the configured adapters attached, each at its strength."""
-        source = None if self._given else (base_of(config), config.revision, config.variant, _skips(config))
+        where = (base_of(config), config.revision, config.variant, _skips(config), config.low_bits)
+        source = None if self._given else where
         if self._model is None or source != self._opened:
             self._take_off()
             if self._model is not None:
@@ -210,20 +225,22 @@ class Bench:
                 self._undo = _confined(self._model)
             for i, (file, header) in enumerate(zip(wanted, headers, strict=True)):
                 named = {"name": f"sample{i}", "trust": config.trust}
-                if header["whole"]:
+                if header["whole"] or header["scores"]:
                     self._made_room = True  # what was there before stays, whatever is dropped
                     self._model.accept(header)
                 self._sets.append(adapters.load(self._model.networks(), file, **named))
             self._files = wanted
         for one, attached in zip(own, self._sets, strict=True):
             attached.scale = config.adapter_scale * one.scale
+        if asked := ratings(config):
+            self._model.ask(asked)
         return self._model
 
     def _load(self, config: SampleConfig) -> PipelineModel:
         dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[config.dtype]
         # Each process has a device of its own, which a bare "cuda" must not override.
         device = str(self._state.device) if config.device in ("auto", self._state.device.type) else config.device
-        return models.load(
+        model: PipelineModel = models.load(
             base_of(config),
             dtype=dtype,
             revision=config.revision,
@@ -233,6 +250,9 @@ class Bench:
             fetch=config.model is not None,
             skips=_skips(config),
         )
+        if config.low_bits is not None:
+            LowBits.load(model, config.low_bits)
+        return model
 
     def _take_off(self) -> None:
         for adapter_set in reversed(self._sets):
@@ -242,6 +262,7 @@ class Bench:
             self._undo = None
         if self._made_room and self._model is not None:
             self._model.drop_guidance()
+            self._model.drop_scores()
             self._made_room = False
         self._sets, self._files = [], []
 

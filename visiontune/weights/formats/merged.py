@@ -24,6 +24,9 @@ def write(changes: Changes, path: Path, job: Job) -> Exported:
     done.errors = {layer: _error(changes, layer, job.dtype) for layer in changes.layers}
     done.notes = rounded(job.dtype, done.worst)
     changes.merge()
+    if getattr(job.model, "rated", ()):
+        done.notes.append(f"draws the best by {', '.join(job.model.rated)}, and can be asked for nothing else")
+        job.model.fold_scores()
     with atomic_write(path) as partial:
         for network in job.model.networks().values():
             network.to(dtype=job.dtype)

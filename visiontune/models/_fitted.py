@@ -1,4 +1,4 @@
-"""The files of what is fitted to guide: tensors of told names, under a mark that says what they are."""
+"""The files of what is fitted for a model: tensors of told names, under a mark that says what they are."""
 
 from __future__ import annotations
 
@@ -28,12 +28,13 @@ def save(path: str | Path, mark: str, tensors: Mapping[str, Tensor], about: Mapp
 
 
 def load(
-    path: str | Path, mark: str, what: str, maker: str, names: Collection[str], told: Collection[str] = ()
+    path: str | Path, mark: str, what: str, maker: str, names: Collection[str] | None, told: Collection[str] = ()
 ) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Tensors in float32 and the header of a file that :func:`save` wrote.
 
     Args:
-        what: the user's word for it. maker: by what one is fitted. names: of its tensors. told: keys of its header.
+        what: the user's word for it. maker: by what one is fitted. names: of its tensors; None for any. told: keys of
+            its header.
 
     Raises:
         UserError: there is none, it is none of these, or it is damaged.
@@ -42,9 +43,10 @@ def load(
     try:
         with safe_open(file, framework="pt") as content:
             about, held = content.metadata() or {}, {*content.keys()}
-            if about.get(mark) != _FORMAT or held != {*names} or not {*told} <= {*about}:
+            wanted = held if names is None else {*names}
+            if about.get(mark) != _FORMAT or held != wanted or not {*told} <= {*about}:
                 raise UserError(f"'{path}' is no {what}: fit one by {maker}")
-            return {name: content.get_tensor(name).float() for name in names}, about
+            return {name: content.get_tensor(name).float() for name in wanted}, about
     except (SafetensorError, OSError) as error:
         raise damaged(path, str(error)) from error
 
