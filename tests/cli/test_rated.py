@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from safetensors.torch import load_file
 
 from visiontune import adapters
 
@@ -56,8 +57,19 @@ def test_ratings_are_trained_asked_for_continued_and_merged(cli, recipe, rated):
     assert other.code == 2 and "set data.scores to it" in other.err
 
 
+def test_a_whole_model_that_learns_to_edit_with_ratings_is_written_drawing_the_best(cli, recipe, rated, photos, caplog):
+    (photos / "source").mkdir()
+    for file in [*photos.glob("*.png")]:
+        Image.open(file).rotate(90).save(photos / "source" / file.name)
+    options = ["model.expand=edit", "adapter=none", "train.lr=0.01", "train.ema=0.5"]
+    result = cli("train", recipe, *rated, *options)
+    assert result.code == 0, result.err
+    assert "the model that is written draws the best" in caplog.text
+    picture_of = ["pictures=photos/source/0.png", "model=runs/tiny/model", "out=runs/edited"]
+    assert cli(*SAMPLE, *picture_of).code == 0
+    assert not any("scores" in key for key in load_file("runs/tiny/model/unet/diffusion_pytorch_model.safetensors"))
+
+
 def test_what_tells_no_ratings_is_refused(cli, recipe, rated):
-    none = cli("train", recipe, *rated, "adapter=none")
-    assert none.code == 2 and "data.scores are kept in the file of an adapter, and adapter=none writes none" in none.err
     online = cli("train", recipe, *rated, "objective={name: consistency, updates: 1}")
     assert online.code == 2 and "and not by objective=consistency: take objective=denoising" in online.err

@@ -207,11 +207,13 @@ def _check(run: Run, objective: Objective, reward: Any) -> None:
             "objective.confine_words is kept in the file of an adapter, and adapter=none writes none: set it to false, "
             "or choose an adapter"
         )
-    if run.data.scores and (run.adapter is None or not objective.needs.scores):
-        mend = "choose an adapter" if run.adapter is None else "take objective=denoising"
-        why = "are kept in the file of an adapter, and adapter=none writes none"
-        said = why if run.adapter is None else f"are told by denoising, and not by objective={run.objective['name']}"
-        raise UserError(f"data.scores {said}: {mend}, or leave them out")
+    if run.data.scores and not objective.needs.scores:
+        raise UserError(
+            f"data.scores are told by denoising, and not by objective={run.objective['name']}: take "
+            "objective=denoising, or leave them out"
+        )
+    if run.data.scores and run.adapter is None:
+        _log.warning("data.scores: the model that is written draws the best, and can be asked for nothing else")
     distilled = "distilled_guidance" in objective.facts() and not objective.needs.told
     if distilled and run.preview.prompts and run.preview.cfg_scale != 1:
         _log.warning(

@@ -92,7 +92,7 @@ class Config:
         least=-1e9,
         greatest=1e9,
         help="columns or keys with ratings of the pictures, each with its worst and its best value: {quality: [0, 5], "
-        "watermark: [1, 0]}. The denoiser is told them, and draws the best unless asked for others; needs an adapter",
+        "watermark: [1, 0]}. The denoiser is told them, and draws the best unless asked for others",
     )
     score_dropout: float = option(
         0.1, least=0, greatest=1, help="with scores: share of them in [0, 1] that rows are not told"

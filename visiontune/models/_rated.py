@@ -95,11 +95,10 @@ class TellsScores(Model):
                 f"model '{self.source}' is told ratings already ({', '.join(self.rated)}): take one adapter with scores"
             )
         where, time = self._time()
-        time.scores = Scores(len(names), time.linear_2.out_features)
-        time.scores.to(self.device, dtype_of(self.main)).requires_grad_(False).eval()
-        time.scores.asked = time.scores.asked.float()
-        self._hook = time.register_forward_hook(_add)
-        self.rated = tuple(names)
+        made = Scores(len(names), time.linear_2.out_features)
+        made.to(self.device, dtype_of(self.main)).requires_grad_(False).eval()
+        made.asked = made.asked.float()
+        self._put(time, made, names)
         component = self.names()[0]
         return {f"{component}.{where}.{SCORES}.{own}": getattr(time.scores, own) for own in ("hidden", "out")}
 
@@ -110,13 +109,23 @@ class TellsScores(Model):
             del self._time()[1].scores
             self.rated = ()
 
-    @torch.no_grad()
-    def fold_scores(self) -> None:
-        """Have the denoiser draw what is asked now for good: what that adds becomes a part of a bias."""
-        if self.rated:
-            time = self._time()[1]
-            time.linear_2.bias += time.scores()[0].to(time.linear_2.bias)
-            self.drop_scores()
+    @contextmanager
+    def folded(self) -> Iterator[None]:
+        """In the block the denoiser has no such layers, and draws what is asked now: what that adds is in a bias."""
+        if not self.rated:
+            yield
+            return
+        time, names = self._time()[1], self.rated
+        bias, scores = time.linear_2.bias.data, time.scores
+        kept = bias.clone()
+        with torch.no_grad():
+            bias += scores()[0].to(bias)
+        self.drop_scores()
+        try:
+            yield
+        finally:
+            bias.copy_(kept)
+            self._put(time, scores, names)
 
     def ask(self, scores: Sequence[float | None]) -> None:
         """Tell ratings in [0, 1], in the order of `rated`, of all that is drawn from now on; None tells nothing."""
@@ -141,6 +150,11 @@ class TellsScores(Model):
             yield
         finally:
             own.told = None
+
+    def _put(self, time: Any, scores: Scores, names: Sequence[str]) -> None:
+        time.scores = scores
+        self._hook = time.register_forward_hook(_add)
+        self.rated = tuple(names)
 
     def _time(self) -> tuple[str, Any]:
         """The module that embeds time, and its name in the denoiser."""

@@ -126,7 +126,8 @@ class PipelineModel(TellsScores, TellsGuidance, Model):
         return super().to(device, *parts)
 
     def save(self, folder: Path) -> None:
-        self.pipe.save_pretrained(folder, safe_serialization=True)
+        with self.folded():
+            self.pipe.save_pretrained(folder, safe_serialization=True)
 
     def _identify(self, parts: Sequence[str], digest: Any) -> None:
         """Text features depend on the vocabulary too, and latents on whether the VAE works in tiles."""

@@ -26,7 +26,6 @@ def write(changes: Changes, path: Path, job: Job) -> Exported:
     changes.merge()
     if getattr(job.model, "rated", ()):
         done.notes.append(f"draws the best by {', '.join(job.model.rated)}, and can be asked for nothing else")
-        job.model.fold_scores()
     with atomic_write(path) as partial:
         for network in job.model.networks().values():
             network.to(dtype=job.dtype)
