@@ -6,8 +6,8 @@ The recipe `compose/rated` on pocket/rated, and the same without `data.scores`, 
 chosen on. `right`: the oracle finds just what the prompt asks, with what it finds in the picture of another prompt as
 chance; `grain`: mean distance of a pixel to the median of its neighbours, which noise raises, of 1. Held-out prompts.
 
-Runs go on where they were ended, and finished rows are kept. Writes ``ratings.json`` and ``ratings.md``
-into ``benchmarks/results``, and ``samples/ratings.png``: what the first seed draws, one way of asking a row.
+Runs go on where they were ended, and finished rows are kept. Writes ``ratings.json`` and ``ratings.md`` into
+``benchmarks/results``, and beside the runs ``sheet.png``: what the first seed draws, one way of asking a row.
 """
 
 from __future__ import annotations
@@ -33,8 +33,7 @@ from visiontune.models import load
 from visiontune.pocket.spoilt import RATINGS
 from visiontune.sampling.pipeline import images
 
-SAMPLE = Path(__file__).parents[2] / "samples/ratings.png"
-RECIPE, SEEDS, STEPS, CFG_SCALE, SHOWN = "compose/rated", (0, 1), 12, 4.0, 8
+RECIPE, SEEDS, STEPS, CFG_SCALE, SHOWN = "compose/rated", (1, 2), 12, 4.0, 8
 QUIET = ["preview.prompts=[]", "train.resume=true"]
 RATED: list[str] = []
 PLAIN = ["data.scores={}"]
@@ -125,7 +124,9 @@ def main() -> None:
     )
     files = [args.work / f"{way}-{SEEDS[0]}.png" for way in WAYS]
     shown = np.concatenate([np.asarray(Image.open(file)) for file in files if file.is_file()])
-    Image.fromarray(shown).resize((2 * shown.shape[1], 2 * shown.shape[0]), Image.Resampling.NEAREST).save(SAMPLE)
+    Image.fromarray(shown).resize((2 * shown.shape[1], 2 * shown.shape[0]), Image.Resampling.NEAREST).save(
+        args.work / "sheet.png"
+    )
     print(table(rows))
 
 

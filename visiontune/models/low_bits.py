@@ -87,6 +87,7 @@ class Inputs(nn.Module):
     """
 
     low: Tensor
+    high: Tensor
 
     def __init__(self, levels: int, bits: int) -> None:
         super().__init__()

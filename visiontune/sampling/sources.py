@@ -108,7 +108,7 @@ def ratings(config: SampleConfig) -> list[float | None]:
         UserError: one that no adapter was told, or a number outside of its range.
     """
     headers = [adapters.read_header(adapter_file(one.file)) for one in config.adapter_list()]
-    ranges = next((header["scores"] for header in headers if header["scores"]), {})
+    ranges: scores.Ranges = next((header["scores"] for header in headers if header["scores"]), {})
     return scores.asked(config.scores, ranges)
 
 
