@@ -33,7 +33,7 @@ from visiontune.sampling.pipeline import images
 from visiontune.training.quest import TIME, Tuning, gap, quantised, trajectories, tune
 
 SEEDS, STEPS, CFG_SCALE = (0, 1), 12, 4.0
-BITS = {"w4a8": Bits(weights=4, inputs=8)}
+BITS = {"w4a8": Bits(weights=4, inputs=8), "w4a4": Bits(weights=4, inputs=4)}
 WAYS = ["rounded", "QuEST", "other layers"]
 FULL = "full precision"
 

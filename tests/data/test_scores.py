@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 
 from visiontune.data.base import Config
+from visiontune.data.inventory import inventory, unrated
 from visiontune.data.preflight import preflight
 from visiontune.data.procedural import Spec, samples
 from visiontune.data.readers import read
@@ -29,7 +30,7 @@ def folder(tmp_path):
     """Writes pictures with ratings: ``folder(lines, options)`` gives the config."""
 
     place = tmp_path / "rated"
-    place.mkdir()
+    place.mkdir(exist_ok=True)
 
     def write(*rated, **options):
         for i, _ in enumerate(rated):
@@ -45,6 +46,12 @@ def test_ratings_are_shares_between_the_worst_and_the_best(folder):
     found = read(folder({"quality": 5, "watermark": 0.25}, {"quality": 1}, {"quality": None, "watermark": 1}))
     assert [s.scores[0] for s in found[:2]] == [1.0, 0.2] and [found[i].scores[1] for i in (0, 2)] == [0.75, 0.0]
     assert math.isnan(found[1].scores[1]) and math.isnan(found[2].scores[0])
+    config = folder({"quality": 5, "watermark": 0.25}, {"quality": 1}, {"quality": None, "watermark": 1})
+    assert unrated(found, config) == [
+        "1 of 3 pictures have no 'quality': 2.png",
+        "1 of 3 pictures have no 'watermark': 1.png",
+    ]
+    assert "quality: 2 pictures, 50% at the best, mean 0.60 of the way there" in inventory(found, config)
 
 
 def test_csv_and_parquet_have_them_too(tmp_path):

@@ -14,7 +14,7 @@ from visiontune import files
 from visiontune.assemble import beside, folder, parts, resources
 from visiontune.config import Run
 from visiontune.data.canvas import on_canvas
-from visiontune.data.inventory import uncaptioned
+from visiontune.data.inventory import uncaptioned, unrated
 from visiontune.data.preflight import preflight
 from visiontune.data.readers import read
 from visiontune.errors import UserError
@@ -93,7 +93,8 @@ def build(
     if model.offloaded and accelerator.device.type == "cpu":
         say("model.offload: this run computes on the CPU, where all weights lie: copying blocks takes time for nothing")
     shards = _spread(run, model, adapters, under, objective, accelerator)
-    for line in [*uncaptioned(found.samples), *lost(model, _texts(found, preview.prompts))]:
+    bare = [*uncaptioned(found.samples), *unrated(found.samples, run.data)]
+    for line in [*bare, *lost(model, _texts(found, preview.prompts))]:
         if accelerator.is_main_process:
             say(line)
     if accelerator.is_main_process:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Sequence
 
@@ -21,6 +22,7 @@ def inventory(samples: Sequence[Sample], config: Config) -> list[str]:
     columns = (f"{column} {count.total()} ({_counted(count)})" for column, count in kinds.items())
     lines = [f"columns: {', '.join(columns)}", f"captions: {_origins(own)}"]
     lines += _parts(own, config) if config.mix else []
+    lines += _ratings(own, config)
     left = left_out(config, list(kinds))
     return [*lines, f"ignored: {listed(left)}"] if left else lines
 
@@ -33,6 +35,25 @@ def _parts(samples: Sequence[Sample], config: Config) -> list[str]:
         f"{own.root}: {counts[i]} pictures, {weight / total:.0%} of the rows, noise {low:g} to {high:g}"
         for i, (own, weight, (low, high)) in enumerate(told)
     ]
+
+
+def _ratings(samples: Sequence[Sample], config: Config) -> list[str]:
+    """A line on each rating: how many pictures have it, and where they stand, since a rare best is hardly learnt."""
+    lines = []
+    for i, name in enumerate(config.scores):
+        told = [sample.scores[i] for sample in samples if not math.isnan(sample.scores[i])]
+        best, mean = sum(score == 1 for score in told) / len(told), sum(told) / len(told)
+        lines.append(f"{name}: {len(told)} pictures, {best:.0%} at the best, mean {mean:.2f} of the way there")
+    return lines
+
+
+def unrated(samples: Sequence[Sample], config: Config) -> list[str]:
+    """A line on pictures without a rating that others have, for each such rating; or nothing."""
+    own, lines = [sample for sample in samples if not sample.prior], []
+    for i, name in enumerate(config.scores):
+        bare = [sample.id for sample in own if math.isnan(sample.scores[i])]
+        lines += [f"{len(bare)} of {len(own)} pictures have no '{name}': {listed(bare)}"] if bare else []
+    return lines
 
 
 def uncaptioned(samples: Sequence[Sample]) -> list[str]:
