@@ -117,7 +117,7 @@ class Inputs(nn.Module):
 
 
 class LowBits:
-    """The rounding of a model's UNet, from when it is made on.
+    """The rounding of a model's UNet, from when it is made on; all rows of a call are of one noise level.
 
     Args:
         model: of Stable Diffusion or SDXL, without adapters; its weights are those that are rounded.
@@ -217,9 +217,10 @@ class LowBits:
                 f"'{path}' was tuned on '{about['model'][:80]}', and '{model.source}' is another: name that"
             )
         bits, timesteps, tuned = (outside.parse_json(about[key], f"'{key}' of '{path}'") for key in told[2:])
-        numbers = isinstance(timesteps, list) and timesteps and all(isinstance(t, (int, float)) for t in timesteps)
-        if not numbers or not isinstance(tuned, list):
-            raise _fitted.damaged(path, "no timesteps or names")
+        last = model.schedule.num_train_timesteps
+        placed = isinstance(timesteps, list) and all(type(t) in (int, float) and 0 <= t <= last for t in timesteps)
+        if not placed or not timesteps or not isinstance(tuned, list) or not all(type(n) is str for n in tuned):
+            raise _fitted.damaged(path, "no timesteps of its schedule, or no names")
         found = LowBits(model, from_mapping(Bits, bits, f"'{path}'"), timesteps)
         targets: dict[str, Tensor] = {
             f"{n}.{key}": v for n, own in found.inputs.items() for key, v in own.state_dict().items()
