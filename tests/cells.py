@@ -22,7 +22,7 @@ from contracts.declared import declared
 from PIL import Image
 from safetensors.torch import load_file
 from tiny import SIZE, tiny_model
-from tiny_rewards import tiny_clip_folder
+from tiny_rewards import TOWERS
 from tiny_training import interrupt
 from workshop import Workshop
 
@@ -74,9 +74,9 @@ class Cell:
 
 @functools.cache
 def _model(family: str, **options: str) -> Any:
-    if family != "clip":
+    if family not in TOWERS:
         return tiny_model(family, **options)
-    return models.load(str(tiny_clip_folder(Path(tempfile.mkdtemp()) / "clip", SIZE)))
+    return models.load(str(TOWERS[family](Path(tempfile.mkdtemp()) / family, SIZE)))
 
 
 @functools.cache
@@ -166,7 +166,7 @@ def recipe(cell: Cell, shop: Workshop) -> dict[str, Any]:
         **about,
         "preview": {"prompts": []},
         "train": {
-            **({"parts": ["vision", "text"]} if cell.family == "clip" else {}),
+            **({"parts": ["vision", "text"]} if cell.family in TOWERS else {}),
             "steps": 2,
             "batch_size": 2,
             "lr": 0.01,
@@ -193,7 +193,7 @@ def run(cell: Cell, shop: Workshop) -> dict[str, str]:
     except UserError as error:
         return dict.fromkeys(ACTIONS, str(error))
     _resume(cell, shop, file)
-    drawn, use = _drawn(shop, file), _evaluate if cell.family == "clip" else _sample
+    drawn, use = _drawn(shop, file), _evaluate if cell.family in TOWERS else _sample
     return {"train": YES, "resume": YES, "export": _export(shop, file, drawn), "sample": use(shop, file, drawn)}
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 from tiny import SIZE, save_tiny, tiny_model
-from tiny_rewards import tiny_clip_folder
+from tiny_rewards import TOWERS
 
 from visiontune import assemble, models
 from visiontune.config import load_run
@@ -22,9 +22,9 @@ class Workshop:
 
     def __init__(self, family: str, folder: Path, **options: str) -> None:
         self.family, self.folder, self.options = family, folder, options
-        towers = family == "clip"
+        towers = family in TOWERS
         self.model = (
-            tiny_clip_folder(folder / "model", SIZE) if towers else save_tiny(folder / "model", family, **options)
+            TOWERS[family](folder / "model", SIZE) if towers else save_tiny(folder / "model", family, **options)
         )
         if towers:
             # No caption is another's, or there would be nothing to tell apart.
@@ -85,7 +85,7 @@ class Workshop:
 
     def open(self, folder: Path | None = None):
         """A model of this family that was saved, or a copy of this one's, as it lies in its folder."""
-        if self.family == "clip":
+        if self.family in TOWERS:
             return models.load(str(folder or self.model))
         return models.load(str(folder)) if folder else tiny_model(self.family, str(self.model), **self.options)
 

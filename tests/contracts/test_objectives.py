@@ -14,7 +14,7 @@ import pytest
 import torch
 from contracts.declared import turn
 from tiny import tiny_model
-from tiny_rewards import tiny_clip_folder
+from tiny_rewards import TOWERS
 from tiny_training import TinyModel, TinyReward, interrupt
 from tiny_video import TinyVideo
 from torch import nn
@@ -57,7 +57,8 @@ TOYS: dict[str, Callable[[], Any]] = {
 DEEP: dict[str, Callable[[], Any]] = {
     "attention": lambda: tiny_model("sd"),
     "painting": lambda: tiny_model("sd", edits="inpaint"),
-    "towers": lambda: tiny_clip(),
+    "clip": lambda: tiny_towers("clip"),
+    "siglip": lambda: tiny_towers("siglip"),
 }
 PROMPTS = ["a red circle", "a blue square", "a green star"]
 # Small values for whichever of these options an objective has.
@@ -101,12 +102,12 @@ toy = functools.cache(new)
 
 
 @functools.cache
-def clip_folder() -> str:
-    return str(tiny_clip_folder(Path(tempfile.mkdtemp()) / "clip", 16))
+def towers_folder(family: str) -> str:
+    return str(TOWERS[family](Path(tempfile.mkdtemp()) / family, 16))
 
 
-def tiny_clip():
-    return models.load(clip_folder())
+def tiny_towers(family: str):
+    return models.load(towers_folder(family))
 
 
 def both(model) -> list[str]:

@@ -257,7 +257,7 @@ class Clip(ContrastiveModel):
     """
 
     family = "clip"
-    architectures = ("CLIPModel", "open_clip")
+    architectures: ClassVar[tuple[str, ...]] = ("CLIPModel", "open_clip")
     TARGETS: ClassVar[Mapping[str, Presets]] = {
         "vision": {
             "attention": _ATTENTION,
@@ -329,7 +329,7 @@ class Clip(ContrastiveModel):
 
     @property
     def logit_scale(self) -> Tensor:
-        return self.encoder.model.logit_scale.exp()
+        return self.encoder.model.logit_scale.exp().reshape(())
 
     @torch.no_grad()
     def clamp(self) -> None:

@@ -66,6 +66,11 @@ class ContrastiveModel(Model):
     def logit_scale(self) -> Tensor:
         """What a cosine is multiplied by to become a logit, a scalar; differentiable."""
 
+    @property
+    def logit_bias(self) -> Tensor | None:
+        """What is added to a logit, a scalar; None where the family has none. Differentiable."""
+        return None
+
     @abstractmethod
     def clamp(self) -> None:
         """Bring a trained `logit_scale` back to 100 at most, where training of CLIP holds it."""
