@@ -10,6 +10,8 @@ import pytest
 from PIL import Image
 from tiny_rewards import tiny_clip_folder
 
+from visiontune.adapters import read_header
+
 WORDS = ["red dog, blue cat", "green cat", "two dogs"]
 
 
@@ -36,6 +38,9 @@ def test_runs_of_adapters_and_of_all_weights_are_compared(cli, pairs):
         made = cli("train", recipe, f"name={name}", *words("train.lr=1e-2"))
         assert made.code == 0, made.err
     assert Path("runs/whole/model/config.json").is_file()
+    # No caption has the trigger that a run has when nothing is said.
+    assert "answers to" not in Path("runs/apart/README.md").read_text()
+    assert "trigger" not in read_header(Path("runs/apart/adapter.safetensors"))
     found = cli("evaluate", "clip", "tiny", "runs/apart", "runs/whole", "--data", "pairs", "--out", "apart.json")
     assert found.code == 0, found.err
     assert "runs/apart beside tiny: retrieval" in found.out and "runs/whole beside tiny: retrieval" in found.out

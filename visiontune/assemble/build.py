@@ -117,7 +117,7 @@ def build(
         shown=shown,
         out=run.folder,
         seed=run.seed,
-        metadata={**parts.metadata(run), **objective.facts()},
+        metadata={**parts.metadata(run, [*(s.caption for s in found.samples), *found.prompts]), **objective.facts()},
         accelerator=accelerator,
         reward=reward,
         guard=guard,
