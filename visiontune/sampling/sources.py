@@ -204,8 +204,7 @@ class Bench:
 
     def at(self, config: SampleConfig) -> PipelineModel:
         """The model with the configured adapters attached, each at its strength."""
-        where = (base_of(config), config.revision, config.variant, _skips(config), config.low_bits)
-        source = None if self._given else where
+        source = None if self._given else _weights_of(config)
         if self._model is None or source != self._opened:
             self._take_off()
             if self._model is not None:
@@ -280,6 +279,11 @@ def _confined(model: Any) -> Callable[[], None]:
         )
     undo: Callable[[], None] = model.confine_words()
     return undo
+
+
+def _weights_of(config: SampleConfig) -> tuple[Any, ...]:
+    """What decides the weights that are loaded."""
+    return (base_of(config), config.revision, config.variant, _skips(config), config.low_bits)
 
 
 def _skips(config: SampleConfig) -> float | None:

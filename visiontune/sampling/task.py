@@ -68,6 +68,8 @@ def planned(config: SampleConfig, model: PipelineModel | None) -> tuple[Task, st
     """
     if model is not None and config.grid is not None and config.grid.model:
         raise UserError("grid.model names models, and one is given already: leave one of them out")
+    if model is not None and config.low_bits is not None:
+        raise UserError("low_bits is of a model that is named, and one is given already: round that by LowBits.load")
     if config.quality is not None and config.format not in ("webp", "jpg"):
         raise UserError(f"quality is one of webp and jpg, and format is {config.format}, which loses nothing")
     scored.check(config)
