@@ -275,7 +275,7 @@ class Clip(ContrastiveModel):
         self.encoder, self.source = encoder, source or type(encoder.model).__name__
         # Tells of captions that are cut; the tokenizers of open_clip do not say how long a text was.
         self.reader = Reader(encoder.tokenizer, encoder.length) if isinstance(encoder, TransformersClip) else None
-        self._networks = split(encoder.model)
+        self._networks, self.root = split(encoder.model), encoder.model
         towers = {"vision": {"vision_model", "visual"}, "text": {"text_model", "transformer"}}
         self._roles = {role: tuple(n for n in self._networks if n in names) for role, names in towers.items()}
         placed = {name for names in self._roles.values() for name in names}
