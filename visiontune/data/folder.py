@@ -69,6 +69,7 @@ def read_folder(
             caption_from=default_from(row.where) if row.caption is None else row.where,
             nouns=tuple(row.nouns),
             weight=row.weight,
+            set=row.set,
         )
         for name, row in sorted(listing.rows.items())
     ]

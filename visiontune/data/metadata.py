@@ -27,7 +27,7 @@ class Row:
         caption: ``None`` where it has none.
         files: that of each column.
         where: what the caption comes from.
-        nouns: the mask of each noun of the caption. weight: factor of its loss.
+        nouns: the mask of each noun of the caption. weight: factor of its loss. set: which set it is of.
     """
 
     caption: str | None
@@ -35,6 +35,7 @@ class Row:
     where: str = ""
     nouns: dict[str, Path] = field(default_factory=dict)
     weight: float = 1.0
+    set: str = ""
 
 
 def table_in(folder: Path) -> Path | None:
@@ -60,6 +61,7 @@ def rows(
     grounded = SEGMENTS in wanted
     wanted = [c for c in wanted if c != SEGMENTS]
     name_key = config.columns.get(main, "file_name")
+    sets = config.key("set") if config.set_size > 1 else None
     known = {name_key, config.caption_column, *map(config.key, (*wanted, SEGMENTS))}
     unread: dict[str, None] = {}
     found: dict[str, Row] = {}
@@ -70,6 +72,8 @@ def rows(
         found[name] = Row(caption, {main: inside(file.parent, name, where)}, file.name)
         if config.weight_column is not None:
             found[name].weight = weight_of(line.get(config.weight_column), where)
+        if sets is not None:
+            found[name].set = _set_of(line.get(sets), f"{where}: '{sets}'")
         if grounded:
             key = config.key(SEGMENTS)
             found[name].nouns = _nouns(file.parent, line.get(key), f"{where}: '{key}'")
@@ -85,6 +89,12 @@ def rows(
             if key not in known and key in given and isinstance(value, str) and is_picture(Path(value))
         )
     return found, [(key, file.name) for key in unread]
+
+
+def _set_of(told: Any, where: str) -> str:
+    if not isinstance(told, str | int) or not str(told).strip():
+        raise UserError(f"{where} is no name of a set: write the same word for all pictures that belong together")
+    return str(told).strip()
 
 
 def _nouns(folder: Path, told: Any, where: str) -> dict[str, Path]:

@@ -53,6 +53,7 @@ class Needs:
         text: whether text encoders can be trained by it.
         told: whether it teaches the denoiser to be told a scale of guidance.
         ranges: whether it trains each row at the noise that its source is for (`Batch.timestep_range`).
+        sets: whether its rows are pictures of sets, several of each beside one another (`data.set_size`).
     """
 
     columns: tuple[str, ...] = ()
@@ -64,6 +65,7 @@ class Needs:
     text: bool = True
     told: bool = False
     ranges: bool = False
+    sets: bool = False
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -206,6 +206,8 @@ class Bench:
                 raise UserError(
                     "the adapter was trained on canvases of two panels: set canvas=true, and name a picture"
                 )
+            if any("coupled" in header for header in headers):
+                self._undo = _coupled(self._model)
             if any("confined_words" in header for header in headers):
                 self._undo = _confined(self._model)
             for i, (file, header) in enumerate(zip(wanted, headers, strict=True)):
@@ -258,6 +260,22 @@ def _confined(model: Any) -> Callable[[], None]:
             "could be on: leave model out, or name the inpainting model that it was trained on"
         )
     undo: Callable[[], None] = model.confine_words()
+    return undo
+
+
+def _coupled(model: Any) -> Callable[[], None]:
+    """Have the model draw sets, as an adapter was trained; gives what undoes it.
+
+    Raises:
+        UserError: the model does not paint, or has no layers for it.
+    """
+    if not hasattr(model, "couple"):
+        raise UserError(
+            f"the adapter was trained on sets of pictures, and '{model.source}' is none that it could be on: leave "
+            "model out, or name the inpainting model that it was trained on"
+        )
+    model.couple()
+    undo: Callable[[], None] = model.uncouple
     return undo
 
 
