@@ -67,6 +67,12 @@ def test_each_number_of_references_comes_as_often_and_one_picture_is_always_lear
     assert all(counts[k] / kept == pytest.approx(1 / 3, abs=3 * (2 / 9 / kept) ** 0.5) for k in range(3))
 
 
+def test_sets_have_as_many_references_as_are_asked_for_and_leave_one_picture(model):
+    objective, batch = build(Config(alone=0.0, references=2)), batch_of(model, 0, 0, 0, 0, 1, 1)
+    found = [objective.sets(batch, Tools(rng=generator(seed)))[1] for seed in range(50)]
+    assert {int(given[:4].sum()) for given in found} == {2, 3} and {int(given[4:].sum()) for given in found} == {1}
+
+
 def sorted_within(given: torch.Tensor) -> list[bool]:
     """References last, in each of the two sets."""
     return [*sorted(given[:3].tolist()), *sorted(given[3:].tolist())]

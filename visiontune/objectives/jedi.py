@@ -33,6 +33,12 @@ class Config(denoising.Noising):
         below=1,
         help="share of the sets whose pictures do not read one another, so that one is drawn without references too",
     )
+    references: int = option(
+        0,
+        least=0,
+        greatest=63,
+        help="least number of references of the other sets; at 0 some have none, and are learnt together",
+    )
 
 
 def build(config: Config) -> JeDi:
@@ -43,7 +49,8 @@ def build(config: Config) -> JeDi:
 class JeDi(denoising.Denoising):
     """The denoising loss, a mean over the pictures that are not given; logs their share as ``learnt``.
 
-    A set of n pictures has 0 to n - 1 references, each number as often. All pictures of a set have one timestep.
+    A set of n pictures has ``references`` to n - 1 of them, each number as often. All pictures of a set have one
+    timestep.
     """
 
     config: Config
@@ -95,7 +102,9 @@ class JeDi(denoising.Denoising):
                 sizes += [1] * count
             else:
                 sizes.append(count)
-                given[start + count - int(count * float(chance[start])) : start + count] = True
+                least = min(self.config.references, count - 1)
+                number = least + int((count - least) * float(chance[start]))
+                given[start + count - number : start + count] = True
             start += count
         return sizes, given.to(batch.data["image"].device)
 
