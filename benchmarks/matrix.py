@@ -42,9 +42,10 @@ TABLES = (("adapter", "family"), ("objective", "family"), ("adapter", "objective
 HEAD = """# What goes together
 
 Written by `python benchmarks/matrix.py`: no entry is written by hand. A cell is an adapter, an objective and a family;
-it is trained for two steps on a tiny pipeline of the real classes, stopped and resumed to the same bits, exported, and
-sampled. A merged export has to draw what the adapter draws. {run} of {all} cells were run, chosen so that every two of
-an adapter, an objective and a family that go together meet in one.
+it is trained for two steps on a tiny model of the real classes, stopped and resumed to the same bits, exported, and
+sampled. A merged export has to draw what the adapter draws. A CLIP draws nothing: its features are compared, and it is
+evaluated in the place of being sampled. {run} of {all} cells were run, chosen so that every two of an adapter, an
+objective and a family that go together meet in one.
 
 An entry is of all cells that were run of its row and column: **yes** if every action came out in each of them; the
 actions that were refused, with a note that has the line; **failed**; and **not run**. The last table is of

@@ -9,6 +9,8 @@ from __future__ import annotations
 import contextlib
 import functools
 import io
+import json
+import tempfile
 from dataclasses import astuple, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +21,8 @@ import yaml
 from contracts.declared import declared
 from PIL import Image
 from safetensors.torch import load_file
-from tiny import tiny_model
+from tiny import SIZE, tiny_model
+from tiny_rewards import TOWERS
 from tiny_training import interrupt
 from workshop import Workshop
 
@@ -28,13 +31,16 @@ from visiontune.cli.main import main
 from visiontune.config import load_run
 from visiontune.core import Request
 from visiontune.errors import UserError
+from visiontune.evaluation.contrast import on_pictures
+from visiontune.models.contrastive import ContrastiveModel
 from visiontune.models.pipeline import PipelineModel
 from visiontune.rewards.loading import load as load_reward
 from visiontune.sampling.shown import read
 
 ACTIONS = ("train", "resume", "export", "sample")
 FORMATS = ("diffusers", "kohya", "diff", "peft", "merged")
-FAMILIES = sorted(name for name, cls in models.families().items() if issubclass(cls, PipelineModel))
+KINDS = (PipelineModel, ContrastiveModel)
+FAMILIES = sorted(name for name, cls in models.families().items() if issubclass(cls, KINDS))
 YES = "yes"
 PLAIN = "sd"
 # Whichever of these options an objective has.
@@ -66,7 +72,11 @@ class Cell:
         return "-".join(astuple(self))
 
 
-_model = functools.cache(tiny_model)
+@functools.cache
+def _model(family: str, **options: str) -> Any:
+    if family not in TOWERS:
+        return tiny_model(family, **options)
+    return models.load(str(TOWERS[family](Path(tempfile.mkdtemp()) / family, SIZE)))
 
 
 @functools.cache
@@ -159,6 +169,7 @@ def recipe(cell: Cell, shop: Workshop) -> dict[str, Any]:
         **about,
         "preview": {"prompts": []},
         "train": {
+            **({"parts": ["vision", "text"]} if cell.family in TOWERS else {}),
             "steps": 2,
             "batch_size": 2,
             "lr": 0.01,
@@ -185,8 +196,8 @@ def run(cell: Cell, shop: Workshop) -> dict[str, str]:
     except UserError as error:
         return dict.fromkeys(ACTIONS, str(error))
     _resume(cell, shop, file)
-    drawn = _drawn(shop, file)
-    return {"train": YES, "resume": YES, "export": _export(shop, file, drawn), "sample": _sample(shop, file, drawn)}
+    drawn, use = _drawn(shop, file), _evaluate if cell.family in TOWERS else _sample
+    return {"train": YES, "resume": YES, "export": _export(shop, file, drawn), "sample": use(shop, file, drawn)}
 
 
 def _trainer(cell: Cell, shop: Workshop, name: str, **train: Any):
@@ -223,6 +234,11 @@ def _drawn(shop: Workshop, file: Path) -> np.ndarray:
 
 
 def _picture(model: Any, shop: Workshop, coupled: bool) -> np.ndarray:
+    """A picture that a pipeline draws, or the features of a model that draws none."""
+    if isinstance(model, ContrastiveModel):
+        with torch.no_grad():
+            seen = model.image_features(torch.linspace(0, 1, 3 * SIZE * SIZE).view(1, 3, SIZE, SIZE)).pooled
+            return torch.cat([seen, model.text_features([SEEN.prompt]).pooled]).numpy()
     if coupled:
         model.couple()
     files, mask = shop.shown if model.reads.pictures else ([], None)
@@ -266,4 +282,19 @@ def _sample(shop: Workshop, file: Path, drawn: np.ndarray) -> str:
     with Image.open(out / "00000_seed1.png") as shown:
         # Sums may round otherwise from one call to the next, by a millionth, which a value just below a half tells.
         np.testing.assert_allclose(np.asarray(shown), drawn.astype(float) * 255, rtol=0, atol=0.5 + 1e-3)
+    return YES
+
+
+def _evaluate(shop: Workshop, file: Path, seen: np.ndarray) -> str:
+    """What `sample` is to pipelines: the adapter, opened by its file alone, tells the photos apart as it did."""
+    out = file.with_name("apart.json")
+    with contextlib.redirect_stdout(io.StringIO()):
+        assert (
+            main(["evaluate", "clip", str(file), "--data", str(shop.photos), "--out", str(out), "--device", "cpu"]) == 0
+        )
+    model = shop.open()
+    adapters.load(model.networks(), file).eval()
+    pictures = [Image.open(shop.photos / f"{i}.png") for i in range(3)]
+    captions = [(shop.photos / f"{i}.txt").read_text() for i in range(3)]
+    assert json.loads(out.read_text())["models"][0]["rows"] == on_pictures(model, pictures, captions).rows
     return YES

@@ -51,7 +51,7 @@ MAY_IMPORT = {
     "data": {"errors", "files", "outside", "schema", "catalogue", "core", "ops", "pocket"},
     "search": {"errors", "schema", "plugin", "core", "ops", "diffusion", "models", "guidance", "rewards"},
     "objectives": {"errors", "files", "outside", "schema", "plugin", "core", "ops", "diffusion", "models.base", "data"}
-    | {"guidance", "models.clip", "models.words"},
+    | {"guidance", "models.clip", "models.contrastive", "models.words"},
     "sampling": GROUND | LIBRARY - {"objectives", "rewards"} | {"pocket", "rewards.base"},
     "training": GROUND | LIBRARY - {"rewards"} | {"sampling"},
     "evaluation": GROUND | LIBRARY - {"objectives"} | {"pocket", "sampling", "training"},

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from tokenizers.pre_tokenizers import ByteLevel
 from torch import nn
-from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
+from transformers import AutoTokenizer, CLIPConfig, CLIPModel, CLIPTokenizer, SiglipConfig, SiglipModel
 
 AESTHETIC = "sac+logos+ava1-l14-linearMSE.pth"
 
@@ -40,6 +40,29 @@ def tiny_clip_folder(folder: Path, image_size: int = 32) -> Path:
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
+
+
+def tiny_siglip_folder(folder: Path, image_size: int = 32) -> Path:
+    """A SiglipModel of two narrow layers with the tokenizer of the tiny CLIP, which pads with its end."""
+    words = AutoTokenizer.from_pretrained(tiny_clip_folder(folder, image_size))
+    (folder / "model.safetensors").unlink()
+    torch.manual_seed(0)
+    tower = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    text = {**tower, "vocab_size": len(words), "max_position_embeddings": 16, "projection_size": 16}
+    text |= {"pad_token_id": words.pad_token_id, "bos_token_id": None, "eos_token_id": words.eos_token_id}
+    model = SiglipModel(
+        SiglipConfig(text_config=text, vision_config={**tower, "image_size": image_size, "patch_size": 8})
+    )
+    spread(model)
+    with torch.no_grad():
+        model.logit_scale.fill_(1.0)
+        model.logit_bias.fill_(-2.0)
+    model.save_pretrained(folder)
+    return folder
+
+
+# Of each family of two towers, what writes a tiny model into a folder.
+TOWERS = {"clip": tiny_clip_folder, "siglip": tiny_siglip_folder}
 
 
 def head_file(path: Path, width: int, prefix: str = "") -> nn.Sequential:

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 from tiny import SIZE, save_tiny, tiny_model
+from tiny_rewards import TOWERS
 
 from visiontune import assemble, models
 from visiontune.config import load_run
@@ -17,9 +18,17 @@ from visiontune.config import load_run
 class Workshop:
     """A folder with a tiny model of one family, three photos and some prompts."""
 
+    captions = ("a photo of a [trigger] circle",) * 3
+
     def __init__(self, family: str, folder: Path, **options: str) -> None:
         self.family, self.folder, self.options = family, folder, options
-        self.model = save_tiny(folder / "model", family, **options)
+        towers = family in TOWERS
+        self.model = (
+            TOWERS[family](folder / "model", SIZE) if towers else save_tiny(folder / "model", family, **options)
+        )
+        if towers:
+            # No caption is another's, or there would be nothing to tell apart.
+            self.captions = ("a red circle", "a blue square", "a green star")
         (folder / "prompts.txt").write_text("a red circle\na blue square\n")
         self.photos = self._photos("photos")
 
@@ -31,8 +40,8 @@ class Workshop:
             for i in range(3):
                 pixels = rng.integers(0, 255, (SIZE, SIZE, 3), dtype=np.uint8)
                 Image.fromarray(pixels).save(folder / f"{i}.png")
-        for i in range(3):
-            (self.folder / name / f"{i}.txt").write_text("a photo of a [trigger] circle")
+        for i, caption in enumerate(self.captions):
+            (self.folder / name / f"{i}.txt").write_text(caption)
         return self.folder / name
 
     @functools.cached_property
@@ -84,6 +93,8 @@ class Workshop:
 
     def open(self, folder: Path | None = None):
         """A model of this family that was saved, or a copy of this one's, as it lies in its folder."""
+        if self.family in TOWERS:
+            return models.load(str(folder or self.model))
         return models.load(str(folder)) if folder else tiny_model(self.family, str(self.model), **self.options)
 
     def trainer(self, recipe: str, name: str, *more: str):

@@ -14,9 +14,10 @@ from pathlib import Path
 
 from visiontune import files
 from visiontune.data.base import Config
-from visiontune.data.loader import BatchSampler, Rows
+from visiontune.data.loader import BatchSampler
 from visiontune.data.preflight import preflight
 from visiontune.data.readers import read, resolve
+from visiontune.data.rows import Rows
 from visiontune.guidance.projector import Fitting, fit
 from visiontune.models import load
 

@@ -8,7 +8,8 @@ import torch
 from PIL import Image
 
 from visiontune.data.base import Config, Sample, Source
-from visiontune.data.rows import Pick, Rows
+from visiontune.data.picks import Pick
+from visiontune.data.rows import Rows
 from visiontune.data.transforms import Zoom, box_of, boxed, to_mask
 from visiontune.errors import UserError
 

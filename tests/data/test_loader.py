@@ -8,7 +8,8 @@ import torch
 from PIL import Image
 
 from visiontune.data.base import Config, Sample, Source
-from visiontune.data.loader import BatchSampler, Rows
+from visiontune.data.loader import BatchSampler
+from visiontune.data.rows import Rows
 
 
 def sample(name: str, size: tuple[int, int] = (32, 32), prior: bool = False) -> Sample:

@@ -10,10 +10,11 @@ from PIL import Image
 
 from visiontune.data.base import Config, Sample, Source
 from visiontune.data.inventory import inventory
-from visiontune.data.loader import BatchSampler, Rows
+from visiontune.data.loader import BatchSampler
 from visiontune.data.mix import Part
 from visiontune.data.prompts import read_data_prompts
 from visiontune.data.readers import read
+from visiontune.data.rows import Rows
 from visiontune.errors import UserError
 from visiontune.objectives._prior import given
 

@@ -12,9 +12,10 @@ from PIL import Image
 
 from visiontune.data.base import Config, Sample, Source
 from visiontune.data.loader import BatchSampler
+from visiontune.data.picks import Pick
 from visiontune.data.preflight import preflight
 from visiontune.data.readers import read
-from visiontune.data.rows import Pick, Rows
+from visiontune.data.rows import Rows
 from visiontune.data.transforms import to_pixels
 from visiontune.errors import UserError
 

@@ -7,7 +7,8 @@ from PIL import Image
 from tiny import tiny_model
 
 from visiontune.data.base import Config, Sample, Source
-from visiontune.data.rows import Pick, Rows
+from visiontune.data.picks import Pick
+from visiontune.data.rows import Rows
 from visiontune.data.transforms import to_pixels
 from visiontune.errors import UserError
 

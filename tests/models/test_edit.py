@@ -16,7 +16,8 @@ from visiontune.config import load_run
 from visiontune.core import Condition, Request
 from visiontune.data.base import Config, Sample, source
 from visiontune.data.loader import BatchSampler
-from visiontune.data.rows import Pick, Rows
+from visiontune.data.picks import Pick
+from visiontune.data.rows import Rows
 from visiontune.data.transforms import fitted
 from visiontune.diffusion.guidance import EditCFG
 from visiontune.errors import UserError

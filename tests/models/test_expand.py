@@ -15,7 +15,8 @@ from visiontune.cli import main as cli
 from visiontune.config import load_run
 from visiontune.core import Request
 from visiontune.data.base import Config, Sample, source
-from visiontune.data.rows import Pick, Rows
+from visiontune.data.picks import Pick
+from visiontune.data.rows import Rows
 from visiontune.data.transforms import random_region
 from visiontune.errors import UserError
 from visiontune.models.expand import expand_input

@@ -19,8 +19,9 @@ from visiontune.config import load_run
 from visiontune.core import Batch, Request
 from visiontune.data.base import Config as DataConfig
 from visiontune.data.base import Sample, source
+from visiontune.data.picks import Pick
 from visiontune.data.readers import read
-from visiontune.data.rows import Pick, Rows
+from visiontune.data.rows import Rows
 from visiontune.errors import UserError
 from visiontune.objectives import denoising
 from visiontune.objectives.base import Tools, condition_of, generator

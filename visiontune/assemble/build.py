@@ -120,7 +120,7 @@ def build(
         shown=shown,
         out=run.folder,
         seed=run.seed,
-        metadata={**parts.metadata(run), **objective.facts()},
+        metadata={**parts.metadata(run, [*(s.caption for s in found.samples), *found.prompts]), **objective.facts()},
         accelerator=accelerator,
         reward=reward,
         guard=guard,
@@ -351,13 +351,19 @@ def encoded(
     What a set makes of the text encoders is no property of the base, so captions are left to the steps then.
     """
     from visiontune.data.loader import BatchSampler
+    from visiontune.data.pixel_rows import PixelRows
     from visiontune.data.rows import Rows
+    from visiontune.models.contrastive import ContrastiveModel
     from visiontune.training.optim import trains_text
+
+    rank, world = accelerator.process_index, accelerator.num_processes
+    if isinstance(model, ContrastiveModel):
+        pixels = PixelRows(samples, run.data, model.resolution)
+        return BatchSampler(pixels, run.train.batch_size, run.seed, rank, world, ahead=True)
 
     reached = {name.partition(".")[0] for found in sets for name in found.base_layers()}
     live = trains_text(model, run.train) or bool(reached & {*model.roles().get("text", ())})
     rows = Rows(model, samples, run.data, cache_dir, live)
-    rank, world = accelerator.process_index, accelerator.num_processes
     if fill:
         rows.fill(rank, world)
         accelerator.wait_for_everyone()

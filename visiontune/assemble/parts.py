@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import re
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -332,11 +333,17 @@ def in_words(run: Run, text: str) -> str:
     return substitute(text, run.data.trigger, run.data.class_noun)
 
 
-def metadata(run: Run) -> dict[str, str]:
-    """What the header of the trained weights says about the run, besides what the adapter says of itself."""
+def metadata(run: Run, texts: Iterable[str]) -> dict[str, str]:
+    """What the header of the trained weights says about the run, besides what the adapter says of itself.
+
+    Args:
+        texts: what it learns from; a trigger that is in none of them is nobody's.
+    """
+    words = {word for text in texts for word in re.findall(r"\w+", text)}
+    triggers = [one.trigger for one in run.data.each() if {*re.findall(r"\w+", one.trigger)} <= words]
     facts = {
         "base_model": run.model.source,
-        "trigger": run.data.trigger,
+        "trigger": run.data.trigger if run.data.trigger in triggers else None,
         "class_noun": run.data.class_noun,
         "prompt": in_words(run, run.data.prompt) if run.data.prompt else None,
         "objective": run.objective["name"],
@@ -345,7 +352,7 @@ def metadata(run: Run) -> dict[str, str]:
         "under": (run.adapter or {}).get("under"),
         "canvas": "source, image" if run.data.canvas else None,
         "modelspec.title": run.name,
-        "modelspec.trigger_phrase": ", ".join(one.trigger for one in run.data.each()),
+        "modelspec.trigger_phrase": ", ".join(triggers),
     }
     return {**_of_start(run), **{name: value for name, value in facts.items() if value}}
 

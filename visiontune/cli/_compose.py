@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Collection
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,15 +21,15 @@ if TYPE_CHECKING:
 NAME = "compose"
 _POCKET, _ORACLE = "pocket/", "oracle"
 _COUNT, _DEVICE = 24, "auto"
-_OWN: dict[str, Any] = {"count": _COUNT, "categories": None, "tasks": None, "judge": None, "guidance": None}
+_OWN: dict[str, Any] = {"count": None, "categories": None, "tasks": None, "judge": None, "guidance": None}
 _OWN |= {"steps": None, "cfg_scale": None, "device": _DEVICE}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    own = parser.add_argument_group("of compose")
+    own = parser.add_argument_group("of compose, and the first and last of clip")
     few, steps = argument(int, least=1, greatest=200), argument(int, least=1, greatest=1000)
     scale = argument(float, least=-1000, greatest=1000)
-    own.add_argument("--count", type=few, default=_COUNT, help="prompts a category (default: %(default)s)")
+    own.add_argument("--count", type=few, help=f"prompts a category ({_COUNT}), or of clip pictures a row (200)")
     own.add_argument("--categories", metavar="C,C,...", help="these alone: colour,three")
     own.add_argument("--tasks", type=Path, help="prompts of your own, a .jsonl file of category, prompt and phrases")
     own.add_argument("--judge", help="judge by this reward (vqa_score, clip_score), or the oracle")
@@ -40,9 +41,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def refuse(args: argparse.Namespace) -> None:
     """Refuse options of compose in the judgement of a run."""
-    given = [f"--{name.replace('_', '-')}" for name, usual in _OWN.items() if getattr(args, name) != usual]
-    if args.words or given:
-        raise UserError(f"{' '.join([*args.words, *given])}: is for 'visiontune evaluate compose'; leave it out")
+    found = [*args.words, *given(args)]
+    if found:
+        raise UserError(f"{' '.join(found)}: is for 'visiontune evaluate compose'; leave it out")
+
+
+def given(args: argparse.Namespace, but: Collection[str] = ()) -> list[str]:
+    """The options of compose that are given, but for some."""
+    names = [name for name, usual in _OWN.items() if getattr(args, name) != usual and name not in but]
+    return [f"--{name.replace('_', '-')}" for name in names]
 
 
 def run(args: argparse.Namespace) -> None:
@@ -127,7 +134,7 @@ def _opened(args: argparse.Namespace, bases: dict[str, str]) -> tuple[Judge, lis
     if args.tasks is not None:
         return judge, _chosen(compose_words.read_tasks(args.tasks), args.categories)
     pocket = args.judge == _ORACLE or not strange
-    return judge, _chosen((compose_pocket if pocket else compose_words).tasks(args.count), args.categories)
+    return judge, _chosen((compose_pocket if pocket else compose_words).tasks(args.count or _COUNT), args.categories)
 
 
 def _chosen(tasks: list[Task], categories: str | None) -> list[Task]:

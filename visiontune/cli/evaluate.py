@@ -1,10 +1,12 @@
-"""Judge a run: how well it learnt its subject and kept its base; or what models can put together.
+"""Judge a run: how well it learnt its subject and kept its base; or what models put together, or tell apart.
 
   visiontune evaluate runs/oft
   visiontune evaluate runs/oft --scales 0.4,0.6,0.8,1 --checkpoints --out curve.json
   visiontune evaluate runs/my_dog --clip openai/clip-vit-large-patch14
   visiontune evaluate compose pocket/sd runs/tokencompose --out compose.json
   visiontune evaluate compose stabilityai/stable-diffusion-2-1 --judge vqa_score
+  visiontune evaluate clip pocket/clip runs/fsc_clip --data pocket/hatched
+  visiontune evaluate clip openai/clip-vit-base-patch32 runs/mine --data my_pictures
 
 Subjects of the pocket world are judged by an oracle that knows what is in a picture, any other by a CLIP: how alike its
 pictures are to yours, and how alike pictures of everyday prompts are to those of the base.
@@ -12,6 +14,9 @@ pictures are to yours, and how alike pictures of everyday prompts are to those o
 `compose` draws prompts that ask for colours, shapes, textures, places, numbers and all of these at once, of each model,
 adapter or run that is named, and prints a table for each; those after the first are compared with it. Pocket models are
 judged by the oracle, others by a reward (--judge).
+
+`clip` has models of pictures and texts choose: in the pocket world among captions that differ in one attribute, and for
+your own pictures (--data) among their captions and false ones made of these.
 """
 
 from __future__ import annotations
@@ -21,7 +26,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from visiontune import files
-from visiontune.cli import _compose
+from visiontune.cli import _clip, _compose
 from visiontune.errors import UserError
 
 if TYPE_CHECKING:
@@ -31,16 +36,19 @@ if TYPE_CHECKING:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "folder",
-        metavar="FOLDER | compose",
+        metavar="FOLDER | compose | clip",
         help="folder of a finished run that trained an adapter (./compose for one of that name)",
     )
-    parser.add_argument("words", nargs="*", metavar="MODEL | RUN", help="of compose: who draws (pocket/sd)")
+    parser.add_argument("words", nargs="*", metavar="MODEL | RUN", help="of compose and clip: who is judged")
     parser.add_argument("--scales", default="1", metavar="S,S,...", help="strengths (default: %(default)s)")
     parser.add_argument(
         "--checkpoints", action="store_true", help="every checkpoint that is there, not the result alone"
     )
     parser.add_argument("--clip", help="judge by this CLIP")
     parser.add_argument("--out", type=Path, help="write everything to this .json file too")
+    parser.add_argument(
+        "--data", help="of clip: captioned pictures, as data.root of a recipe (the pocket world's scenes)"
+    )
     _compose.add_arguments(parser)
 
 
@@ -49,6 +57,11 @@ def run(args: argparse.Namespace) -> None:
         if args.out.suffix != ".json":
             raise UserError(f"points are written to a .json file, not {args.out.name}")
         files.check_target(args.out)
+    if args.folder == _clip.NAME:
+        _clip.run(args)
+        return
+    if args.data is not None:
+        raise UserError("--data is for 'visiontune evaluate clip'; leave it out")
     if args.folder == _compose.NAME:
         _compose.run(args)
         return

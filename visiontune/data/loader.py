@@ -2,22 +2,41 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import lru_cache
+from typing import Protocol
 
 import numpy as np
 
 from visiontune.core import Batch
 from visiontune.data.ahead import Ahead
+from visiontune.data.base import Config, Sample
 from visiontune.data.buckets import Size
 from visiontune.data.captions import names_side
-from visiontune.data.rows import Pick, Rows
-
-__all__ = ["BatchSampler", "Pick", "Rows"]
+from visiontune.data.picks import Pick
 
 _ORDER, _CYCLE, _DRAWS, _PARTS, _MEMBERS = range(5)  # separate the random streams of one seed
 _ABSENT = -1
 _TURNS = 1000  # rows in which several sources come as often as their weights say
+
+
+class Samples(Protocol):
+    """What batches are made of: `rows.Rows`, or `pixel_rows.PixelRows`."""
+
+    train_text: bool
+
+    def __len__(self) -> int: ...
+    @property
+    def samples(self) -> Sequence[Sample]: ...
+    @property
+    def config(self) -> Config: ...
+    @property
+    def prior(self) -> list[int]: ...
+    @property
+    def buckets(self) -> Mapping[Size, list[int]]: ...
+    @property
+    def sets(self) -> Mapping[int, list[int]]: ...
+    def collate(self, picks: Sequence[Pick]) -> Batch: ...
 
 
 class BatchSampler:
@@ -50,7 +69,7 @@ class BatchSampler:
 
     def __init__(
         self,
-        rows: Rows,
+        rows: Samples,
         batch_size: int,
         seed: int = 0,
         rank: int = 0,

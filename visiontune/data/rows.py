@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
 from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 from PIL import Image
@@ -19,6 +18,7 @@ from visiontune.data.base import Config, Sample, Source, listed
 from visiontune.data.buckets import Size
 from visiontune.data.cache import Cache, Tensors, key
 from visiontune.data.mix import WHOLE
+from visiontune.data.picks import Pick, reading
 from visiontune.data.transforms import Zoom
 from visiontune.errors import UserError
 
@@ -26,19 +26,6 @@ T = TypeVar("T")
 DEFAULT_CACHE = Path("runs/.cache")
 # Of latents and of conditions each, so that what is small is read from the disk once.
 _MEMORY = 256 * 2**20
-
-
-@dataclass(frozen=True, kw_only=True)
-class Pick:
-    """One row of a batch before it is encoded: which sample, at which size, its random choices, and of which set."""
-
-    index: int
-    size: Size
-    flip: bool = False
-    drop: bool = False
-    hide: bool = False
-    seed: int = 0
-    set: int = 0
 
 
 class Rows:
@@ -102,7 +89,7 @@ class Rows:
         self.sets = _sets(self.samples) if config.set_size > 1 else {}
         for i, sample in enumerate(self.samples):
             if not sample.prior and (not self.sets or i in self.sets):
-                shape = _reading(sample, sample.sources[main].size) if len(sizes) > 1 else sizes[0]
+                shape = reading(sample, sample.sources[main].size) if len(sizes) > 1 else sizes[0]
                 self.buckets.setdefault(buckets.nearest(shape, sizes), []).append(i)
 
     def __len__(self) -> int:
@@ -176,7 +163,7 @@ class Rows:
         return transforms.boxed(region, self.config.box_jitter, torch.Generator().manual_seed(pick.seed + 1))
 
     def _given_region(self, sample: Sample, pick: Pick, zoom: Zoom | None = None) -> Tensor:
-        picture, place = _reading(sample, sample.sources["region"].open), self._centering(pick)
+        picture, place = reading(sample, sample.sources["region"].open), pick.centering(self.config)
         return transforms.to_mask(picture, pick.size, 1, flip=pick.flip, centering=place, zoom=zoom).round()
 
     def _zoom_of(self, pick: Pick) -> Zoom | None:
@@ -209,8 +196,8 @@ class Rows:
         source = sample.sources["source"]
 
         def make() -> Tensors:
-            picture = _reading(sample, source.open)
-            picture = transforms.fitted(picture, pick.size, flip=pick.flip, centering=self._centering(pick))
+            picture = reading(sample, source.open)
+            picture = transforms.fitted(picture, pick.size, flip=pick.flip, centering=pick.centering(self.config))
             with torch.no_grad():
                 return _flat(self.model.words([Request(prompt=caption, pictures=(picture,))]).to("cpu"))
 
@@ -313,13 +300,13 @@ class Rows:
         """Of the content of a row's source."""
         if (index, column) not in self._digests:
             sample = self.samples[index]
-            self._digests[index, column] = _reading(sample, sample.sources[column].digest)
+            self._digests[index, column] = reading(sample, sample.sources[column].digest)
         return self._digests[index, column]
 
     def _make(self, sample: Sample, source: Source, pick: Pick) -> Tensors:
         """What becomes of a source: the moments of a picture, or a mask at the latents' size."""
         if source.kind != "picture":
-            picture, shrink, place = _reading(sample, source.open), self.model.downsample, self._centering(pick)
+            picture, shrink, place = reading(sample, source.open), self.model.downsample, pick.centering(self.config)
             if source.kind == "segments":
                 return {"segments": segments.to_latents(picture, pick.size, shrink, flip=pick.flip, centering=place)}
             zoom = self._zoom(pick)
@@ -331,15 +318,8 @@ class Rows:
         return {"moments": moments}
 
     def _pixels(self, sample: Sample, source: Source, pick: Pick) -> Tensor:
-        picture, place = _reading(sample, source.open), self._centering(pick)
+        picture, place = reading(sample, source.open), pick.centering(self.config)
         return transforms.to_pixels(picture, pick.size, flip=pick.flip, centering=place, zoom=self._zoom(pick))
-
-    def _centering(self, pick: Pick) -> tuple[float, float]:
-        """Where a row is cropped, in all its columns."""
-        if self.config.crop == "center":
-            return 0.5, 0.5
-        x, y = torch.rand(2, generator=torch.Generator().manual_seed(pick.seed)).tolist()
-        return x, y
 
     def _embed(self, caption: str) -> Condition:
         with torch.no_grad():
@@ -366,13 +346,6 @@ def _columns(samples: Sequence[Sample]) -> dict[str, str]:
         if lacking:
             raise UserError(f"{len(lacking)} samples have no {name}, as others have: {listed(lacking)}")
     return columns
-
-
-def _reading(sample: Sample, read: Callable[[], Any]) -> Any:
-    try:
-        return read()
-    except Exception as error:  # a damaged file can raise nearly anything from inside a decoder
-        raise UserError(f"cannot read image {sample.id}: {' '.join(str(error).split())}") from error
 
 
 def _condition(stored: Tensors) -> Condition:

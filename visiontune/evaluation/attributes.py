@@ -174,13 +174,18 @@ def _some_alike(rng: np.random.Generator) -> Scene:
 
 @dataclass(frozen=True, kw_only=True)
 class Question:
-    """A row of the audit: scenes it asks about, the scenes each is told from, and how much its captions say."""
+    """A row of the audit: scenes it asks about, the scenes each is told from, and how much its captions say.
+
+    Attributes:
+        kind: ``recognition`` of what there is, or ``composition``, of how it belongs together.
+    """
 
     name: str
     draw: Callable[[np.random.Generator], Scene]
     edits: Callable[[Scene], list[Scene]]
     suits: Callable[[Scene], bool] = lambda scene: True
     detail: float = 0.5
+    kind: str = "recognition"
 
 
 def _of(kind: str) -> Callable[[np.random.Generator], Scene]:
@@ -204,33 +209,44 @@ QUESTIONS = (
     Question(name="tone of the ground", draw=sample_scene, edits=_tones, detail=1.0),
     Question(name="texture of the ground", draw=sample_scene, edits=_textures, detail=1.0),
     Question(name="count", draw=_some_alike, edits=_counts),
-    Question(name="relation", draw=_of("two"), edits=_relations, suits=lambda s: _straight(s) and _differ(s, "color")),
+    Question(
+        name="relation",
+        kind="composition",
+        draw=_of("two"),
+        edits=_relations,
+        suits=lambda s: _straight(s) and _differ(s, "color"),
+    ),
     Question(
         name="relation, one colour",
+        kind="composition",
         draw=lambda rng: _one_color(sample_scene(rng, "two")),
         edits=_relations,
         suits=lambda s: _straight(s) and _differ(s, "shape"),
     ),
     Question(
         name="colours of two swapped",
+        kind="composition",
         draw=_of("two"),
         edits=lambda s: [s, recoloured(s, 0, 1)],
         suits=lambda s: _differ(s, "color", "shape"),
     ),
     Question(
         name="colours of two swapped, or their sides, or both",
+        kind="composition",
         draw=_of("two"),
         edits=_places,
         suits=lambda s: _differ(s, "color", "shape"),
     ),
     Question(
         name="colours of two of three swapped",
+        kind="composition",
         draw=_of("three"),
         edits=lambda s: [s, recoloured(s, 0, 1)],
         suits=lambda s: _differ(s, "color", "shape"),
     ),
     Question(
         name="every caption that differs in one word",
+        kind="composition",
         draw=sample_scene,
         edits=neighbours,
         suits=lambda s: not s.relation or (_straight(s) and (_differ(s, "color") or _differ(s, "shape"))),
@@ -309,35 +325,42 @@ def _hit(scores: Tensor, own: int) -> float:
     return float(best[own] / best.sum())
 
 
-def _row(name: str, hits: list[float], guesses: dict[str, list[float]]) -> dict:
+def _row(name: str, kind: str, hits: list[float], guesses: dict[str, list[float]]) -> dict:
     baselines = {key: float(np.mean(values)) for key, values in guesses.items()}
-    return {"what": name, "value": float(np.mean(hits)), "n": len(hits), **baselines}
+    return {"what": name, "kind": kind, "value": float(np.mean(hits)), "n": len(hits), **baselines}
 
 
-def choices(encoder: ClipEncoder, questions: list[Asked], name: str) -> dict:
+def _drawn(scenes: Iterable[Scene], style: str | None) -> np.ndarray:
+    """Pictures of scenes, in their own style or another."""
+    return np.stack([render(replace(scene, style=style) if style else scene) for scene in scenes])
+
+
+def choices(
+    encoder: ClipEncoder, questions: list[Asked], name: str, kind: str = "recognition", style: str | None = None
+) -> dict:
     """Share of pictures whose own caption is the nearest of those asked, as a row with its baselines."""
-    pictures = image_features(np.stack([render(q.scenes[0]) for q in questions]), encoder)
+    pictures = image_features(_drawn([q.scenes[0] for q in questions], style), encoder)
     texts = encoder.text_features([text for q in questions for text in q.captions])
     parts = texts.split([len(q.captions) for q in questions])
     hits = [_hit(part @ picture, 0) for picture, part in zip(pictures, parts, strict=True)]
     guesses = {key: [_guess(q.scenes, 0, judge) for q in questions] for key, judge in JUDGES.items()}
-    return _row(name, hits, guesses)
+    return _row(name, kind, hits, guesses)
 
 
-def pools(encoder: ClipEncoder, questions: list[Asked], name: str) -> dict:
+def pools(encoder: ClipEncoder, questions: list[Asked], name: str, style: str | None = None) -> dict:
     """Image-to-text top-1 within pools in which every picture has a caption of its own, as a row with its baselines."""
     hits: list[float] = []
     guesses: dict[str, list[float]] = {key: [] for key in JUDGES}
     for q in questions:
-        pictures = image_features(np.stack([render(scene) for scene in q.scenes]), encoder)
+        pictures = image_features(_drawn(q.scenes, style), encoder)
         scores = pictures @ encoder.text_features(q.captions).T
         hits += [_hit(row, i) for i, row in enumerate(scores)]
         for key, judge in JUDGES.items():
             guesses[key] += [_guess(q.scenes, i, judge) for i in range(len(q.scenes))]
-    return _row(name, hits, guesses)
+    return _row(name, "retrieval", hits, guesses)
 
 
-def likeness(encoder: ClipEncoder, n: int, rng: np.random.Generator, name: str) -> dict:
+def likeness(encoder: ClipEncoder, n: int, rng: np.random.Generator, name: str, style: str | None = None) -> dict:
     """Share of pictures of a subject that are nearer to another picture of it than to its paint on another shape."""
     pictures = []
     for subject in itertools.islice(itertools.cycle(SUBJECTS.values()), n):
@@ -345,24 +368,25 @@ def likeness(encoder: ClipEncoder, n: int, rng: np.random.Generator, name: str) 
         here, there = (int(seed) for seed in rng.integers(2**31, size=2))
         # The decoy stands where the true picture does, so that nothing but its shape gives it away.
         trio = ((subject, here), (subject, there), (other, there))
-        pictures += [render(subject_scene(s, np.random.default_rng(seed))) for s, seed in trio]
-    anchor, true, decoy = image_features(np.stack(pictures), encoder).view(n, 3, -1).unbind(1)
+        pictures += [subject_scene(s, np.random.default_rng(seed)) for s, seed in trio]
+    anchor, true, decoy = image_features(_drawn(pictures, style), encoder).view(n, 3, -1).unbind(1)
     scores = torch.stack([(anchor * true).sum(-1), (anchor * decoy).sum(-1)], 1)
-    return _row(name, [_hit(row, 0) for row in scores], {key: [0.5] for key in JUDGES})
+    return _row(name, "likeness", [_hit(row, 0) for row in scores], {key: [0.5] for key in JUDGES})
 
 
-def audit(encoder: ClipEncoder, n: int = 300, seed: int = 906) -> Iterator[dict]:
-    """Rows ``{what, value, n, chance, colours, words, shapeless}``, one for each attribute.
+def audit(encoder: ClipEncoder, n: int = 300, seed: int = 906, style: str | None = None) -> Iterator[dict]:
+    """Rows ``{what, kind, value, n, chance, colours, words, shapeless}``, one for each attribute.
 
     Args:
         encoder: the CLIP under judgement.
         n: pictures a row; those of retrieval have as many pools of 100 as fit, but at least one.
         seed: of the questions; true captions are held out whatever it is.
+        style: what all pictures are drawn in; their own unless given.
     """
     for i, question in enumerate(QUESTIONS):
         rng = np.random.default_rng([seed, i])
-        yield choices(encoder, [ask(question, rng) for _ in range(n)], question.name)
+        yield choices(encoder, [ask(question, rng) for _ in range(n)], question.name, question.kind, style)
     rng = np.random.default_rng([seed, len(QUESTIONS)])
     for name, draw in POOLS.items():
-        yield pools(encoder, [draw(rng) for _ in range(max(n // POOL, 1))], f"top-1 of {POOL}, {name}")
-    yield likeness(encoder, n, rng, "a subject's picture, not its paint on another shape")
+        yield pools(encoder, [draw(rng) for _ in range(max(n // POOL, 1))], f"top-1 of {POOL}, {name}", style)
+    yield likeness(encoder, n, rng, "a subject's picture, not its paint on another shape", style)

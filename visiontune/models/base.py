@@ -41,6 +41,8 @@ class Model(ABC):
         distilled: why the model counts as distilled to few steps, which a plain denoising loss undoes; None for others.
         attention: what chooses how attention is computed; None for whatever the libraries take.
         offloaded: the networks whose blocks rest in the main memory, by name.
+        root: the module whose children the networks are, where other tools open it as one; adapters of several networks
+            are one adapter to them then.
     """
 
     family: ClassVar[str]
@@ -52,6 +54,7 @@ class Model(ABC):
     distilled: str | None = None
     attention: Choice | None = None
     offloaded: Mapping[str, Offloaded] = MappingProxyType({})
+    root: nn.Module | None = None
 
     @abstractmethod
     def networks(self) -> dict[str, nn.Module]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import shutil
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
@@ -23,6 +24,7 @@ from visiontune.models import pocket
 from visiontune.models.base import Presets, dtype_of, require, split
 from visiontune.models.contrastive import ContrastiveModel, Features
 from visiontune.models.sources import pretrained, weights_of
+from visiontune.models.words import Reader
 from visiontune.ops.pixels import Fit, Framing, Preprocess
 
 _log = logging.getLogger(__name__)
@@ -30,6 +32,8 @@ MEAN = (0.48145466, 0.4578275, 0.40821073)
 STD = (0.26862954, 0.26130258, 0.27577711)
 CONFIG, OPEN_CONFIG = "config.json", "open_clip_config.json"
 OPEN_WEIGHTS = "open_clip_model.safetensors"
+# Of the paper, section 2.5.
+LARGEST_SCALE = 100.0
 # What of an open_clip folder is neither its weights nor those of another format.
 _OPEN_FILES = (OPEN_CONFIG, "tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "added_tokens.json")
 
@@ -85,8 +89,9 @@ class TransformersClip(ClipEncoder):
         return Features(pooled=found.pooler_output, dense=self.model.visual_projection(normed))
 
     def words(self, prompts: Sequence[str]) -> Features:
-        found = self._read(list(prompts))
-        return Features(pooled=found.pooler_output, dense=self.model.text_projection(found.last_hidden_state))
+        tokens, found = self._read(list(prompts))
+        dense = self.model.text_projection(found.last_hidden_state)
+        return Features(pooled=found.pooler_output, dense=dense, mask=tokens["attention_mask"].bool())
 
     def save(self, folder: Path) -> None:
         from transformers import CLIPImageProcessor
@@ -102,15 +107,21 @@ class TransformersClip(ClipEncoder):
         return self.model.get_image_features(pixel_values=pixels).pooler_output
 
     def _texts(self, prompts: list[str]) -> Tensor:
-        return self._read(prompts).pooler_output
-
-    def _read(self, prompts: list[str]) -> Any:
-        length = self.model.config.text_config.max_position_embeddings
-        cut = sum(len(ids) > length for ids in self.tokenizer(prompts)["input_ids"])
+        cut = sum(len(ids) > self.length for ids in self.tokenizer(prompts)["input_ids"])
         if cut:
-            _log.warning("%d of %d prompts exceed CLIP's %d tokens and are cut", cut, len(prompts), length)
-        tokens = self.tokenizer(prompts, padding=True, truncation=True, max_length=length, return_tensors="pt")
-        return self.model.get_text_features(**tokens.to(self.mean.device))
+            _log.warning("%d of %d prompts exceed CLIP's %d tokens and are cut", cut, len(prompts), self.length)
+        return self._read(prompts)[1].pooler_output
+
+    @property
+    def length(self) -> int:
+        """Tokens that a text may have, the marks of its ends included."""
+        return int(self.model.config.text_config.max_position_embeddings)
+
+    def _read(self, prompts: list[str]) -> tuple[Any, Any]:
+        """The tokens of texts, cut to the length, and what the text tower gives for them."""
+        tokens = self.tokenizer(prompts, padding=True, truncation=True, max_length=self.length, return_tensors="pt")
+        tokens = tokens.to(self.mean.device)
+        return tokens, self.model.get_text_features(**tokens)
 
 
 class OpenClip(ClipEncoder):
@@ -134,12 +145,16 @@ class OpenClip(ClipEncoder):
     def words(self, prompts: Sequence[str]) -> Features:
         seen: list[Tensor] = []
         hook = self.model.ln_final.register_forward_hook(lambda module, inputs, output: seen.append(output))
+        tokens = self.tokenizer(list(prompts)).to(self.mean.device)
         try:
-            pooled = self._texts(list(prompts))
+            pooled = self.model.encode_text(tokens)
         finally:
             hook.remove()
         project = self.model.text_projection
-        return Features(pooled=pooled, dense=project(seen[0]) if isinstance(project, nn.Module) else seen[0] @ project)
+        dense = project(seen[0]) if isinstance(project, nn.Module) else seen[0] @ project
+        # The mark of the end is the largest number, whatever fills up the rest.
+        mask = torch.arange(tokens.shape[1], device=tokens.device) <= tokens.argmax(1, keepdim=True)
+        return Features(pooled=pooled, dense=dense, mask=mask)
 
     def save(self, folder: Path) -> None:
         from safetensors.torch import save_file
@@ -242,7 +257,7 @@ class Clip(ContrastiveModel):
     """
 
     family = "clip"
-    architectures = ("CLIPModel", "open_clip")
+    architectures: ClassVar[tuple[str, ...]] = ("CLIPModel", "open_clip")
     TARGETS: ClassVar[Mapping[str, Presets]] = {
         "vision": {
             "attention": _ATTENTION,
@@ -258,7 +273,9 @@ class Clip(ContrastiveModel):
 
     def __init__(self, encoder: ClipEncoder, source: str = "") -> None:
         self.encoder, self.source = encoder, source or type(encoder.model).__name__
-        self._networks = split(encoder.model)
+        # Tells of captions that are cut; the tokenizers of open_clip do not say how long a text was.
+        self.reader = Reader(encoder.tokenizer, encoder.length) if isinstance(encoder, TransformersClip) else None
+        self._networks, self.root = split(encoder.model), encoder.model
         towers = {"vision": {"vision_model", "visual"}, "text": {"text_model", "transformer"}}
         self._roles = {role: tuple(n for n in self._networks if n in names) for role, names in towers.items()}
         placed = {name for names in self._roles.values() for name in names}
@@ -307,5 +324,13 @@ class Clip(ContrastiveModel):
             return self.encoder.words(prompts)
 
     @property
+    def resolution(self) -> int:
+        return self.encoder.preprocess.framing.crop
+
+    @property
     def logit_scale(self) -> Tensor:
-        return self.encoder.model.logit_scale.exp()
+        return self.encoder.model.logit_scale.exp().reshape(())
+
+    @torch.no_grad()
+    def clamp(self) -> None:
+        self.encoder.model.logit_scale.clamp_(max=math.log(LARGEST_SCALE))

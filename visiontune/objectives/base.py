@@ -54,6 +54,7 @@ class Needs:
         told: whether it teaches the denoiser to be told a scale of guidance.
         ranges: whether it trains each row at the noise that its source is for (`Batch.timestep_range`).
         sets: whether its rows are pictures of sets, several of each beside one another (`data.set_size`).
+        together: whether the loss of a row depends on the others of its batch, which are what it is told from.
     """
 
     columns: tuple[str, ...] = ()
@@ -66,6 +67,7 @@ class Needs:
     told: bool = False
     ranges: bool = False
     sets: bool = False
+    together: bool = False
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -292,6 +294,19 @@ def fills_in(model: Any, objective: str, instead: str) -> None:
         raise UserError(
             f"objective={objective} is for models that fill in masked tokens (amused), not for '{model.source}': take "
             f"objective={instead}"
+        )
+
+
+def compares(model: Any, objective: str) -> None:
+    """Refuse a model that does not bring pictures and texts into one space.
+
+    Raises:
+        UserError: naming a family that does.
+    """
+    if not hasattr(model, "image_features"):
+        raise UserError(
+            f"objective={objective} is for models of pictures and texts (clip), not for '{model.source}' "
+            f"({model.family}): set model=pocket/clip, or another CLIP"
         )
 
 

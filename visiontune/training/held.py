@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from visiontune.core import Batch
-from visiontune.data.loader import Pick, Rows
+from visiontune.data.picks import Pick
+from visiontune.data.rows import Rows
 from visiontune.objectives.base import condition_of, generator, per_row
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from visiontune.adapters import AdapterSet
 from visiontune.errors import UserError
@@ -42,6 +42,12 @@ class Job:
     model: Any = None
     component: str | None = None
     metadata: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def root(self) -> nn.Module | None:
+        """The module that has all networks of the model as its children, if it is one."""
+        found: nn.Module | None = getattr(self.model, "root", None)
+        return found
 
 
 @dataclass

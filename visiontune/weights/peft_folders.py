@@ -14,7 +14,7 @@ They are written by :mod:`visiontune.weights.formats.peft`.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +42,8 @@ def read_peft(folder: str | Path, modules: Mapping[str, nn.Module], name: str = 
 
     Args:
         folder: as ``PeftModel.save_pretrained`` writes it: LoRA, OFT or BOFT.
-        modules: component -> the module that the folder belongs to.
+        modules: component -> the module that the folder belongs to; with several, the folder is of the one module that
+            they are children of, and its layers' names begin with theirs.
         name: see :func:`visiontune.adapters.attach`.
 
     Raises:
@@ -61,15 +62,26 @@ def read_peft(folder: str | Path, modules: Mapping[str, nn.Module], name: str = 
         raise UserError(f"{folder} holds PEFT's {said}; readable are {', '.join(readers)}; the bridge trains any")
     peft_fields.check(config, kind, str(where))
     file = folder / "adapter_model.safetensors"
-    component, module = next(iter(modules.items()))
     tensors = {}
     for key, value in read_tensors(file)[0].items():
         layer = key.removeprefix(PREFIX)
-        if not hasattr(module, "text_model"):
-            # A level of text encoders that transformers 5 has dropped; visiontune writes both.
-            layer = layer.removeprefix("text_model.")
-        tensors[f"{component}.{layer}"] = value.float()
-    return readers[kind](file, config, tensors, {component: module}, name)
+        if len(modules) == 1:
+            component, module = next(iter(modules.items()))
+            if not hasattr(module, "text_model"):
+                # A level of text encoders that transformers 5 has dropped; visiontune writes both.
+                layer = layer.removeprefix("text_model.")
+            layer = f"{component}.{layer}"
+        tensors[layer] = value.float()
+    return readers[kind](file, config, tensors, modules, name)
+
+
+def of_root(folder: Path, networks: Collection[str]) -> bool:
+    """Whether a folder's layers are named from the networks on, as those of a model that is one module."""
+    file = folder / "adapter_model.safetensors"
+    if not file.is_file():
+        return False
+    named = {key.removeprefix(PREFIX).partition(".")[0] for key in read_tensors(file)[0]}
+    return bool(named) and named <= {*networks}
 
 
 def _read_lora(

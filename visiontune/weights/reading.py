@@ -13,7 +13,7 @@ from visiontune.adapters._header import is_own
 from visiontune.errors import UserError
 from visiontune.weights.keys import keys_of
 from visiontune.weights.lora_files import read_lora
-from visiontune.weights.peft_folders import read_peft
+from visiontune.weights.peft_folders import of_root, read_peft
 
 
 def read(
@@ -45,6 +45,8 @@ def read_foreign(
     """
     if not source.is_dir():
         return read_lora(source, networks, keys_of(family, networks), name)
+    if of_root(source, networks):
+        return read_peft(source, networks, name)
     if component not in networks:
         raise UserError(f"the model has no component '{component}'; it has {', '.join(networks)}")
     return read_peft(source, {component: networks[component]}, name)

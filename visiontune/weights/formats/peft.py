@@ -1,6 +1,7 @@
-"""LoRA, OFT and BOFT of one component in a folder of PEFT's own; see :mod:`visiontune.weights.peft_folders`.
+"""LoRA, OFT and BOFT in a folder of PEFT's own, of one component or of a model that is one module.
 
-OFT and BOFT go over as they are; sets of other methods where they are factors, or where a rank is given, as LoRA.
+See :mod:`visiontune.weights.peft_folders`. OFT and BOFT go over as they are; sets of other methods where they are
+factors, or where a rank is given, as LoRA.
 """
 
 from __future__ import annotations
@@ -58,8 +59,7 @@ def check(changes: Changes, job: Job) -> None:
 
 def write(changes: Changes, path: Path, job: Job) -> Exported:
     part = _part(changes, job)
-    component = part.layers[0].partition(".")[0]
-    own = _own(part, job)
+    component, own = _component(part, job), _own(part, job)
     if own is None:
         done, config, tensors = _lora(part, path, job)
     else:
@@ -67,7 +67,7 @@ def write(changes: Changes, path: Path, job: Job) -> Exported:
         done = Exported(path, f"PEFT's {own.method} on {len(part.layers)} layers", errors=errors)
         if getattr(config, "boft_n_butterfly_factor", 1) > 1:
             done.notes.append(_BUTTERFLY)
-    left = {layer.partition(".")[0] for layer in changes.layers} - {component}
+    left = {layer.partition(".")[0] for layer in changes.layers} - {layer.partition(".")[0] for layer in part.layers}
     if left:
         done.notes.append(f"not written: {', '.join(sorted(left))}; each needs a folder of its own, by --component")
     with atomic_write(path) as partial:
@@ -82,15 +82,21 @@ def _part(changes: Changes, job: Job) -> Changes:
     """The changes of the only component, or of the one that was chosen."""
     components = sorted({layer.partition(".")[0] for layer in changes.layers})
     known = ", ".join(components)
-    if job.component is None and len(components) > 1:
+    if job.component is None and len(components) > 1 and job.root is None:
         raise UserError(f"a PEFT folder holds one component (--component), not {known}")
     if job.component not in (None, *components):
         raise UserError(f"the adapter has no component '{job.component}'; it has {known}")
-    part = changes.only(job.component or components[0])
+    one = job.component or (components[0] if job.root is None else None)
+    part = changes if one is None else changes.only(one)
     for layer in part.layers:
         if any(layer in found.fused for found in part.sets):
             raise UserError(f"PEFT cannot load a part of a torch attention, as '{layer}'")
     return part
+
+
+def _component(part: Changes, job: Job) -> str:
+    """The beginning of our names of layers that PEFT's do not have; nothing where one module has all networks."""
+    return "" if job.component is None and job.root is not None else f"{part.layers[0].partition('.')[0]}."
 
 
 def _own(part: Changes, job: Job) -> AdapterSet | None:
@@ -111,12 +117,13 @@ def _named(tensors: Tensors, component: str, job: Job) -> Tensors:
     named = {}
     for key, value in tensors.items():
         for name in {key, job.keys.public(key)}:
-            named[f"{PREFIX}{name.removeprefix(f'{component}.')}"] = value.clone()
+            named[f"{PREFIX}{name.removeprefix(component)}"] = value.clone()
     return named
 
 
-def _targets(part: Changes) -> list[str]:
-    return sorted(layer.partition(".")[2] for layer in part.layers)
+def _targets(part: Changes, job: Job) -> list[str]:
+    component = _component(part, job)
+    return sorted(layer.removeprefix(component) for layer in part.layers)
 
 
 def _lora(part: Changes, path: Path, job: Job) -> tuple[Exported, PeftConfig, Tensors]:
@@ -127,15 +134,15 @@ def _lora(part: Changes, path: Path, job: Job) -> tuple[Exported, PeftConfig, Te
     tensors: Tensors = {}
     for layer, factors in written.items():
         tensors |= tensors_of(layer, factors)
-    rank = max(done.ranks.values(), default=1)
-    others = {layer.partition(".")[2]: own for layer, own in done.ranks.items() if own != rank}
+    rank, component = max(done.ranks.values(), default=1), _component(part, job)
+    others = {layer.removeprefix(component): own for layer, own in done.ranks.items() if own != rank}
     config = LoraConfig(
         r=rank,
         lora_alpha=rank,
         rank_pattern=others,
         alpha_pattern=dict(others),
         use_dora=done.dora,
-        target_modules=sorted(layer.partition(".")[2] for layer in written),
+        target_modules=sorted(layer.removeprefix(component) for layer in written),
     )
     return done, config, tensors
 
@@ -165,7 +172,7 @@ def _oft(part: Changes, own: AdapterSet, job: Job) -> tuple[PeftConfig, Tensors,
             block_share=config.block_share,
             use_cayley_neumann=config.cayley == "neumann",
             num_cayley_neumann_terms=config.terms,
-            target_modules=_targets(part),
+            target_modules=_targets(part, job),
         ),
         tensors,
         errors,
@@ -190,7 +197,7 @@ def _boft(part: Changes, own: AdapterSet, job: Job) -> tuple[PeftConfig, Tensors
     config = BOFTConfig(
         boft_block_size=_one(sizes, "block size"),
         boft_n_butterfly_factor=_one(counts, "number of factors"),
-        target_modules=_targets(part),
+        target_modules=_targets(part, job),
     )
     return config, tensors, errors
 
