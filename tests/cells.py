@@ -95,7 +95,8 @@ def refusal(objective: str, family: str) -> str | None:
 def paints(objective: str) -> bool:
     """Whether an objective is for models that paint."""
     module = plugin.load("objectives", objective)
-    return "region" in module.build(module.Config()).needs.columns
+    needs = module.build(module.Config()).needs
+    return "region" in needs.columns or needs.sets
 
 
 @functools.cache
@@ -152,6 +153,8 @@ def recipe(cell: Cell, shop: Workshop) -> dict[str, Any]:
         special = {"rejected": "pairs", "segments": "grounded", "region": "holes"}
         root = getattr(shop, next((special[name] for name in needs.columns if name in special), "photos"))
         about = {"data": {"root": str(root), "class_noun": "circle"}}
+        if needs.sets:
+            about["data"] |= {"root": str(shop.sets), "set_size": 2}
     chosen = method.options if method.plan_options is None else method.plan_options
     known = plugin.load("adapters", cell.adapter).Config.__dataclass_fields__
     glance = {key: value for key, value in GLANCE.items() if key in known}
@@ -224,18 +227,22 @@ def _resume(cell: Cell, shop: Workshop, file: Path) -> None:
 
 def _drawn(shop: Workshop, file: Path) -> np.ndarray:
     model = shop.open()
-    model.accept(adapters.read_header(file))
+    header = adapters.read_header(file)
+    model.accept(header)
     adapters.load(model.networks(), file).eval()
-    return _picture(model, shop)
+    return _picture(model, shop, "coupled" in header)
 
 
-def _picture(model: Any, shop: Workshop) -> np.ndarray:
+def _picture(model: Any, shop: Workshop, coupled: bool) -> np.ndarray:
     """A picture that a pipeline draws, or the features of a model that draws none."""
     if isinstance(model, ContrastiveModel):
         with torch.no_grad():
             seen = model.image_features(torch.linspace(0, 1, 3 * SIZE * SIZE).view(1, 3, SIZE, SIZE)).pooled
             return torch.cat([seen, model.text_features([SEEN.prompt]).pooled]).numpy()
-    shown = read(*shop.shown).options() if model.reads.mask else {}
+    if coupled:
+        model.couple()
+    files, mask = shop.shown if model.reads.pictures else ([], None)
+    shown = read(files, mask if model.reads.mask else None).options()
     return model.draw([replace(SEEN, **shown)], steps=2, guidance=model.guidance(3.0))[0]
 
 
@@ -250,7 +257,8 @@ def _export(shop: Workshop, file: Path, drawn: np.ndarray) -> str:
         written += [kind] if code == 0 else []
         line = line or said.getvalue().strip()
     if "merged" in written:
-        np.testing.assert_allclose(_picture(shop.open(file.with_name("export-merged")), shop), drawn, rtol=0, atol=1e-4)
+        merged = _picture(shop.open(file.with_name("export-merged")), shop, "coupled" in adapters.read_header(file))
+        np.testing.assert_allclose(merged, drawn, rtol=0, atol=1e-4)
     return f"{YES}: {', '.join(written)}" if written else line
 
 
@@ -267,7 +275,8 @@ def _sample(shop: Workshop, file: Path, drawn: np.ndarray) -> str:
     ]
     if shop.options:
         (picture,), mask = shop.shown
-        words += [f"pictures={picture}", f"mask={mask}"]
+        coupled = "coupled" in adapters.read_header(file)
+        words += [f"pictures={picture}", *([] if coupled else [f"mask={mask}"])]
     with contextlib.redirect_stdout(io.StringIO()):
         assert main(["sample", *words, "cfg_scale=3", "device=cpu"]) == 0
     with Image.open(out / "00000_seed1.png") as shown:

@@ -54,6 +54,14 @@ class Workshop:
         """The photos, each beside what is white where it is to be painted."""
         return self._photos("holes", "region")
 
+    @functools.cached_property
+    def sets(self) -> Path:
+        """Two sets of three photos."""
+        (self.folder / "sets").mkdir()
+        for name in ("one", "other"):
+            self._photos(f"sets/{name}")
+        return self.folder / "sets"
+
     @property
     def shown(self) -> tuple[list[str], str]:
         """A picture and a mask to paint into."""

@@ -86,7 +86,8 @@ class Batch:
         prompts: the rows' captions.
         data: tensors with the batch as their first axis, by the name of the column that they come from. `image` are
             clean latents x_0 [b, c, (f), h, w], scaled as the denoiser expects them; batches to draw have `row` [b],
-            each row's number among those of all processes, and `prompt` [b], the number of its prompt.
+            each row's number among those of all processes, and `prompt` [b], the number of its prompt. Rows of sets
+            have `set` [b], the same number for those of one, which stand beside one another.
         cond: the rows' conditions, or None where the objective embeds `prompts` itself.
         weight: [b] float32 weight of each row in the loss.
         prior: [b] bool, True for rows of prior preservation.

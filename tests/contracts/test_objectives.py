@@ -165,7 +165,7 @@ class Columns:
     """Rows of one endless list, with every column that an objective may read; batch `k` of `n` is rows `k n ...`."""
 
     def __init__(self, model, needs, size: int) -> None:
-        columns = (*needs.columns, *needs.optional)
+        columns = (*needs.columns, *needs.optional, *(["set"] if needs.sets else []))
         # A toy takes whatever it is shown, a pipeline what it reads.
         blind = hasattr(model, "reads") and not model.reads.pictures
         self.model, self.size = model, size
@@ -192,6 +192,8 @@ class Columns:
         )
 
     def column(self, name: str, number: int) -> torch.Tensor:
+        if name == "set":
+            return torch.tensor([number])  # of one row, since rows are cut apart
         rng = generator(name, number)
         if not hasattr(self.model, "latent_shape"):
             return torch.rand(1, 3, self.model.resolution, self.model.resolution, generator=rng)

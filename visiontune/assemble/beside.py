@@ -64,6 +64,31 @@ def check(run: Run, model: Any, objective: Objective, samples: Sequence[Sample])
     _draws_nothing(run, model, objective)
 
 
+def check_sets(run: Run, objective: Objective) -> None:
+    """Refuse sets that nothing reads, pictures that are in none, and a result that could not say how it is drawn.
+
+    Raises:
+        UserError: it names the option.
+    """
+    name, size = run.objective["name"], run.data.set_size
+    if size > 1 and not objective.needs.sets:
+        raise UserError(f"data.set_size: objective={name} learns each picture by itself: set it to 1, or take jedi")
+    if not objective.needs.sets:
+        return
+    if size == 1:
+        raise UserError(f"objective={name} learns pictures of sets, several at once: set data.set_size, 3 for instance")
+    if run.train.batch_size % size:
+        raise UserError(
+            f"train.batch_size={run.train.batch_size} pictures are no whole number of sets of data.set_size={size}: "
+            f"set it to {-(-run.train.batch_size // size) * size}"
+        )
+    if run.adapter is None and "coupled" in objective.facts():
+        raise UserError(
+            f"objective={name}: that pictures read one another is kept in the file of an adapter, and adapter=none "
+            "writes none: choose one, dense for all weights"
+        )
+
+
 def _check_dropout(run: Run, model: Any, columns: Collection[str]) -> None:
     """Refuse to hide sources that are not there, or that the model cannot be without."""
     if not run.data.source_dropout:

@@ -58,6 +58,7 @@ def build(
     # Words and data come before the model, which may take minutes to open.
     preview = dataclasses.replace(run.preview, prompts=[parts.in_words(run, p) for p in run.preview.prompts])
     objective = parts.open_objective(run)
+    beside.check_sets(run, objective)
     found = _data(run, objective)
     shown = beside.named(preview)
     parts.check_files(run, objective)
@@ -75,6 +76,8 @@ def build(
     model: Any = parts.open_model(run)
     under = parts.attach_under(run, model)
     objective.check(model, reward)
+    if objective.needs.sets:
+        model.couple()
     beside.check(run, model, objective, found.samples)
     preview, shown = beside.previews(preview, model, found.samples, shown, run.data)
     _check_sizes(run, model, objective)

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 # Of the header of an adapter: what it is, and how what it makes is drawn.
 _ABOUT = ("base_model", "trigger", "class_noun", "prompt")
-_DRAWN = ("distilled_guidance", "few_steps", "confined_words", "canvas")
+_DRAWN = ("distilled_guidance", "few_steps", "confined_words", "coupled", "canvas")
 _GRID = [0.0, 0.25, 0.5, 0.75, 1.0]
 
 

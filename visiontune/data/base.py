@@ -121,6 +121,13 @@ class Config:
         help="share by which each visit's picture is made smaller or larger, at most; where nothing is left of it does "
         "not count. Needs cache: false",
     )
+    set_size: int = option(
+        1,
+        least=1,
+        greatest=64,
+        help="pictures of a set that stand beside one another in a batch: as many of each subfolder of root, or of the "
+        "rows of a table with the same `set`; train.batch_size is a multiple of it",
+    )
     split: str = option("train", help="split of a Hub dataset")
     revision: str | None = option(None, help="commit or tag of a Hub dataset")
     cache: bool = option(True, help="keep latents on disk instead of encoding images again at every step")
@@ -154,6 +161,8 @@ class Config:
             raise ValueError("mix and subjects both name further pictures: take one of them")
         if self.weight != 1 and not self.mix:
             raise ValueError("weight is beside that of data.mix, which is empty: leave it out")
+        if self.set_size > 1 and (self.mix or self.subjects):
+            raise ValueError("set_size is for sets of one root, and mix and subjects name further ones: leave them out")
         check_tiles(self.ranges())
         check_ranges(self.scores)
 
@@ -257,6 +266,7 @@ class Sample:
         part: which of several sources it is of (:meth:`Config.parts`).
         scores: its ratings in [0, 1], in the order of ``data.scores``, nan where it has none; of prior samples none.
         nouns: the words of the caption whose places the bits of ``segments`` mark, the first that of bit 0.
+        set: which set of pictures it is of; empty where it is of none.
     """
 
     id: str
@@ -268,6 +278,7 @@ class Sample:
     part: int = 0
     scores: tuple[float, ...] = ()
     nouns: tuple[str, ...] = ()
+    set: str = ""
 
 
 def source(column: str, origin: Path | Callable[[], Image.Image]) -> Source:

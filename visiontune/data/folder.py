@@ -70,6 +70,7 @@ def read_folder(
             nouns=tuple(row.nouns),
             weight=row.weight,
             scores=row.scores,
+            set=row.set,
         )
         for name, row in sorted(listing.rows.items())
     ]

@@ -15,7 +15,8 @@ from visiontune.data.buckets import Size
 from visiontune.data.captions import names_side
 from visiontune.data.picks import Pick
 
-_ORDER, _CYCLE, _DRAWS, _PARTS = range(4)  # separate the random streams of one seed
+_ORDER, _CYCLE, _DRAWS, _PARTS, _MEMBERS = range(5)  # separate the random streams of one seed
+_ABSENT = -1
 _TURNS = 1000  # rows in which several sources come as often as their weights say
 
 
@@ -33,6 +34,8 @@ class Samples(Protocol):
     def prior(self) -> list[int]: ...
     @property
     def buckets(self) -> Mapping[Size, list[int]]: ...
+    @property
+    def sets(self) -> Mapping[int, list[int]]: ...
     def collate(self, picks: Sequence[Pick]) -> Batch: ...
 
 
@@ -47,6 +50,9 @@ class BatchSampler:
 
     Of several sources (``data.mix``) each has such passes of its own, and they take turns within a bucket as often as
     their weights say, at even distances; in a bucket of which a source has no picture the others take its turns.
+
+    Of sets (``data.set_size``) each bucket is a stream of sets, and each brings as many of its pictures as are set
+    beside one another, others and in another order at every visit, or all that it has.
 
     With prior samples a batch holds ``batch_size`` instance rows and after them ``prior_rows`` prior rows, drawn in the
     same way from the prior samples and brought to the size of the instance rows.
@@ -72,7 +78,7 @@ class BatchSampler:
         prior_rows: int | None = None,
         ahead: bool = False,
     ) -> None:
-        if batch_size < 1 or not 0 <= rank < world:
+        if batch_size < 1 or batch_size % rows.config.set_size or not 0 <= rank < world:
             raise ValueError(f"no batches of {batch_size} rows for rank {rank} of {world}")
         self.rows, self.batch_size, self.rank, self.world = rows, batch_size, rank, world
         self.prior_rows = batch_size if prior_rows is None else prior_rows
@@ -98,7 +104,10 @@ class BatchSampler:
         """The rows of a step's batch before they are encoded."""
         bucket, turn = self._turn(step)
         size = self._sizes[bucket]
-        groups = [(self._mixed(bucket, self._span(turn, self.batch_size)), self.batch_size)]
+        alike = self.rows.config.set_size
+        firsts = self._mixed(bucket, self._span(turn, self.batch_size // alike))
+        own_rows = firsts if alike == 1 else self._members(firsts, alike, step)
+        groups = [(own_rows, self.batch_size)]
         if self.rows.prior:
             prior = self._stream(0, self.rows.prior, self._span(step, self.prior_rows))
             groups.append((prior, self.prior_rows))
@@ -110,6 +119,8 @@ class BatchSampler:
             chance, drop = rng.random((2, total))
             seeds = rng.integers(2**63, size=total)
             for i in range(self.rank * own, (self.rank + 1) * own):
+                if group[i] == _ABSENT:
+                    continue
                 picks.append(
                     Pick(
                         index=group[i],
@@ -119,9 +130,19 @@ class BatchSampler:
                         # Of one draw with the caption, so that half of as many are dropped together.
                         hide=bool(0 <= drop[i] - config.caption_dropout / 2 < config.source_dropout),
                         seed=int(seeds[i]),
+                        set=i // alike,
                     )
                 )
         return picks
+
+    def _members(self, firsts: Sequence[int], count: int, step: int) -> list[int]:
+        """So many samples of each set, in an order of chance; ``_ABSENT`` in the places of those that it has not."""
+        rng = np.random.default_rng([self.seed, _MEMBERS, step])
+        found: list[int] = []
+        for first in firsts:
+            members = rng.permutation(self.rows.sets[first])[:count].tolist()
+            found += [*members, *[_ABSENT] * (count - len(members))]
+        return found
 
     def _caption(self, index: int) -> str:
         return self.rows.samples[index].caption

@@ -29,6 +29,7 @@ class Row:
         files: that of each column.
         where: what the caption comes from.
         nouns: the mask of each noun of the caption. weight: factor of its loss. scores: its ratings.
+        set: which set it is of.
     """
 
     caption: str | None
@@ -37,6 +38,7 @@ class Row:
     nouns: dict[str, Path] = field(default_factory=dict)
     weight: float = 1.0
     scores: tuple[float, ...] = ()
+    set: str = ""
 
 
 def table_in(folder: Path) -> Path | None:
@@ -62,6 +64,7 @@ def rows(
     grounded = SEGMENTS in wanted
     wanted = [c for c in wanted if c != SEGMENTS]
     name_key = config.columns.get(main, "file_name")
+    sets = config.key("set") if config.set_size > 1 else None
     known = {name_key, config.caption_column, *map(config.key, (*wanted, SEGMENTS))}
     unread: dict[str, None] = {}
     found: dict[str, Row] = {}
@@ -73,6 +76,8 @@ def rows(
         if config.weight_column is not None:
             found[name].weight = weight_of(line.get(config.weight_column), where)
         found[name].scores = shares(line, config.scores, where)
+        if sets is not None:
+            found[name].set = _set_of(line.get(sets), f"{where}: '{sets}'")
         if grounded:
             key = config.key(SEGMENTS)
             found[name].nouns = _nouns(file.parent, line.get(key), f"{where}: '{key}'")
@@ -88,6 +93,12 @@ def rows(
             if key not in known and key in given and isinstance(value, str) and is_picture(Path(value))
         )
     return found, [(key, file.name) for key in unread]
+
+
+def _set_of(told: Any, where: str) -> str:
+    if not isinstance(told, str | int) or not str(told).strip():
+        raise UserError(f"{where} is no name of a set: write the same word for all pictures that belong together")
+    return str(told).strip()
 
 
 def _nouns(folder: Path, told: Any, where: str) -> dict[str, Path]:

@@ -15,7 +15,7 @@ from visiontune.errors import UserError
 
 @dataclass(frozen=True, kw_only=True)
 class Pick:
-    """One row of a batch before it is encoded: which sample, at which size, and its random choices."""
+    """One row of a batch before it is encoded: which sample, at which size, its random choices, and of which set."""
 
     index: int
     size: Size
@@ -23,6 +23,7 @@ class Pick:
     drop: bool = False
     hide: bool = False
     seed: int = 0
+    set: int = 0
 
     def centering(self, config: Config) -> tuple[float, float]:
         """Where the row is cropped, in all its columns."""

@@ -26,7 +26,7 @@ class PixelRows:
     Attributes:
         samples, config: as given.
         buckets: the indices of all samples under the one size.
-        prior: none.
+        prior, sets: none.
         train_text: that what texts become is computed in every step.
 
     Raises:
@@ -39,6 +39,7 @@ class PixelRows:
         self.samples, self.config, self.prior = list(samples), config, list[int]()
         side = config.resolution or resolution
         self.buckets: dict[Size, list[int]] = {(side, side): [*range(len(self.samples))]}
+        self.sets: dict[int, list[int]] = {}
         if not self.samples:
             raise UserError("the dataset has no images to train on: put images into data.root")
         if bare := [sample.id for sample in self.samples if not sample.caption.strip()]:

@@ -18,7 +18,7 @@ from visiontune.errors import UserError
 from visiontune.pocket.controls import MAPS
 from visiontune.pocket.edits import KINDS, Kind
 from visiontune.pocket.edits import stream as stream_edits
-from visiontune.pocket.scenes import caption, phrases, sample_scene, stream, subject_scene
+from visiontune.pocket.scenes import article, caption, individual, phrases, sample_scene, stream, subject_scene
 from visiontune.pocket.spoilt import Flaws, flaws
 from visiontune.pocket.world import STYLES, SUBJECTS, Scene, Thing, coverage, render
 from visiontune.schema import nearest, option
@@ -29,10 +29,12 @@ class Spec:
     """A ``datasets/*.yaml`` file with ``source: procedural``."""
 
     source: Literal["procedural"] = option("procedural", help="how the images come about")
-    world: Literal["subject", "style", "scenes", "edits"] = option(
-        help="subject: one individual; style: any scene in one style; scenes: the training world; edits: scenes with "
-        "instructions, and what they make of others (column source)"
+    world: Literal["subject", "sets", "style", "scenes", "edits"] = option(
+        help="subject: one individual; sets: many individuals, several pictures of each; style: any scene in one "
+        "style; scenes: the training world; edits: scenes with instructions, and what they make of others (column "
+        "source)"
     )
+    members: int = option(4, least=1, greatest=1000, help="pictures of each individual (world: sets)")
     subject: str | None = option(None, help="name of the subject (world: subject)")
     style: str = option("flat", help="rendering style: flat, outline, pixel, shaded or hatched")
     rejected_style: str | None = option(None, help="draw every scene in this style too, as the worse image of a pair")
@@ -123,6 +125,7 @@ def samples(
             nouns=tuple(phrases(scene)) if SEGMENTS in wanted else (),
             caption=substitute(template.replace("{scene}", words), trigger, class_noun),
             caption_from=DEFAULT_PROMPT if prompt else f"the dataset {name}",
+            set=f"{i // spec.members:04d}" if spec.world == "sets" else "",
         )
         for i, (scene, words, before) in enumerate(rows)
     ]
@@ -191,7 +194,11 @@ def _scenes(spec: Spec) -> Iterator[tuple[Scene, str]]:
             yield from map(next, streams)
     kinds = cycle(spec.kinds or [None])
     while True:
-        if spec.world == "subject":
+        if spec.world == "sets":
+            one = individual(rng)
+            for scene in (subject_scene(one, rng, spec.style) for _ in range(spec.members)):
+                yield scene, f"{article(one.shape)} on a {scene.tone} {scene.texture} background"
+        elif spec.world == "subject":
             scene = subject_scene(SUBJECTS[str(spec.subject)], rng, spec.style)
             yield scene, scene.things[0].shape
         else:

@@ -8,6 +8,7 @@ columns (``mask``, ``rejected``, ...) are columns of the table, or lie in subfol
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -17,7 +18,7 @@ from typing import ClassVar
 from visiontune import catalogue
 from visiontune.data.base import DEFAULT_CLASS, DEFAULT_TRIGGER, Config, Sample, Subject, source
 from visiontune.data.folder import ignored, read_folder, refuse_left_out
-from visiontune.data.metadata import TABLES
+from visiontune.data.metadata import TABLES, table_in
 from visiontune.data.repeats import parts, read_parts
 from visiontune.data.table import read_table
 from visiontune.errors import UserError
@@ -69,7 +70,7 @@ def read(config: Config, columns: Sequence[str] = ("image",), optional: Sequence
             for i, own in enumerate(config.parts())
             for sample in _filled(read(own, columns, optional), own, f"data.mix[{i - 1}]" if i else "data.root")
         ]
-    unclaimed = sorted(config.columns.keys() - {*columns, *optional})
+    unclaimed = sorted(config.columns.keys() - {*columns, *optional, *(["set"] if config.set_size > 1 else [])})
     if unclaimed:
         raise UserError(
             f"data.columns.{unclaimed[0]} is of no use: the objective reads {', '.join([*columns, *optional])}; leave "
@@ -77,7 +78,7 @@ def read(config: Config, columns: Sequence[str] = ("image",), optional: Sequence
         )
     if config.frame_pairs and "source" not in {*columns, *optional}:
         raise UserError("data.frame_pairs makes a column 'source', which the objective does not read: set it to false")
-    found = _read(config, columns, optional)
+    found = _sets(config, columns, optional) if config.set_size > 1 else _read(config, columns, optional)
     _check_rated(found, config)
     return [_first_and_last(sample) for sample in found] if config.frame_pairs else found
 
@@ -90,6 +91,42 @@ def _check_rated(samples: list[Sample], config: Config) -> None:
                 f"no picture of {config.root} has a '{name}': write it into metadata.jsonl, metadata.csv or the table, "
                 f"or mend data.scores.{name}"
             )
+
+
+def _sets(config: Config, columns: Sequence[str], optional: Sequence[str]) -> list[Sample]:
+    """The samples of sets: of each subfolder, or of the rows of a table or a catalogue dataset that name one.
+
+    Raises:
+        UserError: no set has two pictures that could stand beside one another.
+    """
+    folders, own = _set_folders(config), replace(config, set_size=1)
+    if folders:
+        inside = [file for folder in folders for file in folder.rglob("*")]
+        refuse_left_out(_place(config.root), inside, config)
+        found = [
+            replace(sample, id=f"{folder.name}/{sample.id}", set=folder.name)
+            for folder in folders
+            for sample in _read(replace(own, root=str(folder)), columns, optional)
+        ]
+    else:
+        found = _read(config, columns, optional)
+    counts = Counter(sample.set for sample in found)
+    if "" in counts or max(counts.values(), default=0) < 2:
+        raise UserError(
+            f"data.set_size={config.set_size}: {config.root} has no sets: put the pictures of each into a subfolder of "
+            "its own, or name their sets as 'set' in metadata.jsonl, or take pocket/sets"
+        )
+    return found
+
+
+def _set_folders(config: Config) -> list[Path]:
+    """The subfolders that are sets, of a root that has no pictures beside them; none elsewhere."""
+    from visiontune.data import pictures
+
+    path = _place(config.root)
+    if config.set_size == 1 or not path.is_dir() or pictures.in_folder(path) or table_in(path) is not None:
+        return []
+    return [folder for folder in sorted(path.iterdir()) if folder.is_dir() and not config.ignores(folder.name)]
 
 
 def _filled(samples: list[Sample], config: Config, where: str) -> list[Sample]:
@@ -175,6 +212,9 @@ def left_out(config: Config, columns: Sequence[str]) -> list[str]:
         return [f"{own.trigger}: {name}" for own in config.each() for name in left_out(own, columns)]
     if config.mix:
         return [f"{own.root}: {name}" for own in config.parts() for name in left_out(own, columns)]
+    if folders := _set_folders(config):
+        each = [(folder, replace(config, root=str(folder), set_size=1)) for folder in folders]
+        return [f"{folder.name}/{name}" for folder, own in each for name in left_out(own, columns)]
     path = _place(config.root)
     if not path.is_dir():
         return []

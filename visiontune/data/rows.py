@@ -49,7 +49,9 @@ class Rows:
     Attributes:
         samples: as given.
         columns: the kind of source of each column that a batch has.
-        buckets: indices of the instance samples under each bucket size (height, width), that of their main column.
+        buckets: indices of the instance samples under each bucket size (height, width), that of their main column; of
+            sets the first sample alone, of whose size all are.
+        sets: indices of all samples of a set, by that of its first; empty where there are no sets.
         prior: indices of the prior samples; they take the size of the batch that they join.
 
     Raises:
@@ -85,8 +87,9 @@ class Rows:
             sizes = [(height, 2 * width) for height, width in sizes]
         main = next(iter(self.columns))
         self.buckets: dict[Size, list[int]] = {}
+        self.sets = _sets(self.samples) if config.set_size > 1 else {}
         for i, sample in enumerate(self.samples):
-            if not sample.prior:
+            if not sample.prior and (not self.sets or i in self.sets):
                 shape = reading(sample, sample.sources[main].size) if len(sizes) > 1 else sizes[0]
                 self.buckets.setdefault(buckets.nearest(shape, sizes), []).append(i)
 
@@ -104,7 +107,8 @@ class Rows:
             (Pick(index=i, size=size, flip=flip), column)
             for column in self.columns
             for size, group in self.buckets.items()
-            for i in group
+            for first in group
+            for i in self.sets.get(first, [first])
             for flip in flips
         ]
         captions = [] if self._sees else list(dict.fromkeys(s.caption for s in self.samples))
@@ -218,7 +222,8 @@ class Rows:
         latents [b, c, (f), h, w] of each column of pictures, those of one row from one draw, of ``source`` the mean,
         and masks and bits of segments [b, 1, h, w]; of a model that paints, ``channels`` [b, k, h, w]. Where sources
         are hidden from some rows, ``shown`` [b] is True for the others. ``scores`` [b, k] are what rows are told of
-        their ratings, nan for nothing.
+        their ratings, nan for nothing. Rows of sets have ``set``
+        [b], its number.
         """
         samples = [self.samples[p.index] for p in picks]
         data = {column: self._column(picks, column, kind) for column, kind in self.columns.items()}
@@ -226,6 +231,8 @@ class Rows:
             data["mask"] = mask
         if self.model.paints:
             data["channels"] = torch.cat([self.channels(p) for p in picks])
+        if self.sets:
+            data["set"] = torch.tensor([p.set for p in picks])
         if "source" in data and self.config.source_dropout:
             data["shown"] = torch.tensor([not p.hide for p in picks])
         if self.config.scores:
@@ -328,6 +335,15 @@ class Rows:
     def _embed(self, caption: str) -> Condition:
         with torch.no_grad():
             return self.model.embed([caption])
+
+
+def _sets(samples: Sequence[Sample]) -> dict[int, list[int]]:
+    """Indices of the instance samples of each set, by that of its first."""
+    found: dict[str, list[int]] = {}
+    for i, sample in enumerate(samples):
+        if not sample.prior:
+            found.setdefault(sample.set, []).append(i)
+    return {members[0]: members for members in found.values()}
 
 
 def _columns(samples: Sequence[Sample]) -> dict[str, str]:

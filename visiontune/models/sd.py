@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
 from diffusers import EulerAncestralDiscreteScheduler, StableDiffusionPipeline
 from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
@@ -16,11 +17,13 @@ from torch.nn.functional import interpolate
 from visiontune.core import Condition, Request
 from visiontune.diffusion.guidance import EditCFG, Guidance
 from visiontune.errors import UserError
+from visiontune.models import _sets
 from visiontune.models._confined import confined
+from visiontune.models._coupled import Coupling
 from visiontune.models._reading import Reads
 from visiontune.models._structure import Structure
 from visiontune.models.base import Presets, require
-from visiontune.models.diffusion import DiffusionModel
+from visiontune.models.diffusion import DiffusionModel, Generators
 
 _ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 _TEXT_ATTENTION = ("q_proj", "k_proj", "v_proj", "out_proj")
@@ -91,6 +94,7 @@ class StableDiffusion(DiffusionModel):
         super().__init__(pipe, source)
         config, own = pipe.unet.config, self.latent_channels
         name = type(pipe).__name__
+        self.coupling: Coupling | None = None
         self.reads = {self.PAINTING: _PAINTS, self.EDITING: _EDITS}.get(name, self.reads)
         self.task = "image-to-image" if self.edits else self.task
         kind = {self.PAINTING: "an inpainting", self.EDITING: "an InstructPix2Pix"}.get(name, "a text-to-image")
@@ -127,6 +131,41 @@ class StableDiffusion(DiffusionModel):
         layers = [module for name, module in self.denoiser.named_modules() if cross.fullmatch(name)]
         return confined(self.denoiser, layers, self.latent_channels)
 
+    def check_sets(self) -> None:
+        """Refuse a model that draws no sets.
+
+        Raises:
+            UserError: it does not paint into pictures.
+        """
+        if not self.paints and self.coupling is None:
+            raise UserError(_sets.not_painting(self))
+
+    def couple(self) -> Coupling:
+        """From now on this model, which paints, draws sets: a picture that is painted whole beside others, its
+        references, of which nothing is painted; all read one another in self-attention.
+
+        It :attr:`reads` any number of pictures then, and none is as well. What paints into a picture is what it was
+        trained for; `uncouple` undoes it. Errors are those of `check_sets`.
+        """
+        if self.coupling is None:
+            self.check_sets()
+            itself = [re.compile(pattern) for pattern in self.STRUCTURE.attention]
+            layers = [m for name, m in self.denoiser.named_modules() if any(one.fullmatch(name) for one in itself)]
+            self.coupling, self.reads = Coupling(layers), _sets.READS
+        return self.coupling
+
+    def uncouple(self) -> None:
+        """Paint into single pictures again."""
+        if self.coupling is not None:
+            self.coupling.undo()
+            self.coupling, self.reads = None, _PAINTS
+
+    def painted_whole(self, shape: Sequence[int]) -> Tensor:
+        """The channels [1, k, h, w] beside noisy latents [c, h, w] of a picture that is painted whole."""
+        height, width = (self.downsample * side for side in shape[-2:])
+        hidden = self.encode(torch.zeros(1, 3, height, width, device=self.device), sample=False)
+        return self.channels(hidden, torch.ones(1, 1, height, width, device=self.device))
+
     @property
     def edits(self) -> bool:
         """Whether it reads a picture without a mask."""
@@ -146,12 +185,37 @@ class StableDiffusion(DiffusionModel):
         negatives = [request.negative for request in requests]
         return {**scales, "negative_prompt": negatives if any(negatives) else None}
 
+    def read(
+        self,
+        requests: Sequence[Request],
+        *,
+        negative: bool = False,
+        size: tuple[int, int] | None = None,
+        generator: Generators = None,
+    ) -> Condition:
+        if self.coupling is not None:
+            raise UserError(
+                f"'{self.source}' draws sets of pictures, which its stock pipeline does alone: leave out what steps "
+                "through its samples by itself (search, guidance)"
+            )
+        return super().read(requests, negative=negative, size=size, generator=generator)
+
+    def _draw_guided(
+        self, requests: Sequence[Request], size: tuple[int, int], steps: int, guidance: Guidance
+    ) -> np.ndarray:
+        if self.coupling is None:
+            return super()._draw_guided(requests, size, steps, guidance)
+        members, sizes = _sets.members(requests, size)
+        with self.coupling.of(sizes):
+            drawn = super()._draw_guided(members, size, steps, guidance)
+        return drawn[_sets.firsts(sizes)]
+
     def _stock_reading(self, requests: Sequence[Request], size: tuple[int, int]) -> dict[str, Any]:
         shown = [picture.convert("RGB") for request in requests for picture in request.pictures]
         if self.edits:
             # One of the two pipelines takes no size, and draws in that of the picture.
             return {"image": [self.pipe.image_processor.resize(picture, *size) for picture in shown]}
-        if not self.reads.mask:
+        if not self.reads.mask and self.coupling is None:
             return {}
         # At another strength, such as the pipeline of SDXL has by default, it would start from the picture itself.
         return {"image": shown, "mask_image": [request.mask for request in requests], "strength": 1.0}

@@ -54,6 +54,7 @@ class Needs:
         told: whether it teaches the denoiser to be told a scale of guidance.
         ranges: whether it trains each row at the noise that its source is for (`Batch.timestep_range`).
         scores: whether it tells the denoiser each row's ratings (:func:`condition_of`).
+        sets: whether its rows are pictures of sets, several of each beside one another (`data.set_size`).
         together: whether the loss of a row depends on the others of its batch, which are what it is told from.
     """
 
@@ -67,6 +68,7 @@ class Needs:
     told: bool = False
     ranges: bool = False
     scores: bool = False
+    sets: bool = False
     together: bool = False
 
 

@@ -102,6 +102,17 @@ def subject_scene(subject: Subject, rng: np.random.Generator, style: str = "flat
     return Scene(things=(thing,), tone=list(TONES)[rng.integers(2)], texture=TEXTURES[rng.integers(4)], style=style)
 
 
+def individual(rng: np.random.Generator) -> Subject:
+    """A subject of chance that shares the two colours and the shape or the pattern with no held-out one."""
+    while True:
+        color, accent = (str(one) for one in rng.choice([*COLORS], 2, replace=False))
+        shape, pattern = SHAPES[rng.integers(len(SHAPES))], PATTERNS[rng.integers(len(PATTERNS))]
+        name = f"{color} and {accent} {shape} with {pattern}"
+        made = Subject(name=name, shape=shape, color=color, accent=accent, pattern=pattern)
+        if not _like_a_subject(made.thing(0, 0, 1)):
+            return made
+
+
 def _like_a_subject(thing: Thing) -> bool:
     """Whether the object has the two colours of a held-out subject, on its shape or in its pattern."""
     colors = {thing.color, thing.accent}

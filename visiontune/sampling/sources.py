@@ -220,6 +220,8 @@ class Bench:
                 raise UserError(
                     "the adapter was trained on canvases of two panels: set canvas=true, and name a picture"
                 )
+            if any("coupled" in header for header in headers):
+                self._undo = _coupled(self._model)
             if any("confined_words" in header for header in headers):
                 self._undo = _confined(self._model)
             for i, (file, header) in enumerate(zip(wanted, headers, strict=True)):
@@ -284,6 +286,22 @@ def _confined(model: Any) -> Callable[[], None]:
 def _weights_of(config: SampleConfig) -> tuple[Any, ...]:
     """What decides the weights that are loaded."""
     return (base_of(config), config.revision, config.variant, _skips(config), config.low_bits)
+
+
+def _coupled(model: Any) -> Callable[[], None]:
+    """Have the model draw sets, as an adapter was trained; gives what undoes it.
+
+    Raises:
+        UserError: the model does not paint, or has no layers for it.
+    """
+    if not hasattr(model, "couple"):
+        raise UserError(
+            f"the adapter was trained on sets of pictures, and '{model.source}' is none that it could be on: leave "
+            "model out, or name the inpainting model that it was trained on"
+        )
+    model.couple()
+    undo: Callable[[], None] = model.uncouple
+    return undo
 
 
 def _skips(config: SampleConfig) -> float | None:
