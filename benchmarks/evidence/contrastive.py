@@ -116,6 +116,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, default=Path("runs/evidence/contrastive"))
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), help="only run these")
+    parser.add_argument("--table", action="store_true", help="only write what is finished")
     parser.add_argument("--tune", nargs="+", metavar="METHOD;OVERRIDE", help="try options on the tuning seed only")
     args = parser.parse_args()
     if args.tune:
@@ -127,7 +128,7 @@ def main() -> None:
     base = kept.row("base", [PICTURES, SEEDS], lambda: looked(load("pocket/clip"), SEEDS[0]))
     found: dict[str, list[dict[str, Any]]] = {}
     for seed, method in itertools.product(SEEDS, METHODS):
-        if one := row(kept, method, seed, args.work if method in args.methods else None):
+        if one := row(kept, method, seed, args.work if method in args.methods and not args.table else None):
             found.setdefault(method, []).append(one)
         write_json(RESULTS / "contrastive.json", {"base": base, "runs": found})
         write_text(RESULTS / "contrastive.md", table(base, found))
