@@ -136,8 +136,13 @@ def inpaint_rows(n: int) -> Iterator[dict]:
         pasted = [_shown(hole).pasted(picture) for hole, picture in zip(holes, pictures, strict=True)]
         right = [filled(picture, hole) for hole, picture in zip(holes, pasted, strict=True)]
         yield {"what": f"pocket-inpaint: {way}, holes filled", "value": float(np.mean(right)), "n": count}
-        apart = [psnr(p[~m], t[~m]) for p, t, m in zip(pictures, truth, (mask_of(h.box) for h in holes), strict=True)]
-        yield {"what": f"pocket-inpaint: {way}, PSNR outside in dB", "value": float(np.mean(apart)), "n": count}
+        # Over all of them at once: a mean of dB is made by scenes that have nothing but ground there.
+        kept = np.stack([~mask_of(hole.box) for hole in holes])
+        yield {
+            "what": f"pocket-inpaint: {way}, PSNR outside in dB",
+            "value": psnr(pictures[kept], truth[kept]),
+            "n": count,
+        }
 
 
 def _shown(hole: Hole) -> Shown:
