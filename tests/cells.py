@@ -241,7 +241,7 @@ def _picture(model: Any, shop: Workshop, coupled: bool) -> np.ndarray:
             return torch.cat([seen, model.text_features([SEEN.prompt]).pooled]).numpy()
     if coupled:
         model.couple()
-    files, mask = shop.shown if model.reads.pictures else ([], None)
+    files, mask = shop.shown if shop.options else ([], None)
     shown = read(files, mask if model.reads.mask else None).options()
     return model.draw([replace(SEEN, **shown)], steps=2, guidance=model.guidance(3.0))[0]
 

@@ -59,7 +59,9 @@ class GridConfig:
     )
     scheduler: list[Scheduler] = option([], help="samplers")
     cfg_scale: list[float] = option([], least=-1000, greatest=1000, help="scales of classifier-free guidance")
-    scores: list[dict[str, float | None]] = option([], help="ratings that are asked for: [{quality: 1}, {quality: 5}]")
+    scores: list[dict[str, float | None]] = option(
+        [], least=-1e9, greatest=1e9, help="ratings that are asked for: [{quality: 1}, {quality: 5}]"
+    )
     steps: list[int] = option([], least=1, greatest=100_000, help="numbers of denoising steps")
     plot: list[str] = option(
         [],
@@ -178,6 +180,8 @@ class SampleConfig:
     )
     scores: dict[str, float | None] | None = option(
         None,
+        least=-1e9,
+        greatest=1e9,
         help="ratings that are asked for, of an adapter that was trained with data.scores: {quality: 5}; null for one: "
         "not told. What is left out is the best",
     )
