@@ -33,8 +33,8 @@ def rows_of(folder, **options) -> PixelRows:
 def test_a_batch_has_pixels_and_captions_of_its_picks(folder):
     rows = rows_of(folder)
     assert rows.buckets == {(8, 8): [0, 1, 2]} and len(rows) == 3
-    batch = rows.collate([Pick(index=2, size=(8, 8)), Pick(index=0, size=(8, 8), flip=True, drop=True)])
-    assert batch.prompts == ["picture 2", ""] and batch.cond is None
+    batch = rows.collate([Pick(index=2, size=(8, 8)), Pick(index=0, size=(8, 8), flip=True)])
+    assert batch.prompts == ["picture 2", "picture 0"] and batch.cond is None
     assert batch.data["image"].shape == (2, 3, 8, 8)
     first, second = (to_pixels(Image.open(folder / f"{i}.png"), (8, 8)) for i in (2, 0))
     torch.testing.assert_close(batch.data["image"][0], (first + 1) / 2)
@@ -65,3 +65,8 @@ def test_a_damaged_picture_is_named(folder):
     (folder / "0.png").write_bytes(b"no picture")
     with pytest.raises(UserError, match=r"cannot read image .*0\.png"):
         rows.collate([Pick(index=0, size=(8, 8))])
+
+
+def test_captions_are_not_dropped(folder):
+    with pytest.raises(UserError, match="caption_dropout leaves pictures without"):
+        rows_of(folder, caption_dropout=0.1)

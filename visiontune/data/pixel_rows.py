@@ -30,7 +30,8 @@ class PixelRows:
         train_text: that what texts become is computed in every step.
 
     Raises:
-        UserError: no sample, or one without a caption, which is what its picture is compared with.
+        UserError: no sample, one without a caption, which is what its picture is compared with, or captions that are
+            to be dropped.
     """
 
     train_text = True
@@ -42,6 +43,8 @@ class PixelRows:
         self.sets: dict[int, list[int]] = {}
         if not self.samples:
             raise UserError("the dataset has no images to train on: put images into data.root")
+        if config.caption_dropout:
+            raise UserError("data.caption_dropout leaves pictures without what they are told apart by: set it to 0")
         if bare := [sample.id for sample in self.samples if not sample.caption.strip()]:
             raise UserError(
                 f"{len(bare)} pictures have no caption to be told from others by: {listed(bare)}: write one into a "
@@ -56,7 +59,7 @@ class PixelRows:
         """The batch of some rows: ``image`` ``[b, 3, h, w]`` in [0, 1], and captions."""
         samples = [self.samples[pick.index] for pick in picks]
         return Batch(
-            prompts=["" if pick.drop else sample.caption for pick, sample in zip(picks, samples, strict=True)],
+            prompts=[sample.caption for sample in samples],
             data={"image": torch.stack([self._pixels(p, s) for p, s in zip(picks, samples, strict=True)])},
             cond=None,
             weight=torch.tensor([sample.weight for sample in samples], dtype=torch.float32),

@@ -11,6 +11,7 @@ import random
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, ClassVar, Literal, TypeVar
 
 import torch
@@ -19,7 +20,7 @@ from torch.nn.functional import cross_entropy, normalize
 from torch.utils.checkpoint import checkpoint
 
 from visiontune.core import Batch, Loss
-from visiontune.data.negatives import Kind, negatives
+from visiontune.data.negatives import KINDS, Kind, negatives
 from visiontune.models.contrastive import ContrastiveModel, Features
 from visiontune.objectives.base import Needs, Supervised, Tools, compares, seed_of
 from visiontune.schema import option
@@ -47,6 +48,19 @@ class Contrast:
     )
 
 
+@dataclass(frozen=True, kw_only=True)
+class AmongFalse(Contrast):
+    """Options of whatever has false captions beside the true ones."""
+
+    negatives: list[Kind] = option(
+        list(KINDS), help="false captions of each row, one of each kind: swap, replace, shuffle"
+    )
+
+    def __post_init__(self) -> None:
+        if not self.negatives:
+            raise ValueError("negatives names no kind: give some of swap, replace, shuffle, or take contrastive")
+
+
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Table:
     """Pictures and texts of all processes, and where this process's own pairs are.
@@ -65,17 +79,17 @@ class Table:
     labels: Tensor
     scale: Tensor
 
-    @property
+    @cached_property
     def to_texts(self) -> Tensor:
         """[b, n] logits of the own pictures."""
         return self.scale * self.mine[0] @ self.texts.T
 
-    @property
+    @cached_property
     def to_images(self) -> Tensor:
         """[b, n] logits of the own texts."""
         return self.scale * self.mine[1] @ self.images.T
 
-    @property
+    @cached_property
     def same(self) -> Tensor:
         """[b, n] where a caption is that of the row."""
         return self.labels[self.own][:, None] == self.labels
@@ -170,16 +184,6 @@ def wrong(batch: Batch, kinds: Sequence[Kind], tools: Tools) -> Wrong:
     texts = [text or prompt for prompt, row in zip(batch.prompts, found, strict=True) for text in row]
     valid = torch.tensor([[text is not None for text in row] for row in found], device=batch.data["image"].device)
     return Wrong(texts=texts, valid=valid)
-
-
-def check_kinds(kinds: Sequence[Kind]) -> None:
-    """Refuse to compare with no false captions.
-
-    Raises:
-        ValueError: naming what does without.
-    """
-    if not kinds:
-        raise ValueError("negatives names no kind: give some of swap, replace, shuffle, or take contrastive")
 
 
 class Comparing(Supervised):

@@ -16,14 +16,12 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from visiontune.core import Batch, Loss
-from visiontune.data.negatives import KINDS, Kind
 from visiontune.models.contrastive import ContrastiveModel, Features
 from visiontune.objectives._contrast import (
+    AmongFalse,
     Comparing,
-    Contrast,
     accuracy,
     both_ways,
-    check_kinds,
     in_parts,
     table,
     unit,
@@ -34,19 +32,13 @@ from visiontune.schema import option
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(Contrast):
+class Config(AmongFalse):
     """Options of FSC-CLIP; the defaults are the authors' for ViT-B/32 on COCO."""
 
-    negatives: list[Kind] = option(
-        list(KINDS), help="false captions of each row, one of each kind: swap, replace, shuffle"
-    )
     global_weight: float = option(0.5, least=0, greatest=1e3, help="of false captions by the whole picture")
     local_weight: float = option(0.2, least=0, greatest=1e3, help="of false captions by patches and words")
     gamma: float = option(2.0, least=0, greatest=100, help="how much less counts what is told apart (focal loss)")
     smoothing: float = option(0.02, least=0, below=1, help="share of the target that false captions have")
-
-    def __post_init__(self) -> None:
-        check_kinds(self.negatives)
 
 
 def build(config: Config) -> FscClip:

@@ -15,10 +15,9 @@ from visiontune.core import Batch, Loss
 from visiontune.data.negatives import Kind
 from visiontune.models.contrastive import ContrastiveModel
 from visiontune.objectives._contrast import (
+    AmongFalse,
     Comparing,
-    Contrast,
     accuracy,
-    check_kinds,
     choice,
     gathered,
     in_parts,
@@ -31,15 +30,12 @@ from visiontune.schema import option
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(Contrast):
+class Config(AmongFalse):
     """Options of the loss with false captions."""
 
     negatives: list[Kind] = option(
         ["swap"], help="false captions of each row, one of each kind: swap, replace, shuffle"
     )
-
-    def __post_init__(self) -> None:
-        check_kinds(self.negatives)
 
 
 def build(config: Config) -> NegClip:
